@@ -1,0 +1,131 @@
+// The Python module qdeploy._engine: converts arguments, releases the GIL and translates errors. qdeploy/model.py
+// checks shapes and dtypes and allocates the results.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu.h"
+#include "errors.h"
+#include "ops.h"
+#include "session.h"
+
+namespace py = pybind11;
+
+namespace qdeploy {
+namespace {
+
+std::unique_ptr<Session> open_path(const std::string& path, int threads, const std::string& isa) {
+  const py::gil_scoped_release release;
+  const ModelFile file(path);
+  return std::make_unique<Session>(file, threads, isa);
+}
+
+std::unique_ptr<Session> open_bytes(const std::string& name, const py::bytes& content, int threads,
+                                    const std::string& isa) {
+  const std::string_view view = content;
+  const py::gil_scoped_release release;
+  const ModelFile file(name, reinterpret_cast<const uint8_t*>(view.data()), view.size());
+  return std::make_unique<Session>(file, threads, isa);
+}
+
+void run(Session& session, const py::array& images, py::array output, std::optional<py::array_t<int64_t>> classes,
+         std::vector<std::pair<int, py::array>> taps, std::optional<py::array_t<double>> step_seconds) {
+  const Images in = {images.data(), images.dtype().is(py::dtype::of<uint8_t>()), images.shape(0)};
+  Results results;
+  results.output = output.mutable_data();
+  if (classes) results.classes = classes->mutable_data();
+  for (auto& [activation, array] : taps) results.taps.push_back({activation, array.mutable_data()});
+  if (step_seconds) results.step_seconds = step_seconds->mutable_data();
+  const py::gil_scoped_release release;
+  session.run(in, results);
+}
+
+py::list activations(const Session& session) {
+  py::list list;
+  const Program& program = session.program();
+  for (const Member& member : program.graph.members) {
+    for (const Tensor& tensor : member.tensors) {
+      py::dict entry;
+      entry["name"] = tensor.name;
+      entry["shape"] = py::tuple(py::cast(tensor.shape));
+      entry["dtype"] = tensor.is_f32 ? "f32" : "u8";
+      entry["scale"] = tensor.scale;
+      entry["zero_point"] = tensor.zero_point;
+      list.append(entry);
+    }
+  }
+  return list;
+}
+
+std::string tile_of(const PackedConv& conv) {
+  if (!conv.kernel) return "";
+  return std::to_string(conv.kernel->mr * conv.kernel->groups) + "x" + std::to_string(conv.kernel->nr);
+}
+
+py::list plan(Session& session, int64_t batch) {
+  const Program& program = session.program();
+  const std::shared_ptr<const Plan> plan = session.plan(std::min(batch, session.images_per_chunk()), false);
+  const Chunk chunk = {program, *plan, nullptr};
+  py::list list;
+  for (size_t s = 0; s < program.steps.size(); ++s) {
+    const Step& step = program.steps[s];
+    py::dict entry;
+    entry["member"] = program.graph.members[step.member].name;
+    entry["name"] = step.node->name;
+    entry["op"] = op_name(step.node->op);
+    entry["output"] = step.output;
+    entry["kernel"] = step.conv.kernel         ? std::string(step.conv.kernel->name)
+                      : step.conv.is_depthwise ? std::string("depthwise__") + program.kernels->isa
+                                               : std::string(op_name(step.node->op)) + "__" + program.kernels->isa;
+    entry["bits"] = step.node->bits;
+    entry["macs"] = step.macs * batch;
+    entry["tile"] = tile_of(step.conv);
+    entry["split"] = split_of(chunk, s, session.threads());
+    entry["residual"] = step.node->has_residual;
+    list.append(entry);
+  }
+  return list;
+}
+
+// An exception of qdeploy.errors, so that users catch one class whichever side found the fault.
+void raise_as(const char* name, const char* text) {
+  PyErr_SetString(py::module_::import("qdeploy.errors").attr(name).ptr(), text);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_engine, m) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const ModelError& error) {
+      raise_as("ModelError", error.what());
+    } catch (const InputError& error) {
+      raise_as("InputError", error.what());
+    }
+  });
+  m.def("isas", &available_isas, "Instruction sets that this machine can run, from scalar upwards.");
+  m.def("default_threads", &default_threads, "min(affinity, cgroup quota, physical cores).");
+  py::class_<Session>(m, "Session")
+      .def(py::init(&open_path), py::arg("path"), py::arg("threads"), py::arg("isa"))
+      .def(py::init(&open_bytes), py::arg("name"), py::arg("content"), py::arg("threads"), py::arg("isa"))
+      .def("run", &run, py::arg("images"), py::arg("output"), py::arg("classes"), py::arg("taps"),
+           py::arg("step_seconds"))
+      .def("plan", &plan, py::arg("batch"))
+      .def_property_readonly("activations", &activations)
+      .def_property_readonly("threads", &Session::threads)
+      .def_property_readonly("isa", [](const Session& s) { return s.program().kernels->isa; })
+      .def_property_readonly("nbytes", [](const Session& s) { return s.program().file_bytes; })
+      .def_property_readonly("members",
+                             [](const Session& s) {
+                               std::vector<std::string> names;
+                               for (const Member& member : s.program().graph.members) names.push_back(member.name);
+                               return names;
+                             })
+      .def_property_readonly("classes", [](const Session& s) { return s.program().graph.classes; })
+      .def_property_readonly("preprocess", [](const Session& s) { return s.program().graph.preprocess; })
+      .def_property_readonly("input", [](const Session& s) { return s.program().member_input[0]; })
+      .def_property_readonly("outputs", [](const Session& s) { return s.program().member_output; });
+}
+
+}  // namespace qdeploy

@@ -1,0 +1,113 @@
+#include "cpu.h"
+
+#include <sched.h>
+#include <stdlib.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <map>
+#include <set>
+#include <sstream>
+
+#include "errors.h"
+
+namespace qdeploy {
+namespace {
+
+// The ladder: each table starts as a copy of the one below it. GCC's cpu_supports includes the operating system's part
+// (xgetbv), so that AVX-512 without saved registers does not count.
+std::map<std::string, Kernels> build_tables() {
+  std::map<std::string, Kernels> tables;
+  Kernels kernels;
+  init_scalar(&kernels);
+  tables["scalar"] = kernels;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return tables;
+  init_avx2(&kernels);
+  tables["avx2"] = kernels;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!avx512) return tables;
+  init_avx512(&kernels);
+  tables["avx512"] = kernels;
+  if (!__builtin_cpu_supports("avx512vnni")) return tables;
+  init_avx512vnni(&kernels);
+  tables["avx512vnni"] = kernels;
+#endif
+  return tables;
+}
+
+const std::map<std::string, Kernels>& tables() {
+  static const std::map<std::string, Kernels> all = build_tables();
+  return all;
+}
+
+// CPUs granted by a CFS quota: "max 100000" or "150000 100000" of cgroup v2, two files of v1. Infinity without one.
+double quota_of(const std::string& folder) {
+  std::string quota;
+  double period = 0;
+  std::ifstream v2(folder + "/cpu.max");
+  if (v2 >> quota >> period) return quota == "max" ? INFINITY : atof(quota.c_str()) / period;
+  std::ifstream(folder + "/cpu.cfs_quota_us") >> quota;
+  std::ifstream(folder + "/cpu.cfs_period_us") >> period;
+  const double value = atof(quota.c_str());
+  return value > 0 && period > 0 ? value / period : INFINITY;
+}
+
+// The smallest quota of this process's cgroup and its parents.
+double cgroup_quota() {
+  double quota = std::min(quota_of("/sys/fs/cgroup"), quota_of("/sys/fs/cgroup/cpu"));
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {
+    std::string path = line.substr(line.find_last_of(':') + 1);
+    while (path.size() > 1) {
+      quota = std::min({quota, quota_of("/sys/fs/cgroup" + path), quota_of("/sys/fs/cgroup/cpu" + path)});
+      path.resize(path.find_last_of('/'));
+    }
+  }
+  return quota;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni"}) {
+    if (tables().count(name)) names.push_back(name);
+  }
+  return names;
+}
+
+const Kernels& kernels_for(std::string isa) {
+  std::string where = "isa";
+  if (isa.empty()) {
+    const char* variable = getenv("QDEPLOY_ISA");
+    isa = variable ? variable : "";
+    where = "QDEPLOY_ISA";
+  }
+  if (isa.empty()) isa = available_isas().back();
+  const auto it = tables().find(isa);
+  if (it != tables().end()) return it->second;
+  std::string names;
+  for (const std::string& name : available_isas()) names += (names.empty() ? "" : ", ") + name;
+  throw InputError("expected an instruction set that this CPU has (" + names + "), got \"" + isa.substr(0, 60) +
+                   "\" - at " + where);
+}
+
+int default_threads() {
+  cpu_set_t affinity;
+  if (sched_getaffinity(0, sizeof affinity, &affinity) != 0) return 1;
+  std::set<std::string> cores;  // hyperthreads of one core share their list of siblings
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &affinity)) continue;
+    std::string siblings = std::to_string(cpu);
+    std::ifstream("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list") >> siblings;
+    cores.insert(siblings);
+  }
+  const double limit = std::min(static_cast<double>(cores.size()), std::ceil(cgroup_quota()));
+  return static_cast<int>(std::max(1.0, limit));
+}
+
+}  // namespace qdeploy

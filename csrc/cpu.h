@@ -1,0 +1,19 @@
+// What this machine offers: instruction sets and threads.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "ukernels.h"
+
+namespace qdeploy {
+
+// Names of the instruction sets that this CPU and its operating system can run, from scalar upwards.
+std::vector<std::string> available_isas();
+
+// The kernels of `isa`; empty: the value of QDEPLOY_ISA, or the best available. Throws InputError for any other.
+const Kernels& kernels_for(std::string isa);
+
+// min(affinity, cgroup CPU quota, physical cores among them), at least 1.
+int default_threads();
+
+}  // namespace qdeploy

@@ -1,0 +1,94 @@
+#include "json.h"
+
+#include <cmath>
+#include <set>
+
+#include "errors.h"
+#include "model_file.h"
+
+namespace qdeploy {
+namespace {
+
+constexpr int kMaxDepth = 16;
+
+[[noreturn]] void fail(const std::string& expected, const std::string& got, const std::string& where) {
+  throw ModelError("expected " + expected + ", got " + got + " - at " + where);
+}
+
+std::string key_path(const std::string& where, const char* key) { return where + ", key `" + key + "`"; }
+
+int64_t checked_int(const Json& value, int64_t min, int64_t max, const std::string& where) {
+  const std::string range = "an integer in [" + std::to_string(min) + ", " + std::to_string(max) + "]";
+  if (!value.is_number_integer()) fail(range, value.type_name(), where);
+  const bool too_large = value.is_number_unsigned() && value.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX);
+  if (too_large || value.get<int64_t>() < min || value.get<int64_t>() > max) fail(range, value.dump(), where);
+  return value.get<int64_t>();
+}
+
+}  // namespace
+
+Json parse_json(const char* begin, const char* end, const std::string& where) {
+  std::vector<std::set<std::string>> keys;  // one set per open object
+  auto check = [&](int depth, Json::parse_event_t event, Json& parsed) {
+    if (depth >= kMaxDepth) fail("JSON nested at most " + std::to_string(kMaxDepth) + " deep", "deeper", where);
+    if (event == Json::parse_event_t::object_start) keys.emplace_back();
+    if (event == Json::parse_event_t::object_end) keys.pop_back();
+    if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get_ref<const std::string&>()).second) {
+      fail("unique keys", "the key " + name_text(parsed.get_ref<const std::string&>()) + " twice", where);
+    }
+    return true;
+  };
+  try {
+    return Json::parse(begin, end, check);
+  } catch (const Json::exception& error) {
+    const std::string text = error.what();
+    fail("JSON", "a syntax error (" + text.substr(0, text.find(':')).substr(0, 80) + ")", where);
+  }
+}
+
+const Json& member(const Json& object, const char* key, const std::string& where) {
+  if (!object.is_object()) fail("an object", object.type_name(), where);
+  const auto it = object.find(key);
+  if (it == object.end()) fail("the key `" + std::string(key) + "`", "none", where);
+  return *it;
+}
+
+const std::string& string_member(const Json& object, const char* key, const std::string& where) {
+  const Json& value = member(object, key, where);
+  if (!value.is_string()) fail("a string", value.type_name(), key_path(where, key));
+  return value.get_ref<const std::string&>();
+}
+
+int64_t int_member(const Json& object, const char* key, int64_t min, int64_t max, const std::string& where) {
+  return checked_int(member(object, key, where), min, max, key_path(where, key));
+}
+
+double number_member(const Json& object, const char* key, const std::string& where) {
+  const Json& value = member(object, key, where);
+  if (!value.is_number()) fail("a number", value.type_name(), key_path(where, key));
+  const double number = value.get<double>();
+  if (!std::isfinite(static_cast<float>(number))) fail("a finite f32", value.dump(), key_path(where, key));
+  return number;
+}
+
+const Json& array_member(const Json& object, const char* key, size_t max_size, const std::string& where) {
+  const Json& value = member(object, key, where);
+  if (!value.is_array()) fail("an array", value.type_name(), key_path(where, key));
+  if (value.size() > max_size) {
+    fail("at most " + std::to_string(max_size) + " entries", std::to_string(value.size()), key_path(where, key));
+  }
+  return value;
+}
+
+std::vector<int64_t> int_array(const Json& object, const char* key, size_t min_size, size_t max_size, int64_t min,
+                               int64_t max, const std::string& where) {
+  const Json& value = array_member(object, key, max_size, where);
+  if (value.size() < min_size) {
+    fail("at least " + std::to_string(min_size) + " entries", std::to_string(value.size()), key_path(where, key));
+  }
+  std::vector<int64_t> result;
+  for (const Json& entry : value) result.push_back(checked_int(entry, min, max, key_path(where, key)));
+  return result;
+}
+
+}  // namespace qdeploy

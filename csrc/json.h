@@ -1,0 +1,22 @@
+// JSON from a stranger: bounded depth, no duplicate keys, and typed access whose errors name the place.
+#pragma once
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace qdeploy {
+
+using Json = nlohmann::json;
+
+// Parses a whole text. Throws ModelError with `where` for bad syntax, nesting beyond 16 or a key that occurs twice.
+Json parse_json(const char* begin, const char* end, const std::string& where);
+
+// Typed members of an object. Each throws ModelError "expected ..., got ... - at <where>".
+const Json& member(const Json& object, const char* key, const std::string& where);
+const std::string& string_member(const Json& object, const char* key, const std::string& where);
+int64_t int_member(const Json& object, const char* key, int64_t min, int64_t max, const std::string& where);
+double number_member(const Json& object, const char* key, const std::string& where);
+std::vector<int64_t> int_array(const Json& object, const char* key, size_t min_size, size_t max_size, int64_t min,
+                               int64_t max, const std::string& where);
+const Json& array_member(const Json& object, const char* key, size_t max_size, const std::string& where);
+
+}  // namespace qdeploy

@@ -1,0 +1,57 @@
+// The container: the bytes of a safetensors file and its checked header (docs/format.md section 1).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace qdeploy {
+
+enum class DType { u8, f32 };
+
+// A tensor of the container. `data` points into the file's bytes.
+struct FileTensor {
+  DType dtype;
+  std::vector<int64_t> shape;
+  const uint8_t* data;
+  size_t bytes;
+};
+
+class ModelFile {
+ public:
+  // Maps and checks the file. Throws ModelError for anything that is not a well-formed qdeploy file.
+  explicit ModelFile(const std::string& path);
+  // The same for bytes in memory, which must outlive this object; `name` stands for the path in errors.
+  ModelFile(const std::string& name, const uint8_t* data, size_t bytes);
+  ~ModelFile();
+  ModelFile(const ModelFile&) = delete;
+  ModelFile& operator=(const ModelFile&) = delete;
+
+  const std::string& path() const { return path_; }
+  size_t bytes() const { return bytes_; }
+  const std::string& graph_json() const { return graph_json_; }
+
+  // The named tensor; `where` (a node) completes the error when it is missing or of another type or shape.
+  // A shape entry of -1 matches any size.
+  const FileTensor& tensor(const std::string& name, DType dtype, const std::vector<int64_t>& shape,
+                           const std::string& where) const;
+
+ private:
+  void parse();
+
+  std::string path_;
+  const uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+  bool is_mapped_ = false;
+  std::map<std::string, FileTensor> tensors_;
+  std::string graph_json_;
+};
+
+// "[64, 3, 7, 7]"
+std::string shape_text(const std::vector<int64_t>& shape);
+
+// At most 60 printable characters of a name out of a file, in backquotes, for error texts.
+std::string name_text(const std::string& name);
+
+}  // namespace qdeploy

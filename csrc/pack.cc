@@ -1,0 +1,167 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "errors.h"
+
+namespace qdeploy {
+namespace {
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+int64_t codes_per_channel(const Node& node, const Activation& in) {
+  return in.c / node.groups * node.window.kernel[0] * node.window.kernel[1];
+}
+
+int64_t output_channels(const Node& node) { return static_cast<int64_t>(node.bias.size()); }
+
+// The width that all codes of a node fit in; an 8-bit layer that uses 7 bits runs with the faster kernel.
+int used_bits(const Node& node, int64_t total) {
+  if (node.bits < 8) return node.bits;
+  const int8_t* codes = reinterpret_cast<const int8_t*>(node.codes);
+  const auto [low, high] = std::minmax_element(codes, codes + total);
+  int bits = 2;
+  while (*low < -(1 << (bits - 1)) || *high > (1 << (bits - 1)) - 1) ++bits;
+  return bits;
+}
+
+// Sums of one channel's codes; checks that no result can leave the range that the kernels convert exactly.
+int32_t check_channel(const Node& node, int64_t channel, const int8_t* codes, int64_t count, bool f32_output,
+                      const std::string& where) {
+  int64_t sum = 0, magnitude = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += codes[i];
+    magnitude += std::abs(static_cast<int>(codes[i]));
+  }
+  const double largest = 255.0 * static_cast<double>(magnitude) * std::fabs(node.multiplier[channel]) +
+                         std::fabs(node.bias[channel]) + 255.0 * std::fabs(node.residual_multiplier);
+  const double limit = f32_output ? 1.2676506002282294e30 : 1073741824.0;  // 2^100, 2^30
+  if (!(largest < limit)) {
+    throw ModelError("expected results below " + std::to_string(limit) + ", got up to " + std::to_string(largest) +
+                     " in channel " + std::to_string(channel) + " - at " + where);
+  }
+  return static_cast<int32_t>(sum);
+}
+
+void set_channel(const Node& node, const Activation& in, int64_t channel, int32_t sum, PackedConv* conv) {
+  reinterpret_cast<int32_t*>(conv->comp.data())[channel] = -static_cast<int32_t>(in.zero_point) * sum;
+  reinterpret_cast<float*>(conv->scale.data())[channel] = node.multiplier[channel];
+  reinterpret_cast<float*>(conv->bias.data())[channel] = node.bias[channel];
+}
+
+// Position of (channel, tap, byte) in a packed panel, in elements.
+size_t packed_index(const PackedConv& conv, int64_t tap, int64_t byte, int64_t channel) {
+  const int64_t unit = conv.kernel->format == WeightFormat::s8x4 ? 4 : 2;
+  return static_cast<size_t>(((tap * (conv.k / unit) + byte / unit) * conv.kernel->nr + channel) * unit + byte % unit);
+}
+
+// One channel of OIHW codes into its panel. A merged row of taps (tap = ky, byte = kx*C + c) or single taps (byte = c).
+void pack_channel(const Node& node, const Activation& in, const int8_t* codes, int64_t channel, int64_t first_channel,
+                  int64_t lane, void* panel, const PackedConv& conv) {
+  const int64_t kh = node.window.kernel[0], kw = node.window.kernel[1], depth = in.c / node.groups;
+  const bool merged = static_cast<int64_t>(conv.tap_offset.size()) == kh && kw > 1;
+  const int64_t group = channel / (output_channels(node) / node.groups);
+  const int64_t start = group * depth - first_channel;
+  for (int64_t c = 0; c < depth; ++c) {
+    for (int64_t ky = 0; ky < kh; ++ky) {
+      for (int64_t kx = 0; kx < kw; ++kx) {
+        const int8_t code = codes[(c * kh + ky) * kw + kx];
+        const int64_t tap = merged ? ky : ky * kw + kx;
+        const int64_t byte = merged ? kx * in.c + c : start + c;
+        const size_t at = packed_index(conv, tap, byte, lane);
+        if (conv.kernel->format == WeightFormat::s8x4) {
+          static_cast<int8_t*>(panel)[at] = code;
+        } else {
+          static_cast<int16_t*>(panel)[at] = code;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void unpack_codes(const uint8_t* packed, int bits, int64_t total, int64_t begin, int64_t count, int8_t* codes) {
+  const int64_t bytes = (total * bits + 7) / 8;
+  const int shift_out = 64 - bits;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t bit = (begin + i) * bits;
+    const int64_t byte = bit / 8;
+    uint64_t word = packed[byte];
+    if (byte + 1 < bytes) word |= static_cast<uint64_t>(packed[byte + 1]) << 8;
+    word >>= bit % 8;
+    codes[i] = static_cast<int8_t>(static_cast<int64_t>(word << shift_out) >> shift_out);  // sign extension
+  }
+}
+
+void lower_conv(const Node& node, const Activation& in, bool f32_output, const Kernels& kernels, PackedConv* conv) {
+  const int64_t kh = node.window.kernel[0], kw = node.window.kernel[1];
+  const int64_t out = output_channels(node), depth = in.c / node.groups;
+  const int64_t row = node.window.dilation[0] * in.row_pitch;
+  const int64_t column = node.window.dilation[1] * in.c;
+  conv->is_depthwise = node.groups > 1 && depth == 1 && out == in.c && !node.has_residual && !f32_output;
+  // A row of taps is one run of kw*C bytes: fewer zero weights than rounding C up to 4 at each tap, and longer inner
+  // loops.
+  const bool merged = !conv->is_depthwise && node.groups == 1 && column == in.c;
+  for (int64_t ky = 0; ky < kh; ++ky) {
+    for (int64_t kx = 0; kx < (merged ? 1 : kw); ++kx) {
+      conv->tap_offset.push_back(static_cast<int32_t>(ky * row + kx * column));
+    }
+  }
+  size_t channels = static_cast<size_t>(round_up(out, kMaxNr));
+  if (!conv->is_depthwise) {
+    conv->kernel = &kernels.conv[used_bits(node, out * codes_per_channel(node, in))];
+    const int64_t nr = conv->kernel->nr;
+    conv->panels = (out + nr - 1) / nr;
+    int64_t widest = merged ? kw * in.c : depth;
+    for (int64_t panel = 0; panel < conv->panels; ++panel) {  // a panel reads all channels of the groups it touches
+      const int64_t per_group = out / node.groups;
+      const int64_t first = panel * nr / per_group * depth;
+      const int64_t last = ((std::min(out, (panel + 1) * nr) - 1) / per_group + 1) * depth;
+      conv->panel_channel.push_back(static_cast<int32_t>(first));
+      if (!merged) widest = std::max(widest, last - first);
+    }
+    conv->k = static_cast<int32_t>(round_up(widest, 4));
+    for (int32_t& first : conv->panel_channel) {  // stay inside the pixel: over-reads must not exceed kOverread
+      first = static_cast<int32_t>(std::max<int64_t>(0, std::min<int64_t>(first, in.c - conv->k)));
+    }
+    const int64_t element = conv->kernel->format == WeightFormat::s8x4 ? 1 : 2;
+    conv->panel_bytes = conv->tap_offset.size() * conv->k * nr * element;
+    channels = static_cast<size_t>(conv->panels * nr);
+    // Measured on ResNet-50: panels outermost when the input stays in L2, else a few tiles under all panels.
+    const bool many_outputs = kh * kw == 1 && out > in.c;
+    const bool large_input = kh * kw == 1 && in.c * in.h * in.w > 256 * 1024;
+    conv->tiles_per_block = many_outputs || large_input ? 4 : 0;
+  }
+  conv->comp = AlignedBuffer(channels * 4);
+  conv->scale = AlignedBuffer(channels * 4);
+  conv->bias = AlignedBuffer(channels * 4);
+}
+
+size_t packed_bytes(const PackedConv& conv, const Node& node) {
+  const size_t stride = static_cast<size_t>(round_up(output_channels(node), kMaxNr));
+  const size_t bytes = conv.is_depthwise ? conv.tap_offset.size() * stride : conv.panels * conv.panel_bytes;
+  return (bytes + 63) / 64 * 64;
+}
+
+void pack_panel(const Node& node, const Activation& in, bool f32_output, int64_t panel, const std::string& where,
+                uint8_t* weights, PackedConv* conv) {
+  const int64_t out = output_channels(node), count = codes_per_channel(node, in);
+  const int64_t nr = conv->is_depthwise ? out : conv->kernel->nr;
+  uint8_t* to = weights + conv->weight_offset + panel * conv->panel_bytes;
+  std::vector<int8_t> codes(count);
+  for (int64_t channel = panel * nr; channel < std::min(out, (panel + 1) * nr); ++channel) {
+    unpack_codes(node.codes, node.bits, out * count, channel * count, count, codes.data());
+    set_channel(node, in, channel, check_channel(node, channel, codes.data(), count, f32_output, where), conv);
+    if (conv->is_depthwise) {
+      for (int64_t tap = 0; tap < count; ++tap)
+        to[tap * round_up(out, kMaxNr) + channel] = static_cast<uint8_t>(codes[tap]);
+    } else {
+      pack_channel(node, in, codes.data(), channel, conv->panel_channel[panel], channel - panel * nr, to, *conv);
+    }
+  }
+}
+
+}  // namespace qdeploy

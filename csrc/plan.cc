@@ -1,0 +1,187 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace qdeploy {
+namespace {
+
+// ---- Arena: activations whose lives do not overlap share memory --------------------------------------------------
+
+struct Life {
+  int first, last;  // steps; the inputs of the model live from -1, its outputs to the end
+};
+
+std::vector<Life> lives(const Program& program, bool keep_all) {
+  const int steps = static_cast<int>(program.steps.size());
+  std::vector<Life> life(program.activations.size(), {steps, -1});
+  for (const int input : program.member_input) life[input].first = -1;
+  for (int s = 0; s < steps; ++s) {
+    const Step& step = program.steps[s];
+    life[step.output] = {s, s};
+    for (const int input : step.inputs) life[input].last = std::max(life[input].last, s);
+  }
+  for (const int output : program.member_output) life[output].last = steps;
+  if (keep_all) {
+    for (Life& l : life) l = {-1, steps};
+  }
+  return life;
+}
+
+// The activation that a step may overwrite because nobody reads it later: the residual, or an operand of add and table.
+int overwritten_input(const Program& program, const Step& step, int index, const std::vector<Life>& life) {
+  const bool fused = step.node->has_residual;
+  const bool elementwise = step.node->op == Op::add || step.node->op == Op::table;
+  if (!fused && !elementwise) return -1;
+  const int candidate = step.inputs[fused ? 1 : 0];
+  const bool read_again = life[candidate].last > index || (fused && candidate == step.inputs[0]);
+  const bool same = program.activations[candidate].same_layout(program.activations[step.output]);
+  return same && !read_again ? candidate : -1;
+}
+
+// Owner of each activation's memory: itself, or the activation whose memory it takes over.
+std::vector<int> merge_in_place(const Program& program, std::vector<Life>* life) {
+  std::vector<int> owner(program.activations.size());
+  std::iota(owner.begin(), owner.end(), 0);
+  for (size_t s = 0; s < program.steps.size(); ++s) {
+    const Step& step = program.steps[s];
+    const int over = overwritten_input(program, step, static_cast<int>(s), *life);
+    if (over >= 0) owner[step.output] = owner[over];
+  }
+  for (size_t i = 0; i < owner.size(); ++i) {
+    Life &mine = (*life)[i], &whole = (*life)[owner[i]];
+    whole = {std::min(whole.first, mine.first), std::max(whole.last, mine.last)};
+  }
+  return owner;
+}
+
+size_t bytes_of(const Activation& activation, int64_t batch) {
+  const size_t bytes = static_cast<size_t>(batch * activation.image_pitch) * (activation.is_f32 ? 4 : 1);
+  return (bytes + kOverread + 63) / 64 * 64;
+}
+
+// Largest first, each at the lowest place that is free during its whole life.
+size_t place(const std::vector<size_t>& bytes, const std::vector<Life>& life, const std::vector<int>& owner,
+             std::vector<size_t>* offset) {
+  std::vector<int> order;
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    if (owner[i] == static_cast<int>(i)) order.push_back(static_cast<int>(i));
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return bytes[a] > bytes[b]; });
+  std::vector<int> placed;  // by offset
+  size_t total = 0;
+  for (const int i : order) {
+    size_t at = 0;
+    for (const int other : placed) {
+      const bool together = life[i].first <= life[other].last && life[other].first <= life[i].last;
+      if (together && at < (*offset)[other] + bytes[other] && (*offset)[other] < at + bytes[i]) {
+        at = (*offset)[other] + bytes[other];
+      }
+    }
+    (*offset)[i] = at;
+    total = std::max(total, at + bytes[i]);
+    placed.insert(
+        std::upper_bound(placed.begin(), placed.end(), i, [&](int a, int b) { return (*offset)[a] < (*offset)[b]; }),
+        i);
+  }
+  for (size_t i = 0; i < bytes.size(); ++i) (*offset)[i] = (*offset)[owner[i]];
+  return total;
+}
+
+// ---- Tiles --------------------------------------------------------------------------------------------------------
+
+// Output pixels that lie at constant strides in input, output and residual.
+struct Run {
+  int64_t a, c, residual, length;
+};
+
+struct Steps {  // distances between neighbours in one dimension
+  int64_t a, c, residual;
+};
+
+bool continues(const Steps& outer, const Steps& inner, int64_t length) {
+  return outer.a == inner.a * length && outer.c == inner.c * length && outer.residual == inner.residual * length;
+}
+
+// The output of a convolution as few long runs: rows, or whole images where rows follow each other without a gap.
+std::vector<Run> runs_of(const Program& program, const Step& step, int64_t batch) {
+  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
+  const Activation& residual = step.node->has_residual ? program.activations[step.inputs[1]] : out;
+  const Window& window = step.node->window;
+  const Steps pixel = {window.stride[1] * in.c, out.c, residual.c};
+  const Steps row = {window.stride[0] * in.row_pitch, out.row_pitch, residual.row_pitch};
+  const Steps image = {in.image_pitch, out.image_pitch, residual.image_pitch};
+  const int64_t start = in.origin - window.padding[0] * in.row_pitch - window.padding[1] * in.c;
+
+  int64_t length = out.w, rows = out.h, images = batch;
+  if (rows == 1 || continues(row, pixel, length)) {
+    length *= rows, rows = 1;
+    if (images == 1 || continues(image, pixel, length)) length *= images, images = 1;
+  }
+  std::vector<Run> runs;
+  for (int64_t n = 0; n < images; ++n) {
+    for (int64_t y = 0; y < rows; ++y) {
+      runs.push_back({start + n * image.a + y * row.a, out.origin + n * image.c + y * row.c,
+                      residual.origin + n * image.residual + y * row.residual, length});
+    }
+  }
+  return runs;
+}
+
+// Cuts the runs into groups of nearly equal size, at most mr pixels, and pairs groups of one size into tiles.
+std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t batch) {
+  const ConvKernel& kernel = *step.conv.kernel;
+  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
+  const int64_t a_step = step.node->window.stride[1] * in.c;
+  const int64_t residual_step = step.node->has_residual ? program.activations[step.inputs[1]].c : out.c;
+  std::vector<ConvTile> tiles;
+  std::vector<int> open(kernel.mr + 1, -1);  // the tile of each group size that has room
+  for (const Run& run : runs_of(program, step, batch)) {
+    const int64_t groups = (run.length + kernel.mr - 1) / kernel.mr;
+    for (int64_t g = 0, begin = 0; g < groups; ++g) {
+      const int64_t end = run.length * (g + 1) / groups;
+      const int r = static_cast<int>(end - begin);
+      if (open[r] < 0) {
+        open[r] = static_cast<int>(tiles.size());
+        tiles.push_back({});
+        tiles.back().r = static_cast<uint8_t>(r);
+      }
+      ConvTile& tile = tiles[open[r]];
+      tile.a[tile.groups] = static_cast<uint32_t>(run.a + begin * a_step);
+      tile.c[tile.groups] = static_cast<uint32_t>(run.c + begin * out.c);
+      tile.residual[tile.groups] = static_cast<uint32_t>(run.residual + begin * residual_step);
+      if (++tile.groups == kernel.groups) open[r] = -1;
+      begin = end;
+    }
+  }
+  return tiles;
+}
+
+}  // namespace
+
+Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
+  Plan plan;
+  plan.batch = batch;
+  std::vector<Life> life = lives(program, keep_all);
+  std::vector<int> owner(program.activations.size());
+  std::iota(owner.begin(), owner.end(), 0);
+  if (!keep_all) owner = merge_in_place(program, &life);
+  std::vector<size_t> bytes;
+  for (const Activation& activation : program.activations) bytes.push_back(bytes_of(activation, batch));
+  plan.offset.resize(bytes.size());
+  plan.arena_bytes = place(bytes, life, owner, &plan.offset);
+  for (const Step& step : program.steps) {
+    plan.tiles.push_back(step.conv.kernel ? tiles_of(program, step, batch) : std::vector<ConvTile>());
+  }
+  return plan;
+}
+
+size_t arena_bytes_per_image(const Program& program) {
+  std::vector<Life> life = lives(program, false);
+  const std::vector<int> owner = merge_in_place(program, &life);
+  std::vector<size_t> bytes, offset(program.activations.size());
+  for (const Activation& activation : program.activations) bytes.push_back(bytes_of(activation, 1));
+  return place(bytes, life, owner, &offset);
+}
+
+}  // namespace qdeploy

@@ -1,0 +1,65 @@
+// What is fixed when a model is loaded, for any batch: how each activation lies in memory, which kernel runs each node,
+// and the weights packed for that kernel. One arena holds all packed weights in execution order, so that "the next
+// panel" is also the first panel of the next layer.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "aligned.h"
+#include "graph.h"
+#include "ukernels.h"
+
+namespace qdeploy {
+
+// One image of an activation: dense NHWC inside a border that holds the zero point, written for convolutions with
+// padding. Pitches and the origin (pixel (0, 0)) are in elements: bytes for u8, floats for f32.
+struct Activation {
+  int64_t c, h, w;
+  bool is_f32;
+  float scale;
+  uint8_t zero_point;
+  int64_t border[4] = {0, 0, 0, 0};  // top, left, bottom, right
+  int64_t row_pitch, image_pitch, origin;
+  bool same_layout(const Activation& other) const;
+};
+
+// The weights of a convolution or linear as its kernel reads them.
+struct PackedConv {
+  bool is_depthwise = false;
+  const ConvKernel* kernel = nullptr;  // null for depthwise
+  std::vector<int32_t> tap_offset;     // from the first tap; relative to the window's top left pixel
+  int32_t k = 0;                       // bytes per tap
+  int64_t panels = 1;
+  size_t panel_bytes = 0;
+  size_t weight_offset = 0;            // in Program::weights
+  std::vector<int32_t> panel_channel;  // first input channel that a panel reads
+  AlignedBuffer comp, scale, bias;     // int32, float, float; one entry per channel, panels * nr of them
+  size_t tiles_per_block = 0;          // 0: all tiles under one panel before the next panel
+};
+
+struct Step {
+  const Node* node;
+  int member;
+  std::vector<int> inputs;  // global activation ids
+  int output;
+  PackedConv conv;  // conv2d and linear
+  int64_t macs = 0;
+};
+
+struct Program {
+  Graph graph;
+  const Kernels* kernels;
+  std::vector<Activation> activations;  // of all members
+  std::vector<int> activation_member;
+  std::vector<int> member_input;  // activation of each member's input; equal inputs are one activation
+  std::vector<int> member_output;
+  std::vector<Step> steps;  // of all members, in order
+  AlignedBuffer weights;
+  size_t file_bytes = 0;
+};
+
+// Reads, checks and packs a model with up to `threads` threads. Throws ModelError. The file is not needed afterwards.
+Program load_program(const ModelFile& file, const Kernels& kernels, int threads);
+
+}  // namespace qdeploy

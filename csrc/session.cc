@@ -1,0 +1,183 @@
+#include "session.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+
+#include "cpu.h"
+#include "ensemble.h"
+#include "errors.h"
+#include "ops.h"
+#include "thread_pool.h"
+
+namespace qdeploy {
+namespace {
+
+// Guards the plans and arenas of all sessions. Held across fork, so that a child never inherits it locked.
+std::mutex& registry() {
+  static std::mutex* mutex = [] {
+    auto* created = new std::mutex;
+    pthread_atfork([] { registry().lock(); }, [] { registry().unlock(); }, [] { registry().unlock(); });
+    return created;
+  }();
+  return *mutex;
+}
+
+int checked_threads(int threads) {
+  if (threads == 0) return default_threads();
+  if (threads < 1 || threads > kMaxThreads) {
+    throw InputError("expected 1 to " + std::to_string(kMaxThreads) + " threads, got " + std::to_string(threads) +
+                     " - at num_threads");
+  }
+  return threads;
+}
+
+// Images that run together: more amortise the weights, fewer stay in the cache. 8 MB of activations is where batches of
+// ResNet-50 (2.4 MB an image) stop gaining.
+int64_t chunk_for(const Program& program) {
+  constexpr size_t kArena = size_t{8} << 20;
+  constexpr int64_t kMost = 64;
+  int64_t largest = 1;
+  for (const Activation& a : program.activations) largest = std::max(largest, a.image_pitch);
+  const int64_t by_cache = static_cast<int64_t>(kArena / arena_bytes_per_image(program));
+  const int64_t by_offset = (int64_t{1} << 31) / largest;  // ConvTile holds 32-bit offsets
+  return std::max<int64_t>(1, std::min({kMost, by_cache, by_offset}));
+}
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+Session::Session(const ModelFile& file, int threads, const std::string& isa)
+    : kernels_(kernels_for(isa)),
+      threads_(checked_threads(threads)),
+      program_(load_program(file, kernels_, threads_)),
+      images_per_chunk_(chunk_for(program_)) {
+  registry();
+}
+
+std::shared_ptr<const Plan> Session::plan(int64_t batch, bool keep_all) {
+  const std::pair<int64_t, bool> key = {batch, keep_all};
+  {
+    const std::lock_guard<std::mutex> lock(registry());
+    const auto it = plans_.find(key);
+    if (it != plans_.end()) return it->second;
+  }
+  auto plan = std::make_shared<const Plan>(make_plan(program_, batch, keep_all));
+  const std::lock_guard<std::mutex> lock(registry());
+  return plans_.emplace(key, plan).first->second;
+}
+
+AlignedBuffer Session::take_arena(size_t bytes) {
+  {
+    const std::lock_guard<std::mutex> lock(registry());
+    for (AlignedBuffer& arena : arenas_) {
+      if (arena.bytes() < bytes) continue;
+      AlignedBuffer taken = std::move(arena);
+      arena = std::move(arenas_.back());
+      arenas_.pop_back();
+      return taken;
+    }
+    if (!arenas_.empty()) arenas_.pop_back();  // too small: the new one takes its place
+  }
+  return AlignedBuffer(bytes);
+}
+
+void Session::give_arena(AlignedBuffer arena) {
+  const std::lock_guard<std::mutex> lock(registry());
+  arenas_.push_back(std::move(arena));
+}
+
+void Session::run(const Images& images, const Results& results) {
+  const int64_t chunks = (images.count + images_per_chunk_ - 1) / images_per_chunk_;
+  const Activation& in = program_.activations[program_.member_input[0]];
+  const Activation& out = program_.activations[program_.member_output[0]];
+  const size_t image_bytes = static_cast<size_t>(in.c * in.h * in.w) * (images.is_u8 ? 1 : 4);
+  const size_t output_bytes = static_cast<size_t>(out.c * out.h * out.w) * (out.is_f32 ? 4 : 1);
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t first = images.count * i / chunks, end = images.count * (i + 1) / chunks;
+    const Images part = {static_cast<const uint8_t*>(images.data) + first * image_bytes, images.is_u8, end - first};
+    Results to = results;
+    to.output = static_cast<uint8_t*>(results.output) + first * output_bytes;
+    if (results.classes) to.classes = results.classes + first;
+    for (Tap& tap : to.taps) {
+      const Activation& a = program_.activations[tap.activation];
+      tap.data = static_cast<uint8_t*>(tap.data) + first * a.c * a.h * a.w * (a.is_f32 ? 4 : 1);
+    }
+    run_chunk(part, first, to);
+  }
+}
+
+void Session::run_chunk(const Images& images, int64_t first, const Results& results) {
+  const std::shared_ptr<const Plan> plan = this->plan(images.count, !results.taps.empty());
+  AlignedBuffer arena = take_arena(plan->arena_bytes);
+  const Chunk chunk = {program_, *plan, arena.data()};
+  std::atomic<bool> finite{true};
+
+  // Each thread walks through all steps and meets the others after each.
+  Barrier barrier(threads_);
+  const auto body = [&](int thread, int threads) {
+    const Share share = {thread, threads};
+    const auto meet = [&] {
+      if (threads > 1) barrier.wait();
+    };
+    for (size_t m = 0; m < program_.member_input.size(); ++m) {
+      const auto begin = program_.member_input.begin();
+      if (std::find(begin, begin + m, program_.member_input[m]) != begin + m)
+        continue;  // shared with an earlier member
+      const std::vector<uint8_t>& table = program_.graph.members[m].preprocess_table;
+      if (!run_input(chunk, program_.member_input[m], table, images.data, images.is_u8, share)) finite = false;
+    }
+    meet();
+    if (!finite) return;
+    double last = results.step_seconds && thread == 0 ? seconds_now() : 0;
+    for (size_t s = 0; s < program_.steps.size(); ++s) {
+      run_step(chunk, s, share);
+      meet();
+      if (results.step_seconds && thread == 0) {
+        const double now = seconds_now();
+        results.step_seconds[s] += now - last;
+        last = now;
+      }
+    }
+  };
+  ThreadPool::shared().run(threads_, body);
+  if (!finite) {
+    give_arena(std::move(arena));
+    throw InputError("expected finite numbers, got NaN or infinity - at the input, images " + std::to_string(first) +
+                     " to " + std::to_string(first + images.count - 1));
+  }
+  for (const Tap& tap : results.taps) copy_out(chunk, tap.activation, tap.data);
+  write_results(chunk, results);
+  give_arena(std::move(arena));
+}
+
+void Session::write_results(const Chunk& chunk, const Results& results) const {
+  const Activation& out = program_.activations[program_.member_output[0]];
+  if (program_.graph.combine == Combine::none) {
+    copy_out(chunk, program_.member_output[0], results.output);
+    for (int64_t i = 0; results.classes && i < chunk.plan.batch; ++i) {
+      const int64_t at = i * out.c;
+      results.classes[i] = out.is_f32 ? first_largest(static_cast<const float*>(results.output) + at, out.c)
+                                      : first_largest(static_cast<const uint8_t*>(results.output) + at, out.c);
+    }
+    return;
+  }
+  std::vector<const float*> logits(program_.member_output.size());
+  for (int64_t i = 0; i < chunk.plan.batch; ++i) {
+    for (size_t m = 0; m < logits.size(); ++m) {
+      const int output = program_.member_output[m];
+      logits[m] = reinterpret_cast<const float*>(chunk.arena + chunk.plan.offset[output]) + i * out.image_pitch;
+    }
+    float* probabilities = static_cast<float*>(results.output) + i * out.c;
+    const int64_t best = combine_members(program_.graph.combine, logits, out.c, probabilities);
+    if (results.classes) results.classes[i] = best;
+  }
+}
+
+}  // namespace qdeploy

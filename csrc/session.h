@@ -1,0 +1,62 @@
+// A loaded model and its runs. Immutable after loading but for a cache of plans and a stock of arenas, so that any
+// number of threads may run it at once, each in an arena of its own.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+#include "plan.h"
+#include "program.h"
+
+namespace qdeploy {
+
+struct Images {
+  const void* data;  // dense: f32 [N, C, H, W] or [N, F]; u8 [N, H, W, C]
+  bool is_u8;
+  int64_t count;
+};
+
+// Where to copy an activation: [N, C, H, W] or [N, F], in its own type.
+struct Tap {
+  int activation;
+  void* data;
+};
+
+struct Results {
+  void* output = nullptr;      // the member's output, or [N, K] f32 probabilities of an ensemble
+  int64_t* classes = nullptr;  // [N], or null
+  std::vector<Tap> taps;
+  double* step_seconds = nullptr;  // [steps] added to, or null
+};
+
+class Session {
+ public:
+  // threads 0: default_threads(). isa empty: QDEPLOY_ISA or the best. Throws ModelError, InputError.
+  Session(const ModelFile& file, int threads, const std::string& isa);
+
+  // Throws InputError for NaN or infinite inputs.
+  void run(const Images& images, const Results& results);
+
+  const Program& program() const { return program_; }
+  int threads() const { return threads_; }
+  int64_t images_per_chunk() const { return images_per_chunk_; }
+  std::shared_ptr<const Plan> plan(int64_t batch, bool keep_all);
+
+ private:
+  AlignedBuffer take_arena(size_t bytes);
+  void give_arena(AlignedBuffer arena);
+  void run_chunk(const Images& images, int64_t first, const Results& results);
+  void write_results(const Chunk& chunk, const Results& results) const;
+
+  const Kernels& kernels_;
+  const int threads_;
+  const Program program_;
+  int64_t images_per_chunk_;
+  std::map<std::pair<int64_t, bool>, std::shared_ptr<const Plan>> plans_;
+  std::vector<AlignedBuffer> arenas_;
+};
+
+}  // namespace qdeploy

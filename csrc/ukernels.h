@@ -1,0 +1,161 @@
+// The contract between the engine and the instruction sets: one table of function pointers per ISA.
+//
+// Each csrc/isa/*.cc starts from the table of the ISA below it and overwrites what it does better. These files are the
+// only ones compiled with -m flags, and they include nothing with inline std code: an inline function compiled with
+// AVX-512 could be the copy that the linker keeps for everybody.
+//
+// Activations are u8, NHWC. `a` is the input, `w` the packed weights, `c` the output; strides are in bytes for u8 data
+// and in elements for f32 outputs. Every kernel may read up to kOverread bytes before and after the elements it needs
+// (every buffer has that slack); what it read there never reaches an output. It writes exactly what it is asked to
+// write.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace qdeploy {
+
+constexpr size_t kOverread = 64;
+
+// ---- Convolution and linear ---------------------------------------------------------------------------------------
+//
+// One panel (nr output channels) times a list of tiles. A tile is `groups` groups of r pixels; the pixels of a group
+// lie at a constant stride, the groups anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
+//     a[tile.a[g] + p*a_stride + tap_offset[t] + i] * w[t][i][n]
+// then r = fma(float(acc), scale[n], bias[n]), with a residual r = fma(float(residual), residual_scale, r), and
+// c = clamp(rint(r), qmin, qmax), or r itself for the f32 kernel. comp = -zero_point * sum of the channel's codes.
+//
+// Packed panel, WeightFormat::s8x4:  int8  w[taps][k/4][nr][4]   element (t, i, n) at ((t*(k/4) + i/4)*nr + n)*4 + i%4
+//               WeightFormat::s16x2: int16 w[taps][k/2][nr][2]   likewise with 2
+// k is a multiple of 4; bytes beyond the real channels meet zero weights. comp, scale and bias hold nr entries (tail:
+// 0).
+enum class WeightFormat : int32_t { s8x4, s16x2 };
+
+struct ConvTile {
+  uint32_t a[2];         // first pixel of each group, tap offset not included
+  uint32_t c[2];         // first pixel of each group in the output, in output elements
+  uint32_t residual[2];  // likewise in the residual
+  uint8_t r;             // pixels per group, 1..mr
+  uint8_t groups;        // 1..ConvKernel::groups
+};
+
+struct ConvParams {
+  int32_t taps;  // >= 1
+  int32_t k;     // bytes per tap, a multiple of 4, >= 4
+  int32_t n;     // channels of this panel to write, 1..nr
+  const uint8_t* a;
+  ptrdiff_t a_stride;
+  const int32_t* tap_offset;
+  const void* w;  // 64-byte aligned
+  const int32_t* comp;
+  const float* scale;
+  const float* bias;
+  void* c;  // first channel of this panel: uint8_t or float
+  ptrdiff_t c_stride;
+  const uint8_t* residual;  // null: none. May be the very memory of c (same offsets and stride)
+  ptrdiff_t residual_stride;
+  float residual_scale;
+  uint8_t qmin, qmax;
+  const void* prefetch;  // the panel that will be needed next; a hint, any address
+  size_t prefetch_bytes;
+};
+
+using ConvFn = void (*)(const ConvParams* params, const ConvTile* tiles, size_t n_tiles);
+
+struct ConvKernel {
+  const char* name;  // qu8_qc8w_conv_{pixels}x{NR}c{KR}__{isa}, with _w{bits} where narrower weights are a precondition
+  ConvFn qu8;        // u8 output
+  ConvFn f32;        // f32 output
+  int32_t mr;        // most pixels in a group
+  int32_t groups;    // most groups in a tile, 1 or 2
+  int32_t nr;        // channels in a panel, at most kMaxNr
+  WeightFormat format;
+};
+constexpr int32_t kMaxNr = 64;
+
+// ---- Depthwise convolution ----------------------------------------------------------------------------------------
+//
+// `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over taps t of
+//     a[p*a_stride + tap_offset[t] + n] * w[t*w_stride + n]
+// and the output rule as above. w is int8; w, comp, scale and bias are readable up to the next multiple of kMaxNr of n.
+struct DepthwiseParams {
+  int32_t taps;
+  int32_t n;
+  const uint8_t* a;
+  ptrdiff_t a_stride;
+  const int32_t* tap_offset;
+  const int8_t* w;
+  ptrdiff_t w_stride;
+  const int32_t* comp;
+  const float* scale;
+  const float* bias;
+  uint8_t* c;
+  ptrdiff_t c_stride;
+  uint8_t qmin, qmax;
+};
+using DepthwiseFn = void (*)(const DepthwiseParams* params, size_t pixels);
+
+// ---- Pools, elementwise, input ------------------------------------------------------------------------------------
+//
+// A pool sees the part of one window that lies inside the image: rows x cols pixels of n channels; one output pixel.
+struct PoolParams {
+  const uint8_t* a;
+  size_t rows, cols;
+  ptrdiff_t row_stride, col_stride;  // dilation included
+  size_t n;
+};
+using MaxPoolFn = void (*)(const PoolParams* params, uint8_t* c);
+
+// acc = sum - zero_point*rows*cols; r = fma(float(acc), scale, bias)
+struct AvgPoolParams {
+  PoolParams window;
+  int32_t zero_point;
+  float scale, bias;
+  uint8_t qmin, qmax;
+};
+using AvgPoolQu8Fn = void (*)(const AvgPoolParams* params, uint8_t* c);
+using AvgPoolF32Fn = void (*)(const AvgPoolParams* params, float* c);
+
+// r = fma(float(a), scale_a, fma(float(b), scale_b, bias)). c may be a or b.
+struct AddParams {
+  float scale_a, scale_b, bias;
+  uint8_t qmin, qmax;
+};
+using AddQu8Fn = void (*)(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, uint8_t* c);
+using AddF32Fn = void (*)(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, float* c);
+
+// c[i] = table[a[i]]; c may be a.
+using TableFn = void (*)(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c);
+
+// f32 planes to u8 pixels: c[p*c_stride + ch] = clamp(rint(fma(a[ch*plane_stride + p], inv_scale, zero_point)), 0, 255)
+// for p < pixels, ch < channels. Returns false if any of these inputs is NaN or infinite (c is then unspecified).
+struct QuantizeParams {
+  const float* a;
+  ptrdiff_t plane_stride;  // in floats
+  size_t pixels, channels;
+  float inv_scale, zero_point;
+  uint8_t* c;
+  ptrdiff_t c_stride;
+};
+using QuantizeFn = bool (*)(const QuantizeParams* params);
+
+// ---- The table ----------------------------------------------------------------------------------------------------
+struct Kernels {
+  const char* isa;
+  ConvKernel conv[9];  // [b]: for weights whose codes all lie in [-2^(b-1), 2^(b-1)-1], b = 2..8; [0] and [1] unused
+  DepthwiseFn depthwise;
+  MaxPoolFn max_pool;
+  AvgPoolQu8Fn avg_pool_qu8;
+  AvgPoolF32Fn avg_pool_f32;
+  AddQu8Fn add_qu8;
+  AddF32Fn add_f32;
+  TableFn table;
+  QuantizeFn quantize;
+};
+
+// Each fills `kernels` completely or, above scalar, overwrites entries of the table below it.
+void init_scalar(Kernels* kernels);
+void init_avx2(Kernels* kernels);        // AVX2 + FMA
+void init_avx512(Kernels* kernels);      // AVX-512 F, BW, DQ, VL
+void init_avx512vnni(Kernels* kernels);  // the above + AVX512_VNNI
+
+}  // namespace qdeploy

@@ -1,0 +1,26 @@
+import numpy as np
+
+def isas() -> list[str]: ...
+def default_threads() -> int: ...
+
+class Session:
+    threads: int
+    isa: str
+    nbytes: int
+    members: list[str]
+    classes: list[str]
+    preprocess: bool
+    input: int
+    outputs: list[int]
+    activations: list[dict]
+
+    def __init__(self, *source: str | bytes, threads: int, isa: str) -> None: ...
+    def run(
+        self,
+        images: np.ndarray,
+        output: np.ndarray,
+        classes: np.ndarray | None,
+        taps: list[tuple[int, np.ndarray]],
+        step_seconds: np.ndarray | None,
+    ) -> None: ...
+    def plan(self, batch: int) -> list[dict]: ...

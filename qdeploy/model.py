@@ -1,0 +1,188 @@
+"""A loaded model: `qdeploy.load_int_model(path)` and what it returns. Needs numpy and the C++ engine only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import _engine
+from .errors import InputError, ModelError
+
+
+def load_int_model(path: str | os.PathLike, num_threads: int | None = None, isa: str | None = None) -> Model:
+    """Load a model file; an ensemble loads the same way.
+
+    path: a file written by `qdeploy.export` (docs/format.md). It is data: nothing in it is executed or followed, and it is
+        not needed any more once this returns.
+    num_threads: 1 to 256; None takes the cores that this process may use (affinity, cgroup quota, physical cores).
+    isa: one of the instruction sets that `qdeploy doctor` lists; None takes QDEPLOY_ISA or the best. All give the same bits.
+    Raises ModelError for a file that cannot be run, InputError for the other two.
+    """
+    return Model(_engine.Session(os.fspath(path), _threads(num_threads), isa or ""), Path(path), num_threads, isa)
+
+
+def _threads(num_threads: int | None) -> int:
+    if num_threads is None:
+        return 0
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 1 <= num_threads <= 256:
+        raise InputError(f"expected 1 to 256 threads, got {num_threads!r} - at num_threads")
+    return num_threads
+
+
+def _load_bytes(content: bytes, path: Path, num_threads: int | None, isa: str | None) -> Model:
+    session = _engine.Session(str(path), content, _threads(num_threads), isa or "")
+    return Model(session, path, num_threads, isa, content)
+
+
+class Model:
+    """An int8 network or ensemble. Immutable: any number of threads may call it at once. Pickles with its file's content."""
+
+    def __init__(
+        self, session: _engine.Session, path: Path, num_threads: int | None, isa: str | None, content: bytes | None = None
+    ):
+        self._session = session
+        self._path = path
+        self._options = (num_threads, isa)
+        self._content = content  # of an unpickled model, whose file may be on another machine
+        self._stamp = None if content is not None else _stamp(path)
+        self._activations = session.activations
+        self._steps = session.plan(1)
+
+    # ---- Description ----------------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> list[dict]:
+        """One entry: `shape` (without the batch), `layouts` accepted, and `scale`, `zero_point` of the codes inside."""
+        entry = self._activations[self._session.input]
+        layouts = ["f32 NCHW" if len(entry["shape"]) == 3 else "f32 [N, F]"]
+        return [{**entry, "layouts": layouts + (["u8 NHWC"] if self._session.preprocess else [])}]
+
+    @property
+    def outputs(self) -> list[dict]:
+        """One entry: `shape` (without the batch), `dtype` and, for u8 codes, `scale` and `zero_point`."""
+        return [self._activations[self._session.outputs[0]]]
+
+    @property
+    def members(self) -> list[str]:
+        """Names of the networks in the file; more than one for an ensemble."""
+        return self._session.members
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, where the file has them, else empty."""
+        return self._session.classes
+
+    @property
+    def weight_bits(self) -> dict[str, int]:
+        """Bits of the weight codes in the file, by node (of an ensemble: "member/node")."""
+        return {self._tap_name(step): step["bits"] for step in self._steps if step["bits"]}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the model file in bytes."""
+        return self._session.nbytes
+
+    @property
+    def isa(self) -> str:
+        return self._session.isa
+
+    @property
+    def num_threads(self) -> int:
+        return self._session.threads
+
+    def __repr__(self) -> str:
+        shape, members = self.inputs[0]["shape"], len(self.members)
+        return f"<qdeploy.Model {self._path.name}: {members} member(s), input {shape}, {self.isa}, {self.num_threads} thread(s)>"
+
+    # ---- Running --------------------------------------------------------------------------------------------------
+
+    def __call__(self, images: np.ndarray, taps: Sequence[str] = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Run a batch of any size.
+
+        images: float32 [N, C, H, W] (or [N, F]), or, where the file has `preprocess`, uint8 [N, H, W, C].
+        taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
+        Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map or in codes
+        gives that ([N, C, H, W], float32 or uint8). With taps also a dict name -> array, uint8 codes or float32.
+        Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
+        """
+        output, _, tapped = self._run(images, taps=taps)
+        return (output, tapped) if len(taps) else output
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
+        if len(self.outputs[0]["shape"]) != 1:
+            raise InputError(f"expected a model with one score per class, got output {self.outputs[0]['shape']} - at predict")
+        return self._run(images, want_classes=True)[1]
+
+    def plan(self, batch: int = 1) -> list[dict]:
+        """What runs each node: kernel, tile, split over threads, bits of the weights, MACs for `batch` images."""
+        return [{**step, "share_of_macs": step["macs"] / self._total_macs(batch)} for step in self._session.plan(batch)]
+
+    def profile(self, images: np.ndarray, rounds: int = 10) -> list[dict]:
+        """The plan with `microseconds` per node: the median of `rounds` runs of `images`."""
+        seconds = np.zeros((rounds, len(self._steps)))
+        for row in seconds:
+            self._run(images, step_seconds=row)
+        plan = self.plan(max(1, len(images)))
+        return [{**step, "microseconds": s * 1e6} for step, s in zip(plan, np.median(seconds, axis=0), strict=True)]
+
+    def _run(self, images, taps=(), want_classes=False, step_seconds=None):
+        images = self._checked(images)
+        n = len(images)
+        output = self._empty(n, self._session.outputs[0])
+        classes = np.empty(n, np.int64) if want_classes else None
+        ids = self._tap_ids(taps)
+        tapped = {name: self._empty(n, i) for name, i in ids.items()}
+        if n:
+            arrays = [(i, tapped[name]) for name, i in ids.items()]
+            self._session.run(images, output, classes, arrays, step_seconds)
+        return output, classes, tapped
+
+    def _checked(self, images: np.ndarray) -> np.ndarray:
+        shape = self.inputs[0]["shape"]
+        accepted = {"float32": shape}
+        if self._session.preprocess:
+            accepted["uint8"] = (shape[1], shape[2], shape[0])
+        expected = " or ".join(f"{dtype} {['N', *size]}".replace("'", "") for dtype, size in accepted.items())
+        if not isinstance(images, np.ndarray):
+            raise InputError(f"expected a numpy array {expected}, got {type(images).__name__} - at the input")
+        if images.dtype.name not in accepted or images.ndim == 0 or images.shape[1:] != accepted[images.dtype.name]:
+            raise InputError(f"expected {expected}, got {images.dtype.name} {list(images.shape)} - at the input")
+        return np.ascontiguousarray(images)
+
+    def _empty(self, n: int, activation: int) -> np.ndarray:
+        entry = self._activations[activation]
+        return np.empty((n, *entry["shape"]), np.float32 if entry["dtype"] == "f32" else np.uint8)
+
+    def _tap_name(self, step: dict) -> str:
+        return step["name"] if len(self.members) == 1 else f"{step['member']}/{step['name']}"
+
+    def _tap_ids(self, taps: Sequence[str]) -> dict[str, int]:
+        ids = {self._tap_name(step): step["output"] for step in self._steps}
+        for name in taps:
+            if name not in ids:
+                raise InputError(f"expected the name of a node, as `qdeploy plan` lists them, got {name!r} - at taps")
+        return {name: ids[name] for name in taps}
+
+    def _total_macs(self, batch: int) -> int:
+        return max(1, batch * sum(step["macs"] for step in self._steps))
+
+    # ---- Pickle ---------------------------------------------------------------------------------------------------
+
+    def __reduce__(self):
+        if self._content is None and _stamp(self._path) != self._stamp:
+            raise ModelError(f"expected the file that was loaded, got another or none (load it again) - at {self._path}")
+        content = self._path.read_bytes() if self._content is None else self._content
+        return _load_bytes, (content, self._path, *self._options)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells one content of a file from another without reading it."""
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_size, info.st_mtime_ns
