@@ -37,7 +37,9 @@ Op parse_op(const std::string& name, const std::string& where) {
 std::vector<float> floats_of(const FileTensor& tensor, const std::string& where) {
   std::vector<float> values(tensor.bytes / 4);
   memcpy(values.data(), tensor.data, tensor.bytes);
-  for (const float v : values) require(std::isfinite(v), "finite constants", std::to_string(v), where);
+  for (const float v : values) {
+    if (!std::isfinite(v)) fail("finite constants", std::to_string(v), where);
+  }
   return values;
 }
 
@@ -224,7 +226,7 @@ void MemberReader::require_spatial_output(const Node& node, int64_t channels) co
 
 void MemberReader::require_bounded(const Node& node, double largest) const {
   const double limit = output(node).is_f32 ? kMaxF32Result : kMaxU8Result;
-  require(largest < limit, "results below " + std::to_string(limit), std::to_string(largest), where_);
+  if (!(largest < limit)) fail("results below " + std::to_string(limit), std::to_string(largest), where_);
 }
 
 void MemberReader::read_clamp(const Json& json, Node& node) {

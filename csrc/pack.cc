@@ -30,19 +30,19 @@ int used_bits(const Node& node, int64_t total) {
 // Sums of one channel's codes; checks that no result can leave the range that the kernels convert exactly.
 int32_t check_channel(const Node& node, int64_t channel, const int8_t* codes, int64_t count, bool f32_output,
                       const std::string& where) {
-  int64_t sum = 0, magnitude = 0;
+  int32_t sum = 0, magnitude = 0;  // below 2^31 / 255: the reader checked it
   for (int64_t i = 0; i < count; ++i) {
     sum += codes[i];
-    magnitude += std::abs(static_cast<int>(codes[i]));
+    magnitude += codes[i] < 0 ? -codes[i] : codes[i];
   }
-  const double largest = 255.0 * static_cast<double>(magnitude) * std::fabs(node.multiplier[channel]) +
-                         std::fabs(node.bias[channel]) + 255.0 * std::fabs(node.residual_multiplier);
+  const double largest = 255.0 * magnitude * std::fabs(node.multiplier[channel]) + std::fabs(node.bias[channel]) +
+                         255.0 * std::fabs(node.residual_multiplier);
   const double limit = f32_output ? 1.2676506002282294e30 : 1073741824.0;  // 2^100, 2^30
   if (!(largest < limit)) {
     throw ModelError("expected results below " + std::to_string(limit) + ", got up to " + std::to_string(largest) +
                      " in channel " + std::to_string(channel) + " - at " + where);
   }
-  return static_cast<int32_t>(sum);
+  return sum;
 }
 
 void set_channel(const Node& node, const Activation& in, int64_t channel, int32_t sum, PackedConv* conv) {
@@ -51,48 +51,52 @@ void set_channel(const Node& node, const Activation& in, int64_t channel, int32_
   reinterpret_cast<float*>(conv->bias.data())[channel] = node.bias[channel];
 }
 
-// Position of (channel, tap, byte) in a packed panel, in elements.
-size_t packed_index(const PackedConv& conv, int64_t tap, int64_t byte, int64_t channel) {
-  const int64_t unit = conv.kernel->format == WeightFormat::s8x4 ? 4 : 2;
-  return static_cast<size_t>(((tap * (conv.k / unit) + byte / unit) * conv.kernel->nr + channel) * unit + byte % unit);
+// One channel of OIHW codes in the order in which a kernel walks through its activations: taps * k bytes, zeros where
+// no channel of this group is read. A tap is a whole row of the kernel (byte = kx*C + c) or a single pixel (byte = c).
+void order_channel(const Node& node, const Activation& in, const int8_t* codes, int64_t first_byte,
+                   const PackedConv& conv, int8_t* ordered) {
+  const int64_t kh = node.window.kernel[0], kw = node.window.kernel[1], depth = in.c / node.groups;
+  const bool merged = static_cast<int64_t>(conv.tap_offset.size()) == kh;
+  memset(ordered, 0, conv.tap_offset.size() * conv.k);
+  for (int64_t ky = 0; ky < kh; ++ky) {
+    for (int64_t kx = 0; kx < kw; ++kx) {
+      int8_t* to = ordered + (merged ? ky * conv.k + kx * in.c : (ky * kw + kx) * conv.k) + first_byte;
+      const int8_t* from = codes + ky * kw + kx;
+      for (int64_t c = 0; c < depth; ++c) to[c] = from[c * kh * kw];
+    }
+  }
 }
 
-// One channel of OIHW codes into its panel. A merged row of taps (tap = ky, byte = kx*C + c) or single taps (byte = c).
-void pack_channel(const Node& node, const Activation& in, const int8_t* codes, int64_t channel, int64_t first_channel,
-                  int64_t lane, void* panel, const PackedConv& conv) {
-  const int64_t kh = node.window.kernel[0], kw = node.window.kernel[1], depth = in.c / node.groups;
-  const bool merged = static_cast<int64_t>(conv.tap_offset.size()) == kh && kw > 1;
-  const int64_t group = channel / (output_channels(node) / node.groups);
-  const int64_t start = group * depth - first_channel;
-  for (int64_t c = 0; c < depth; ++c) {
-    for (int64_t ky = 0; ky < kh; ++ky) {
-      for (int64_t kx = 0; kx < kw; ++kx) {
-        const int8_t code = codes[(c * kh + ky) * kw + kx];
-        const int64_t tap = merged ? ky : ky * kw + kx;
-        const int64_t byte = merged ? kx * in.c + c : start + c;
-        const size_t at = packed_index(conv, tap, byte, lane);
-        if (conv.kernel->format == WeightFormat::s8x4) {
-          static_cast<int8_t*>(panel)[at] = code;
-        } else {
-          static_cast<int16_t*>(panel)[at] = code;
-        }
-      }
-    }
+// Spreads a channel over its lane of the panel.
+void scatter_channel(const int8_t* ordered, int64_t count, int64_t lane, const ConvKernel& kernel, uint8_t* panel) {
+  if (kernel.format == WeightFormat::s8x4) {
+    for (int64_t i = 0; i < count; i += 4) memcpy(panel + i * kernel.nr + lane * 4, ordered + i, 4);
+    return;
+  }
+  for (int64_t i = 0; i < count; i += 2) {
+    const int16_t pair[2] = {ordered[i], ordered[i + 1]};
+    memcpy(panel + (i * kernel.nr + lane * 2) * 2, pair, 4);
   }
 }
 
 }  // namespace
 
 void unpack_codes(const uint8_t* packed, int bits, int64_t total, int64_t begin, int64_t count, int8_t* codes) {
+  if (bits == 8) {
+    memcpy(codes, packed + begin, count);
+    return;
+  }
   const int64_t bytes = (total * bits + 7) / 8;
-  const int shift_out = 64 - bits;
-  for (int64_t i = 0; i < count; ++i) {
+  const uint64_t ones = 0x0101010101010101, sign = ones << (bits - 1), code = (uint64_t{1} << bits) - 1;
+  for (int64_t i = 0; i < count; i += 8) {  // 8 codes and the bits before them fit a word: 8 * 7 + 7 < 64
     const int64_t bit = (begin + i) * bits;
-    const int64_t byte = bit / 8;
-    uint64_t word = packed[byte];
-    if (byte + 1 < bytes) word |= static_cast<uint64_t>(packed[byte + 1]) << 8;
+    uint64_t word = 0;
+    memcpy(&word, packed + bit / 8, static_cast<size_t>(std::min<int64_t>(8, bytes - bit / 8)));
     word >>= bit % 8;
-    codes[i] = static_cast<int8_t>(static_cast<int64_t>(word << shift_out) >> shift_out);  // sign extension
+    uint64_t spread = 0;  // one code a byte
+    for (int j = 0; j < 8; ++j) spread |= (word >> (j * bits) & code) << (j * 8);
+    spread = (((spread ^ sign) | ones << 7) - sign) ^ ones << 7;  // extends the signs; the 128s stop the borrows
+    memcpy(codes + i, &spread, static_cast<size_t>(std::min<int64_t>(8, count - i)));
   }
 }
 
@@ -151,16 +155,20 @@ void pack_panel(const Node& node, const Activation& in, bool f32_output, int64_t
   const int64_t out = output_channels(node), count = codes_per_channel(node, in);
   const int64_t nr = conv->is_depthwise ? out : conv->kernel->nr;
   uint8_t* to = weights + conv->weight_offset + panel * conv->panel_bytes;
-  std::vector<int8_t> codes(count);
+  std::vector<int8_t> codes(count), ordered(conv->tap_offset.size() * conv->k);
   for (int64_t channel = panel * nr; channel < std::min(out, (panel + 1) * nr); ++channel) {
     unpack_codes(node.codes, node.bits, out * count, channel * count, count, codes.data());
     set_channel(node, in, channel, check_channel(node, channel, codes.data(), count, f32_output, where), conv);
     if (conv->is_depthwise) {
-      for (int64_t tap = 0; tap < count; ++tap)
+      for (int64_t tap = 0; tap < count; ++tap) {
         to[tap * round_up(out, kMaxNr) + channel] = static_cast<uint8_t>(codes[tap]);
-    } else {
-      pack_channel(node, in, codes.data(), channel, conv->panel_channel[panel], channel - panel * nr, to, *conv);
+      }
+      continue;
     }
+    const int64_t group = channel / (out / node.groups);
+    const int64_t first_byte = group * (in.c / node.groups) - conv->panel_channel[panel];
+    order_channel(node, in, codes.data(), first_byte, *conv, ordered.data());
+    scatter_channel(ordered.data(), static_cast<int64_t>(ordered.size()), channel - panel * nr, *conv->kernel, to);
   }
 }
 
