@@ -2,6 +2,7 @@
 
 #include <sched.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -94,6 +95,10 @@ const Kernels& kernels_for(std::string isa) {
   for (const std::string& name : available_isas()) names += (names.empty() ? "" : ", ") + name;
   throw InputError("expected an instruction set that this CPU has (" + names + "), got \"" + isa.substr(0, 60) +
                    "\" - at " + where);
+}
+
+size_t physical_memory() {
+  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
 }
 
 int default_threads() {

@@ -16,4 +16,7 @@ const Kernels& kernels_for(std::string isa);
 // min(affinity, cgroup CPU quota, physical cores among them), at least 1.
 int default_threads();
 
+// Bytes of memory of this machine: no model may ask for more.
+size_t physical_memory();
+
 }  // namespace qdeploy

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <set>
 
 #include "errors.h"
@@ -13,9 +14,10 @@ namespace {
 constexpr int64_t kMaxElements = int64_t{1} << 28;  // of one image of one tensor
 constexpr size_t kMaxMembers = 256;
 constexpr size_t kMaxNodes = 65536;
-constexpr int64_t kMaxSize = int64_t{1} << 28;           // of any kernel, stride, padding
-constexpr double kMaxU8Result = 1073741824.0;            // 2^30: cvtps2dq of a larger value would wrap
-constexpr double kMaxF32Result = 1.2676506002282294e30;  // 2^100: the softmax of such logits stays finite
+constexpr int64_t kMaxSize = 65535;  // of a kernel, stride, dilation, padding or number of groups
+constexpr float kMinScale = 0x1p-126f, kMaxScale = 0x1p126f;  // 1/scale is a normal f32 as well
+constexpr double kMaxU8Result = 1073741824.0;                 // 2^30: cvtps2dq of a larger value would wrap
+constexpr double kMaxF32Result = 1.2676506002282294e30;       // 2^100: the softmax of such logits stays finite
 
 [[noreturn]] void fail(const std::string& expected, const std::string& got, const std::string& where) {
   throw ModelError("expected " + expected + ", got " + got + " - at " + where);
@@ -54,6 +56,7 @@ class MemberReader {
  private:
   Tensor read_tensor(const Json& json, const std::string& where) const;
   Node read_node(const Json& json);
+  std::set<std::string> keys_of(const Node& node) const;
   void read_operands(const Json& json, Node& node);
   void read_weight(const Json& json, Node& node);
   void read_window(const Json& json, Node& node, bool has_kernel, bool has_dilation);
@@ -67,6 +70,7 @@ class MemberReader {
   void read_reshape(Node& node);
   void require_same_grid(const Node& node) const;
   void require_spatial_output(const Node& node, int64_t channels) const;
+  void require_real_elements(const Window& window, int d, int64_t size, int64_t windows) const;
   void require_bounded(const Node& node, double largest) const;
   const Tensor& input(const Node& node, size_t i = 0) const { return member_.tensors[node.inputs[i]]; }
   const Tensor& output(const Node& node) const { return member_.tensors[node.output]; }
@@ -84,7 +88,7 @@ std::string shape_of(const Tensor& tensor) { return shape_text(tensor.shape); }
 
 Member MemberReader::read() {
   where_ = file_.path();
-  member_.name = string_member(json_, "name", where_);
+  member_.name = name_member(json_, "name", where_);
   where_ = "member " + name_text(member_.name) + " of " + file_.path();
   for (const Json& entry : array_member(json_, "tensors", kMaxNodes + 1, where_)) {
     const std::string at = "tensor " + std::to_string(member_.tensors.size()) + ", " + where_;
@@ -114,6 +118,8 @@ Member MemberReader::read() {
   }
   where_ = member_where;
   require(!member_.nodes.empty(), "at least one node", "none", where_);
+  require(member_.tensors.size() == member_.nodes.size() + 1, "one tensor more than nodes",
+          std::to_string(member_.tensors.size()), where_);
   for (size_t i = 0; i < written_.size(); ++i) {
     require(written_[i], "every tensor written by a node", "none for tensor " + std::to_string(i), where_);
     require(!member_.tensors[i].is_f32 || static_cast<int>(i) == member_.output(), "f32 for the output only",
@@ -124,7 +130,7 @@ Member MemberReader::read() {
 
 Tensor MemberReader::read_tensor(const Json& json, const std::string& where) const {
   Tensor tensor;
-  tensor.name = string_member(json, "name", where);
+  tensor.name = name_member(json, "name", where);
   const std::string& dtype = string_member(json, "dtype", where);
   require(dtype == "u8" || dtype == "f32", "dtype u8 or f32", name_text(dtype), where);
   tensor.is_f32 = dtype == "f32";
@@ -136,19 +142,44 @@ Tensor MemberReader::read_tensor(const Json& json, const std::string& where) con
   // each factor is at most 2^28, so the first product cannot overflow
   const bool fits = tensor.c * tensor.h < kMaxElements && tensor.c * tensor.h * tensor.w < kMaxElements;
   require(fits, "fewer than 2^28 elements", shape_text(tensor.shape), where);
-  tensor.scale = static_cast<float>(number_member(json, "scale", where));
-  require(tensor.scale > 0 && std::isfinite(1.0f / tensor.scale), "a positive normal scale",
+  tensor.scale = number_member(json, "scale", where);
+  require(tensor.scale >= kMinScale && tensor.scale <= kMaxScale, "a scale in [2^-126, 2^126]",
           std::to_string(tensor.scale), where);
   tensor.zero_point = static_cast<uint8_t>(int_member(json, "zero_point", 0, 255, where));
+  require(!tensor.is_f32 || (tensor.scale == 1.0f && tensor.zero_point == 0),
+          "scale 1 and zero point 0 of an f32 tensor", "others", where);
   return tensor;
+}
+
+// The keys that a node has: those of its op, clamp where it writes u8, residual_multiplier where it has a residual.
+std::set<std::string> MemberReader::keys_of(const Node& node) const {
+  static const std::set<std::string> conv2d = {"weight",  "multiplier", "bias",  "stride",
+                                               "padding", "dilation",   "groups"};
+  static const std::map<Op, std::set<std::string>> of_op = {
+      {Op::conv2d, conv2d},
+      {Op::linear, {"weight", "multiplier", "bias"}},
+      {Op::add, {"multipliers", "bias"}},
+      {Op::max_pool2d, {"kernel", "stride", "padding", "dilation"}},
+      {Op::avg_pool2d, {"kernel", "stride", "padding", "multiplier", "bias"}},
+      {Op::table, {"table"}},
+      {Op::concat, {}},
+      {Op::reshape, {}}};
+  std::set<std::string> keys = of_op.at(node.op);
+  const bool has_weight = node.op == Op::conv2d || node.op == Op::linear;
+  const bool clamps = has_weight || node.op == Op::add || node.op == Op::avg_pool2d;
+  keys.insert({"op", "name", "inputs", "output"});
+  if (clamps && !output(node).is_f32) keys.insert("clamp");
+  if (has_weight && node.inputs.size() == 2) keys.insert("residual_multiplier");
+  return keys;
 }
 
 Node MemberReader::read_node(const Json& json) {
   Node node;
-  node.name = string_member(json, "name", where_);
+  node.name = name_member(json, "name", where_);
   where_ = "node " + name_text(node.name) + ", member " + name_text(member_.name) + " of " + file_.path();
   node.op = parse_op(string_member(json, "op", where_), where_);
   read_operands(json, node);
+  only_keys(json, keys_of(node), where_);
   switch (node.op) {
     case Op::conv2d:
       read_conv2d(json, node);
@@ -221,6 +252,7 @@ void MemberReader::require_spatial_output(const Node& node, int64_t channels) co
             std::to_string(extent) + " over " + std::to_string(padded), where_);
     expected.push_back((padded - extent) / window.stride[d] + 1);
   }
+  if (output(node).is_f32 && expected[1] == 1 && expected[2] == 1 && output(node).shape.size() == 1) expected.resize(1);
   require(output(node).shape == expected, "an output of shape " + shape_text(expected), shape_of(output(node)), where_);
 }
 
@@ -230,10 +262,7 @@ void MemberReader::require_bounded(const Node& node, double largest) const {
 }
 
 void MemberReader::read_clamp(const Json& json, Node& node) {
-  if (output(node).is_f32) {
-    require(!json.contains("clamp"), "no clamp on an f32 output", "one", where_);
-    return;
-  }
+  if (output(node).is_f32) return;
   const std::vector<int64_t> clamp = int_array(json, "clamp", 2, 2, 0, 255, where_);
   require(clamp[0] <= clamp[1], "clamp [lo, hi] with lo <= hi", shape_text(clamp), where_);
   node.qmin = static_cast<uint8_t>(clamp[0]);
@@ -253,13 +282,14 @@ void MemberReader::read_weight(const Json& json, Node& node) {
   uint64_t per_channel = 1;
   for (size_t i = 1; i < shape.size(); ++i) {
     const bool overflow = __builtin_mul_overflow(per_channel, static_cast<uint64_t>(shape[i]), &per_channel);
-    require(!overflow && per_channel * 255 * (uint64_t{1} << (node.bits - 1)) < (uint64_t{1} << 31) &&
-                per_channel < (1u << 24),
+    require(!overflow && per_channel < (1u << 24) && per_channel * 255 << (node.bits - 1) < uint64_t{1} << 31,
             "accumulators below 2^31", "weight " + shape_text(shape) + " of " + std::to_string(node.bits) + " bits",
             where_);
   }
-  const int64_t bytes = static_cast<int64_t>((per_channel * channels * node.bits + 7) / 8);
+  only_keys(weight, {"codes", "shape", "bits"}, where_);
+  const int64_t stream = static_cast<int64_t>(per_channel) * channels * node.bits, bytes = (stream + 7) / 8;
   node.codes = file_.tensor(string_member(weight, "codes", where_), DType::u8, {bytes}, where_).data;
+  require(stream % 8 == 0 || node.codes[bytes - 1] >> (stream % 8) == 0, "zeros after the last code", "others", where_);
   node.multiplier =
       floats_of(file_.tensor(string_member(json, "multiplier", where_), DType::f32, {channels}, where_), where_);
   node.bias = floats_of(file_.tensor(string_member(json, "bias", where_), DType::f32, {channels}, where_), where_);
@@ -267,7 +297,7 @@ void MemberReader::read_weight(const Json& json, Node& node) {
   if (node.has_residual) {
     require(input(node, 1).shape == output(node).shape, "a residual of shape " + shape_of(output(node)),
             shape_of(input(node, 1)), where_);
-    node.residual_multiplier = static_cast<float>(number_member(json, "residual_multiplier", where_));
+    node.residual_multiplier = number_member(json, "residual_multiplier", where_);
   }
   read_clamp(json, node);
 }
@@ -280,7 +310,7 @@ void MemberReader::read_conv2d(const Json& json, Node& node) {
   node.window.kernel[1] = shape[3];
   require_spatial_output(node, output(node).c);
   const int64_t in = input(node).c, out = output(node).c;
-  node.groups = int_member(json, "groups", 1, kMaxElements, where_);
+  node.groups = int_member(json, "groups", 1, kMaxSize, where_);
   require(in % node.groups == 0 && out % node.groups == 0, "groups that divide the channels",
           std::to_string(node.groups), where_);
   read_weight(json, node);
@@ -297,17 +327,11 @@ void MemberReader::read_add(const Json& json, Node& node) {
     require(input(node, i).shape == output(node).shape, "inputs of shape " + shape_of(output(node)),
             shape_of(input(node, i)), where_);
   }
-  const Json& multipliers = array_member(json, "multipliers", 2, where_);
-  require(multipliers.size() == 2, "two multipliers", std::to_string(multipliers.size()), where_);
-  for (const Json& value : multipliers) {
-    require(value.is_number() && std::isfinite(static_cast<float>(value.get<double>())), "finite f32 multipliers",
-            value.type_name(), where_);
-    node.multiplier.push_back(static_cast<float>(value.get<double>()));
-  }
-  node.bias.push_back(static_cast<float>(number_member(json, "bias", where_)));
+  node.multiplier = number_array(json, "multipliers", 2, where_);
+  node.bias.push_back(number_member(json, "bias", where_));
   read_clamp(json, node);
-  require_bounded(node,
-                  255.0 * (std::fabs(node.multiplier[0]) + std::fabs(node.multiplier[1])) + std::fabs(node.bias[0]));
+  require_bounded(
+      node, 255.0 * std::fabs(node.multiplier[0]) + 255.0 * std::fabs(node.multiplier[1]) + std::fabs(node.bias[0]));
 }
 
 void MemberReader::require_same_grid(const Node& node) const {
@@ -319,6 +343,21 @@ void MemberReader::require_same_grid(const Node& node) const {
   }
 }
 
+// Every window of a pool must hold a real element of the image along dimension d.
+void MemberReader::require_real_elements(const Window& window, int d, int64_t size, int64_t windows) const {
+  const int64_t step = window.dilation[d], extent = step * (window.kernel[d] - 1) + 1;
+  const int64_t before = window.padding[d], after = window.padding[d + 2];
+  bool reaches = before < extent && after < extent;
+  for (int64_t i = 0; reaches && i < windows && i * window.stride[d] < before;
+       ++i) {  // those that start in the padding
+    const int64_t start = i * window.stride[d] - before;
+    reaches = (start % step + step) % step < size;  // the first element at 0 or later
+  }
+  require(reaches, "a real element in every window of the pool",
+          "padding " + std::to_string(before) + " and " + std::to_string(after) + " on " + std::to_string(size),
+          where_);
+}
+
 void MemberReader::read_pool(const Json& json, Node& node) {
   const bool is_max = node.op == Op::max_pool2d;
   read_window(json, node, true, is_max);
@@ -326,16 +365,7 @@ void MemberReader::read_pool(const Json& json, Node& node) {
   const Window& window = node.window;
   const Tensor& in = input(node);
   const Tensor& out = output(node);
-  for (int d = 0; d < 2; ++d) {
-    // The first and the last window must reach into the image; then all do, as padding is smaller than the extent.
-    const int64_t extent = window.dilation[d] * (window.kernel[d] - 1) + 1;
-    const int64_t last = ((d == 0 ? out.h : out.w) - 1) * window.stride[d] - window.padding[d];
-    const bool reaches = window.padding[d] < extent && window.padding[d + 2] < extent && last < (d == 0 ? in.h : in.w);
-    require(reaches, "padding smaller than the window",
-            "padding " + std::to_string(window.padding[d]) + " and " + std::to_string(window.padding[d + 2]) +
-                " on a window of " + std::to_string(extent),
-            where_);
-  }
+  for (int d = 0; d < 2; ++d) require_real_elements(window, d, d == 0 ? in.h : in.w, d == 0 ? out.h : out.w);
   if (is_max) return require_same_grid(node);
 
   const int64_t elements = window.kernel[0] * window.kernel[1];  // < 2^56
@@ -345,7 +375,7 @@ void MemberReader::read_pool(const Json& json, Node& node) {
   require(multiplier.shape[0] == 1 || multiplier.shape[0] == elements,
           "1 or " + std::to_string(elements) + " multipliers", std::to_string(multiplier.shape[0]), where_);
   node.multiplier = floats_of(multiplier, where_);
-  node.bias.push_back(static_cast<float>(number_member(json, "bias", where_)));
+  node.bias.push_back(number_member(json, "bias", where_));
   read_clamp(json, node);
   for (size_t i = 0; i < node.multiplier.size(); ++i) {
     const double count = node.multiplier.size() == 1 ? static_cast<double>(elements) : static_cast<double>(i + 1);
@@ -401,10 +431,21 @@ Graph read_graph(const ModelFile& file) {
 
   Graph graph;
   graph.preprocess = !member(input, "preprocess", where).is_null();
-  require(!graph.preprocess || input_shape.size() == 3, "an input of shape [C, H, W] under preprocess",
-          shape_text(input_shape), where);
+  if (graph.preprocess) {
+    require(input_shape.size() == 3, "an input of shape [C, H, W] under preprocess", shape_text(input_shape), where);
+    const Json& preprocess = member(input, "preprocess", where);
+    only_keys(preprocess, {"mean", "std"}, where);
+    const size_t channels = static_cast<size_t>(input_shape[0]);
+    number_array(preprocess, "mean", channels, where);
+    for (const float std : number_array(preprocess, "std", channels, where)) {
+      require(std > 0, "a positive std", std::to_string(std), where);
+    }
+  }
+  size_t nodes = 0;
   for (const Json& entry : array_member(json, "members", kMaxMembers, where)) {
     graph.members.push_back(MemberReader(file, entry, input_shape, graph.preprocess).read());
+    nodes += graph.members.back().nodes.size();
+    require(nodes <= kMaxNodes, "at most 65536 nodes in all members", std::to_string(nodes), where);
   }
   require(!graph.members.empty(), "at least one member", "none", where);
 
@@ -426,14 +467,16 @@ Graph read_graph(const ModelFile& file) {
   }
   const Json& classes = member(json, "classes", where);
   if (!classes.is_null()) {
-    for (const Json& name : array_member(json, "classes", 1 << 20, where)) {
+    const Member& m = graph.members[0];
+    const Tensor& out = m.tensors[m.output()];
+    require(out.shape.size() == 1, "an output of shape [K] for classes", shape_of(out), where);
+    require(static_cast<int64_t>(classes.size()) == out.c && classes.is_array(), std::to_string(out.c) + " class names",
+            std::to_string(classes.size()), where);
+    for (const Json& name : classes) {
       require(name.is_string(), "class names as strings", name.type_name(), where);
       graph.classes.push_back(name.get<std::string>());
+      check_name(graph.classes.back(), "classes, " + where);
     }
-    const Member& m = graph.members[0];
-    const int64_t outputs = m.tensors[m.output()].c;
-    require(static_cast<int64_t>(graph.classes.size()) == outputs, std::to_string(outputs) + " class names",
-            std::to_string(graph.classes.size()), where);
   }
   return graph;
 }

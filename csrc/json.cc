@@ -1,7 +1,7 @@
 #include "json.h"
 
+#include <algorithm>
 #include <cmath>
-#include <set>
 
 #include "errors.h"
 #include "model_file.h"
@@ -10,6 +10,7 @@ namespace qdeploy {
 namespace {
 
 constexpr int kMaxDepth = 16;
+constexpr size_t kMaxName = 512;
 
 [[noreturn]] void fail(const std::string& expected, const std::string& got, const std::string& where) {
   throw ModelError("expected " + expected + ", got " + got + " - at " + where);
@@ -25,12 +26,21 @@ int64_t checked_int(const Json& value, int64_t min, int64_t max, const std::stri
   return value.get<int64_t>();
 }
 
+float checked_number(const Json& value, const std::string& where) {
+  if (!value.is_number()) fail("a number", value.type_name(), where);
+  const float number = static_cast<float>(value.get<double>());
+  if (!std::isfinite(number)) fail("a finite f32", value.dump(), where);
+  return number;
+}
+
 }  // namespace
 
 Json parse_json(const char* begin, const char* end, const std::string& where) {
   std::vector<std::set<std::string>> keys;  // one set per open object
   auto check = [&](int depth, Json::parse_event_t event, Json& parsed) {
-    if (depth >= kMaxDepth) fail("JSON nested at most " + std::to_string(kMaxDepth) + " deep", "deeper", where);
+    const bool opens = event == Json::parse_event_t::object_start || event == Json::parse_event_t::array_start;
+    if (opens && depth >= kMaxDepth)
+      fail("JSON nested at most " + std::to_string(kMaxDepth) + " deep", "deeper", where);
     if (event == Json::parse_event_t::object_start) keys.emplace_back();
     if (event == Json::parse_event_t::object_end) keys.pop_back();
     if (event == Json::parse_event_t::key && !keys.back().insert(parsed.get_ref<const std::string&>()).second) {
@@ -63,12 +73,37 @@ int64_t int_member(const Json& object, const char* key, int64_t min, int64_t max
   return checked_int(member(object, key, where), min, max, key_path(where, key));
 }
 
-double number_member(const Json& object, const char* key, const std::string& where) {
-  const Json& value = member(object, key, where);
-  if (!value.is_number()) fail("a number", value.type_name(), key_path(where, key));
-  const double number = value.get<double>();
-  if (!std::isfinite(static_cast<float>(number))) fail("a finite f32", value.dump(), key_path(where, key));
-  return number;
+float number_member(const Json& object, const char* key, const std::string& where) {
+  return checked_number(member(object, key, where), key_path(where, key));
+}
+
+std::vector<float> number_array(const Json& object, const char* key, size_t size, const std::string& where) {
+  const Json& value = array_member(object, key, size, where);
+  if (value.size() != size) {
+    fail(std::to_string(size) + " numbers", std::to_string(value.size()), key_path(where, key));
+  }
+  std::vector<float> result;
+  for (const Json& entry : value) result.push_back(checked_number(entry, key_path(where, key)));
+  return result;
+}
+
+const std::string& name_member(const Json& object, const char* key, const std::string& where) {
+  const std::string& name = string_member(object, key, where);
+  check_name(name, key_path(where, key));
+  return name;
+}
+
+void check_name(const std::string& name, const std::string& where) {
+  const bool printable = std::none_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
+  if (!printable || name.empty() || name.size() > kMaxName) {
+    fail("a name of 1 to 512 bytes without control characters", name_text(name), where);
+  }
+}
+
+void only_keys(const Json& object, const std::set<std::string>& keys, const std::string& where) {
+  for (const auto& [key, value] : object.items()) {
+    if (!keys.count(key)) fail("no keys but the known ones", name_text(key), where);
+  }
 }
 
 const Json& array_member(const Json& object, const char* key, size_t max_size, const std::string& where) {

@@ -16,7 +16,7 @@ namespace qdeploy {
 namespace {
 
 constexpr uint64_t kMaxHeader = 100000000;
-constexpr int64_t kFormatVersion = 1;
+constexpr const char* kFormatVersion = "1";
 constexpr size_t kMaxRank = 8;
 
 uint64_t little_endian_u64(const uint8_t* bytes) {
@@ -89,7 +89,8 @@ ModelFile::~ModelFile() {
 
 void ModelFile::parse() {
   const uint64_t header_bytes = bytes_ < 8 ? kMaxHeader + 1 : little_endian_u64(data_);
-  if (header_bytes > kMaxHeader || header_bytes > bytes_ - 8) {
+  if (header_bytes > kMaxHeader || header_bytes > bytes_ - 8 || header_bytes % 8 != 0 || header_bytes == 0 ||
+      data_[8] != '{') {
     throw ModelError("expected a whole safetensors file, got " + std::to_string(bytes_) +
                      " bytes that do not hold its header - at " + path_);
   }
@@ -105,9 +106,10 @@ void ModelFile::parse() {
     throw ModelError("expected a file written by qdeploy.export, got another safetensors file - at " + path_);
   }
   const std::string& version = string_member(*metadata, "format_version", where);
-  if (version != std::to_string(kFormatVersion)) {
-    throw ModelError("expected format_version 1, got " + name_text(version) + " (a newer qdeploy may read it) - at " +
-                     path_);
+  if (version != kFormatVersion) {
+    const bool is_number = !version.empty() && version.find_first_not_of("0123456789") == std::string::npos;
+    throw ModelError("expected format_version 1, got " + name_text(version) +
+                     (is_number ? ", written by a newer qdeploy: upgrade" : "") + " - at " + path_);
   }
   graph_json_ = string_member(*metadata, "graph", where);
 

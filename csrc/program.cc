@@ -5,6 +5,7 @@
 #include <exception>
 #include <mutex>
 
+#include "cpu.h"
 #include "errors.h"
 #include "pack.h"
 #include "thread_pool.h"
@@ -113,6 +114,10 @@ class Builder {
       bytes += packed_bytes(step.conv, *step.node);
       const Window& window = step.node->window;
       step.macs = out.c * out.h * out.w * (in.c / step.node->groups) * window.kernel[0] * window.kernel[1];
+    }
+    if (bytes > physical_memory()) {
+      throw ModelError("expected weights that fit this machine's memory, got " + std::to_string(bytes) +
+                       " bytes - at " + file_.path());
     }
     program_.weights = AlignedBuffer(bytes);
   }

@@ -37,12 +37,17 @@ int checked_threads(int threads) {
 
 // Images that run together: more amortise the weights, fewer stay in the cache. 8 MB of activations is where batches of
 // ResNet-50 (2.4 MB an image) stop gaining.
-int64_t chunk_for(const Program& program) {
+int64_t chunk_for(const Program& program, const std::string& path) {
   constexpr size_t kArena = size_t{8} << 20;
   constexpr int64_t kMost = 64;
+  const size_t image = arena_bytes_per_image(program);
+  if (image > physical_memory()) {
+    throw ModelError("expected activations that fit this machine's memory, got " + std::to_string(image) +
+                     " bytes an image - at " + path);
+  }
   int64_t largest = 1;
   for (const Activation& a : program.activations) largest = std::max(largest, a.image_pitch);
-  const int64_t by_cache = static_cast<int64_t>(kArena / arena_bytes_per_image(program));
+  const int64_t by_cache = static_cast<int64_t>(kArena / image);
   const int64_t by_offset = (int64_t{1} << 31) / largest;  // ConvTile holds 32-bit offsets
   return std::max<int64_t>(1, std::min({kMost, by_cache, by_offset}));
 }
@@ -57,7 +62,7 @@ Session::Session(const ModelFile& file, int threads, const std::string& isa)
     : kernels_(kernels_for(isa)),
       threads_(checked_threads(threads)),
       program_(load_program(file, kernels_, threads_)),
-      images_per_chunk_(chunk_for(program_)) {
+      images_per_chunk_(chunk_for(program_, file.path())) {
   registry();
 }
 

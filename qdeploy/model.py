@@ -50,6 +50,10 @@ class Model:
         self._stamp = None if content is not None else _stamp(path)
         self._activations = session.activations
         self._steps = session.plan(1)
+        shape = self._activations[session.input]["shape"]
+        self._accepted = {np.dtype(np.float32): shape}
+        if session.preprocess:
+            self._accepted[np.dtype(np.uint8)] = (shape[1], shape[2], shape[0])
 
     # ---- Description ----------------------------------------------------------------------------------------------
 
@@ -142,16 +146,12 @@ class Model:
         return output, classes, tapped
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
-        shape = self.inputs[0]["shape"]
-        accepted = {"float32": shape}
-        if self._session.preprocess:
-            accepted["uint8"] = (shape[1], shape[2], shape[0])
-        expected = " or ".join(f"{dtype} {['N', *size]}".replace("'", "") for dtype, size in accepted.items())
-        if not isinstance(images, np.ndarray):
-            raise InputError(f"expected a numpy array {expected}, got {type(images).__name__} - at the input")
-        if images.dtype.name not in accepted or images.ndim == 0 or images.shape[1:] != accepted[images.dtype.name]:
-            raise InputError(f"expected {expected}, got {images.dtype.name} {list(images.shape)} - at the input")
-        return np.ascontiguousarray(images)
+        if isinstance(images, np.ndarray) and images.ndim and self._accepted.get(images.dtype) == images.shape[1:]:
+            return np.ascontiguousarray(images)
+        accepted = " or ".join(f"{dtype} [N, {', '.join(map(str, size))}]" for dtype, size in self._accepted.items())
+        is_array = isinstance(images, np.ndarray)
+        got = f"{images.dtype} {list(images.shape)}" if is_array else type(images).__name__
+        raise InputError(f"expected {accepted}, got {got} - at the input")
 
     def _empty(self, n: int, activation: int) -> np.ndarray:
         entry = self._activations[activation]
