@@ -132,7 +132,7 @@ void lower_conv(const Node& node, const Activation& in, bool f32_output, const K
       first = static_cast<int32_t>(std::max<int64_t>(0, std::min<int64_t>(first, in.c - conv->k)));
     }
     const int64_t element = conv->kernel->format == WeightFormat::s8x4 ? 1 : 2;
-    conv->panel_bytes = conv->tap_offset.size() * conv->k * nr * element;
+    conv->panel_bytes = static_cast<size_t>(round_up(conv->tap_offset.size() * conv->k * nr * element, 64));
     channels = static_cast<size_t>(conv->panels * nr);
     // Measured on ResNet-50: panels outermost when the input stays in L2, else a few tiles under all panels.
     const bool many_outputs = kh * kw == 1 && out > in.c;

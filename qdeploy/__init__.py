@@ -18,7 +18,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in ("export", "export_ensemble"):  # these need torch, which `import qdeploy` must not
-        from . import export as module
+        from . import exporter  # not named export.py: importing a submodule would put the module where the function is
 
-        return getattr(module, name)
+        return getattr(exporter, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

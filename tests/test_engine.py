@@ -1,0 +1,378 @@
+"""The engine equals the reference bit for bit: every op, instruction set, thread count, batch and way of use."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_graphs import Builder, batch, ensembles, generators, graphs
+
+import qdeploy
+from qdeploy import _engine, reference
+from qdeploy.errors import InputError, ModelError
+from qdeploy.format import save
+from qdeploy.graph import Graph
+
+ISAS = _engine.isas()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("engine") / "m.safetensors"
+
+
+def tap_names(graph: Graph) -> list[str]:
+    return [
+        f"{member.name}/{node.name}" if graph.combine else node.name
+        for member in graph.members
+        for node in member.nodes
+    ]
+
+
+def assert_same(got: np.ndarray, expected: np.ndarray, what: object) -> None:
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape), what
+    assert got.tobytes() == expected.tobytes(), what
+
+
+def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path, batches=(1, 0, 3), threads=(1, 2, 3)) -> None:
+    """Output and every node, for the first n images of x, on every ISA and thread count."""
+    save(graph, path)
+    names = tap_names(graph)
+    expected, expected_taps = reference.run(graph, x, names)
+    classes = reference.predict(graph, x) if expected.ndim == 2 else None
+    for isa in ISAS:
+        for num_threads in threads:
+            model = qdeploy.load_int_model(path, num_threads, isa)
+            for n in batches:
+                output, taps = model(x[:n], taps=names)
+                for name in names:
+                    assert_same(taps[name], expected_taps[name][:n], (isa, num_threads, n, name))
+                assert_same(output, expected[:n], (isa, num_threads, n))
+                assert_same(model(x[:n]), expected[:n], (isa, num_threads, n, "without taps"))
+            if classes is not None:
+                assert_same(model.predict(x), classes, (isa, num_threads, "classes"))
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.one_of(graphs(), graphs(), graphs(), ensembles()), generators())
+def test_random_graphs(path, graph, rng):
+    dtype = np.uint8 if graph.preprocess and rng.integers(2) else np.float32
+    assert_equals_reference(graph, batch(graph, 3, rng, dtype), path)
+
+
+LAYERS = {  # name: input shape, arguments of conv2d
+    "stem": ((3, 45, 37), {"out_channels": 64, "kernel": (7, 7), "stride": (2, 2), "padding": (3, 3, 3, 3)}),
+    "pointwise": ((256, 14, 14), {"out_channels": 130}),
+    "pointwise with stride": ((64, 15, 13), {"out_channels": 96, "stride": (2, 2)}),
+    "3x3": ((64, 28, 28), {"out_channels": 64, "kernel": (3, 3), "padding": (1, 1, 1, 1)}),
+    "3x3 deep on one pixel": ((512, 1, 1), {"out_channels": 65, "kernel": (3, 3), "padding": (1, 1, 1, 1)}),
+    "depthwise": ((97, 33, 31), {"out_channels": 97, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 97}),
+    "depthwise 5x5 with stride": (
+        (40, 20, 23),
+        {"out_channels": 40, "kernel": (5, 5), "stride": (2, 2), "padding": (1, 2, 2, 1), "groups": 40},
+    ),
+    "32 groups": ((128, 9, 9), {"out_channels": 128, "kernel": (3, 3), "padding": (1, 1, 1, 1), "groups": 32}),
+    "dilated": ((33, 19, 17), {"out_channels": 34, "kernel": (3, 3), "padding": (4, 4, 4, 4), "dilation": (4, 4)}),
+    "large padding": ((5, 3, 3), {"out_channels": 7, "kernel": (2, 2), "padding": (9, 8, 7, 6)}),
+    "one row": ((8, 1, 200), {"out_channels": 9, "kernel": (1, 9), "stride": (1, 2), "padding": (0, 4, 0, 4)}),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 7, 8])
+def test_layers_of_real_networks(path, layer, bits):
+    """With a residual, in place or not, and with the extreme codes, whose sums overflow s16 if anything does."""
+    shape, conv = LAYERS[layer]
+    rng = np.random.default_rng(bits)
+    builder = Builder(rng, shape, (0.25, 128))
+    residual = builder.conv2d(0, **conv, bits=bits, codes="extreme")
+    builder.conv2d(0, **conv, bits=bits, codes="lowest", residual=residual, exact=True)
+    graph = Graph([builder.member()])
+    assert_equals_reference(graph, batch(graph, 2, rng), path, batches=(2,), threads=(1, 2))
+
+
+@pytest.mark.parametrize("zero_point", [0, 255])
+def test_largest_accumulators(path, zero_point):
+    """K = 65793 is the most for 8 bits: every product is -+255*128 and the sum 128 short of 2^31."""
+    builder = Builder(np.random.default_rng(0), (65_793,), (1.0, zero_point))
+    builder.linear(0, 3, bits=8, codes="lowest", dtype="f32")
+    graph = Graph([builder.member()])
+    constants = graph.members[0].nodes[0].constants
+    constants["multiplier"][:], constants["bias"][:] = 1, 0
+    x = np.full((1, 65_793), 255 - 2 * zero_point, np.float32)
+    assert_equals_reference(graph, x, path, batches=(1,), threads=(1,))
+    assert abs(reference.run(graph, x)[0, 0]) == 2.0**31 - 128
+
+
+def test_accumulators_above_2_to_24_round_half_to_even(path):
+    builder = Builder(np.random.default_rng(0), (1000,), (1.0, 0))
+    builder.linear(0, 33, bits=8, dtype="f32")
+    constants = builder.nodes[0].constants
+    constants["multiplier"][:], constants["bias"][:] = 1, 0
+    constants["weight"][:] = 127
+    graph = Graph([builder.member()])
+    x = np.random.default_rng(1).integers(150, 256, (4, 1000)).astype(np.float32)  # sums near 2^24.6: odd ones are ties
+    assert_equals_reference(graph, x, path, batches=(4,), threads=(1,))
+
+
+@pytest.mark.parametrize("rule", ["logits", "probs"])
+@pytest.mark.parametrize("classes", [1, 2, 7, 1000])
+def test_ensembles_of_many_classes_and_large_logits(path, rule, classes):
+    rng = np.random.default_rng(classes)
+    members = []
+    for i in range(3):
+        builder = Builder(rng, (9,), (0.5, 10 * i))
+        builder.linear(0, classes, dtype="f32", size=(0.01, 1.0, 40.0)[i])
+        members.append(builder.member(f"m{i}"))
+    graph = Graph(members, rule)
+    assert_equals_reference(graph, batch(graph, 5, rng), path, batches=(5, 1), threads=(1, 2))
+
+
+def small_network(seed: int = 0, preprocess: bool = False) -> Graph:
+    rng = np.random.default_rng(seed)
+    builder = Builder(rng, (3, 12, 11), (0.02, 110))
+    x = builder.conv2d(0, 24, (3, 3), padding=(1, 1, 1, 1), bits=7)
+    x = builder.conv2d(x, 24, (3, 3), padding=(1, 1, 1, 1), bits=4, residual=x, clamp=(30, 255))
+    x = builder.reshape(builder.avg_pool2d(x, (12, 11), (1, 1), (0, 0, 0, 0), per_count=False), (24,))
+    builder.linear(x, 10, dtype="f32")
+    entry = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]} if preprocess else None
+    return Graph([builder.member(preprocess=entry)], preprocess=entry)
+
+
+@pytest.fixture
+def network(tmp_path) -> tuple[qdeploy.Model, Graph, np.ndarray]:
+    """A loaded model, its graph and a batch."""
+    graph = small_network()
+    save(graph, tmp_path / "m.safetensors")
+    return qdeploy.load_int_model(tmp_path / "m.safetensors", 2), graph, batch(graph, 6, np.random.default_rng(1))
+
+
+def test_raw_images_give_what_preprocessed_floats_give(tmp_path):
+    graph = small_network(preprocess=True)
+    path = tmp_path / "m.safetensors"
+    raw = batch(graph, 4, np.random.default_rng(3), np.uint8)
+    assert_equals_reference(graph, raw, path)
+    mean, std = (np.asarray(graph.preprocess[key], np.float32) for key in ("mean", "std"))
+    x = ((raw.astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    model = qdeploy.load_int_model(path)
+    assert_same(model(raw), model(x), "u8 and f32")
+
+
+def test_batches_in_any_order_on_one_model(network):
+    model, graph, x = network
+    expected = reference.run(graph, x)
+    for n in (3, 1, 0, 6, 2, 6, 1):
+        assert_same(model(x[:n]), expected[:n], n)
+
+
+def test_inputs_of_any_memory_layout(network):
+    model, graph, x = network
+    expected = reference.run(graph, x)
+    assert_same(model(np.asfortranarray(x)), expected, "column-major")
+    assert_same(model(np.repeat(x, 2, axis=3)[..., ::2]), expected, "strided")
+    assert_same(model(x[::-1]), expected[::-1], "reversed")
+    nhwc = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    assert_same(model(nhwc), expected, "channels last")
+    unaligned = np.frombuffer(b"x" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    unaligned.setflags(write=False)
+    assert_same(model(unaligned), expected, "unaligned and read-only")
+
+
+def test_many_threads_on_one_model(network):
+    model, graph, x = network
+    expected = reference.run(graph, x)
+
+    def work(i: int) -> bool:
+        n = 1 + i % 6
+        return model(x[:n]).tobytes() == expected[:n].tobytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(400)))
+
+
+def test_models_share_the_pool(tmp_path):
+    """Models of different thread counts, used at once from several threads."""
+    jobs = []
+    for seed in range(4):
+        graph = small_network(seed)
+        save(graph, tmp_path / f"{seed}.safetensors")
+        x = batch(graph, 2, np.random.default_rng(seed))
+        model = qdeploy.load_int_model(tmp_path / f"{seed}.safetensors", seed + 1, ISAS[seed % len(ISAS)])
+        jobs.append((model, x, reference.run(graph, x)))
+    with ThreadPoolExecutor(4) as pool:
+        results = pool.map(lambda i: jobs[i % 4][0](jobs[i % 4][1]).tobytes() == jobs[i % 4][2].tobytes(), range(200))
+        assert all(results)
+
+
+def test_use_after_fork(network):
+    """The worker threads do not exist in the child; parent and child both go on."""
+    model, graph, x = network
+    expected = reference.run(graph, x)
+    for _ in range(3):
+        assert_same(model(x), expected, "before")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of any fork with threads
+            child = os.fork()
+        if child == 0:
+            same = all(model(x[:n]).tobytes() == expected[:n].tobytes() for n in (6, 1, 3))
+            os._exit(0 if same else 1)
+        assert_same(model(x), expected, "in the parent")
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_pickle_needs_the_file_only_once(network, tmp_path):
+    model, graph, x = network
+    expected = reference.run(graph, x)
+    data = pickle.dumps(model)
+    (tmp_path / "m.safetensors").unlink()
+    copied = pickle.loads(data)
+    assert_same(copied(x), expected, "unpickled")
+    assert (copied.isa, copied.num_threads) == (model.isa, model.num_threads)
+    assert_same(pickle.loads(pickle.dumps(copied))(x), expected, "pickled again")
+    with pytest.raises(ModelError, match="expected the file that was loaded, got another or none"):
+        pickle.dumps(model)
+
+
+def test_pickle_in_another_process(network):
+    model, graph, x = network
+    code = "import pickle, sys; model, x = pickle.load(sys.stdin.buffer); sys.stdout.buffer.write(model(x).tobytes())"
+    command, data = [sys.executable, "-c", code], pickle.dumps((model, x))
+    assert subprocess.run(command, check=True, capture_output=True, input=data).stdout == reference.run(graph, x).tobytes()
+
+
+def test_a_file_may_change_after_loading(network, tmp_path):
+    model, graph, x = network
+    os.truncate(tmp_path / "m.safetensors", 0)
+    assert_same(model(x), reference.run(graph, x), "after truncation")
+
+
+def test_loading_keeps_no_file_open(tmp_path):
+    save(small_network(), tmp_path / "m.safetensors")
+    before = len(os.listdir("/proc/self/fd"))
+    models = [qdeploy.load_int_model(tmp_path / "m.safetensors") for _ in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    del models
+
+
+BAD_INPUTS = {
+    "a list": ([[1.0]], r"expected float32 \[N, 3, 12, 11\], got list"),
+    "float64": (np.zeros((1, 3, 12, 11)), r"expected float32 \[N, 3, 12, 11\], got float64 \[1, 3, 12, 11\]"),
+    "int32": (np.zeros((1, 3, 12, 11), np.int32), "got int32"),
+    "uint8 without preprocess": (np.zeros((1, 12, 11, 3), np.uint8), "got uint8"),
+    "no batch": (np.zeros((3, 12, 11), np.float32), r"got float32 \[3, 12, 11\]"),
+    "a scalar": (np.float32(1) + np.zeros((), np.float32), "got float32"),
+    "channels": (np.zeros((1, 4, 12, 11), np.float32), r"got float32 \[1, 4, 12, 11\]"),
+    "height": (np.zeros((1, 3, 11, 11), np.float32), r"got float32 \[1, 3, 11, 11\]"),
+    "an empty batch of another shape": (np.zeros((0, 3, 11, 11), np.float32), r"got float32 \[0, 3, 11, 11\]"),
+    "big-endian": (np.zeros((1, 3, 12, 11), ">f4"), "expected"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_inputs_that_do_not_fit(network, case):
+    x, message = BAD_INPUTS[case]
+    with pytest.raises(InputError, match=message):
+        network[0](x)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_anywhere(tmp_path, isa, bad):
+    """At every place of odd shapes, so that no vector tail is forgotten; afterwards the model still works."""
+    for shape in [(3, 5, 7), (1, 1, 1), (4, 2, 9), (67,)]:
+        builder = Builder(np.random.default_rng(0), shape, (0.1, 3))
+        builder.table(0)
+        graph = Graph([builder.member()])
+        save(graph, tmp_path / "m.safetensors")
+        model = qdeploy.load_int_model(tmp_path / "m.safetensors", 1, isa)
+        x = batch(graph, 2, np.random.default_rng(0))
+        for place in range(x.size):
+            damaged = x.copy()
+            damaged.reshape(-1)[place] = bad
+            with pytest.raises(InputError, match="expected finite .*, got NaN or infinity - at the input"):
+                model(damaged)
+        assert_same(model(x), reference.run(graph, x), "after errors")
+
+
+def test_options_that_do_not_fit(network, tmp_path):
+    path = tmp_path / "m.safetensors"
+    for threads in (0, -1, 257, 10_000, 1.5, True, "2"):
+        with pytest.raises(InputError, match="expected 1 to 256 threads, got .* - at num_threads"):
+            qdeploy.load_int_model(path, threads)
+    with pytest.raises(InputError, match="expected .*scalar.*, got .*mmx"):
+        qdeploy.load_int_model(path, isa="mmx")
+    with pytest.raises(InputError, match="expected the name of a node, .*got 'fc' - at taps"):
+        network[0](network[2], taps=["fc"])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_environment_chooses_the_isa(network, tmp_path, isa):
+    code = "import qdeploy, sys; print(qdeploy.load_int_model(sys.argv[1]).isa)"
+    command = [sys.executable, "-c", code, str(tmp_path / "m.safetensors")]
+    result = subprocess.run(command, env={**os.environ, "QDEPLOY_ISA": isa}, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == isa
+
+
+def test_environment_with_an_isa_that_does_not_exist(network, tmp_path):
+    code = "import qdeploy, sys; qdeploy.load_int_model(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path / "m.safetensors")]
+    result = subprocess.run(command, env={**os.environ, "QDEPLOY_ISA": "sse9"}, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "InputError: expected" in result.stderr
+    assert "sse9" in result.stderr
+
+
+def test_predict_needs_scores(tmp_path):
+    builder = Builder(np.random.default_rng(0), (2, 3, 3), (0.1, 3))
+    builder.table(0)
+    save(Graph([builder.member()]), tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match="expected a model with one score per class"):
+        qdeploy.load_int_model(tmp_path / "m.safetensors").predict(np.zeros((1, 2, 3, 3), np.float32))
+
+
+def test_the_first_of_equal_scores_is_the_class(tmp_path):
+    builder = Builder(np.random.default_rng(0), (2,), (0.1, 3))
+    builder.linear(0, 70, dtype="f32")
+    for value in builder.nodes[0].constants.values():
+        value[3:] = value[3]  # scores from 3 on are equal
+        value[:3] = -1
+    builder.nodes[0].constants["bias"][3:] = 1000
+    graph = Graph([builder.member()])
+    save(graph, tmp_path / "m.safetensors")
+    for isa in ISAS:
+        classes = qdeploy.load_int_model(tmp_path / "m.safetensors", isa=isa).predict(batch(graph, 3, builder.rng))
+        assert_same(classes, np.array([3, 3, 3]), isa)
+
+
+def test_plan_and_profile_name_every_node(network):
+    model, graph, x = network
+    names = [node.name for node in graph.members[0].nodes]
+    plan = model.plan(2)
+    assert [step["name"] for step in plan] == names
+    assert sum(step["share_of_macs"] for step in plan) == pytest.approx(1)
+    assert plan[0]["macs"] == 2 * 24 * 3 * 9 * 12 * 11
+    assert [step["bits"] for step in plan if step["bits"]] == [7, 4, 8]
+    profile = model.profile(x, rounds=3)
+    assert [step["name"] for step in profile] == names
+    assert all(step["microseconds"] >= 0 for step in profile)
+
+
+def test_description_of_a_model(network, tmp_path):
+    model, graph, _ = network
+    assert model.inputs[0]["shape"] == (3, 12, 11)
+    assert (model.inputs[0]["scale"], model.inputs[0]["zero_point"]) == (pytest.approx(0.02), 110)
+    assert (model.outputs[0]["shape"], model.outputs[0]["dtype"]) == ((10,), "f32")
+    assert model.weight_bits == {"conv2d.0": 7, "conv2d.1": 4, "linear.4": 8}
+    assert model.nbytes == (tmp_path / "m.safetensors").stat().st_size
+    assert (model.num_threads, model.members) == (2, ["net"])

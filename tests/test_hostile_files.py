@@ -1,0 +1,275 @@
+"""Damaged and hostile files: the engine and qdeploy.format give a ModelError or a model that runs, and agree which.
+
+The mutations run in child processes, so that a crash or a hang is a failed test: the file of the moment is on disk, and
+the report says where. `python tests/test_hostile_files.py json 7 100000 model.safetensors` mutates a copy of yours.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from random_graphs import Builder, batch
+
+import qdeploy
+from qdeploy import _engine, reference
+from qdeploy.errors import ModelError
+from qdeploy.format import load, save
+from qdeploy.graph import Graph
+
+RUNNABLE_ELEMENTS = 100_000  # mutated shapes can be valid and huge; larger models are loaded but not run
+NUMBERS = [0, -1, 1, 2, 3, 7, 8, 9, 255, 256, 65_535, 65_536, 2**24, 2**28, 2**31 - 1, 2**31, 2**32, 2**53, 2**62]
+NUMBERS += [2**63 - 1, 2**63, 2**64, 2**64 - 1, -(2**31), -(2**63), 10**30, 10**400]
+NUMBERS += [0.0, -0.0, 0.5, 1.0, 2.0, 1e-45, 1e-320, 3.5e38, -1e39, 1e100, 1e308, math.nan, math.inf, -math.inf]
+VALUES = [
+    *NUMBERS,
+    "",
+    "x",
+    "U8",
+    "f32",
+    "\x00",
+    "\ud800",
+    "é" * 300,
+    None,
+    True,
+    False,
+    [],
+    {},
+    [1],
+    [[]],
+    [1, 1, 1, 1],
+]
+DEEP = "@deep@"  # stands for many brackets, which json.dumps cannot write
+
+
+def network() -> Graph:
+    """All ops, preprocess and classes in a small file."""
+    entry = {"mean": [0.5, 0.25, 0.125], "std": [0.25, 0.5, 1.0]}
+    builder = Builder(np.random.default_rng(0), (3, 6, 5), (0.02, 110))
+    a = builder.conv2d(0, 6, (3, 3), (2, 1), (1, 0, 1, 2), bits=5, groups=3)
+    b = builder.conv2d(0, 6, (3, 1), (2, 1), (1, 0, 1, 0), bits=7, residual=a, clamp=(10, 250))
+    c = builder.table(a, quantization=builder.quantization(b))
+    d = builder.concat([b, c])
+    e = builder.add(d, d)
+    f = builder.max_pool2d(e, (2, 2), (1, 2), (1, 0, 0, 1), (1, 2))
+    g = builder.avg_pool2d(f, (2, 2), (2, 2), (0, 0, 1, 1))
+    h = builder.reshape(g, (math.prod(builder.shape(g)),))
+    builder.linear(h, 2, bits=3, dtype="f32")
+    return Graph([builder.member(preprocess=entry)], preprocess=entry, classes=["cat", "dog"])
+
+
+def ensemble() -> Graph:
+    members = []
+    for i in range(3):
+        builder = Builder(np.random.default_rng(i), (5,), (0.5, 100 + i))
+        builder.table(builder.linear(0, 4, bits=2 + i), "f32")
+        members.append(builder.member(f"m{i}"))
+    return Graph(members, "probs")
+
+
+GRAPHS = {"network": network, "ensemble": ensemble}
+
+
+# ---- What runs in the child -------------------------------------------------------------------------------------------
+
+
+def check_file(path: Path, isa: str, must_fail: bool = False) -> bool:
+    """Load with both readers; where both accept the file, the results must be the same. Returns whether they did."""
+    try:
+        graph = load(path)
+    except ModelError as error:
+        check_message(str(error))
+        graph = None
+    try:
+        model = qdeploy.load_int_model(path, 1, isa)
+    except ModelError as error:
+        check_message(str(error))
+        model = None
+    if (graph is None) != (model is None):
+        raise AssertionError(f"accepted by {'the engine' if model else 'qdeploy.format'} only")
+    if must_fail and model is not None:
+        raise AssertionError("accepted")
+    if graph is None:
+        return False
+    tensors = [tensor for member in graph.members for tensor in member.tensors]
+    depths = [node.constants["weight"][0].size for member in graph.members for node in member.nodes if node.bits]
+    if sum(math.prod(tensor.shape) for tensor in tensors) * max([1, *depths]) <= RUNNABLE_ELEMENTS:
+        x = batch(graph, 1, np.random.default_rng(0))
+        if model(x).tobytes() != reference.run(graph, x).tobytes():
+            raise AssertionError("other results than the reference")
+    return True
+
+
+def check_message(message: str) -> None:
+    if "\n" in message or not message.startswith("expected ") or ", got" not in message or " - at " not in message:
+        raise AssertionError(f"not one line of the form 'expected X, got Y - at Z': {message!r}")
+
+
+def truncations(path: Path) -> int:
+    for size in reversed(range(path.stat().st_size)):  # in place: each file is the beginning of the one before
+        os.truncate(path, size)
+        check_file(path, _engine.isas()[-1], must_fail=True)
+    return 0
+
+
+def mutations(path: Path, mutate, seed: int, count: int) -> int:
+    """Returns how many of the `count` mutated files were still models."""
+    original = path.read_bytes()
+    return sum(
+        check_mutation(path, original, mutate, random.Random(f"{seed} {i}"), f"{seed} {i}") for i in range(count)
+    )
+
+
+def check_mutation(path: Path, original: bytes, mutate, rng: random.Random, name: str) -> bool:
+    path.write_bytes(mutate(original, rng))
+    try:
+        return check_file(path, rng.choice(_engine.isas()))
+    except Exception as error:
+        raise AssertionError(f"mutation {name}: {error}") from error
+
+
+def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
+    """A few flips, overwrites, insertions, deletions and copies, half of them in the first kilobyte."""
+    result = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 5, 20])):
+        size = len(result)
+        at = rng.randrange(min(size, rng.choice([16, 1024, size])))
+        length = rng.choice([1, 1, 2, 4, 8, 100])
+        kind = rng.randrange(6)
+        if kind == 0:
+            result[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            result[at] = rng.choice(b'\x00\xff\x7f\x80 0123456789-+.eE[]{}",:\\')
+        elif kind == 2:
+            result[at:at] = rng.randbytes(length)
+        elif kind == 3:
+            del result[at : at + length]
+        elif kind == 4:
+            other = rng.randrange(size)
+            result[at : at + length] = result[other : other + length]
+        else:
+            result[at : at + length] = rng.randbytes(length)
+        if len(result) < 16:
+            break
+    return bytes(result)
+
+
+class Twin(str):
+    """A key that a dict can hold beside its equal."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def mutate_json(data: bytes, rng: random.Random) -> bytes:
+    """Changes in the header's or the graph's tree; the file around it stays well formed."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    graph = json.loads(header["__metadata__"]["graph"])
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        change(rng.choice([graph, graph, graph, header]), rng)
+    metadata = header.get("__metadata__")
+    if isinstance(metadata, dict) and "graph" in metadata:
+        metadata["graph"] = dump(graph, rng)
+    text = dump(header, rng).encode("utf-8", "surrogatepass")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def dump(document: object, rng: random.Random) -> str:
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=rng.random() < 0.5)
+    depth = rng.choice([3, 15, 16, 17, 500, 100_000])
+    return text.replace(f'"{DEEP}"', "[" * depth + "]" * depth).replace(f'\\"{DEEP}\\"', "[" * depth + "]" * depth)
+
+
+def change(tree: dict | list, rng: random.Random) -> None:
+    places = list(containers(tree))
+    at = rng.choice(places)
+    keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+    if not keys:
+        return
+    key = rng.choice(keys)
+    kind = rng.randrange(8)
+    if kind <= 2:
+        at[key] = rng.choice(VALUES)
+    elif kind == 3:
+        del at[key]
+    elif kind == 4 and isinstance(at, dict):
+        at[Twin(key)] = rng.choice([at[key], *VALUES])
+    elif kind == 4:
+        at.insert(rng.randrange(len(at) + 1), at[key])
+    elif kind == 5:
+        other = rng.choice(places)
+        at[key] = json.loads(json.dumps(rng.choice(list(other.values()) if isinstance(other, dict) else other or [0])))
+    elif kind == 6 and isinstance(at[key], int):
+        at[key] += rng.choice([-1, 1, 2, 4, -4, 8])
+    elif kind == 7:
+        at[rng.choice([key, "extra"]) if isinstance(at, dict) else key] = rng.choice([DEEP, at[key]])
+
+
+def containers(tree: object):
+    """Every object and array in the tree that has entries, the tree itself first."""
+    if isinstance(tree, (dict, list)) and tree:
+        yield tree
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from containers(value)
+
+
+KINDS = {"bytes": mutate_bytes, "json": mutate_json}
+
+
+def main(kind: str, seed: str, count: str, path: str) -> None:
+    faulthandler.enable()
+    file = Path(path)
+    models = truncations(file) if kind == "truncate" else mutations(file, KINDS[kind], int(seed), int(count))
+    print(models)
+
+
+# ---- What pytest runs -------------------------------------------------------------------------------------------------
+
+
+def run_child(path: Path, kind: str, seed: int = 0, count: int = 0) -> int:
+    command = [sys.executable, __file__, kind, str(seed), str(count), str(path)]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"no end within 240 s: see {path}")
+    if result.returncode:
+        pytest.fail(f"exit code {result.returncode} on the file left at {path}:\n{result.stderr[-3000:]}")
+    return int(result.stdout)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_files_themselves_are_fine(tmp_path, name):
+    save(GRAPHS[name](), tmp_path / "m.safetensors")
+    for isa in _engine.isas():
+        assert check_file(tmp_path / "m.safetensors", isa)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_truncation(tmp_path, name):
+    save(GRAPHS[name](), tmp_path / "m.safetensors")
+    run_child(tmp_path / "m.safetensors", "truncate")
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(("kind", "count"), [("bytes", 1500), ("json", 2500)])
+def test_random_mutations(tmp_path, name, kind, count):
+    save(GRAPHS[name](), tmp_path / "m.safetensors")
+    models = run_child(tmp_path / "m.safetensors", kind, 1, count)
+    assert 0 < models < count  # some changes do no harm, and that is tested too
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
