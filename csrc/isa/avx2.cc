@@ -1,0 +1,576 @@
+// AVX2 + FMA. The convolution multiplies u8 activations by s8 weights with vpmaddubsw, which adds two products in 16
+// bits and would saturate; here it never does, because narrow codes leave room:
+//
+//     bits   |a*w| <=     products that fit s16      kernel
+//     2..4   255*8         16  (32640)               8 vpmaddubsw summed by vpaddw, then one vpmaddwd by ones, vpaddd
+//     5      255*16         8  (32640)               4
+//     6      255*32         4  (32640)               2
+//     7      255*64         2  (32640)               1
+//     8      255*128        none: vpmaddubsw is wrong. Weights are stored as s16, activations widened, vpmaddwd exact
+//
+// Panel, NR = 32: four vectors v of 8 channels; a vpbroadcastd of a[i..i+3] meets each.
+//     s8x4    w[t][k/4][32][4]:  | v0: n=0 i..i+3 | n=1 i..i+3 | ... n=7 | v1: n=8 ... | v2 | v3 |   next i += 4
+//     s16x2   w[t][k/2][32][2]:  | v0: n=0 i,i+1  | n=1 i,i+1  | ... n=7 | v1: n=8 ... | v2 | v3 |   next i += 2
+//
+// Instructions of Skylake (latency; ports): vpmaddubsw, vpmaddwd 5; 0,1   vpaddw, vpaddd 1; 0,1,5   vpbroadcastd from
+// memory: load ports only. The chain through an accumulator is one vpaddd, so two pixels already hide every latency and
+// the tile is chosen for the 4-wide front end and the two loads a cycle: one broadcast serves four vectors, weights are
+// memory operands (fused). 2 pixels x 4 vectors = 8 accumulators + 4 sums + broadcast, product, ones = 15 of 16
+// registers. Measured at 2.7 GHz, weights in L1, GMAC/s: 7 bits 77 (6 pixels x 2 vectors: 72), 6: 86 (81), 5: 96 (90),
+// 4: 105 (92), 8: 56. Three pixels x 4 vectors spill.
+//
+// Four vectors need weights at 19 bytes a cycle, which L2 does not keep up with (4 bits: 94 instead of 105). So the
+// pixels of all tiles are taken in batches, and a batch finishes one L1-sized chunk of the panel before the next one;
+// its accumulators wait in memory. Pixels pair up across tiles and rows: no width wastes anything.
+//
+// The multiply-add operations are asm volatile: with intrinsics GCC 12 hoists the vpmaddubsw of a whole block and
+// spills.
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ukernels.h"
+
+#define QD_INLINE inline __attribute__((always_inline))
+#define QD_UNROLL _Pragma("GCC unroll 8")
+
+namespace qdeploy {
+namespace {
+
+constexpr int kNr = 32;
+constexpr int kPanelVectors = 4;  // of 8 channels
+constexpr int kVectorBytes = 32;
+constexpr int kBatch = 28;          // pixels; a multiple of 2 and of the 14 of a full tile
+constexpr int kChunkBytes = 16384;  // of weights: half of L1
+
+typedef int32_t __attribute__((may_alias, aligned(1))) AnyInt32;  // any four bytes
+typedef int16_t __attribute__((may_alias, aligned(1))) AnyInt16;
+
+// ---- The output rule ----------------------------------------------------------------------------------------------
+
+QD_INLINE __m256 u8_to_f32x8(const uint8_t* a) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a))));
+}
+
+// 32 channels from four vectors of rounded s32: saturation to u8 first, which no integer clamp within 0..255 notices.
+QD_INLINE __m256i pack_u8x32(const __m256i (&c_i32x8)[4], uint8_t qmin, uint8_t qmax) {
+  const __m256i c01_i16x16 = _mm256_packs_epi32(c_i32x8[0], c_i32x8[1]);
+  const __m256i c23_i16x16 = _mm256_packs_epi32(c_i32x8[2], c_i32x8[3]);
+  const __m256i lanes_u8x32 = _mm256_packus_epi16(c01_i16x16, c23_i16x16);
+  const __m256i c_u8x32 = _mm256_permutevar8x32_epi32(lanes_u8x32, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  return _mm256_min_epu8(_mm256_max_epu8(c_u8x32, _mm256_set1_epi8(static_cast<char>(qmin))),
+                         _mm256_set1_epi8(static_cast<char>(qmax)));
+}
+
+// The first n (at most 32) bytes, in the pieces of 16, 8, 4, 2, 1 that n consists of.
+QD_INLINE void store_u8(__m256i c_u8x32, size_t n, uint8_t* c) {
+  if (n >= 32) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(c), c_u8x32);
+    return;
+  }
+  __m128i c_u8x16 = _mm256_castsi256_si128(c_u8x32);
+  if (n & 16) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(c), c_u8x16);
+    c_u8x16 = _mm256_extracti128_si256(c_u8x32, 1);
+    c += 16;
+  }
+  if (n & 8) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(c), c_u8x16);
+    c_u8x16 = _mm_srli_si128(c_u8x16, 8);
+    c += 8;
+  }
+  if (n & 4) {
+    *reinterpret_cast<AnyInt32*>(c) = _mm_cvtsi128_si32(c_u8x16);
+    c_u8x16 = _mm_srli_si128(c_u8x16, 4);
+    c += 4;
+  }
+  if (n & 2) {
+    *reinterpret_cast<AnyInt16*>(c) = static_cast<int16_t>(_mm_extract_epi16(c_u8x16, 0));
+    c_u8x16 = _mm_srli_si128(c_u8x16, 2);
+    c += 2;
+  }
+  if (n & 1) *c = static_cast<uint8_t>(_mm_extract_epi8(c_u8x16, 0));
+}
+
+QD_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// r holds up to 32 channels, the first n of which are written.
+QD_INLINE void store(const __m256 (&r_f32x8)[4], uint8_t qmin, uint8_t qmax, size_t n, uint8_t* c) {
+  __m256i c_i32x8[4];
+  QD_UNROLL for (int v = 0; v < 4; ++v) c_i32x8[v] = _mm256_cvtps_epi32(r_f32x8[v]);
+  store_u8(pack_u8x32(c_i32x8, qmin, qmax), n, c);
+}
+
+QD_INLINE void store(const __m256 (&r_f32x8)[4], uint8_t, uint8_t, size_t n, float* c) {
+  if (n >= 32) {
+    QD_UNROLL for (int v = 0; v < 4; ++v) _mm256_storeu_ps(c + 8 * v, r_f32x8[v]);
+  } else {
+    QD_UNROLL for (int v = 0; v < 4; ++v) {
+      _mm256_maskstore_ps(c + 8 * v, first_lanes(static_cast<int>(n) - 8 * v), r_f32x8[v]);
+    }
+  }
+}
+
+// ---- Convolution --------------------------------------------------------------------------------------------------
+
+QD_INLINE void broadcast(__m256i& b, const void* a) {
+  asm volatile("vpbroadcastd %1, %0" : "=x"(b) : "m"(*static_cast<const AnyInt32*>(a)));
+}
+QD_INLINE void multiply_u8s8(__m256i& product, const __m256i& b, const int8_t* w) {
+  asm volatile("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(b), "m"(*reinterpret_cast<const __m256i*>(w)));
+}
+QD_INLINE void multiply_s16(__m256i& product, const __m256i& b, const int8_t* w) {
+  asm volatile("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(b), "m"(*reinterpret_cast<const __m256i*>(w)));
+}
+QD_INLINE void widen(__m256i& sum, const __m256i& ones) { asm volatile("vpmaddwd %1, %0, %0" : "+x"(sum) : "x"(ones)); }
+QD_INLINE void add_i16(__m256i& sum, const __m256i& b) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(b)); }
+QD_INLINE void add_i32(__m256i& sum, const __m256i& b) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(b)); }
+
+// A piece of the panel: some whole taps, or k bytes of one tap from byte `begin` on.
+struct Chunk {
+  const int32_t* tap_offset;
+  int32_t taps;
+  int32_t begin;
+  int32_t k;
+  const int8_t* w;
+  bool first, last;
+};
+
+// Pixels that go through the panel together.
+struct Batch {
+  int pixels;
+  bool f32;  // output
+  const uint8_t* a[kBatch];
+  ptrdiff_t c[kBatch];
+  ptrdiff_t residual[kBatch];
+  alignas(32) int32_t acc[kBatch][kNr];  // between two chunks
+  const char* prefetch;                  // what is left to fetch of the next panel
+  size_t prefetch_lines;
+};
+
+// A panel with n <= 16 computes only two of its four vectors: kVectors = 2.
+template <int kRows, int kVectors>
+using Accumulators = __m256i[kRows][kVectors];
+
+// Bits <= 7: kSums vpmaddubsw results fit s16.
+template <int kSums>
+struct NarrowWeights {
+  static constexpr int kElementBytes = 1;
+
+  // kBytes of k, a multiple of 4, as many at a time as fit s16.
+  template <int kBytes, int kRows, int kVectors>
+  static QD_INLINE void multiply(const uint8_t* (&a)[kRows], const int8_t*& w, const __m256i& ones,
+                                 Accumulators<kRows, kVectors>& acc_i32x8) {
+    constexpr int kGroups = kBytes / 4 < kSums ? kBytes / 4 : kSums;  // of 4 bytes, summed in s16
+    QD_UNROLL for (int i = 0; i < kBytes; i += 4 * kGroups) {
+      QD_UNROLL for (int r = 0; r < kRows; ++r) {
+        __m256i sum_i16x16[kVectors];
+        QD_UNROLL for (int g = 0; g < kGroups; ++g) {
+          __m256i a_u8x32;
+          broadcast(a_u8x32, a[r] + i + 4 * g);
+          QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+            __m256i product_i16x16;
+            multiply_u8s8(product_i16x16, a_u8x32, w + ((i / 4 + g) * kPanelVectors + v) * kVectorBytes);
+            if (g == 0) {
+              sum_i16x16[v] = product_i16x16;
+            } else {
+              add_i16(sum_i16x16[v], product_i16x16);
+            }
+          }
+        }
+        QD_UNROLL for (int v = 0; v < kVectors; ++v) widen(sum_i16x16[v], ones);
+        QD_UNROLL for (int v = 0; v < kVectors; ++v) add_i32(acc_i32x8[r][v], sum_i16x16[v]);
+      }
+    }
+    QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] += kBytes;
+    w += kBytes / 4 * kPanelVectors * kVectorBytes;
+  }
+
+  template <int kRows, int kVectors>
+  static QD_INLINE void accumulate(const Chunk& chunk, const uint8_t* const* pixels,
+                                   Accumulators<kRows, kVectors>& acc_i32x8) {
+    constexpr int kBlock = kSums == 8 ? 32 : 16;
+    const int8_t* w = chunk.w;
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int32_t t = 0; t < chunk.taps; ++t) {
+      const uint8_t* a[kRows];
+      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + chunk.tap_offset[t] + chunk.begin;
+      for (uint32_t i = static_cast<uint32_t>(chunk.k) / kBlock; i > 0; --i) multiply<kBlock>(a, w, ones, acc_i32x8);
+      if (kBlock == 32 && chunk.k & 16) multiply<16>(a, w, ones, acc_i32x8);
+      if (chunk.k & 8) multiply<8>(a, w, ones, acc_i32x8);
+      if (chunk.k & 4) multiply<4>(a, w, ones, acc_i32x8);
+    }
+  }
+};
+
+// 8 bits: s16 times s16 in vpmaddwd. The chunk's activations are widened once into a buffer, so that the inner loop has
+// no shuffle: 56 GMAC/s, against 49 with a broadcast and two vpshufb for every four bytes.
+struct WideWeights {
+  static constexpr int kElementBytes = 2;
+  static constexpr int kBufferElements = kChunkBytes / (kNr * kElementBytes) + 32;  // rounding of k, of the last store
+
+  static QD_INLINE void widen_pixel(const Chunk& chunk, const uint8_t* pixel, uint16_t* a_u16) {
+    for (int32_t t = 0; t < chunk.taps; ++t, a_u16 += chunk.k) {
+      const uint8_t* a = pixel + chunk.tap_offset[t] + chunk.begin;
+      for (int32_t i = 0; i < chunk.k; i += 16) {
+        const __m256i a_u16x16 = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(a_u16 + i), a_u16x16);
+      }
+    }
+  }
+
+  template <int kBytes, int kRows, int kVectors>
+  static QD_INLINE void multiply(const uint16_t* (&a)[kRows], const int8_t*& w,
+                                 Accumulators<kRows, kVectors>& acc_i32x8) {
+    QD_UNROLL for (int i = 0; i < kBytes; i += 2) {
+      QD_UNROLL for (int r = 0; r < kRows; ++r) {
+        __m256i a_u16x16;
+        broadcast(a_u16x16, a[r] + i);
+        QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+          __m256i product_i32x8;
+          multiply_s16(product_i32x8, a_u16x16, w + (i / 2 * kPanelVectors + v) * kVectorBytes);
+          add_i32(acc_i32x8[r][v], product_i32x8);
+        }
+      }
+    }
+    QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] += kBytes;
+    w += kBytes / 2 * kPanelVectors * kVectorBytes;
+  }
+
+  template <int kRows, int kVectors>
+  static QD_INLINE void accumulate(const Chunk& chunk, const uint8_t* const* pixels,
+                                   Accumulators<kRows, kVectors>& acc_i32x8) {
+    alignas(32) uint16_t a_u16[kRows][kBufferElements];
+    const uint16_t* a[kRows];
+    QD_UNROLL for (int r = 0; r < kRows; ++r) {
+      widen_pixel(chunk, pixels[r], a_u16[r]);
+      a[r] = a_u16[r];
+    }
+    const int8_t* w = chunk.w;
+    const uint32_t k = static_cast<uint32_t>(chunk.taps * chunk.k);
+    for (uint32_t i = k / 8; i > 0; --i) multiply<8>(a, w, acc_i32x8);
+    if (k & 4) multiply<4>(a, w, acc_i32x8);
+  }
+};
+
+template <int kVectors>
+QD_INLINE void write_pixel(const ConvParams& p, const __m256i (&acc_i32x8)[kVectors], const Batch& batch, int pixel) {
+  __m256 r_f32x8[4] = {};
+  QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+    r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[v]), _mm256_loadu_ps(p.scale + 8 * v),
+                                 _mm256_loadu_ps(p.bias + 8 * v));
+  }
+  if (p.residual) {
+    const __m256 scale_f32x8 = _mm256_set1_ps(p.residual_scale);
+    QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+      const uint8_t* residual = p.residual + batch.residual[pixel] + 8 * v;
+      r_f32x8[v] = _mm256_fmadd_ps(u8_to_f32x8(residual), scale_f32x8, r_f32x8[v]);
+    }
+  }
+  const size_t n = static_cast<size_t>(p.n);
+  if (batch.f32) {
+    store(r_f32x8, p.qmin, p.qmax, n, static_cast<float*>(p.c) + batch.c[pixel]);
+  } else {
+    store(r_f32x8, p.qmin, p.qmax, n, static_cast<uint8_t*>(p.c) + batch.c[pixel]);
+  }
+}
+
+// The next panel comes from DRAM: each pair of pixels fetches a piece of it, so that it is in L2 when it is due.
+QD_INLINE void prefetch_share(Batch* batch) {
+  constexpr size_t kLines = kChunkBytes / 64 / (kBatch / 2) + 1;
+  const size_t lines = batch->prefetch_lines < kLines ? batch->prefetch_lines : kLines;
+  for (size_t i = 0; i < lines; ++i) _mm_prefetch(batch->prefetch + 64 * i, _MM_HINT_T1);
+  batch->prefetch += 64 * lines;
+  batch->prefetch_lines -= lines;
+}
+
+// Adds one chunk to the pixels begin.. of the batch, kRows at a time as long as so many are left, and writes them after
+// the last chunk. Returns the first pixel that is not done.
+template <typename Weights, int kRows, int kVectors>
+__attribute__((noinline)) int run_chunk(const ConvParams& p, const Chunk& chunk, Batch* batch, int begin) {
+  int pixel = begin;
+  for (; pixel + kRows <= batch->pixels; pixel += kRows) {
+    Accumulators<kRows, kVectors> acc_i32x8;
+    QD_UNROLL for (int r = 0; r < kRows; ++r) {
+      const int32_t* acc = chunk.first ? p.comp : batch->acc[pixel + r];
+      QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+        acc_i32x8[r][v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(acc + 8 * v));
+      }
+    }
+    prefetch_share(batch);
+    Weights::accumulate(chunk, batch->a + pixel, acc_i32x8);
+    QD_UNROLL for (int r = 0; r < kRows; ++r) {
+      if (chunk.last) {
+        write_pixel(p, acc_i32x8[r], *batch, pixel + r);
+      } else {
+        QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(batch->acc[pixel + r] + 8 * v), acc_i32x8[r][v]);
+        }
+      }
+    }
+  }
+  return pixel;
+}
+
+template <typename Weights, int kVectors>
+void run_batch(const ConvParams& p, int32_t chunk_taps, int32_t chunk_k, Batch* batch) {
+  for (int32_t t = 0; t < p.taps; t += chunk_taps) {
+    for (int32_t i = 0; i < p.k; i += chunk_k) {
+      Chunk chunk;
+      chunk.tap_offset = p.tap_offset + t;
+      chunk.taps = p.taps - t < chunk_taps ? p.taps - t : chunk_taps;
+      chunk.begin = i;
+      chunk.k = p.k - i < chunk_k ? p.k - i : chunk_k;
+      chunk.w = static_cast<const int8_t*>(p.w) + (static_cast<size_t>(t) * p.k + i) * (kNr * Weights::kElementBytes);
+      chunk.first = t == 0 && i == 0;
+      chunk.last = t + chunk_taps >= p.taps && i + chunk_k >= p.k;
+      const int done = run_chunk<Weights, 2, kVectors>(p, chunk, batch, 0);
+      run_chunk<Weights, 1, kVectors>(p, chunk, batch, done);
+    }
+  }
+  batch->pixels = 0;
+}
+
+int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+template <typename Weights, bool kF32>
+void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
+  const ConvParams& p = *params;
+  constexpr int32_t kMaxK = kChunkBytes / (kNr * Weights::kElementBytes);
+  const int32_t max_taps = p.k < kMaxK ? kMaxK / p.k : 1;
+  const int32_t chunk_taps = ceil_div(p.taps, ceil_div(p.taps, max_taps));
+  const int32_t chunk_k = (ceil_div(p.k, ceil_div(p.k, kMaxK)) + 31) & ~31;
+  const auto run = p.n > 16 ? run_batch<Weights, 4> : run_batch<Weights, 2>;
+  Batch batch;
+  batch.pixels = 0;
+  batch.f32 = kF32;
+  batch.prefetch = static_cast<const char*>(p.prefetch);
+  batch.prefetch_lines = p.prefetch_bytes / 64;
+  for (const ConvTile* tile = tiles; tile != tiles + n_tiles; ++tile) {
+    for (int g = 0; g < tile->groups; ++g) {
+      for (int i = 0; i < tile->r; ++i) {
+        batch.a[batch.pixels] = p.a + tile->a[g] + i * p.a_stride;
+        batch.c[batch.pixels] = tile->c[g] + i * p.c_stride;
+        batch.residual[batch.pixels] = tile->residual[g] + i * p.residual_stride;
+        if (++batch.pixels == kBatch) run(p, chunk_taps, chunk_k, &batch);
+      }
+    }
+  }
+  run(p, chunk_taps, chunk_k, &batch);
+}
+
+template <typename Weights>
+ConvKernel conv_kernel(const char* name, WeightFormat format) {
+  return {name, conv<Weights, false>, conv<Weights, true>, 7, 2, kNr, format};
+}
+
+// ---- Depthwise convolution ----------------------------------------------------------------------------------------
+//
+// Two taps at a time: bytes a[t][n], a[t+1][n] are interleaved, widened to s16 and meet the same of w in vpmaddwd,
+// which is exact for any s8 weight. 16 channels of kPixels pixels share the four instructions that prepare the weights.
+
+QD_INLINE __m128i load_u8x16(const void* a) { return _mm_loadu_si128(static_cast<const __m128i*>(a)); }
+
+template <int kPixels>
+QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const uint8_t* a, uint8_t* c) {
+  for (int32_t n = 0; n < p.n; n += 16) {
+    __m256i acc_i32x8[kPixels][2];
+    QD_UNROLL for (int i = 0; i < kPixels; ++i) {
+      acc_i32x8[i][0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.comp + n));
+      acc_i32x8[i][1] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.comp + n + 8));
+    }
+    for (int32_t t = 0; t < p.taps; t += 2) {
+      const bool pair = t + 1 < p.taps;
+      const uint8_t* a0 = a + p.tap_offset[t] + n;
+      const uint8_t* a1 = pair ? a + p.tap_offset[t + 1] + n : a0;
+      const int8_t* w = p.w + t * p.w_stride + n;
+      const __m128i w0_s8x16 = load_u8x16(w);
+      const __m128i w1_s8x16 = pair ? load_u8x16(w + p.w_stride) : _mm_setzero_si128();
+      const __m256i w_lo_s16x16 = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(w0_s8x16, w1_s8x16));
+      const __m256i w_hi_s16x16 = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(w0_s8x16, w1_s8x16));
+      QD_UNROLL for (int i = 0; i < kPixels; ++i) {
+        const __m128i a0_u8x16 = load_u8x16(a0 + i * p.a_stride), a1_u8x16 = load_u8x16(a1 + i * p.a_stride);
+        const __m256i a_lo_u16x16 = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a0_u8x16, a1_u8x16));
+        const __m256i a_hi_u16x16 = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a0_u8x16, a1_u8x16));
+        acc_i32x8[i][0] = _mm256_add_epi32(acc_i32x8[i][0], _mm256_madd_epi16(a_lo_u16x16, w_lo_s16x16));
+        acc_i32x8[i][1] = _mm256_add_epi32(acc_i32x8[i][1], _mm256_madd_epi16(a_hi_u16x16, w_hi_s16x16));
+      }
+    }
+    QD_UNROLL for (int i = 0; i < kPixels; ++i) {
+      __m256i c_i32x8[4] = {};
+      QD_UNROLL for (int v = 0; v < 2; ++v) {
+        const __m256 r_f32x8 =
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[i][v]), _mm256_loadu_ps(p.scale + n + 8 * v),
+                            _mm256_loadu_ps(p.bias + n + 8 * v));
+        c_i32x8[v] = _mm256_cvtps_epi32(r_f32x8);
+      }
+      const int32_t left = p.n - n < 16 ? p.n - n : 16;
+      store_u8(pack_u8x32(c_i32x8, p.qmin, p.qmax), static_cast<size_t>(left), c + i * p.c_stride + n);
+    }
+  }
+}
+
+void depthwise(const DepthwiseParams* params, size_t pixels) {
+  const DepthwiseParams& p = *params;
+  const uint8_t* a = p.a;
+  uint8_t* c = p.c;
+  for (; pixels >= 4; pixels -= 4, a += 4 * p.a_stride, c += 4 * p.c_stride) depthwise_pixels<4>(p, a, c);
+  for (; pixels > 0; --pixels, a += p.a_stride, c += p.c_stride) depthwise_pixels<1>(p, a, c);
+}
+
+// ---- Pools --------------------------------------------------------------------------------------------------------
+
+void max_pool(const PoolParams* params, uint8_t* c) {
+  const PoolParams& p = *params;
+  for (size_t n = 0; n < p.n; n += 32) {
+    __m256i c_u8x32 = _mm256_setzero_si256();
+    const uint8_t* row = p.a + n;
+    for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
+      const uint8_t* a = row;
+      for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) {
+        c_u8x32 = _mm256_max_epu8(c_u8x32, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+      }
+    }
+    store_u8(c_u8x32, p.n - n, c + n);
+  }
+}
+
+template <typename Out>
+void avg_pool(const AvgPoolParams* params, Out* c) {
+  const PoolParams& p = params->window;
+  const __m256 scale_f32x8 = _mm256_set1_ps(params->scale), bias_f32x8 = _mm256_set1_ps(params->bias);
+  const __m256i comp_i32x8 = _mm256_set1_epi32(-params->zero_point * static_cast<int32_t>(p.rows * p.cols));
+  for (size_t n = 0; n < p.n; n += 32) {
+    __m256i acc_i32x8[4] = {comp_i32x8, comp_i32x8, comp_i32x8, comp_i32x8};
+    const uint8_t* row = p.a + n;
+    for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
+      const uint8_t* a = row;
+      for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) {
+        QD_UNROLL for (int v = 0; v < 4; ++v) {
+          const __m128i a_u8x8 = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a + 8 * v));
+          acc_i32x8[v] = _mm256_add_epi32(acc_i32x8[v], _mm256_cvtepu8_epi32(a_u8x8));
+        }
+      }
+    }
+    __m256 r_f32x8[4];
+    QD_UNROLL for (int v = 0; v < 4; ++v) {
+      r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[v]), scale_f32x8, bias_f32x8);
+    }
+    store(r_f32x8, params->qmin, params->qmax, p.n - n, c + n);
+  }
+}
+
+// ---- Elementwise --------------------------------------------------------------------------------------------------
+
+template <typename Out>
+void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
+  const __m256 scale_a_f32x8 = _mm256_set1_ps(params->scale_a), scale_b_f32x8 = _mm256_set1_ps(params->scale_b);
+  const __m256 bias_f32x8 = _mm256_set1_ps(params->bias);
+  for (size_t i = 0; i < n; i += 32) {
+    __m256 r_f32x8[4];
+    QD_UNROLL for (int v = 0; v < 4; ++v) {
+      const __m256 r_b_f32x8 = _mm256_fmadd_ps(u8_to_f32x8(b + i + 8 * v), scale_b_f32x8, bias_f32x8);
+      r_f32x8[v] = _mm256_fmadd_ps(u8_to_f32x8(a + i + 8 * v), scale_a_f32x8, r_b_f32x8);
+    }
+    store(r_f32x8, params->qmin, params->qmax, n - i, c + i);
+  }
+}
+
+// vpshufb looks up 16 entries by the low 4 bits and gives 0 where bit 7 is set. Row j of the table (entries
+// 16j..16j+15) is looked up with index x - 16j, which as s8 is negative for all x < 16j: so the rows are stored as the
+// difference to the row before, and the sum (xor) of all rows up to that of x is the entry. 8 rows serve x < 128; the
+// other 8 serve x - 128. 17 instructions on port 5 for 32 entries, against 32 loads and 32 stores of a byte.
+void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
+  __m256i rows_u8x32[16];
+  for (int j = 0; j < 16; ++j) {
+    __m128i row_u8x16 = load_u8x16(table + 16 * j);
+    if (j % 8 != 0) row_u8x16 = _mm_xor_si128(row_u8x16, load_u8x16(table + 16 * (j - 1)));
+    rows_u8x32[j] = _mm256_broadcastsi128_si256(row_u8x16);
+  }
+  const __m256i sixteen = _mm256_set1_epi8(16);
+  for (size_t i = 0; i < n; i += 32) {
+    const __m256i x_u8x32 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i));
+    __m256i low = x_u8x32, high = _mm256_xor_si256(x_u8x32, _mm256_set1_epi8(-128));
+    __m256i c_low = _mm256_setzero_si256(), c_high = _mm256_setzero_si256();
+    QD_UNROLL for (int j = 0; j < 8; ++j) {
+      c_low = _mm256_xor_si256(c_low, _mm256_shuffle_epi8(rows_u8x32[j], low));
+      c_high = _mm256_xor_si256(c_high, _mm256_shuffle_epi8(rows_u8x32[8 + j], high));
+      low = _mm256_sub_epi8(low, sixteen);
+      high = _mm256_sub_epi8(high, sixteen);
+    }
+    store_u8(_mm256_blendv_epi8(c_low, c_high, x_u8x32), n - i, c + i);
+  }
+}
+
+// ---- Input --------------------------------------------------------------------------------------------------------
+
+// The low byte of each lane is the code of one value. `finite` collects x - x: bits 0 unless x is NaN or infinite.
+QD_INLINE __m256i quantize_f32x8(__m256 a_f32x8, const QuantizeParams& p, __m256& not_finite) {
+  not_finite = _mm256_or_ps(not_finite, _mm256_sub_ps(a_f32x8, a_f32x8));
+  const __m256 r_f32x8 = _mm256_fmadd_ps(a_f32x8, _mm256_set1_ps(p.inv_scale), _mm256_set1_ps(p.zero_point));
+  const __m256 clamped_f32x8 = _mm256_min_ps(_mm256_max_ps(r_f32x8, _mm256_setzero_ps()), _mm256_set1_ps(255.0f));
+  return _mm256_cvtps_epi32(clamped_f32x8);
+}
+
+// Three planes to contiguous pixels, 8 at a time; returns how many pixels are done.
+QD_INLINE size_t quantize_rgb(const QuantizeParams& p, __m256& not_finite) {
+  const __m256i twelve_bytes = _mm256_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1,  //
+                                                0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+  size_t i = 0;
+  for (; i + 8 <= p.pixels; i += 8) {
+    const float* a = p.a + i;
+    const __m256i c0 = quantize_f32x8(_mm256_loadu_ps(a), p, not_finite);
+    const __m256i c1 = quantize_f32x8(_mm256_loadu_ps(a + p.plane_stride), p, not_finite);
+    const __m256i c2 = quantize_f32x8(_mm256_loadu_ps(a + 2 * p.plane_stride), p, not_finite);
+    const __m256i pixels = _mm256_or_si256(c0, _mm256_or_si256(_mm256_slli_epi32(c1, 8), _mm256_slli_epi32(c2, 16)));
+    const __m256i lanes = _mm256_shuffle_epi8(pixels, twelve_bytes);
+    const __m256i c = _mm256_permutevar8x32_epi32(lanes, _mm256_setr_epi32(0, 1, 2, 4, 5, 6, 3, 7));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p.c + 3 * i), _mm256_castsi256_si128(c));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p.c + 3 * i + 16), _mm256_extracti128_si256(c, 1));
+  }
+  return i;
+}
+
+bool quantize(const QuantizeParams* params) {
+  const QuantizeParams& p = *params;
+  __m256 not_finite = _mm256_setzero_ps();
+  const size_t done = p.channels == 3 && p.c_stride == 3 ? quantize_rgb(p, not_finite) : 0;
+  for (size_t ch = 0; ch < p.channels; ++ch) {
+    const float* plane = p.a + static_cast<ptrdiff_t>(ch) * p.plane_stride;
+    for (size_t i = done; i < p.pixels; i += 8) {
+      const size_t n = p.pixels - i < 8 ? p.pixels - i : 8;
+      alignas(32) int32_t codes[8];
+      _mm256_store_si256(
+          reinterpret_cast<__m256i*>(codes),
+          quantize_f32x8(_mm256_maskload_ps(plane + i, first_lanes(static_cast<int>(n))), p, not_finite));
+      uint8_t* c = p.c + static_cast<ptrdiff_t>(i) * p.c_stride + ch;
+      for (size_t j = 0; j < n; ++j, c += p.c_stride) *c = static_cast<uint8_t>(codes[j]);
+    }
+  }
+  const __m256i bits = _mm256_castps_si256(not_finite);
+  return _mm256_testz_si256(bits, bits);
+}
+
+}  // namespace
+
+void init_avx2(Kernels* kernels) {
+  kernels->isa = "avx2";
+  const ConvKernel w4 = conv_kernel<NarrowWeights<8>>("qu8_qc8w_conv_2x32c4_w4__avx2", WeightFormat::s8x4);
+  kernels->conv[2] = kernels->conv[3] = kernels->conv[4] = w4;
+  kernels->conv[5] = conv_kernel<NarrowWeights<4>>("qu8_qc8w_conv_2x32c4_w5__avx2", WeightFormat::s8x4);
+  kernels->conv[6] = conv_kernel<NarrowWeights<2>>("qu8_qc8w_conv_2x32c4_w6__avx2", WeightFormat::s8x4);
+  kernels->conv[7] = conv_kernel<NarrowWeights<1>>("qu8_qc8w_conv_2x32c4_w7__avx2", WeightFormat::s8x4);
+  kernels->conv[8] = conv_kernel<WideWeights>("qu8_qc8w_conv_2x32c2__avx2", WeightFormat::s16x2);
+  kernels->depthwise = depthwise;
+  kernels->max_pool = max_pool;
+  kernels->avg_pool_qu8 = avg_pool<uint8_t>;
+  kernels->avg_pool_f32 = avg_pool<float>;
+  kernels->add_qu8 = add<uint8_t>;
+  kernels->add_f32 = add<float>;
+  kernels->table = table;
+  kernels->quantize = quantize;
+}
+
+}  // namespace qdeploy

@@ -1,0 +1,207 @@
+// What the AVX-512 convolutions share: the walk over tiles, the address of a pixel, the next-panel prefetch and the output
+// rule. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
+//     kFormat               the packing of its weights
+//     kStep                 bytes of k between two calls of Prefetch::step
+//     sets(pixels)          how many sets of accumulators hide the latency of its sums
+//     tap<R, G>(acc, a, w, k, prefetch)   adds one tap to acc, advances a, returns w advanced
+#pragma once
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 sees its own _mm512_undefined_ps as an error of ours
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "../ukernels.h"
+
+#define QDEPLOY_INLINE inline __attribute__((always_inline))
+
+namespace qdeploy {
+namespace {  // internal linkage: each file compiles its own copy with its own -m flags
+
+constexpr int kMr = 7, kGroups = 2, kNr = 32;
+
+// The pixels of one group: p, p+s .. p+6s from one base register and three stride registers.
+struct Pixels {
+  const uint8_t* p;
+  ptrdiff_t s, s3, s5;
+
+  QDEPLOY_INLINE const uint8_t* operator[](int i) const {
+    switch (i) {
+      case 0: return p;
+      case 1: return p + s;
+      case 2: return p + 2 * s;
+      case 3: return p + s3;
+      case 4: return p + 4 * s;
+      case 5: return p + s5;
+      default: return p + 2 * s3;
+    }
+  }
+};
+
+// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a little per k-step, while this one
+// is in use. The cursor runs across the tiles of a call and rests at the end of the panel. Free of branches: a loop over a
+// number of lines known at run time cost a quarter of the speed. Few tiles have too few steps to touch every line;
+// then every other one must do, and the hardware fetches its neighbour.
+struct Prefetch {
+  const char* at;
+  const char* end;
+  size_t spacing;
+
+  Prefetch(const ConvParams& params, size_t lines) {
+    at = static_cast<const char*>(params.prefetch);
+    end = at + params.prefetch_bytes;
+    spacing = lines * 64 >= params.prefetch_bytes ? 64 : 128;
+  }
+
+  // One or two pixels take longer to load their weights than to multiply: the next panel has to come at the same pace.
+  static constexpr int lines(int pixels) { return pixels <= 2 ? 8 : 2; }
+
+  template <int kLines>
+  QDEPLOY_INLINE void step() {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLines; ++i) _mm_prefetch(at + i * spacing, _MM_HINT_T1);
+    const char* next = at + kLines * spacing;
+    at = next < end ? next : end;
+  }
+};
+
+// ---- The output rule --------------------------------------------------------------------------------------------------
+
+QDEPLOY_INLINE __m512 residual_f32x16(const uint8_t* residual) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(residual))));
+}
+
+// One tile: where each of its pixels goes, and what every pixel needs.
+template <int R, int G>
+struct Output {
+  const ConvParams& params;
+  const ConvTile& tile;
+  __m512 scale_f32x16[2], bias_f32x16[2];
+
+  QDEPLOY_INLINE Output(const ConvParams& params, const ConvTile& tile) : params(params), tile(tile) {
+    for (int j = 0; j < 2; ++j) {
+      scale_f32x16[j] = _mm512_loadu_ps(params.scale + 16 * j);
+      bias_f32x16[j] = _mm512_loadu_ps(params.bias + 16 * j);
+    }
+  }
+  QDEPLOY_INLINE size_t offset(int q) const { return tile.c[q / R] + q % R * params.c_stride; }
+
+  template <bool kResidual>
+  QDEPLOY_INLINE __m512 real(__m512i acc_i32x16, int q, int j) const {
+    __m512 x_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), scale_f32x16[j], bias_f32x16[j]);
+    if (kResidual) {
+      const uint8_t* residual = params.residual + tile.residual[q / R] + q % R * params.residual_stride + 16 * j;
+      x_f32x16 = _mm512_fmadd_ps(residual_f32x16(residual), _mm512_set1_ps(params.residual_scale), x_f32x16);
+    }
+    return x_f32x16;
+  }
+
+  // Saturating packs clamp to 0..255; two pixels leave one vector in channel order after one permutation of dwords.
+  template <bool kResidual>
+  QDEPLOY_INLINE void store_u8(const __m512i (&acc)[G * R][2]) const {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i qmin_u8x64 = _mm512_set1_epi8(static_cast<char>(params.qmin));
+    const __m512i qmax_u8x64 = _mm512_set1_epi8(static_cast<char>(params.qmax));
+    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << params.n) - 1);
+    uint8_t* c = static_cast<uint8_t*>(params.c);
+#pragma GCC unroll 7
+    for (int q = 0; q < G * R; q += 2) {
+      const int next = q + 1 < G * R ? q + 1 : q;
+      __m512i packed_i16x32[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const int pixel = i == 0 ? q : next;
+        packed_i16x32[i] = _mm512_packs_epi32(_mm512_cvtps_epi32(real<kResidual>(acc[pixel][0], pixel, 0)),
+                                              _mm512_cvtps_epi32(real<kResidual>(acc[pixel][1], pixel, 1)));
+      }
+      __m512i c_u8x64 = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(packed_i16x32[0], packed_i16x32[1]));
+      c_u8x64 = _mm512_min_epu8(_mm512_max_epu8(c_u8x64, qmin_u8x64), qmax_u8x64);
+      _mm256_mask_storeu_epi8(c + offset(q), mask, _mm512_castsi512_si256(c_u8x64));
+      if (next != q) _mm256_mask_storeu_epi8(c + offset(next), mask, _mm512_extracti64x4_epi64(c_u8x64, 1));
+    }
+  }
+
+  template <bool kResidual>
+  QDEPLOY_INLINE void store_f32(const __m512i (&acc)[G * R][2]) const {
+    float* c = static_cast<float*>(params.c);
+    const uint32_t mask = static_cast<uint32_t>((uint64_t{1} << params.n) - 1);
+#pragma GCC unroll 14
+    for (int q = 0; q < G * R; ++q) {
+      _mm512_mask_storeu_ps(c + offset(q), static_cast<__mmask16>(mask), real<kResidual>(acc[q][0], q, 0));
+      _mm512_mask_storeu_ps(c + offset(q) + 16, static_cast<__mmask16>(mask >> 16), real<kResidual>(acc[q][1], q, 1));
+    }
+  }
+};
+
+// ---- The walk over tiles ----------------------------------------------------------------------------------------------
+
+// Computes tiles from the front of the list while they have this shape; returns how many. Taps outside, channels inside,
+// one set of accumulators for the whole of K; few pixels get kSets of them, or the latency of the dot product would show.
+// (u8 or f32 output is a branch per tile, not a template: that would double half a megabyte of code.)
+template <class Dot, int R, int G>
+__attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles,
+                                     Prefetch& prefetch) {
+  constexpr int kSets = Dot::sets(R * G);
+  Prefetch ahead = prefetch;  // a copy that can live in registers
+  size_t done = 0;
+  do {
+    const ConvTile& tile = tiles[done];
+    __m512i acc[kSets][G * R][2];
+#pragma GCC unroll 14
+    for (int q = 0; q < G * R; ++q)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        acc[0][q][j] = _mm512_loadu_si512(params.comp + 16 * j);
+#pragma GCC unroll 3
+        for (int set = 1; set < kSets; ++set) acc[set][q][j] = _mm512_setzero_si512();
+      }
+
+    const ptrdiff_t stride = params.a_stride;
+    ptrdiff_t stride3 = 3 * stride, stride5 = 5 * stride;
+    asm("" : "+r"(stride3), "+r"(stride5));  // or GCC recomputes them, or makes a pointer per pixel
+    const char* w = static_cast<const char*>(params.w);
+    for (int32_t t = 0; t < params.taps; ++t) {
+      Pixels a[G];
+#pragma GCC unroll 2
+      for (int g = 0; g < G; ++g) a[g] = {params.a + tile.a[g] + params.tap_offset[t], stride, stride3, stride5};
+      w = Dot::template tap<R, G>(acc, a, w, params.k, ahead);
+    }
+
+#pragma GCC unroll 3
+    for (int set = 1; set < kSets; ++set)
+#pragma GCC unroll 14
+      for (int q = 0; q < G * R; ++q)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) acc[0][q][j] = _mm512_add_epi32(acc[0][q][j], acc[set][q][j]);
+
+    const Output<R, G> output(params, tile);
+    if (f32) {
+      params.residual ? output.template store_f32<true>(acc[0]) : output.template store_f32<false>(acc[0]);
+    } else {
+      params.residual ? output.template store_u8<true>(acc[0]) : output.template store_u8<false>(acc[0]);
+    }
+  } while (++done < n_tiles && tiles[done].r == R && tiles[done].groups == G);
+  prefetch = ahead;
+  return done;
+}
+
+template <class Dot, bool kF32>
+void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
+  using Run = size_t (*)(const ConvParams&, bool, const ConvTile*, size_t, Prefetch&);
+  static constexpr Run kRuns[kGroups][kMr] = {
+      {run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, 4, 1>, run<Dot, 5, 1>, run<Dot, 6, 1>, run<Dot, 7, 1>},
+      {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, 4, 2>, run<Dot, 5, 2>, run<Dot, 6, 2>, run<Dot, 7, 2>}};
+  if (n_tiles == 0) return;
+  Prefetch prefetch(*params, n_tiles * params->taps * (params->k / Dot::kStep) * Prefetch::lines(tiles->r * tiles->groups));
+  for (size_t done = 0; done < n_tiles;) {
+    const ConvTile& tile = tiles[done];
+    done += kRuns[tile.groups - 1][tile.r - 1](*params, kF32, tiles + done, n_tiles - done, prefetch);
+  }
+}
+
+template <class Dot>
+constexpr ConvKernel conv_kernel(const char* name) {
+  return {name, conv<Dot, false>, conv<Dot, true>, kMr, kGroups, kNr, Dot::kFormat};
+}
+
+}  // namespace
+}  // namespace qdeploy
