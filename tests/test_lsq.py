@@ -1,0 +1,168 @@
+"""qdeploy::lsq against its formulas in numpy, and as a citizen of PyTorch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from qdeploy.errors import InputError
+from qdeploy.kernels.lsq import lsq, lsq_codes
+
+RANGES = {
+    "signed": lambda b: (-(2 ** (b - 1)), 2 ** (b - 1) - 1),
+    "symmetric": lambda b: (1 - 2 ** (b - 1), 2 ** (b - 1) - 1),
+    "unsigned": lambda b: (0, 2**b - 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@st.composite
+def cases(draw):
+    """A value with ordinary elements, exact ties k + 1/2, exact bounds and elements far outside, and its steps."""
+    bits = draw(st.integers(2, 8))
+    qmin, qmax = RANGES[draw(st.sampled_from(sorted(RANGES)))](bits)
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=4)))
+    axis = draw(st.integers(-1, len(shape) - 1))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    count = 1 if axis == -1 else shape[axis]
+    step = rng.uniform(0.5, 2, count).astype(np.float32)
+    if draw(st.booleans()):  # powers of two make every tie and bound exact
+        step = 2.0 ** np.round(np.log2(step) * 8)
+    step = step.astype(np.float32)
+    aligned = step.reshape([-1 if i == axis else 1 for i in range(len(shape))]) if axis >= 0 else step[0]
+    kind = rng.integers(0, 5, shape)
+    code = rng.integers(qmin - 2, qmax + 3, shape)
+    x = np.choose(kind, [rng.normal(0, qmax / 2, shape), code + 0.5, code, rng.choice([qmin, qmax], shape), code * 9])
+    value = (x * aligned).astype(np.float32)
+    grad = rng.normal(size=shape).astype(np.float32)
+    shaped = step if axis >= 0 else step.reshape(draw(st.sampled_from([(), (1,)])))
+    return value, shaped, aligned, grad, qmin, qmax, axis
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.sampled_from([0.0, 1.0, 0.0123]))
+def test_values_codes_and_gradients_follow_the_formulas(case, grad_scale):
+    value, step, aligned, grad, qmin, qmax, axis = case
+    x = value / aligned
+    codes = np.rint(np.clip(x, qmin, qmax))
+    inside = (x >= qmin) & (x <= qmax)
+    terms = grad * np.where(inside, codes - x, codes)
+    axes = tuple(i for i in range(value.ndim) if i != axis)
+    expected_step = grad_scale * terms.sum(axis=axes, dtype=np.float64)
+
+    v, s = torch.tensor(value, requires_grad=True), torch.tensor(step, requires_grad=True)
+    out = lsq(v, s, qmin, qmax, axis, grad_scale)
+    out.backward(torch.tensor(grad))
+    found = lsq_codes(v, s, qmin, qmax, axis)
+    assert found.dtype == (torch.int8 if qmin < 0 else torch.uint8)
+    assert np.array_equal(found.numpy(), codes)
+    assert np.array_equal(out.detach().numpy(), codes * aligned)
+    assert np.array_equal(v.grad.numpy(), np.where(inside, grad, 0))
+    assert s.grad.shape == s.shape
+    magnitude = grad_scale * np.abs(terms).sum(axis=axes, dtype=np.float64)
+    assert np.all(np.abs(s.grad.numpy().reshape(-1) - expected_step) <= 1e-6 * magnitude + 1e-30)
+
+
+def test_bounds_are_inside():
+    value = torch.tensor([-4.0, -4.5, 3.0, 3.5, 0.5], requires_grad=True)
+    step = torch.tensor(1.0, requires_grad=True)
+    lsq(value, step, -4, 3, -1, 1.0).sum().backward()
+    assert value.grad.tolist() == [1, 0, 1, 0, 1]
+    assert step.grad.item() == 0 - 4 + 0 + 3 - 0.5
+
+
+def test_gradient_equals_the_straight_through_composition():
+    """LSQ's own formulation: round and gradient scale by detached differences."""
+    torch.manual_seed(0)
+    value = torch.randn(8, 3, 5, 5)
+    step = (torch.rand(8) / 10 + 0.05).requires_grad_()
+    v = value.clone().requires_grad_()
+    scaled = (step * 0.1 + (step - step * 0.1).detach()).reshape(8, 1, 1, 1)
+    x = (v / scaled).clamp(-8, 7)
+    expected = (x + (x.round() - x).detach()) * scaled
+    upstream = torch.randn_like(value)
+    expected_grads = torch.autograd.grad(expected, (v, step), upstream)
+    found = lsq(v, step, -8, 7, 0, 0.1)
+    found_grads = torch.autograd.grad(found, (v, step), upstream)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found_grads, expected_grads, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_values_are_quantized_in_float32(dtype):
+    value = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    step = torch.full((4,), 0.0371, requires_grad=True)
+    out = lsq(value, step, -64, 63, 0, 1.0)
+    assert out.dtype == dtype
+    assert torch.equal(out, lsq(value.float(), step, -64, 63, 0, 1.0).to(dtype))
+    out.sum().backward()
+    assert value.grad.dtype == dtype and step.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("step", "axis", "text"),
+    [
+        (torch.ones(3), -1, r"expected one step for the whole tensor, got shape \[3\] - at qdeploy::lsq"),
+        (torch.ones(3), 0, r"axis 0 of a value of shape \[4, 5\], got shape \[3\] - at qdeploy::lsq"),
+        (torch.ones(4), 2, r"axis 2 of a value of shape \[4, 5\], got shape \[4\]"),
+    ],
+)
+def test_steps_that_do_not_fit_are_an_error(step, axis, text):
+    with pytest.raises(InputError, match=text):
+        lsq(torch.ones(4, 5), step, -8, 7, axis, 1.0)
+    with pytest.raises(InputError, match=text):
+        lsq_codes(torch.ones(4, 5), step, -8, 7, axis)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((), -1), ((1,), -1), ((4,), 0), ((3,), 1)])
+def test_operator_passes_the_checks_of_torch(shape, axis):
+    value = torch.randn(4, 3, 2, requires_grad=True)
+    step = torch.full(shape, 0.1, requires_grad=True)
+    # strides of the result follow the value's, so permuted (channels-last) weights work as well
+    for v in (value, value.detach().permute(0, 2, 1).contiguous().permute(0, 2, 1).requires_grad_()):
+        torch.library.opcheck(lsq, (v, step, -8, 7, axis, 0.5))
+
+
+class Quantized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 3, 3, 3))
+        self.step = nn.Parameter(torch.full((5,), 0.05))
+
+    def forward(self, x):
+        return torch.conv2d(x, lsq(self.weight, self.step, -64, 63, 0, 0.01))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch's own tracing
+def test_export_keeps_one_node(strict):
+    exported = torch.export.export(Quantized(), (torch.randn(1, 3, 8, 8),), strict=strict)
+    nodes = [node for node in exported.graph.nodes if node.op == "call_function"]
+    assert [node.target for node in nodes] == [torch.ops.qdeploy.lsq.default, torch.ops.aten.conv2d.default]
+    assert nodes[0].args[2:] == (-64, 63, 0, 0.01)
+    assert nodes[1].args[1] is nodes[0]
+
+
+def test_compiled_graph_has_the_gradients_of_eager():
+    net, x = Quantized(), torch.randn(2, 3, 8, 8)
+    eager = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x).square().sum(), list(net.parameters()))
+    for a, b in zip(eager, found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_computes_with_bf16_and_trains_float32():
+    net, x = Quantized(), torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert net.weight.grad.dtype == net.step.grad.dtype == torch.float32
+    assert net.step.grad.abs().min() > 0

@@ -1,0 +1,313 @@
+"""Attaching quantizers to networks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qdeploy.errors import InputError
+from qdeploy.kernels.lsq import lsq, lsq_codes
+from qdeploy.training.models import MODELS, randomize_
+from qdeploy.training.quantize import (
+    MIN_STEP,
+    initial_step,
+    project_steps_,
+    quantizable_layers,
+    quantize_,
+    quantizers,
+    step_group,
+    step_parameters,
+    summary,
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+class Zoo(nn.Module):
+    """What real code does: a shared module, tied weights, a residual, ReLU in place, one tensor read twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.right.weight = self.left.weight
+        self.line = nn.Conv1d(8, 4, 3)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = functional.relu_(self.stem(x))
+        x = self.shared(functional.relu(self.shared(x))) + x
+        x = functional.relu(x, inplace=True)
+        x = self.left(x) + self.right(x)
+        return self.head(self.line(x.flatten(2)).mean(2))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_weights_become_codes_times_steps(bits, per_channel):
+    net = Zoo()
+    before = {name: parameter for name, parameter in net.named_parameters()}
+    steps = quantize_(net, bits, per_channel=per_channel)
+    assert net.stem.parametrizations.weight.original is before["stem.weight"]
+    weight, quantizer = net.stem.weight, quantizers(net)["stem.weight"]
+    assert quantizer.bits == bits
+    assert quantizer.step.shape == ((8,) if per_channel else ())
+    codes = quantizer.codes(before["stem.weight"])
+    assert codes.dtype == torch.int8
+    assert codes.min() >= -(2 ** (bits - 1)) and codes.max() <= 2 ** (bits - 1) - 1
+    step = quantizer.step.reshape(-1, 1, 1, 1) if per_channel else quantizer.step
+    assert torch.equal(weight, codes * step)
+    assert all(step.requires_grad for step in steps)
+
+
+def test_classifier_is_left_alone_unless_asked():
+    for skip, expected in [
+        (None, ["stem", "shared", "left", "right", "line"]),
+        ((), ["stem", "shared", "left", "right", "line", "head"]),
+        (["stem", "head"], ["shared", "left", "right", "line"]),
+    ]:
+        net = Zoo()
+        quantize_(net, skip=skip)
+        assert list(quantizers(net)) == [f"{name}.weight" for name in expected]
+    net = MODELS["resnet18"](7)
+    quantize_(net)
+    assert set(quantizable_layers(net)) - {key.removesuffix(".weight") for key in quantizers(net)} == {"fc"}
+
+
+def test_bits_by_layer():
+    net = Zoo()
+    quantize_(net, {"stem": 8, "line": 2})
+    assert {key: q.bits for key, q in quantizers(net).items()} == {"stem.weight": 8, "line.weight": 2}
+
+
+def test_tied_weights_and_shared_modules_have_one_quantizer():
+    net = Zoo()
+    steps = quantize_(net)
+    found = quantizers(net)
+    assert found["left.weight"] is found["right.weight"]
+    assert len(steps) == len(found) - 1 == 4
+    assert net.left.parametrizations.weight.original is net.right.parametrizations.weight.original
+    assert torch.equal(net.left.weight, net.right.weight)
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_inputs_are_quantized_with_ranges_from_calibration(learn):
+    net = Zoo().train()
+    batches = [(torch.randn(4, 3, 6, 6), None) for _ in range(2)]
+    quantize_(net, 7, 8, calibration=batches, learn_activation_steps=learn, init="minmax")
+    assert net.training
+    found = quantizers(net)
+    ranges = {key: (q.qmin, q.qmax) for key, q in found.items() if key.endswith("input")}
+    assert ranges["stem.input"] == (-128, 127)  # images have both signs
+    assert ranges["left.input"] == (0, 255)  # after a ReLU
+    assert ranges["line.input"] == (-128, 127)  # after a sum
+    assert found["left.input"] is found["right.input"]  # both read one tensor, which can have only one code
+    assert found["left.input"] is not found["shared.input"]
+    largest = max(max(b.max().item() / 127, -b.min().item() / 128) for b, _ in batches)
+    assert found["stem.input"].step.item() == pytest.approx(largest, rel=1e-6)
+    assert found["stem.input"].step.requires_grad == learn
+    seen = []
+    net.stem.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x = torch.randn(2, 3, 6, 6)
+    net(x)
+    quantizer = found["stem.input"]
+    assert torch.equal(seen[0], quantizer.codes(x) * quantizer.step)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch's own tracing
+def test_export_sees_every_quantizer(strict):
+    net = Zoo().eval()
+    x = torch.randn(2, 3, 6, 6)
+    quantize_(net, 4, 8, calibration=[x])
+    exported = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict)
+    layers = [node for node in exported.graph.nodes if "conv" in str(node.target)]
+    assert len(layers) == 6  # the shared convolution runs twice
+    for layer in layers:
+        assert [arg.target for arg in layer.args[:2]] == [torch.ops.qdeploy.lsq.default] * 2
+    assert torch.equal(exported.module()(x), net(x))
+
+
+def test_networks_copy_and_reload():
+    x = torch.randn(2, 3, 6, 6)
+    net = Zoo().eval()
+    quantize_(net, 5, 7, calibration=[x])
+    with torch.no_grad():
+        net.stem.parametrizations.weight[0].step.mul_(1.5)
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+    other = Zoo().eval()
+    quantize_(other, 8, 8, calibration=[x.abs()])  # the state brings bits, ranges and steps
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x), net(x))
+    assert quantizers(other)["stem.input"].qmin == -64
+
+
+def test_steps_train_and_stay_positive():
+    net = Zoo()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    x = torch.randn(4, 3, 6, 6)
+    net(x).square().sum().backward()
+    optimizer.step()
+    moments = {id(p): optimizer.state[p]["exp_avg"] for p in net.parameters()}
+    quantize_(net)
+    optimizer.add_param_group(step_group(net, lr=10.0))
+    assert optimizer.param_groups[-1]["weight_decay"] == 0
+    before = [p.clone() for p in net.parameters()]
+    for _ in range(5):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+        project_steps_(net)
+        assert all((step >= MIN_STEP).all() for step in step_parameters(net))
+    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for old, parameter in zip(before, net.parameters(), strict=True):
+        assert id(parameter) in grouped
+        assert not torch.equal(old, parameter)
+    assert all(moments[key] is optimizer.state[p]["exp_avg"] for p in net.parameters() if (key := id(p)) in moments)
+
+
+def test_initial_steps_of_gaussian_weights():
+    """Steps and errors for N(0, 1), from the closed form 2*E|v|/sqrt(qmax) and from published optimal quantizers."""
+    rows = torch.randn(2, 200_000)
+    for bits, lsq_step, mse_step in [(8, 0.1416, 0.0308), (7, 0.2010, 0.0571), (4, 0.6031, 0.3380), (2, 1.596, 1.049)]:
+        qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        assert initial_step(rows, qmin, qmax, "lsq").tolist() == pytest.approx([lsq_step] * 2, rel=0.01)
+        assert initial_step(rows, qmin, qmax, "mse").tolist() == pytest.approx([mse_step] * 2, rel=0.03)
+
+
+@pytest.mark.parametrize(("qmin", "qmax"), [(-8, 7), (-64, 63), (0, 15)])
+def test_mse_step_is_the_best_of_a_fine_grid(qmin, qmax):
+    rows = torch.randn(3, 400) * torch.tensor([[1.0], [0.01], [30.0]])
+    rows = rows.abs() if qmin == 0 else rows
+    largest = initial_step(rows, qmin, qmax, "minmax")
+    step = initial_step(rows, qmin, qmax, "mse")
+
+    def error(s):
+        return (lsq(rows, s, qmin, qmax, 0, 1.0) - rows).double().square().sum(1)
+
+    best = torch.stack([error(largest * k / 2000) for k in range(400, 2001)]).amin(0)
+    assert (error(step) <= best * 1.02).all()
+
+
+def test_minmax_clips_nothing():
+    rows = torch.tensor([[-8.0, 3.0], [1.0, 7.0], [0.0, 0.0]])
+    step = initial_step(rows, -8, 7, "minmax")
+    assert step.tolist() == [1.0, 1.0, pytest.approx(MIN_STEP)]
+    assert lsq_codes(rows, step, -8, 7, 0).tolist() == [[-8, 3], [1, 7], [0, 0]]
+
+
+def test_a_channel_of_zeros_gives_zeros():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Linear(2, 2))
+    with torch.no_grad():
+        net[0].weight[1] = 0
+    for init in ("lsq", "mse", "minmax"):
+        copied = copy.deepcopy(net)
+        quantize_(copied, init=init)
+        assert copied[0].weight[1].eq(0).all()
+        assert copied[0].weight[0].ne(0).any()
+
+
+def test_gradient_scales():
+    for mode, scale in [("tensor", (8 * 27 * 63) ** -0.5), ("channel", (27 * 63) ** -0.5), ("none", 1)]:
+        net = Zoo()
+        quantize_(net, 7, grad_scale=mode)
+        assert quantizers(net)["stem.weight"].grad_scale == pytest.approx(scale)
+
+
+def test_summary_tells_bits_and_error():
+    net = Zoo()
+    quantize_(net, 7, 8, calibration=[torch.randn(2, 3, 6, 6)], init="mse")
+    rows = {row.name: row for row in summary(net)}
+    assert list(rows) == ["stem", "shared", "left", "right", "line"]
+    stem = rows["stem"]
+    assert (stem.shape, stem.bits, stem.input_bits) == ((8, 3, 3, 3), 7, 8)
+    assert stem.step == pytest.approx(stem.mse_step)
+    assert 0 < stem.error < 0.02 and 0 <= stem.clipped < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"weight_bits": 9}, "expected 2 to 8 bits, got 9 - at stem"),
+        ({"weight_bits": {"stem": 1}}, "expected 2 to 8 bits, got 1 - at stem"),
+        ({"weight_bits": {"stme": 4}}, "expected names of convolutions or linear layers, got stme - at quantize_"),
+        ({"skip": ["nothing"]}, "got nothing - at quantize_"),
+        ({"weight_bits": {"stem": 4}, "skip": ["line"]}, "got both - at quantize_"),
+        ({"init": "best"}, "expected init lsq, mse or minmax, got 'best'"),
+        ({"grad_scale": "x"}, "expected grad_scale tensor, channel or none, got 'x'"),
+        ({"activation_bits": 8}, "expected calibration batches for quantized activations, got none"),
+        ({"activation_bits": 16, "calibration": []}, "expected 2 to 8 bits, got 16 - at activations"),
+        ({"activation_bits": 8, "calibration": []}, "expected calibration to reach every layer, got no input"),
+    ],
+)
+def test_errors_name_the_layer(arguments, text):
+    with pytest.raises(InputError, match=text):
+        quantize_(Zoo(), **arguments)
+
+
+def test_quantizing_twice_is_an_error():
+    net = Zoo()
+    quantize_(net)
+    with pytest.raises(InputError, match="got one quantized before - at layer stem"):
+        quantize_(net)
+
+
+PUBLISHED = {  # parameters for 1000 classes and 3 channels, as torchvision documents them
+    "resnet18": 11_689_512,
+    "resnet50": 25_557_032,
+    "resnext50_32x4d": 25_028_904,
+    "mobilenet_v2": 3_504_872,
+    "vgg16_bn": 138_365_992,
+    "densenet121": 7_978_856,
+}
+STATE_NAMES = {  # a deep name of each kind, from torchvision's checkpoints
+    "resnet18": ["conv1.weight", "layer4.1.bn2.running_var", "layer2.0.downsample.0.weight", "fc.bias"],
+    "resnet50": ["layer1.0.downsample.1.num_batches_tracked", "layer3.5.conv3.weight", "layer4.2.bn3.bias"],
+    "resnext50_32x4d": ["layer1.0.conv2.weight"],
+    "mobilenet_v2": ["features.0.0.weight", "features.1.conv.0.0.weight", "features.1.conv.1.weight",
+                     "features.17.conv.3.running_mean", "features.18.1.weight", "classifier.1.bias"],
+    "vgg16_bn": ["features.0.bias", "features.41.running_mean", "classifier.0.weight", "classifier.6.bias"],
+    "densenet121": ["features.conv0.weight", "features.denseblock4.denselayer16.conv2.weight",
+                    "features.transition3.conv.weight", "features.norm5.bias", "classifier.weight"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_have_the_published_size_and_names(name):
+    with torch.device("meta"):
+        net = MODELS[name](1000)
+        assert sum(p.numel() for p in net.parameters()) == PUBLISHED[name]
+        assert set(STATE_NAMES[name]) <= set(net.state_dict())
+        size = 32 if name != "vgg16_bn" else 64
+        assert net(torch.zeros(2, 3, size, size)).shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "channels", "count"),
+    [(2, 2, 1, 34_380), (2, 2, 3, 35_280), (2, 1, 3, 9_530), (2, 8, 3, 531_030), (4, 10, 3, 2_205_780)],
+)
+def test_nin_has_the_published_size(depth, width, channels, count):
+    with torch.device("meta"):
+        net = MODELS["nin"](10, channels, depth=depth, width=width)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_random_networks_keep_their_activations_in_scale(name):
+    net = randomize_(MODELS[name](10), seed=1, shape=(2, 3, 96, 96))
+    again = randomize_(MODELS[name](10), seed=1, shape=(2, 3, 96, 96))
+    x = torch.randn(2, 3, 96, 96)
+    spread = []
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda module, args, out: spread.append(out.std().item()))
+    with torch.no_grad():
+        assert torch.equal(net(x), again(x))
+    assert 0.3 < min(spread) and max(spread) < 5

@@ -1,0 +1,456 @@
+"""The protocol, the algorithms and the training loop, on small random images."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from qdeploy.errors import InputError
+from qdeploy.kernels.ensemble import combine
+from qdeploy.training import command, trainer
+from qdeploy.training.algorithms import ALGORITHMS, ERM, QTDoG
+from qdeploy.training.config import Config, resolve
+from qdeploy.training.domains import load_benchmark
+from qdeploy.training.models import MODELS
+from qdeploy.training.quantize import quantizers, step_parameters
+from qdeploy.training.trainer import run, sample, seed_hash, select, split
+
+SMALL = resolve(
+    Config(data="debug", test_domain="debug1", steps=9, q_step=3, eval_every=2, batch_size=8, accelerator="cpu")
+)
+BENCHMARK = load_benchmark("debug")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fabric():
+    return Fabric(accelerator="cpu", devices=1)
+
+
+def tiny_algorithm(fabric, config, kind=QTDoG):
+    torch.manual_seed(0)
+    return kind(MODELS["nin"](4, 1, depth=1, width=1), config, fabric)
+
+
+def minibatches(step, config=SMALL):
+    loader = trainer.MinibatchLoader(config, BENCHMARK, [0, 2], Fabric(accelerator="cpu", devices=1))
+    try:
+        return loader.at(step)
+    finally:
+        loader.close()
+
+
+# --- Protocol --------------------------------------------------------------------------------------------------------
+
+
+def test_split_is_that_of_domainbed():
+    assert [seed_hash(0, i) for i in range(4)] == [894182419, 1514274641, 1325548499, 1796103049]
+    assert seed_hash(1, 0) == 785910682
+    training, validation = split(1003, 2, 0)
+    assert len(validation) == 200
+    assert sorted([*training, *validation]) == list(range(1003))
+    keys = list(range(1003))
+    np.random.RandomState(1325548499).shuffle(keys)
+    assert [*validation, *training] == keys
+
+
+def test_samples_are_a_function_of_seed_step_and_domain():
+    drawn = sample(3, 77, 1, 50, 4000)
+    assert np.array_equal(drawn, sample(3, 77, 1, 50, 4000))
+    assert set(drawn) == set(range(50))  # with replacement, every image can come
+    for other in [(4, 77, 1), (3, 78, 1), (3, 77, 2)]:
+        assert not np.array_equal(drawn, sample(*other, 50, 4000))
+
+
+def test_minibatches_hold_training_images_of_the_sources():
+    for domain, (images, classes) in zip((0, 2), minibatches(5), strict=True):
+        source = BENCHMARK.domains[domain]
+        keys, _ = split(60, domain, 0)
+        picked = keys[sample(0, 5, domain, len(keys), 8)]
+        assert torch.equal(images, source.batch(picked))
+        assert classes.tolist() == source.labels[picked].tolist()
+
+
+def test_selection_ignores_records_before_the_switch():
+    records = [{"step": s, "validation": v} for s, v in [(0, 0.5), (100, 0.99), (200, 0.7), (300, 0.8), (400, 0.8)]]
+    assert select(records, 200)["step"] == 300  # the first of equals
+    assert select(records, 0)["step"] == 100
+    assert select(records[:2], 200) is None
+
+
+def test_ensembles_average_logits_or_probabilities():
+    """The example in which the two rules disagree: the mean of logits is the rule of EoQ."""
+    logits = torch.tensor([[[10.0, 0.0, 9.0]], [[0.0, 3.0, 0.5]], [[0.0, 3.0, 0.5]]])
+    assert combine(logits, "logits")[1].tolist() == [0]
+    assert combine(logits, "probs")[1].tolist() == [1]
+    assert combine(logits, "vote")[1].tolist() == [1]
+    for scale in (1.0, 1e4):
+        logits = torch.randn(5, 64, 7, generator=torch.Generator().manual_seed(0)) * scale
+        exact = logits.double().numpy()
+        expected = {"logits": exact.mean(0), "probs": exact}
+        for rule, values in expected.items():
+            powers = np.exp(values - values.max(-1, keepdims=True))
+            p = powers / powers.sum(-1, keepdims=True)
+            p = p if rule == "logits" else p.mean(0)
+            found, classes = combine(logits, rule)
+            np.testing.assert_allclose(found.numpy(), p, rtol=1e-3, atol=1e-6)
+            assert (np.take_along_axis(p, classes.numpy()[:, None], 1)[:, 0] >= p.max(-1) - 1e-6).all()
+    with pytest.raises(InputError, match="expected rule logits, probs or vote, got 'mean'"):
+        combine(logits, "mean")
+
+
+def test_votes_that_tie_follow_the_mean_logit():
+    logits = torch.tensor([[[5.0, 0.0, 4.0]], [[0.0, 6.0, 5.5]]])  # one vote each for 0 and 1, none for 2
+    assert combine(logits, "vote")[1].tolist() == [1]
+    assert combine(logits, "logits")[1].tolist() == [2]
+
+
+# --- Algorithms ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithms_update_and_predict(name, fabric):
+    algorithm = tiny_algorithm(fabric, replace(SMALL, q_step=1), ALGORITHMS[name])
+    losses = [algorithm.update(step, minibatches(step)) for step in range(3)]
+    assert all(loss.isfinite() and not loss.requires_grad for loss in losses)
+    assert algorithm.predict(torch.rand(5, 1, 16, 16)).shape == (5, 4)
+    grouped = {id(p) for group in algorithm.optimizer.param_groups for p in group["params"]}
+    assert grouped == {id(p) for p in algorithm.net.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("grad_scale", ["tensor", "channel", "none"])
+def test_weights_and_steps_go_on_training_after_the_switch(fabric, grad_scale):
+    """A quantizer that puts new Parameters in the network and leaves the optimizer as it was trains neither weights nor
+    steps from there on, and no error tells so."""
+    algorithm = tiny_algorithm(fabric, replace(SMALL, grad_scale=grad_scale))
+    for step in range(3):
+        algorithm.update(step, minibatches(step))
+        assert not quantizers(algorithm.net)
+    weights = dict(algorithm.net.named_parameters())
+    state = algorithm.optimizer.state
+    moments = {name: state[p]["exp_avg"] for name, p in weights.items()}
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    algorithm._quantize(minibatches(3))
+    assert all(state[p]["exp_avg"] is moments[name] for name, p in weights.items())  # the moments survive
+    steps = [s.detach().clone() for s in step_parameters(algorithm.net)]
+    assert len(steps) == 3
+    ERM.update(algorithm, 3, minibatches(3))
+    assert all(not torch.equal(p, before[name]) for name, p in weights.items())
+    assert all((s != old).all() for s, old in zip(step_parameters(algorithm.net), steps, strict=True))
+    assert all(state[p]["step"] == 4 for p in weights.values())
+
+
+def test_the_switch_happens_at_the_start_of_its_update(fabric):
+    algorithm = tiny_algorithm(fabric, SMALL)
+    twin = tiny_algorithm(fabric, SMALL)
+    for step in range(3):
+        assert torch.equal(algorithm.update(step, minibatches(step)), twin.update(step, minibatches(step)))
+    twin._quantize([])
+    twin._train_mode()
+    images, classes = (torch.cat(parts) for parts in zip(*minibatches(3), strict=True))
+    expected = nn.functional.cross_entropy(twin.net(images), classes)
+    assert torch.equal(algorithm.update(3, minibatches(3)), expected.detach())
+
+
+def test_steps_stay_positive_at_an_absurd_learning_rate(fabric):
+    algorithm = tiny_algorithm(fabric, replace(SMALL, q_step=0, lr_steps=10.0))
+    for step in range(8):
+        algorithm.update(step, minibatches(step))
+        assert all((s > 0).all() for s in step_parameters(algorithm.net))
+
+
+def test_scopes_freeze_what_they_say(fabric):
+    for scope in ("bn_head", "no_s"):
+        algorithm = tiny_algorithm(fabric, replace(SMALL, qat_scope=scope))
+        for step in range(3):
+            algorithm.update(step, minibatches(step))
+        algorithm.update(3, minibatches(3))
+        before = {name: p.detach().clone() for name, p in algorithm.net.named_parameters()}
+        batch = minibatches(4)
+        for step in range(4, 104):
+            algorithm.update(step, batch)
+        moved = {name for name, p in algorithm.net.named_parameters() if not torch.equal(p, before[name])}
+        frozen = {name for name in before if name.endswith("step")}
+        if scope == "bn_head":
+            frozen |= {name for name in before if name.endswith("weight.original")}
+        assert moved == set(before) - frozen
+
+
+def test_reset_optimizer_forgets_the_moments(fabric):
+    algorithm = tiny_algorithm(fabric, replace(SMALL, reset_optimizer=True))
+    for step in range(4):
+        algorithm.update(step, minibatches(step))
+    assert {int(state["step"]) for state in algorithm.optimizer.state.values()} == {1}
+
+
+def test_bf16_autocast_trains_float32_parameters():
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    algorithm = tiny_algorithm(fabric, SMALL)
+    for step in range(6):
+        assert algorithm.update(step, minibatches(step)).isfinite()
+    assert algorithm.predict(torch.rand(2, 1, 16, 16)).dtype == torch.float32
+    assert {p.dtype for p in algorithm.net.parameters()} == {torch.float32}
+
+
+def test_fine_tuning_keeps_the_statistics_of_batch_norm(fabric, tmp_path):
+    torch.manual_seed(1)
+    pretrained = MODELS["resnet18"](1000, 1)
+    pretrained.bn1.running_mean.fill_(0.25)
+    torch.save(pretrained.state_dict(), tmp_path / "weights.pth")
+    config = replace(SMALL, model="resnet18", weights=str(tmp_path / "weights.pth"))
+    net = trainer.build_network(config, BENCHMARK)
+    assert net.fc.weight.shape == (4, 512)  # a new classifier on pretrained features
+    assert torch.equal(net.layer1[0].conv1.weight, pretrained.layer1[0].conv1.weight)
+    algorithm = ERM(net, config, fabric)
+    gain = net.bn1.weight.detach().clone()
+    algorithm.update(0, minibatches(0))
+    assert (net.bn1.running_mean == 0.25).all() and not torch.equal(net.bn1.weight, gain)
+    for bad, text in [
+        ("nothing.pth", "expected a file of weights, got No such file"),
+        ("x.pth", "expected the weights of"),
+    ]:
+        torch.save({"x": torch.zeros(1)}, tmp_path / "x.pth")
+        with pytest.raises(InputError, match=text):
+            trainer.build_network(replace(config, weights=str(tmp_path / bad)), BENCHMARK)
+
+
+# --- Runs ------------------------------------------------------------------------------------------------------------
+
+
+def outcome(directory):
+    """All that a run leaves, without its times."""
+    state = torch.load(directory / "model.pt", weights_only=True)
+    log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    done = json.loads((directory / "done.json").read_text())
+    for record in [*log, done["selected"]]:
+        record.pop("seconds")
+    return state["net"], log, done
+
+
+def assert_same_outcome(a, b):
+    (net_a, *rest_a), (net_b, *rest_b) = outcome(a), outcome(b)
+    assert rest_a == rest_b
+    assert net_a.keys() == net_b.keys()
+    assert all(torch.equal(net_a[key], net_b[key]) for key in net_a)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run."""
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("run")
+    record = run(SMALL, BENCHMARK, directory, Fabric(accelerator="cpu", devices=1))
+    return directory, record
+
+
+def test_a_run_logs_selects_and_reloads(finished, fabric):
+    directory, record = finished
+    net, log, done = outcome(directory)
+    assert [r["step"] for r in log] == [0, 2, 4, 6, 8]
+    assert [r["quantized"] for r in log] == [False, False, True, True, True]
+    assert set(log[0]["accuracy"]) == {"debug0_out", "debug1_in", "debug1_out", "debug2_out"}
+    accuracy = log[3]["accuracy"]
+    assert log[3]["validation"] == (accuracy["debug0_out"] + accuracy["debug2_out"]) / 2
+    assert log[3]["test"] == accuracy["debug1_in"]
+    assert record["step"] >= SMALL.q_step and done["selected"]["step"] == record["step"]
+    assert not (directory / "checkpoint.pt").exists()
+    trained = trainer.load_trained(directory, BENCHMARK)
+    domain, positions = trainer.evaluation_sets(SMALL, BENCHMARK)["debug1_in"]
+    with torch.no_grad():
+        classes = trainer.logits_of(trained, BENCHMARK, domain, positions).argmax(1)
+    assert (classes.numpy() == BENCHMARK.domains[1].labels[positions]).mean() == record["test"]
+    modified = (directory / "model.pt").stat().st_mtime_ns
+    assert run(SMALL, BENCHMARK, directory, fabric) == record  # finished: nothing is done again
+    assert (directory / "model.pt").stat().st_mtime_ns == modified
+
+
+def test_stopped_at_any_update_and_continued_equals_uninterrupted(finished, fabric, tmp_path, monkeypatch):
+    update = QTDoG.update
+    for stop in range(SMALL.steps):
+
+        def failing(self, step, minibatches, stop=stop):
+            if step == stop:
+                raise MemoryError
+            return update(self, step, minibatches)
+
+        monkeypatch.setattr(QTDoG, "update", failing)
+        with pytest.raises(MemoryError):
+            run(SMALL, BENCHMARK, tmp_path / str(stop), fabric)
+        monkeypatch.setattr(QTDoG, "update", update)
+        run(SMALL, BENCHMARK, tmp_path / str(stop), fabric)
+        assert_same_outcome(finished[0], tmp_path / str(stop))
+
+
+def test_quantized_inputs_resume_too(fabric, tmp_path, monkeypatch):
+    config = replace(SMALL, activation_bits=8, steps=7)
+    run(config, BENCHMARK, tmp_path / "a", fabric)
+    monkeypatch.setattr(trainer, "_agreed", lambda signals, fabric: signal.SIGTERM)
+    for _ in range(6):  # stopped after every update
+        with pytest.raises(trainer.Interrupted):
+            run(config, BENCHMARK, tmp_path / "b", fabric)
+    monkeypatch.undo()
+    run(config, BENCHMARK, tmp_path / "b", fabric)
+    assert_same_outcome(tmp_path / "a", tmp_path / "b")
+    assert "classifier.conv.input" not in quantizers(trainer.load_trained(tmp_path / "a", BENCHMARK))
+
+
+# Trains with SMALL in argv[1]; the update argv[2] sends this process the signal argv[3].
+CHILD = """
+import os, sys, torch
+torch.set_num_threads(1)
+from lightning_fabric import Fabric
+from pathlib import Path
+from qdeploy.training import algorithms, trainer
+from qdeploy.training.config import Config
+from qdeploy.training.domains import load_benchmark
+directory, stop, signum = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+update = algorithms.QTDoG.update
+def signalling(self, step, minibatches):
+    if step == stop:
+        os.kill(os.getpid(), signum)
+    return update(self, step, minibatches)
+algorithms.QTDoG.update = signalling
+trainer.run(Config(**eval(sys.argv[4])), load_benchmark("debug"), directory, Fabric(accelerator="cpu", devices=1))
+"""
+
+
+def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path):
+    """SIGKILL before and after the switch, then SIGTERM, which saves; each process goes on where the last one was."""
+    directory = tmp_path / "run"
+    for stop, signum in [(1, signal.SIGKILL), (5, signal.SIGKILL), (7, signal.SIGTERM)]:
+        arguments = [str(directory), str(stop), str(int(signum)), repr(asdict(SMALL))]
+        child = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True)
+        if signum == signal.SIGKILL:
+            assert child.returncode == -signal.SIGKILL, child.stderr
+        else:
+            message = f"stopped before update 8: run the same command again to continue - at {directory}"
+            assert message in child.stderr
+    assert torch.load(directory / "checkpoint.pt", weights_only=True)["step"] == 8
+    run(SMALL, BENCHMARK, directory, fabric)
+    assert_same_outcome(finished[0], directory)
+
+
+def test_another_run_in_the_folder_is_an_error(finished, fabric, tmp_path, monkeypatch):
+    directory, _ = finished
+    text = "expected the settings of the run begun here, bits=7, got bits=4: give another --out - at .*done.json"
+    with pytest.raises(InputError, match=text):
+        run(replace(SMALL, bits=4), BENCHMARK, directory, fabric)
+    monkeypatch.setattr(trainer, "_agreed", lambda signals, fabric: signal.SIGINT)
+    with pytest.raises(trainer.Interrupted) as stop:
+        run(SMALL, BENCHMARK, tmp_path, fabric)
+    assert stop.value.signum == signal.SIGINT
+    with pytest.raises(InputError, match="lr=0.001, got lr=0.1: give another --out - at .*checkpoint.pt"):
+        run(replace(SMALL, lr=0.1), BENCHMARK, tmp_path, fabric)
+
+
+def test_a_damaged_checkpoint_is_named(fabric, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(
+        InputError, match="expected a file written by a run, got a damaged one: delete it - at .*point.pt"
+    ):
+        run(SMALL, BENCHMARK, tmp_path, fabric)
+
+
+def test_the_splits_do_not_change_with_the_seed(fabric, tmp_path):
+    a = trainer.evaluation_sets(SMALL, BENCHMARK)
+    b = trainer.evaluation_sets(replace(SMALL, seed=5), BENCHMARK)
+    assert all(np.array_equal(a[key][1], b[key][1]) for key in a)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"test_domain": None}, "expected the domain to hold out, got none - at --test-domain"),
+        ({"steps": 0}, "expected at least 1, got 0 - at --steps"),
+        ({"q_step": 9}, r"expected a switch in 0 .. 8 \(the last evaluation\), got 9 - at --q-step"),
+        ({"seed": -1}, "expected 0 or more, got -1 - at --seed"),
+    ],
+)
+def test_settings_are_checked(changes, text):
+    with pytest.raises(InputError, match=text):
+        resolve(replace(SMALL, **changes))
+
+
+def test_presets_follow_the_data():
+    small = resolve(Config(test_domain="mfeat"))
+    assert (small.model, small.lr, small.steps, small.q_step, small.eval_every) == ("nin", 1e-3, 2001, 800, 100)
+    photos = resolve(Config(data="/data/PACS", test_domain="sketch", steps=10000))
+    assert (photos.model, photos.lr, photos.steps, photos.q_step, photos.eval_every) == (
+        *("resnet50", 5e-5, 10000, 2000, 300),
+    )
+
+
+def arguments(*words):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([*words, "--data", "debug", "--accelerator", "cpu"])
+
+
+def test_command_trains_an_ensemble(tmp_path, capsys):
+    words = ("--algorithm", "erm", "--test-domain", "debug2", "--steps", "3", "--eval-every", "1", "--seeds", "3")
+    args = arguments(*words, "--out", str(tmp_path / "run"))
+    summary = command.main(args)
+    command.show(summary)
+    out, err = capsys.readouterr()
+    assert [member["seed"] for member in summary["members"]] == [0, 1, 2]
+    assert set(summary["ensemble"]) == {"logits", "probs", "vote"}
+    assert "ensemble, logits" in out and "standard error" in out
+    assert err.count("\n") == 9 and "seed 2 step 2 float loss" in err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    started = time.perf_counter()
+    assert command.main(args) == summary
+    assert time.perf_counter() - started < 5 and not capsys.readouterr().err
+
+
+def test_command_explains_bad_input(tmp_path):
+    out = ("--out", str(tmp_path))
+    for words, text in [
+        (("--test-domain", "nowhere"), "expected one of debug0, debug1, debug2, got 'nowhere'"),
+        (("--test-domain", "debug0", "--domains", "debug0"), "expected two or more domains, got 1 - at --domains"),
+        (("--test-domain", "debug0", "--seeds", "0"), "expected at least 1, got 0 - at --seeds"),
+        (("--test-domain", "debug0", "--model", "alexnet"), "expected one of resnet18, .* got 'alexnet' - at --model"),
+    ]:
+        with pytest.raises(InputError, match=text):
+            command.main(arguments(*words, *out))
+
+
+def test_command_exits_with_the_number_of_the_signal(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "_agreed", lambda signals, fabric: signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        command.main(arguments("--test-domain", "debug0", "--steps", "4", "--q-step", "0", "--out", str(tmp_path)))
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "stopped before update 1: run the same command again to continue - at" in capsys.readouterr().err
+
+
+def test_signals_are_caught_once():
+    with trainer._signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_progress_bar_on_a_terminal(monkeypatch, fabric, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "160")
+    with trainer._progress(SMALL, 2, fabric) as show:
+        show(2, None)
+        show(3, {"step": 3, "quantized": True, "loss": 1.0, "validation": 0.5, "test": 0.25})
+    assert "seed 0 step 3 7 bit loss 1.0000 validation 0.5000 debug1 0.2500" in capsys.readouterr().err.replace(
+        "\n", ""
+    )

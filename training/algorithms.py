@@ -1,0 +1,114 @@
+"""Training algorithms: how one update is made. Logging, evaluation and resuming belong to the trainer."""
+
+from __future__ import annotations
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qdeploy.training.config import Config
+from qdeploy.training.quantize import project_steps_, quantize_, quantizers, step_group
+
+Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [B, C, H, W] and classes [B] of each source domain
+
+
+class ERM:
+    """Empirical risk minimization: Adam on the mean cross-entropy of one minibatch from every source domain."""
+
+    def __init__(self, net: nn.Module, config: Config, fabric: Fabric):
+        self.net, self.config, self.fabric = net.to(fabric.device), config, fabric
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
+        self.quantized = False
+        self._wrap()
+
+    def _wrap(self) -> None:
+        self._model = self.fabric.setup_module(self.net)
+        self._stepper = self.fabric.setup_optimizers(self.optimizer)
+
+    def update(self, step: int, minibatches: Minibatches) -> Tensor:
+        """Makes update number `step` (from 0) and returns its loss."""
+        images, classes = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
+        self._train_mode()
+        loss = functional.cross_entropy(self._model(images), classes)
+        self.optimizer.zero_grad()
+        self.fabric.backward(loss)
+        self._stepper.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits, float32 [N, K], in eval mode."""
+        self._model.eval()
+        return self._model(images).float()
+
+    def _train_mode(self) -> None:
+        self._model.train()
+        if self.config.weights is not None:
+            # Fine-tuning keeps the statistics of pretraining; gains and shifts still train (DomainBed's freeze_bn).
+            for module in self.net.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def state_dict(self) -> dict:
+        """All that the next update depends on, beside its minibatches."""
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "quantized": self.quantized}
+
+    def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
+        """Continues from `state_dict`; `minibatches` are those of the switch, to shape quantizers of inputs."""
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class QTDoG(ERM):
+    """QT-DoG (ICML 2025): ERM that goes on with LSQ-quantized weights from update `q_step`.
+
+    At the START of that update the quantizers are attached to the current weights. The Parameter objects stay, so
+    Adam keeps its moments, and the steps join the optimizer as a group of their own: weights AND steps go on training.
+    `qat_scope` "bn_head" freezes both, "no_s" the steps.
+    """
+
+    def update(self, step: int, minibatches: Minibatches) -> Tensor:
+        if step == self.config.q_step:
+            self._quantize(minibatches)
+        loss = super().update(step, minibatches)
+        project_steps_(self.net)
+        return loss
+
+    def _quantize(self, minibatches: Minibatches) -> None:
+        config = self.config
+        attach_quantizers(self.net, config, [images for images, _ in minibatches])
+        for quantizer in quantizers(self.net).values():
+            quantizer.step.requires_grad_(config.qat_scope == "all")
+        if config.qat_scope == "bn_head":
+            for key in quantizers(self.net):
+                name, _, kind = key.rpartition(".")
+                if kind == "weight":
+                    self.net.get_submodule(name).parametrizations.weight.original.requires_grad_(False)
+        if config.reset_optimizer:
+            self.optimizer.state.clear()
+        if config.qat_scope == "all":
+            self.optimizer.add_param_group(step_group(self.net, config.lr_steps))
+        self.quantized = True
+        self._wrap()  # data-parallel training has to learn of the new parameters
+
+    def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
+        if state["quantized"] and not self.quantized:
+            self._quantize(minibatches)
+        super().load_state_dict(state, minibatches)
+
+
+def attach_quantizers(net: nn.Module, config: Config, calibration: list[Tensor]) -> None:
+    """`quantize_` with the settings of a run."""
+    quantize_(
+        net,
+        config.bits,
+        config.activation_bits,
+        per_channel=not config.per_tensor,
+        init=config.init,
+        grad_scale=config.grad_scale,
+        calibration=calibration,
+    )
+
+
+ALGORITHMS: dict[str, type[ERM]] = {"erm": ERM, "qt-dog": QTDoG}

@@ -1,0 +1,150 @@
+"""`qdeploy train`: the runs of several seeds, their table, and the model file of the ensemble."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import typing
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qdeploy.errors import InputError
+from qdeploy.training.config import Config, resolve
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from qdeploy.training.domains import Benchmark
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each setting of `Config`, and --seeds and --out."""
+    types = typing.get_type_hints(Config)
+    for setting in fields(Config):
+        flag, text = f"--{setting.name.replace('_', '-')}", setting.metadata["help"]
+        if types[setting.name] is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+            continue
+        kind = next(t for t in (typing.get_args(types[setting.name]) or (types[setting.name],)) if t is not type(None))
+        default = "" if setting.default is None else f" (default: {setting.default})"
+        choices = setting.metadata["choices"]
+        parser.add_argument(flag, type=kind, default=setting.default, choices=choices, help=text + default)
+    seeds = "train so many networks, from --seed on; 2 or more make an ensemble (default: 1)"
+    parser.add_argument("--seeds", type=int, default=1, help=seeds)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; the same command continues it")
+
+
+def main(args: argparse.Namespace) -> dict:
+    """Trains the seeds one after another, or continues them; writes OUT/summary.json and, for QT-DoG, the model file.
+
+    Returns the summary. Raises InputError for settings that do not fit the data; after SIGINT or SIGTERM it exits with
+    128 + the signal's number, and the same command continues the run.
+    """
+    if args.seeds < 1:
+        raise InputError(f"expected at least 1, got {args.seeds} - at --seeds")
+    config = resolve(Config(**{setting.name: getattr(args, setting.name) for setting in fields(Config)}))
+    from lightning_fabric import Fabric
+
+    from qdeploy.training.domains import load_benchmark
+    from qdeploy.training.trainer import Interrupted, run
+
+    names = config.domains.split(",") if config.domains else None
+    benchmark = load_benchmark(config.data, names, config.image_size)
+    if len(benchmark.domains) < 2:
+        raise InputError(f"expected two or more domains, got {len(benchmark.domains)} - at --domains")
+    benchmark.index(config.test_domain)  # raises before anything is trained
+    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
+    fabric.launch()
+    members = []
+    try:
+        for seed in range(config.seed, config.seed + args.seeds):
+            directory = args.out / f"seed{seed}"
+            record = run(replace(config, seed=seed), benchmark, directory, fabric)
+            members.append({"seed": seed, **{key: record[key] for key in ("step", "validation", "test")}})
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(128 + stop.signum) from None
+    if not fabric.is_global_zero:
+        raise SystemExit(0)  # of several processes one goes on
+    summary = {"config": asdict(config), "members": members} | _finish(config, benchmark, args.out, len(members))
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def show(summary: dict) -> None:
+    """Prints the summary of `main` as a table; accuracies in percent."""
+    test = summary["config"]["test_domain"]
+    print(f"Accuracy on 80% of the held-out domain {test}, at the evaluation chosen by training-domain validation")
+    print(f"{'seed':>8} {'step':>6} {'validation':>11} {test:>11}")
+    for member in summary["members"]:
+        print(f"{member['seed']:>8} {member['step']:>6} {member['validation']:>11.2%} {member['test']:>11.2%}")
+    scores = [member["test"] for member in summary["members"]]
+    if len(scores) > 1:
+        error = statistics.stdev(scores) / len(scores) ** 0.5
+        print(f"{'mean':>8} {'':>6} {'':>11} {statistics.mean(scores):>11.2%} +- {error:.2%} (standard error)")
+        for rule, accuracy in summary["ensemble"].items():
+            print(f"ensemble, {rule:<17} {accuracy:>11.2%}")
+    if "file" in summary:
+        file = summary["file"]
+        print(f"{file['path']}: {file['bytes']:,} bytes")
+        print(f"int8 engine {file['test']:.2%}, the same class as the trained network in {file['agreement']:.2%}")
+
+
+def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict:
+    """Accuracy of the ensemble on the held-out domain, and, for QT-DoG, the model file."""
+    import torch
+
+    from qdeploy.kernels.ensemble import combine
+    from qdeploy.training import trainer
+    from qdeploy.training.quantize import summary
+
+    nets = [trainer.load_trained(out / f"seed{config.seed + i}", benchmark) for i in range(count)]
+    domain, positions = trainer.evaluation_sets(config, benchmark)[f"{config.test_domain}_in"]
+    labels = torch.from_numpy(benchmark.domains[domain].labels[positions])
+    with torch.no_grad():
+        logits = torch.stack([trainer.logits_of(net, benchmark, domain, positions) for net in nets])
+    found: dict = {}
+    if count > 1:
+        decided = {rule: combine(logits, rule)[1] for rule in ("logits", "probs", "vote")}
+        found["ensemble"] = {rule: (classes == labels).float().mean().item() for rule, classes in decided.items()}
+    if config.algorithm != "qt-dog":
+        return found
+    found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
+    path = out / ("eoq.safetensors" if count > 1 else "model.safetensors")
+    _export(nets, config, benchmark, path)
+    classes = _int8_classes(path, benchmark, domain, positions)
+    fake_quant = combine(logits, "logits")[1]
+    found["file"] = {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "test": (classes == labels).float().mean().item(),
+        "agreement": (classes == fake_quant).float().mean().item(),
+    }
+    return found
+
+
+def _export(nets: list[nn.Module], config: Config, benchmark: Benchmark, path: Path) -> None:
+    from qdeploy import export, export_ensemble
+    from qdeploy.training.trainer import calibration_images
+
+    images = calibration_images(config, benchmark, 128)
+    preprocess = {"mean": benchmark.mean, "std": benchmark.std}
+    common = {"calibration": images.split(64), "classes": benchmark.classes, "preprocess": preprocess}
+    if len(nets) == 1:
+        export(nets[0], images[:2], path, **common)
+    else:
+        export_ensemble(nets, images[:2], path, combine="logits", **common)
+
+
+def _int8_classes(path: Path, benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:
+    import torch
+
+    import qdeploy
+    from qdeploy.training.trainer import logits_of
+
+    model = qdeploy.load_int_model(path)
+    return logits_of(lambda images: torch.from_numpy(model(images.numpy())), benchmark, domain, positions).argmax(1)

@@ -1,0 +1,355 @@
+"""The training loop: leave-one-domain-out, as DomainBed and SWAD define it, with exact resume.
+
+Every random choice of update t is a pure function of (seed, t), so a run that was killed and started again writes the
+same bits as one that was not: there is no state of a generator or a loader to restore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from qdeploy.errors import InputError
+from qdeploy.training.algorithms import ALGORITHMS, Minibatches, attach_quantizers
+from qdeploy.training.config import Config, difference
+from qdeploy.training.domains import Benchmark, atomic_file
+from qdeploy.training.models import MODELS
+from qdeploy.training.quantize import quantizable_layers
+
+HOLDOUT = 0.2  # share of each domain that is kept for validation
+EVALUATION_BATCH = 256
+CHECKPOINT, LOG, MODEL, DONE = "checkpoint.pt", "log.jsonl", "model.pt", "done.json"
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after a checkpoint; `signum` is its number."""
+
+    def __init__(self, signum: int, step: int, directory: Path):
+        super().__init__(f"stopped before update {step}: run the same command again to continue - at {directory}")
+        self.signum = signum
+
+
+def seed_hash(*args: object) -> int:
+    """DomainBed's seed of a tuple: its md5 modulo 2^31."""
+    return int(hashlib.md5(str(args).encode()).hexdigest(), 16) % 2**31
+
+
+def split(count: int, environment: int, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions for training (80%) and validation (20%) of a domain of `count` images, the very split of DomainBed."""
+    keys = list(range(count))
+    np.random.RandomState(seed_hash(split_seed, environment)).shuffle(keys)
+    held_out = int(HOLDOUT * count)
+    return np.array(keys[held_out:]), np.array(keys[:held_out])
+
+
+def sample(seed: int, step: int, domain: int, count: int, size: int) -> np.ndarray:
+    """`size` positions in 0..count-1, drawn with replacement by a counter-based generator."""
+    stream = np.random.Philox(key=[seed, domain], counter=[0, 0, 0, step])
+    return np.random.Generator(stream).integers(count, size=size)
+
+
+def select(records: list[dict], q_step: int) -> dict | None:
+    """Training-domain validation: the first record with the highest mean accuracy over the source domains' validation
+    images, among those at or after `q_step` (an earlier record is of a network that was not quantized yet)."""
+    eligible = [record for record in records if record["step"] >= q_step]
+    return max(eligible, key=lambda record: record["validation"], default=None)
+
+
+def build_network(config: Config, benchmark: Benchmark) -> nn.Module:
+    """The network of a run at its start: seeded random weights, or the pretrained ones with a new classifier."""
+    if config.model not in MODELS:
+        raise InputError(f"expected one of {', '.join(MODELS)}, got {config.model!r} - at --model")
+    torch.manual_seed(seed_hash(config.seed, "weights"))
+    net = MODELS[config.model](len(benchmark.classes), in_channels=benchmark.input_shape[0])
+    if config.weights is not None:
+        _load_pretrained(net, Path(config.weights))
+    return net
+
+
+def _load_pretrained(net: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"expected a file of weights, got {error.strerror or error} - at {path}") from error
+    classifier = list(quantizable_layers(net))[-1]
+    own = {key: value for key, value in net.state_dict().items() if key.startswith(f"{classifier}.")}
+    try:
+        net.load_state_dict(state | own)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"expected the weights of a {type(net).__name__}, got {said[:300]} - at {path}") from error
+
+
+class MinibatchLoader:
+    """The minibatches of any update, loaded one update ahead on a thread of its own."""
+
+    def __init__(self, config: Config, benchmark: Benchmark, sources: list[int], fabric: Fabric):
+        self._config, self._benchmark, self._sources, self._fabric = config, benchmark, sources, fabric
+        self._keys = {i: split(len(benchmark.domains[i].labels), i, config.split_seed)[0] for i in sources}
+        self._executor = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future] | None = None
+
+    def at(self, step: int) -> Minibatches:
+        """The minibatches of update `step`, on the device; a data-parallel process gets its share of each."""
+        ahead = self._next
+        batches = ahead[1].result() if ahead and ahead[0] == step else self._load(step)
+        self._next = (step + 1, self._executor.submit(self._load, step + 1))
+        return [(self._fabric.to_device(images), self._fabric.to_device(classes)) for images, classes in batches]
+
+    def _load(self, step: int) -> Minibatches:
+        batches = []
+        for i in self._sources:
+            domain, keys = self._benchmark.domains[i], self._keys[i]
+            drawn = sample(self._config.seed, step, i, len(keys), self._config.batch_size)
+            mine = keys[drawn[self._fabric.global_rank :: self._fabric.world_size]]
+            images = domain.batch(mine, augment=(self._config.seed, step, i))
+            batches.append((images, torch.from_numpy(domain.labels[mine])))
+        return batches
+
+    def close(self) -> None:
+        self._executor.shutdown(cancel_futures=True)
+
+
+def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int, np.ndarray]]:
+    """What an evaluation measures: {name: (domain, positions)}. The validation images of every source domain, and both
+    parts of the held-out domain, whose 80% part is the number that is reported."""
+    target = benchmark.index(config.test_domain)
+    sets = {}
+    for i, domain in enumerate(benchmark.domains):
+        training, validation = split(len(domain.labels), i, config.split_seed)
+        if i == target:
+            sets[f"{domain.name}_in"] = (i, training)
+        sets[f"{domain.name}_out"] = (i, validation)
+    return sets
+
+
+def logits_of(predict: Callable[[Tensor], Tensor], benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:
+    """Float32 logits [len(positions), K] on the CPU."""
+    parts = np.array_split(positions, -(-len(positions) // EVALUATION_BATCH))
+    return torch.cat([predict(benchmark.domains[domain].batch(part)).cpu() for part in parts])
+
+
+def _evaluate(predict: Callable[[Tensor], Tensor], config: Config, benchmark: Benchmark, fabric: Fabric) -> dict:
+    accuracy = {}
+    for name, (domain, positions) in evaluation_sets(config, benchmark).items():
+        mine = positions[fabric.global_rank :: fabric.world_size]
+        logits = logits_of(lambda images: predict(fabric.to_device(images)), benchmark, domain, mine)
+        right = (logits.argmax(1) == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
+        accuracy[name] = int(fabric.all_reduce(right, reduce_op="sum")) / len(positions)
+    sources = [d.name for d in benchmark.domains if d.name != config.test_domain]
+    validation = sum(accuracy[f"{name}_out"] for name in sources) / len(sources)
+    return {"validation": validation, "test": accuracy[f"{config.test_domain}_in"], "accuracy": accuracy}
+
+
+def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -> dict:
+    """Trains one network and returns its selected record; continues what an earlier process began in `directory`.
+
+    Writes log.jsonl (a line for every evaluation), checkpoint.pt (at every evaluation, on SIGINT and on SIGTERM), and
+    when it is finished model.pt (the selected state, for `load_trained`) and done.json (its record); a finished run
+    returns at once.
+
+    Raises:
+        InputError: a setting that does not fit the data, or another run in `directory`.
+        Interrupted: a signal came; everything up to it is in the checkpoint.
+    """
+    if (done := _read_done(directory, config)) is not None:
+        return done
+    target = benchmark.index(config.test_domain)
+    sources = [i for i in range(len(benchmark.domains)) if i != target]
+    algorithm = ALGORITHMS[config.algorithm](build_network(config, benchmark), config, fabric)
+    first_eligible = config.q_step if config.algorithm == "qt-dog" else 0
+    minibatches = MinibatchLoader(config, benchmark, sources, fabric)
+    start, records, best, losses = 0, [], None, []  # the losses since the last evaluation
+    if (state := _read_checkpoint(directory, config)) is not None:
+        algorithm.load_state_dict(state["algorithm"], minibatches.at(config.q_step))
+        start, records, best, losses = (state[key] for key in ("step", "records", "best", "losses"))
+    _write_log(directory, records, fabric)
+
+    def checkpoint(next_step: int) -> None:
+        state = {"step": next_step, "records": records, "best": best, "losses": losses}
+        state["algorithm"] = algorithm.state_dict()
+        if fabric.is_global_zero:
+            with atomic_file(directory / CHECKPOINT) as file:
+                torch.save({"config": asdict(config), **state}, file)
+        fabric.barrier()
+
+    began = time.perf_counter()
+    try:
+        with _signals() as signals, _progress(config, start, fabric) as show:
+            for step in range(start, config.steps):
+                torch.manual_seed(seed_hash(config.seed, step, fabric.global_rank))  # dropout and the like
+                losses.append(algorithm.update(step, minibatches.at(step)).item())
+                if step % config.eval_every == 0:
+                    record = {"step": step, "quantized": algorithm.quantized, "loss": sum(losses) / len(losses)}
+                    record |= _evaluate(algorithm.predict, config, benchmark, fabric)
+                    record["seconds"] = round(time.perf_counter() - began, 3)
+                    losses.clear()
+                    records.append(record)
+                    if select(records, first_eligible) is record:
+                        best = {key: value.detach().clone() for key, value in algorithm.net.state_dict().items()}
+                    _append_log(directory, record, fabric)
+                    checkpoint(step + 1)
+                    show(step, record)
+                else:
+                    show(step, None)
+                if signum := _agreed(signals, fabric):
+                    checkpoint(step + 1)
+                    raise Interrupted(signum, step + 1, directory)
+    finally:
+        minibatches.close()
+    selected = select(records, first_eligible)
+    if fabric.is_global_zero:
+        with atomic_file(directory / MODEL) as file:
+            torch.save({"config": asdict(config), "net": best}, file)
+        with atomic_file(directory / DONE) as file:
+            file.write(json.dumps({"config": asdict(config), "selected": selected}, indent=1).encode())
+        (directory / CHECKPOINT).unlink(missing_ok=True)
+    fabric.barrier()
+    return selected
+
+
+def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
+    """The selected network of a finished run, in eval mode on the CPU, quantizers attached."""
+    state = _load(directory / MODEL)
+    config = Config(**state["config"])
+    net = build_network(config, benchmark)
+    if config.algorithm == "qt-dog":
+        attach_quantizers(net, config, [calibration_images(config, benchmark, 8)])
+    net.load_state_dict(state["net"])
+    return net.eval()
+
+
+def calibration_images(config: Config, benchmark: Benchmark, count: int) -> Tensor:
+    """The first `count` validation images of each source domain, not augmented: f32 [n, C, H, W]."""
+    target = benchmark.index(config.test_domain)
+    images = []
+    for i, domain in enumerate(benchmark.domains):
+        if i != target:
+            images.append(domain.batch(split(len(domain.labels), i, config.split_seed)[1][:count]))
+    return torch.cat(images)
+
+
+def _check_same_run(old: dict, config: Config, path: Path) -> None:
+    if (found := difference(old, config)) is not None:
+        raise InputError(f"expected the settings of the run begun here, {found}: give another --out - at {path}")
+
+
+def _read_done(directory: Path, config: Config) -> dict | None:
+    path = directory / DONE
+    if not path.exists():
+        return None
+    done = json.loads(path.read_text())
+    _check_same_run(done["config"], config, path)
+    return done["selected"]
+
+
+def _load(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(f"expected a file written by a run, got a damaged one: delete it - at {path}") from error
+
+
+def _read_checkpoint(directory: Path, config: Config) -> dict | None:
+    path = directory / CHECKPOINT
+    if not path.exists():
+        return None
+    state = _load(path)
+    _check_same_run(state["config"], config, path)
+    return state
+
+
+def _write_log(directory: Path, records: list[dict], fabric: Fabric) -> None:
+    """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
+    if fabric.is_global_zero:
+        with atomic_file(directory / LOG) as file:
+            file.writelines(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def _append_log(directory: Path, record: dict, fabric: Fabric) -> None:
+    if fabric.is_global_zero:
+        with (directory / LOG).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM; the second one does what it always does."""
+    received: list[int] = []
+    previous: dict[int, object] = {}
+
+    def restore() -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+    def receive(signum: int, frame: object) -> None:
+        received.append(signum)
+        restore()
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.signal(signum, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _agreed(signals: list[int], fabric: Fabric) -> int:
+    """The signal that any process received, or 0: all stop after the same update."""
+    signum = signals[0] if signals else 0
+    if fabric.world_size == 1:
+        return signum
+    return int(fabric.all_reduce(torch.tensor(signum, device=fabric.device), reduce_op="max"))
+
+
+@contextmanager
+def _progress(config: Config, start: int, fabric: Fabric) -> Iterator[Callable[[int, dict | None], None]]:
+    """A progress bar on a terminal, else one line for each evaluation, on standard error."""
+
+    def line(record: dict) -> str:
+        mode = f"{config.bits} bit" if record["quantized"] else "float"
+        text = f"seed {config.seed} step {record['step']} {mode} loss {record['loss']:.4f}"
+        return f"{text} validation {record['validation']:.4f} {config.test_domain} {record['test']:.4f}"
+
+    if not fabric.is_global_zero:
+        yield lambda step, record: None
+    elif not sys.stderr.isatty():
+        yield lambda step, record: print(line(record), file=sys.stderr, flush=True) if record else None
+    else:
+        from rich import progress
+        from rich.console import Console
+
+        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
+        times = (progress.TextColumn("{task.fields[rate]}"), progress.TimeRemainingColumn())
+        with progress.Progress(*columns, *times, console=Console(stderr=True)) as bar:
+            task = bar.add_task(f"seed {config.seed}", total=config.steps, completed=start, rate="")
+            began = time.perf_counter()
+
+            def show(step: int, record: dict | None) -> None:
+                rate = f"{(step + 1 - start) / (time.perf_counter() - began):.1f} updates/s"
+                bar.update(task, completed=step + 1, rate=rate)
+                if record:
+                    bar.update(task, description=line(record))
+
+            yield show
