@@ -1,0 +1,293 @@
+"""Ranges of activations from calibration data: one pass, a streaming histogram per tensor, and the u8 grid of a range.
+
+A grid is the map between u8 codes and real numbers, `real = scale * (code - zero_point)`. Real 0 is always exact: it
+is what padding and ReLU produce. A tensor that is never negative gets zero point 0 and all 256 codes for its positive
+side.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qdeploy.errors import ExportError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, fx
+
+    from qdeploy.lowering import Layer, Network
+
+ONE_GRID = ("max_pool2d", "reshape", "concat")  # operations whose output codes are input codes
+OBSERVERS = ("minmax", "percentile", "mse")
+PERCENTILE = 99.99  # of the elements on each side of zero stay inside the range
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes of one tensor; `low` and `high` are the codes it may take (a 4-bit activation has 0..15)."""
+
+    scale: float  # an f32 greater than 0
+    zero_point: int
+    low: int = 0
+    high: int = 255
+
+    def codes(self, real: np.ndarray) -> np.ndarray:
+        """Nearest codes of `real`, in float64 and clamped: what tables of the file are made of."""
+        return np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, self.low, self.high)
+
+    def real(self, codes: np.ndarray) -> np.ndarray:
+        """The real numbers (float64) that `codes` stand for."""
+        return self.scale * (np.asarray(codes, np.float64) - self.zero_point)
+
+    def covers(self, low: float, high: float) -> bool:
+        """Whether every real number from `low` to `high` is at most half a step away from a code."""
+        half = self.scale / 2
+        return self.real(self.low) - half <= low and high <= self.real(self.high) + half
+
+
+def grid_of_range(low: float, high: float) -> Grid:
+    """The finest grid that holds [low, high] and 0. All zeros (a dead layer) get scale 1: any grid is exact."""
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if high - low < 1e-20:
+        return Grid(1.0, 0)
+    exact = -low / (high - low) * 255
+    step, zero_point = min((_least_step(low, high, z), z) for z in (int(exact), min(int(exact) + 1, 255)))
+    return Grid(float(np.float32(step)), zero_point)
+
+
+def _least_step(low: float, high: float, zero_point: int) -> float:
+    """The least step with which both ends have a code; on a side without codes the end is within half a step of 0."""
+    below = -low / zero_point if zero_point else 2 * -low
+    above = high / (255 - zero_point) if zero_point < 255 else 2 * high
+    return max(below, above)
+
+
+@dataclass
+class Histogram:
+    """Counts of a stream of numbers of unknown range, with exact minimum and maximum.
+
+    Bin k counts [k*width, (k+1)*width) for -BINS <= k < BINS. When a number does not fit, the width doubles and bins
+    2k and 2k+1 become bin k: zero stays a bin edge, no count is ever split, so the result does not depend on the
+    order of the data.
+    """
+
+    BINS = 2048
+    exact: bool = False  # only minimum and maximum are wanted
+    low: float = 0.0
+    high: float = 0.0
+    width: float = 0.0
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(2 * Histogram.BINS, np.int64))
+
+    def add(self, values: np.ndarray) -> None:
+        low, high = float(values.min()), float(values.max())
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        extent = max(-low, high)
+        if self.exact or extent == 0:
+            return
+        if self.width == 0:
+            self.width = float(2.0 ** np.ceil(np.log2(extent / self.BINS)))
+        while extent >= self.BINS * self.width:
+            self.counts = np.pad(self.counts.reshape(-1, 2).sum(1), self.BINS // 2)
+            self.width *= 2
+        bins = np.floor(values.ravel() * np.float64(1 / self.width)).astype(np.int64) + self.BINS
+        self.counts += np.bincount(bins, minlength=2 * self.BINS)
+
+    def range(self, observer: str) -> tuple[float, float]:
+        """The range [low, high] that `observer` keeps; what lies outside saturates."""
+        if observer == "minmax" or self.width == 0:
+            return self.low, self.high
+        return self._percentile() if observer == "percentile" else self._least_square_error()
+
+    def _percentile(self) -> tuple[float, float]:
+        allowed = self.counts.sum() * (1 - PERCENTILE / 100)
+        first, last = (int(np.argmax(np.cumsum(counts) > allowed)) for counts in (self.counts, self.counts[::-1]))
+        low, high = (first - self.BINS) * self.width, (self.BINS - last) * self.width
+        return max(self.low, min(low, 0.0)), min(self.high, max(high, 0.0))
+
+    def _least_square_error(self) -> tuple[float, float]:
+        """Shrinks both ends together by 1..100 % and keeps the range whose grid has the least squared error."""
+        used = np.flatnonzero(self.counts)
+        centres, counts = (used - self.BINS + 0.5) * self.width, self.counts[used]
+
+        def error(shrink: float) -> float:
+            grid = grid_of_range(self.low * shrink, self.high * shrink)
+            return float(np.sum(counts * (grid.real(grid.codes(centres)) - centres) ** 2))
+
+        best = min(np.arange(100, 0, -1) / 100, key=error)
+        return self.low * best, self.high * best
+
+
+class Scales:
+    """The grids of one network: which tensors share one, what calibration must observe, and what follows.
+
+    Tensors whose codes are the same (before and after a max pool, the parts of a concatenation) form a group with one
+    grid. It is the learned one where all that writes or all that reads the group is one learned quantizer. Other
+    groups are observed.
+    """
+
+    def __init__(self, network: Network, observer: str):
+        self.network, self.observer = network, observer
+        self.group: dict[Layer, list[Layer]] = {x: [x] for x in network.layers if x is not network.output}
+        for layer in self.group:
+            for source in layer.inputs if layer.op in ONE_GRID else ():
+                if self.group[source] is not self.group[layer]:
+                    merged = self.group[source] + self.group[layer]
+                    self.group |= dict.fromkeys(merged, merged)
+        self.fixed: dict[Layer, Grid] = {}
+        self.observed: list[tuple[list[Layer], Histogram]] = []
+        for group in {id(group): group for group in self.group.values()}.values():
+            grid = self._only_learned_grid(group)
+            if grid is None:
+                self.observed.append((group, Histogram(exact=observer == "minmax")))
+            else:
+                self.fixed |= dict.fromkeys(group, grid)
+
+    def _readers(self, group: list[Layer]) -> list[Layer]:
+        return [x for x in self.network.layers if x not in group and any(source in group for source in x.inputs)]
+
+    def _learned(self, group: list[Layer]) -> list[Grid]:
+        grids = [layer.grid for layer in (*_sources(group), *self._readers(group)) if layer.op == "quantize"]
+        if self.network.layers[0] in group:  # nothing clamps the input's codes
+            grids = [replace(grid, low=0, high=255) for grid in grids]
+        return list(dict.fromkeys(grids))
+
+    def _only_learned_grid(self, group: list[Layer]) -> Grid | None:
+        grids = self._learned(group)
+        sides = (_sources(group), self._readers(group))
+        decided = any(side and all(layer.op == "quantize" for layer in side) for side in sides)
+        return grids[0] if len(grids) == 1 and decided else None
+
+    def missing(self) -> list[str]:
+        """Names of the layers whose output needs calibration data."""
+        return [layer.name for group, _ in self.observed for layer in _sources(group)]
+
+    def observe(self, images: np.ndarray) -> None:
+        """Runs the network on f32 `images` and adds what its layers compute to the histograms."""
+        adders: dict[fx.Node, list[Callable[[np.ndarray], None]]] = {}
+        for group, histogram in self.observed:
+            for layer in _sources(group):
+                adders.setdefault(layer.value, []).append(_adder(layer, histogram))
+
+        def all_of(functions: list[Callable[[np.ndarray], None]]) -> Callable[[Tensor], None]:
+            return lambda value: [function(value.numpy()) for function in functions]
+
+        self.network.trace.run(images, {node: all_of(functions) for node, functions in adders.items()})
+
+    def grids(self) -> dict[Layer, Grid]:
+        """The grid of each layer's output but the last layer's, which is float."""
+        result = dict(self.fixed)
+        for group, histogram in self.observed:
+            observed = histogram.range(self.observer)
+            finer = [grid for learned in self._learned(group) if (grid := _finer_grid(learned, *observed))]
+            result |= dict.fromkeys(group, min(finer, key=lambda grid: grid.scale, default=grid_of_range(*observed)))
+        return result
+
+
+def _sources(group: list[Layer]) -> list[Layer]:
+    """The layers that make the group's values; the others only pass them on."""
+    return [layer for layer in group if layer.op not in ONE_GRID]
+
+
+def _adder(layer: Layer, histogram: Histogram) -> Callable[[np.ndarray], None]:
+    def add(value: np.ndarray) -> None:
+        values = np.clip(value, layer.low, layer.high)
+        if not np.isfinite(values).all():
+            raise ExportError(f"expected finite activations, got NaN or infinity on calibration data - at {layer.name}")
+        histogram.add(values)
+
+    return add
+
+
+def _finer_grid(learned: Grid, low: float, high: float) -> Grid | None:
+    """A grid over [low, high] for a tensor that some layers read through the learned quantizer and others as it is.
+
+    Its step is an odd fraction of the learned one. Then every boundary between two learned codes is also a boundary
+    between two of its codes, and rounding to it first and to the learned grid afterwards (a table) is rounding once.
+    None where the learned grid is finer than 8 bits over [low, high] can be.
+    """
+    calibrated = grid_of_range(low, high)
+    fraction = int(learned.scale / calibrated.scale)
+    fraction -= 1 - fraction % 2
+    if fraction < 1:
+        return None
+    if fraction == 1 and (learned.low, learned.high) == (0, 255) and learned.covers(low, high):
+        return learned
+    return replace(calibrated, scale=float(np.float32(learned.scale / fraction)))
+
+
+def batches(
+    calibration: object, shape: tuple[int, ...], images: Callable[[np.ndarray], np.ndarray] | None, batch_size: int = 32
+) -> Iterator[np.ndarray]:
+    """Checked f32 batches [N, *shape] of `calibration`: one array, or an iterable of arrays or of (images, labels).
+
+    Tensors of torch are accepted where arrays are. `images` turns u8 [N, H, W, C] into f32 [N, C, H, W]; without it
+    u8 is refused. Raises InputError naming the batch: wrong dtype, rank or shape, NaN or infinity, or no data at all.
+    """
+    found = False
+    for index, batch in enumerate(_split(calibration, batch_size)):
+        where = f"batch {index} of the calibration data"
+        batch = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+        if hasattr(batch, "detach"):  # a torch tensor
+            batch = batch.detach().cpu().numpy()
+        if not isinstance(batch, np.ndarray):
+            raise InputError(
+                f"expected arrays or tensors, or tuples that begin with one, got {type(batch).__name__} - at {where}"
+            )
+        if batch.dtype == np.uint8 and images is not None and batch.ndim == 4:
+            batch = images(batch)
+        if batch.dtype != np.float32:
+            wanted = "float32 images" if images is None else "float32 images [N, C, H, W] or uint8 images [N, H, W, C]"
+            raise InputError(f"expected {wanted}, got {batch.dtype} - at {where}")
+        if batch.shape[1:] != shape:
+            raise InputError(
+                f"expected shape [N, {', '.join(map(str, shape))}] as the example has, "
+                f"got {list(batch.shape)} - at {where}"
+            )
+        if not np.isfinite(batch).all():
+            raise InputError(f"expected finite numbers, got NaN or infinity - at {where}")
+        if len(batch):
+            found = True
+            yield np.ascontiguousarray(batch)
+    if not found:
+        raise InputError("expected at least one image, got none - at the calibration data")
+
+
+def _split(calibration: object, batch_size: int) -> Iterable[object]:
+    if hasattr(calibration, "ndim") and hasattr(calibration, "shape"):  # one array or tensor: cut it
+        length = calibration.shape[0] if calibration.ndim else 0
+        return (calibration[i : i + batch_size] for i in range(0, length, batch_size))
+    if not isinstance(calibration, Iterable):
+        raise InputError(
+            f"expected an array [N, ...] or an iterable of batches, got {type(calibration).__name__} - at calibration"
+        )
+    return calibration
+
+
+@contextmanager
+def progress(text: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """Yields a function to call once per batch; on a terminal it draws a bar (rich) or a counter, elsewhere nothing."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        done = 0
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            print(f"\r{text}: batch {done}{f' of {total}' if total else ''}", end="", file=sys.stderr, flush=True)
+
+        yield count
+        print(file=sys.stderr)
+        return
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,239 @@
+"""Layers into fewer layers: rules tried on each layer of a lowered network until none applies.
+
+BatchNorm, scalars and constants go into scale and shift of the layer before them; additions, clamps and padding into
+the convolution; functions of one tensor into one table. What is left over and is no operation of the engine is then
+expressed by one that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from qdeploy.lowering import Layer, Network, elementwise
+
+FLOAT_OUTPUT = ("conv2d", "linear", "add", "avg_pool2d", "table")  # operations that may write f32
+
+
+def fuse(network: Network) -> Network:
+    """Rewrites the layers until no rule applies and each is an operation of the engine or a learned quantizer."""
+    _remove_unused(network)
+    while any([_rewrite(network, layer) for layer in list(network.layers)]):  # a list: each sweep visits every layer
+        _remove_unused(network)
+    for layer in list(network.layers):
+        if layer.op in EXPRESSED:
+            EXPRESSED[layer.op](network, layer)
+    _end_in_float(network)
+    _make_names_unique(network)
+    return network
+
+
+def _make_names_unique(network: Network) -> None:
+    """Of a module used twice, or of two operators, the second is name#2. A reshape leaves the plain name to others."""
+    taken: dict[str, int] = {}
+    for layer in sorted(network.layers, key=lambda layer: layer.op == "reshape"):
+        taken[layer.name] = count = taken.get(layer.name, 0) + 1
+        layer.name = layer.name if count == 1 else f"{layer.name}#{count}"
+
+
+def _remove_unused(network: Network) -> None:
+    needed = {network.layers[0], network.output}
+    for layer in reversed(network.layers):
+        if layer in needed:
+            needed.update(layer.inputs)
+    network.layers = [layer for layer in network.layers if layer in needed]
+
+
+def _fold_affine(network: Network, affine: Layer) -> bool:
+    """Into the layer before it, if nothing else reads that one; into add and average pools only if it is uniform."""
+    x = affine.inputs[0]
+    if network.only_user(x) is not affine or x.clamped:
+        return False
+    if x.op in ("conv2d", "linear", "affine"):
+        if len(x.inputs) == 2 and np.ptp(affine.scale):
+            return False
+        x.residual *= affine.scale[0]
+    elif not (x.op in ("add", "avg_pool2d") and affine.uniform):
+        return False
+    elif x.op == "add":
+        x.factors = (x.factors[0] * affine.scale[0], x.factors[1] * affine.scale[0])
+    size = len(x.shift)
+    x.shift = x.shift * affine.scale[:size] + affine.shift[:size]
+    if x.scale is not None:
+        x.scale = x.scale * affine.scale[:size]
+    x.value = affine.value
+    network.replace(affine, x)
+    return True
+
+
+def _fold_pad(network: Network, conv: Layer) -> bool:
+    pad = conv.inputs[0]
+    if pad.op != "pad":
+        return False
+    conv.inputs[0] = pad.inputs[0]
+    conv.window["padding"] = [a + b for a, b in zip(conv.window["padding"], pad.window["padding"], strict=True)]
+    return True
+
+
+def _fold_factor(network: Network, add: Layer) -> bool:
+    """A uniform affine map of an operand is a factor of the addition."""
+    for i, x in enumerate(add.inputs):
+        if x.uniform and not x.clamped:
+            factors = list(add.factors)
+            add.shift = add.shift + factors[i] * x.shift[0]
+            factors[i] *= float(x.scale[0])
+            add.factors = (factors[0], factors[1])
+            add.inputs[i] = x.inputs[0]
+            return True
+    return False
+
+
+def _fuse_add(network: Network, add: Layer) -> bool:
+    """The convolution whose result only the addition reads adds by itself, before anything is rounded to 8 bits."""
+    for i, conv in enumerate(add.inputs):
+        plain = conv.op in ("conv2d", "linear") and len(conv.inputs) == 1 and not conv.clamped
+        if plain and network.only_user(conv) is add:
+            factor, residual = add.factors[i], add.inputs[1 - i]
+            conv.scale, conv.shift = conv.scale * factor, conv.shift * factor + add.shift
+            conv.residual, conv.value, conv.low, conv.high = add.factors[1 - i], add.value, add.low, add.high
+            conv.inputs.append(residual)
+            network.layers.remove(conv)  # it runs where the addition stood: by then the residual is there
+            network.layers.insert(network.layers.index(add), conv)
+            network.replace(add, conv)
+            return True
+    return False
+
+
+def _fuse_clamp(network: Network, clamp: Layer) -> bool:
+    x = clamp.inputs[0]
+    if network.only_user(x) is not clamp:
+        return False
+    if x.op in ("max_pool2d", "reshape") and network.only_user(x.inputs[0]) is x:
+        # A clamp of the larger tensor is free once it is in the layer before; pool and clamp commute, both being
+        # monotonic.
+        clamp.inputs, clamp.shape, clamp.value = x.inputs, x.inputs[0].shape, x.inputs[0].value
+        position = network.layers.index(x)
+        network.layers.remove(clamp)
+        network.layers.insert(position, clamp)
+        for user in network.users(clamp):
+            user.inputs = [x if source is clamp else source for source in user.inputs]
+        network.output = x if network.output is clamp else network.output
+        x.inputs = [clamp]
+        return True
+    if x.op not in ("conv2d", "linear", "add", "avg_pool2d", "affine", "clamp"):
+        return False
+    x.low, x.high = (float(np.clip(bound, clamp.low, clamp.high)) for bound in (x.low, x.high))
+    network.replace(clamp, x)
+    return True
+
+
+def _merge_table(network: Network, layer: Layer) -> bool:
+    """A function of a function is one table, when nothing else reads the inner one."""
+    x = layer.inputs[0]
+    inner, outer = elementwise(x), elementwise(layer)
+    if "table" not in (x.op, layer.op) or inner is None or outer is None or network.only_user(x) is not layer:
+        return False
+    _become_table(layer, lambda v: outer(inner(v)))
+    layer.inputs = x.inputs
+    network.layers.remove(x)
+    return True
+
+
+def _become_table(layer: Layer, function: Callable[[Tensor], Tensor]) -> None:
+    layer.op, layer.function = "table", function
+
+
+def _merge_slices(network: Network, layer: Layer) -> bool:
+    """x[:, :, ::2, ::2] arrives as two slices."""
+    x = layer.inputs[0]
+    both = x.op == "max_pool2d" and x.window["kernel"] == layer.window["kernel"] == [1, 1]
+    if not both or network.only_user(x) is not layer:
+        return False
+    layer.window["stride"] = [a * b for a, b in zip(x.window["stride"], layer.window["stride"], strict=True)]
+    layer.inputs = x.inputs
+    network.layers.remove(x)
+    return True
+
+
+def _merge_reshape(network: Network, reshape: Layer) -> bool:
+    x = reshape.inputs[0]
+    if x.op == "reshape":
+        reshape.inputs = x.inputs
+        return True
+    if x.shape == reshape.shape:
+        network.replace(reshape, x)
+        return True
+    return False
+
+
+def _rewrite(network: Network, layer: Layer) -> bool:
+    return layer in network.layers and any(rule(network, layer) for rule in REWRITES.get(layer.op, ()))
+
+
+REWRITES: dict[str, tuple[Callable[[Network, Layer], bool], ...]] = {
+    "affine": (_fold_affine, _merge_table),
+    "conv2d": (_fold_pad,),
+    "add": (_fold_factor, _fuse_add),
+    "max_pool2d": (_merge_slices,),
+    "clamp": (_fuse_clamp, _merge_table),
+    "table": (_merge_table,),
+    "reshape": (_merge_reshape,),
+}
+
+
+def _express_affine(network: Network, layer: Layer) -> None:
+    """A table where it is one function; else a 1x1 depthwise convolution, whose multipliers do it."""
+    if layer.uniform:
+        return _become_table(layer, elementwise(layer))
+    _become_depthwise(layer, [0] * 4)
+    if len(layer.shape) != 3:
+        shape, image = layer.shape, (*layer.shape, *[1] * (3 - len(layer.shape)))
+        before = Layer("reshape", layer.name, layer.inputs, image, layer.inputs[0].value)
+        after = Layer("reshape", layer.name, [layer], shape, layer.value)
+        position = network.layers.index(layer)
+        for user in network.users(layer):
+            user.inputs = [after if x is layer else x for x in user.inputs]
+        network.output = after if network.output is layer else network.output
+        layer.inputs, layer.shape = [before], image
+        network.layers[position : position + 1] = [before, layer, after]
+
+
+def _express_clamp(network: Network, layer: Layer) -> None:
+    _become_table(layer, elementwise(layer))
+
+
+def _express_pad(network: Network, layer: Layer) -> None:
+    layer.scale, layer.shift = np.ones(layer.shape[0]), np.zeros(layer.shape[0])
+    _become_depthwise(layer, layer.window["padding"])
+
+
+def _become_depthwise(layer: Layer, padding: list[int]) -> None:
+    """The 1x1 depthwise convolution by the code 1: with scale and shift it is exactly an affine map per channel."""
+    channels = layer.shape[0]
+    layer.op, layer.codes, layer.bits = "conv2d", np.ones((channels, 1, 1, 1), np.int8), 2
+    layer.window = {"stride": [1, 1], "padding": padding, "dilation": [1, 1], "groups": channels}
+
+
+EXPRESSED = {"affine": _express_affine, "clamp": _express_clamp, "pad": _express_pad}
+
+
+def _end_in_float(network: Network) -> None:
+    """Makes the last layer one that writes f32; what ends in codes gets a table from codes to real numbers."""
+    output = network.output
+    if output.op == "reshape":
+        source = output.inputs[0]
+        if _may_flatten(source) and network.only_user(source) is output and output.shape == source.shape[:1]:
+            source.shape = output.shape  # [C, 1, 1] may be written as [C]
+            network.replace(output, source)
+            output = source
+    if output.op in FLOAT_OUTPUT and (output.op == "table" or not output.clamped):
+        return
+    table = Layer("table", "output", [output], output.shape, network.trace.output, function=lambda v: v)
+    network.layers.append(table)
+    network.output = table
+
+
+def _may_flatten(layer: Layer) -> bool:
+    return layer.op in ("conv2d", "avg_pool2d") and len(layer.inputs) == 1 and not layer.clamped

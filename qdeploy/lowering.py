@@ -1,0 +1,770 @@
+"""From a PyTorch network to the layers of the engine, still in real numbers; qdeploy/exporter.py makes them integers.
+
+    trace      torch.export of the network in eval mode
+    LOWERING   one function for each ATen operator that the engine can express; any other is an ExportError
+
+qdeploy/fusion.py then makes few layers of the many.
+
+What a layer computes is `clamp(linear part, low, high)`. The linear part of conv2d and linear is
+`scale[c] * (weight * x)[c] + shift[c] + residual * inputs[1]`: BatchNorm goes into scale and shift (float64), never
+into the weight.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+import qdeploy.kernels.lsq  # noqa: F401  (registers the operator qdeploy::lsq)
+from qdeploy.calibrate import Grid
+from qdeploy.errors import ExportError
+
+aten = torch.ops.aten
+SUPPORTED = (
+    "conv2d, linear, BatchNorm, ReLU and other functions of one tensor, add, concatenation of channels, max and "
+    "average pools, reshape, padding by 0"
+)
+
+
+@dataclass(frozen=True)
+class LearnedWeight:
+    """A weight and its LSQ quantizer, as the node qdeploy::lsq names them."""
+
+    value: Tensor
+    step: Tensor
+    qmin: int
+    qmax: int
+
+
+@dataclass(eq=False)
+class Layer:
+    """One operation in real numbers; `op` is one of docs/format.md, or input, affine, clamp, pad or quantize."""
+
+    op: str
+    name: str  # of the module; unique once the network is lowered
+    inputs: list[Layer]
+    shape: tuple[int, ...]  # without the batch
+    value: fx.Node  # of the trace: its output, clamped to [low, high], is this layer's
+    low: float = -math.inf
+    high: float = math.inf
+    weight: LearnedWeight | Tensor | None = None  # conv2d, linear
+    codes: np.ndarray | None = None  # int8: the weight once quantized
+    bits: int | None = None  # of the codes
+    scale: np.ndarray | None = None  # float64 [channels]: conv2d, linear, affine
+    shift: np.ndarray | None = None
+    residual: float = 1.0  # factor of inputs[1] of conv2d, linear
+    factors: tuple[float, float] = (1.0, 1.0)  # add
+    window: dict[str, Any] = field(default_factory=dict)  # kernel, stride... as in docs/format.md
+    divisors: np.ndarray | None = None  # avg_pool2d: [1], or by number of real elements in the window
+    function: Callable[[Tensor], Tensor] | None = None  # table: elementwise, float64 to float64
+    grid: Grid | None = None  # quantize: the learned quantizer
+
+    @property
+    def clamped(self) -> bool:
+        return (self.low, self.high) != (-math.inf, math.inf)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of conv2d and linear; else ()."""
+        weight = self.weight.value if isinstance(self.weight, LearnedWeight) else self.weight
+        weight = self.codes if weight is None else weight
+        return () if weight is None else tuple(weight.shape)
+
+    @property
+    def uniform(self) -> bool:
+        """An affine map with one scale and one shift for the whole tensor."""
+        return self.op == "affine" and np.ptp(self.scale) == 0 and np.ptp(self.shift) == 0
+
+
+@dataclass
+class Trace:
+    """The network as a graph of ATen operators, and the value of every node that does not depend on the input."""
+
+    module: fx.GraphModule
+    constants: dict[fx.Node, Any]
+    output: fx.Node
+    batch: Any  # the symbol of the batch size
+    shape: tuple[int, ...]  # of the input, without the batch
+
+    def run(self, images: np.ndarray, observe: dict[fx.Node, Callable[[Tensor], None]]) -> None:
+        """Runs the fake-quant network in float32 on `images` and hands the value of each node in `observe` to its
+        function.
+
+        The function must copy what it keeps: an in-place operator may follow.
+        """
+        with torch.no_grad():
+            _Observed(self.module, observe).run(torch.from_numpy(images.copy()), initial_env=dict(self.constants))
+
+
+class _Observed(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, observe: dict[fx.Node, Callable[[Tensor], None]]):
+        super().__init__(module)
+        self.observe = observe
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self.observe:
+            self.observe[n](result)
+        return result
+
+
+@dataclass
+class Network:
+    """The layers in execution order; layers[0] is the input."""
+
+    trace: Trace
+    layers: list[Layer]
+    output: Layer
+
+    def users(self, layer: Layer) -> list[Layer]:
+        return [user for user in self.layers if layer in user.inputs]
+
+    def only_user(self, layer: Layer) -> Layer | None:
+        users = self.users(layer)
+        return users[0] if len(users) == 1 and layer is not self.output and users[0].inputs.count(layer) == 1 else None
+
+    def replace(self, old: Layer, new: Layer) -> None:
+        """Everything that read `old` reads `new`; `old` is removed."""
+        for user in self.users(old):
+            if user is not new:
+                user.inputs = [new if x is old else x for x in user.inputs]
+        self.output = new if self.output is old else self.output
+        self.layers.remove(old)
+
+
+def lower(net: nn.Module, example: Tensor) -> Network:
+    """One layer for each operator of `net` that its output needs, for inputs like `example` [N, C, H, W] or [N, F].
+
+    The network is traced in eval mode and left as it was. Raises ExportError naming the module for what the engine
+    lacks.
+    """
+    return _lowered(_trace(net, example))
+
+
+# --- trace
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _trace(net: nn.Module, example: Tensor) -> Trace:
+    for name, parameter in net.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ExportError(f"expected float32 parameters (call net.float()), got {parameter.dtype} - at {name}")
+    modes = {module: module.training for module in net.modules()}
+    device = next((p.device for p in net.parameters()), example.device)
+    pair = example[:1].expand(2, *example.shape[1:]).contiguous().to(device)  # a batch of 1 would become a constant
+    net.eval()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations inside torch.export itself
+            program = torch.export.export(net, (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            if _reads_stale_alias(program.graph):
+                program = program.run_decompositions({})  # every operator functional; as slow as two traces
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "Constraints violated" in reason:
+            reason = "a batch size fixed in the code (write x.shape[0], not len(x) or a number)"
+        raise ExportError(
+            f"expected a network that torch.export traces for any batch size, got {reason} - at {type(net).__name__}"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return _constants_folded(program)
+
+
+def _reads_stale_alias(graph: fx.Graph) -> bool:
+    """Whether an in-place operator changes a tensor that is read later under another name, as a view made before.
+
+    Where the tensor itself is read later, the trace already names the operator's result.
+    """
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    storage: dict[fx.Node, fx.Node] = {}  # the node that made the memory of each node
+    for node in graph.nodes:
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        schema = getattr(node.target, "_schema", None)
+        aliases = schema is not None and bool(schema.returns) and schema.returns[0].alias_info is not None
+        aliases = aliases or "dropout" in str(node.target)  # in eval mode it returns its argument
+        storage[node] = storage.get(source, source) if aliases and source is not None else node
+        if schema is not None and schema.is_mutable:
+            others = [other for other, made in storage.items() if made is storage[node] and other is not node]
+            if any(position[user] > position[node] for other in others for user in other.users):
+                return True
+    return False
+
+
+def _constants_folded(program: torch.export.ExportedProgram) -> Trace:
+    tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    constants: dict[fx.Node, Any] = {}
+    inputs = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            if spec.target is None:
+                inputs.append(node)
+            else:
+                constants[node] = tensors[spec.target].detach().cpu()
+        elif node.op == "call_function" and all(source in constants for source in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: constants[n])
+            if "device" in kwargs:
+                kwargs = {**kwargs, "device": torch.device("cpu")}
+            if node.target._schema.is_mutable:
+                args = (args[0].clone(), *args[1:])
+            with torch.no_grad():
+                constants[node] = node.target(*args, **kwargs)
+    results = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    if len(inputs) != 1 or len(results) != 1 or not isinstance(results[0], fx.Node):
+        raise ExportError(
+            f"expected one input and one output tensor, got {len(inputs)} and {len(results)} - at the network's forward"
+        )
+    shape = inputs[0].meta["val"].shape
+    return Trace(program.graph_module, constants, results[0], shape[0], tuple(shape[1:]))
+
+
+# --- lowering: ATen operator -> layer
+# ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Site:
+    """Where an operator stands in the network: what its lowering function needs besides the arguments."""
+
+    node: fx.Node
+    trace: Trace
+    layers: list[Layer]
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose forward holds the operator, and the operator, unless the module is of torch.nn."""
+        path, kind = list((self.node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
+        kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        path = path.split(".parametrizations.")[0]
+        if path and (kind.startswith("torch.nn.") or self.operator == "lsq"):
+            return path
+        return f"{path}.{self.operator}" if path else self.operator
+
+    @property
+    def operator(self) -> str:
+        return getattr(self.target, "_opname", self.target.__name__)
+
+    @property
+    def target(self) -> Any:
+        """The operator itself; of an in-place one, whose name ends in _, the functional one."""
+        target = self.node.target
+        name = getattr(target, "_opname", "")
+        return getattr(getattr(aten, name[:-1]), target._overloadname) if name.endswith("_") else target
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        value = self.node.meta["val"]
+        shape = (value if isinstance(value, Tensor) else value[0]).shape
+        if len(shape) < 2 or str(shape[0]) != str(self.trace.batch) or not all(isinstance(d, int) for d in shape[1:]):
+            self.fail(
+                "an operator that keeps the batch as dimension 0 and fixed sizes behind it", f"shape {list(shape)}"
+            )
+        return tuple(shape[1:])
+
+    def fail(self, expected: str, got: str) -> None:
+        raise ExportError(f"expected {expected}, got {got} - at module {self.module} (aten.{self.operator})")
+
+    def layer(self, op: str, inputs: list[Layer], shape: tuple[int, ...] | None = None, **fields: Any) -> Layer:
+        layer = Layer(op, self.module, inputs, self.shape if shape is None else shape, self.node, **fields)
+        self.layers.append(layer)
+        return layer
+
+
+def _lowered(trace: Trace) -> Network:
+    values: dict[fx.Node, Any] = {}
+    layers: list[Layer] = []
+    needed = {trace.output}
+    for node in reversed(trace.module.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    for node in trace.module.graph.nodes:
+        if node not in needed and node.op != "placeholder":
+            continue
+        if node in trace.constants:
+            values[node] = _constant(node, trace)
+        elif node.op == "placeholder":
+            values[node] = Layer("input", "input", [], trace.shape, node)
+            layers.append(values[node])
+        elif node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, tuple, list)):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
+            values[node] = _lower_node(Site(node, trace, layers), args, kwargs)
+    output = values.get(trace.output)
+    if not isinstance(output, Layer):
+        raise ExportError("expected an output that depends on the input, got a constant - at the network's forward")
+    return Network(trace, layers, output)
+
+
+def _constant(node: fx.Node, trace: Trace) -> Any:
+    if node.op == "call_function" and node.target is torch.ops.qdeploy.lsq.default:
+        value, step, qmin, qmax, axis = (
+            trace.constants.get(a, a) if isinstance(a, fx.Node) else a for a in node.args[:5]
+        )
+        if axis > 0:
+            Site(node, trace, []).fail("steps per output channel (axis 0) or per tensor", f"axis {axis}")
+        return LearnedWeight(value, step, qmin, qmax)
+    return trace.constants[node]
+
+
+def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
+    rule = LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+    if rule is None:
+        advice = f" ({ADVICE[site.operator]})" if site.operator in ADVICE else ""
+        site.fail(f"an operator that the engine has ({SUPPORTED})", f"aten.{site.operator}{advice}")
+    if rule not in (_conv2d, _linear) and any(isinstance(a, LearnedWeight) for a in args):
+        site.fail("a quantized weight that goes straight into conv2d or linear", f"aten.{site.operator} of it")
+    return rule(site, *args, **kwargs)
+
+
+def _same(site: Site, x: Layer, *_: Any, **__: Any) -> Layer:
+    dtype = site.node.meta["val"].dtype
+    if dtype != torch.float32:
+        site.fail("float32 throughout", str(dtype))
+    return x
+
+
+def _getitem(site: Site, x: Any, index: int) -> Layer:
+    """BatchNorm and pools with indices return tuples; only their first element is a value."""
+    if index:
+        site.fail("only the first result of the operator to be read", f"result {index}")
+    x.value = site.node
+    return x
+
+
+def _quantize(site: Site, x: Layer, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Layer:
+    if step.numel() != 1:
+        site.fail("one step for a layer's input", f"{step.numel()} steps")
+    if qmax - qmin > 255 or qmin > 0:
+        site.fail("an activation quantizer of at most 8 bits that holds 0", f"codes {qmin}..{qmax}")
+    scale = checked_step(step, f"{site.module} (input quantizer)")[0]
+    return site.layer("quantize", [x], grid=Grid(float(scale), -qmin, 0, qmax - qmin))
+
+
+def checked_step(step: Tensor, where: str) -> np.ndarray:
+    """The steps as float64; ExportError where one is not positive and finite, or all are 1.0: never initialized."""
+    steps = step.detach().cpu().reshape(-1).numpy()
+    wrong = np.flatnonzero(~(np.isfinite(steps) & (steps > 0)))
+    if len(wrong):
+        raise ExportError(f"expected positive finite steps, got {steps[wrong[0]]} for channel {wrong[0]} - at {where}")
+    if (steps == 1).all():
+        raise ExportError(f"expected trained steps, got 1.0 for all as if never initialized - at {where}")
+    return steps.astype(np.float64)
+
+
+def _pairs(value: Any) -> list[int]:
+    values = [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    return values * 2 if len(values) == 1 else values
+
+
+def _conv2d(
+    site: Site,
+    x: Layer,
+    weight: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Layer:
+    value = weight.value if isinstance(weight, LearnedWeight) else weight
+    dilation = _pairs(dilation)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, value.shape[2:], strict=True)]
+        padding = [total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2]
+    else:
+        padding = [0, 0] * 2 if padding == "valid" else _pairs(padding) * 2
+    window = {"stride": _pairs(stride), "padding": padding, "dilation": dilation, "groups": groups}
+    return _weighted(site, "conv2d", x, weight, bias, window)
+
+
+def _linear(site: Site, x: Layer, weight: Any, bias: Tensor | None = None) -> Layer:
+    if len(x.shape) != 1:
+        site.fail("linear on a tensor [N, F]", f"one on [N, {', '.join(map(str, x.shape))}]")
+    return _weighted(site, "linear", x, weight, bias, {})
+
+
+def _weighted(site: Site, op: str, x: Layer, weight: Any, bias: Tensor | None, window: dict) -> Layer:
+    if not isinstance(weight, (LearnedWeight, Tensor)):
+        site.fail("a weight that does not depend on the input", "one that does")
+    channels = site.shape[0]
+    shift = np.zeros(channels) if bias is None else _float64(bias)
+    return site.layer(op, [x], weight=weight, scale=np.ones(channels), shift=shift, window=window)
+
+
+def _float64(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy().astype(np.float64)
+
+
+def _batch_norm(
+    site: Site,
+    x: Layer,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool = False,
+) -> Layer:
+    if training or mean is None:
+        site.fail("BatchNorm with running statistics", "statistics of the batch")
+    gamma = np.ones(x.shape[0]) if weight is None else _float64(weight)
+    beta = np.zeros(x.shape[0]) if bias is None else _float64(bias)
+    scale = gamma / np.sqrt(_float64(variance) + eps)
+    return site.layer("affine", [x], x.shape, scale=scale, shift=beta - _float64(mean) * scale)
+
+
+def _batch_norm_functional(
+    site: Site, x: Layer, weight: Any, bias: Any, mean: Any, variance: Any, momentum: float, eps: float
+) -> Layer:
+    return _batch_norm(site, x, weight, bias, mean, variance, False, momentum, eps)
+
+
+def _affine(site: Site, x: Layer, scale: Any, shift: Any) -> Layer:
+    def per_channel(constant: Any) -> np.ndarray:
+        tensor = torch.as_tensor(constant)
+        shape = (1,) * (len(x.shape) + 1 - tensor.dim()) + tuple(tensor.shape)
+        if len(shape) != len(x.shape) + 1 or any(size != 1 for i, size in enumerate(shape) if i != 1):
+            site.fail("a constant that is one number or one per channel", f"shape {list(tensor.shape)}")
+        return np.broadcast_to(_float64(tensor).reshape(-1), x.shape[:1]).copy()
+
+    return site.layer("affine", [x], scale=per_channel(scale), shift=per_channel(shift))
+
+
+def _add(site: Site, a: Any, b: Any, alpha: float = 1) -> Layer:
+    if not isinstance(b, Layer):
+        return _affine(site, a, 1.0, b * alpha)
+    if not isinstance(a, Layer):
+        return _affine(site, b, alpha, a)
+    if _ancestor([a, b]) is not None:
+        return _table(site, a, b, alpha=alpha)
+    if a.shape != b.shape:
+        site.fail("two tensors of one shape", f"{list(a.shape)} and {list(b.shape)}")
+    return site.layer("add", [a, b], factors=(1.0, float(alpha)), shift=np.zeros(1))
+
+
+def _subtract(site: Site, a: Any, b: Any, alpha: float = 1) -> Layer:
+    return _add(site, a, b, alpha=-alpha)
+
+
+def _subtract_reversed(site: Site, a: Any, b: Any, alpha: float = 1) -> Layer:
+    return _affine(site, a, -alpha, b) if not isinstance(b, Layer) else _add(site, b, a, alpha=-alpha)
+
+
+def _multiply(site: Site, a: Any, b: Any) -> Layer:
+    if not isinstance(b, Layer):
+        return _affine(site, a, b, 0.0)
+    return _affine(site, b, a, 0.0) if not isinstance(a, Layer) else _table(site, a, b)
+
+
+def _divide(site: Site, a: Any, b: Any, **kwargs: Any) -> Layer:
+    if kwargs or isinstance(b, Layer):
+        return _table(site, a, b, **kwargs)
+    return _affine(site, a, torch.as_tensor(b).double().reciprocal(), 0.0)
+
+
+def _negate(site: Site, x: Layer) -> Layer:
+    return _affine(site, x, -1.0, 0.0)
+
+
+def _clamp(site: Site, x: Layer, low: Any = None, high: Any = None) -> Layer:
+    bounds = [default if v is None else float(v) for v, default in ((low, -math.inf), (high, math.inf))]
+    return site.layer("clamp", [x], low=min(bounds), high=bounds[1])
+
+
+def _clamp_max(site: Site, x: Layer, high: Any) -> Layer:
+    return _clamp(site, x, None, high)
+
+
+def _relu(site: Site, x: Layer) -> Layer:
+    return _clamp(site, x, 0.0, None)
+
+
+def _hardtanh(site: Site, x: Layer, low: float = -1.0, high: float = 1.0) -> Layer:
+    return _clamp(site, x, low, high)
+
+
+def _relu6(site: Site, x: Layer) -> Layer:
+    return _clamp(site, x, 0.0, 6.0)
+
+
+def _table(site: Site, *args: Any, **kwargs: Any) -> Layer:
+    """An elementwise operator whose tensors are all functions of one tensor: a table of that tensor's codes."""
+    target = site.target
+    if target._overloadname == "dim":
+        site.fail("an elementwise operator", f"aten.{site.operator} along a dimension")
+    root = _ancestor([a for a in args if isinstance(a, Layer)])
+    if root is None:
+        site.fail(
+            "an elementwise operator on functions of one tensor, or an addition",
+            "two tensors (as in attention or gates)",
+        )
+    functions = [_path(root, a) if isinstance(a, Layer) else _scalar(site, a) for a in args]
+    return site.layer(
+        "table", [root], function=lambda v: target(*(f(v) if callable(f) else f for f in functions), **kwargs)
+    )
+
+
+def _scalar(site: Site, constant: Any) -> Any:
+    if isinstance(constant, Tensor):
+        if constant.numel() != 1:
+            site.fail("one number for the whole tensor", f"a constant of shape {list(constant.shape)}")
+        return constant.reshape(()).double() if constant.is_floating_point() else constant.reshape(())
+    return constant
+
+
+def elementwise(layer: Layer) -> Callable[[Tensor], Tensor] | None:
+    """What the layer does to each element, where that is the same function everywhere."""
+    low, high = layer.low, layer.high  # values of now: a rewrite may change the layer later
+    if layer.op == "table":
+        return layer.function
+    if layer.op == "clamp":
+        return lambda v: v.clamp(low, high)
+    if layer.uniform:
+        scale, shift = float(layer.scale[0]), float(layer.shift[0])
+        return lambda v: (v * scale + shift).clamp(low, high)
+    return None
+
+
+def _ancestry(layer: Layer) -> list[Layer]:
+    """The layer and the tensors that it is an elementwise function of, nearest first."""
+    chain = [layer]
+    while elementwise(chain[-1]) is not None:
+        chain.append(chain[-1].inputs[0])
+    return chain
+
+
+def _ancestor(layers: list[Layer]) -> Layer | None:
+    chains = [_ancestry(layer) for layer in layers]
+    return next((layer for layer in chains[0] if all(layer in chain for chain in chains)), None)
+
+
+def _path(root: Layer, layer: Layer) -> Callable[[Tensor], Tensor]:
+    """The function that leads from `root` to `layer`."""
+    functions = [elementwise(step) for step in _ancestry(layer)[: _ancestry(layer).index(root)]]
+
+    def composed(v: Tensor) -> Tensor:
+        for function in reversed(functions):
+            v = function(v)
+        return v
+
+    return composed
+
+
+def _reshape(site: Site, x: Layer, *_: Any, **__: Any) -> Layer:
+    return x if site.shape == x.shape else site.layer("reshape", [x])
+
+
+def _permute(site: Site, x: Layer, *dims: Any) -> Layer:
+    """Only dimensions of size 1 may move: then the order of the elements stays."""
+    order = list(range(len(x.shape) + 1))
+    if len(dims) == 2:
+        a, b = dims
+        order[a], order[b] = order[b], order[a]
+    else:
+        order = [d % len(order) for d in dims[0]]
+    moved = [d for d in order if d == 0 or x.shape[d - 1] != 1]
+    if moved != sorted(moved):
+        site.fail(f"an operator that the engine has ({SUPPORTED})", f"aten.{site.operator}")
+    return _reshape(site, x)
+
+
+def _concat(site: Site, tensors: list, dim: int = 0) -> Layer:
+    if dim % (len(site.shape) + 1) != 1:
+        site.fail("concatenation along dimension 1", f"dimension {dim}")
+    if not all(isinstance(x, Layer) for x in tensors):
+        site.fail("concatenation of activations", "a constant")
+    return tensors[0] if len(tensors) == 1 else site.layer("concat", list(tensors))
+
+
+def _pad(site: Site, x: Layer, padding: list[int], mode: str = "constant", value: float | None = None) -> Layer:
+    """`padding` begins with the last dimension, as in torch: left, right, top, bottom."""
+    if mode != "constant" or value not in (None, 0):
+        site.fail("padding by the constant 0", f"{mode} padding" if mode != "constant" else f"padding by {value}")
+    left, right, top, bottom, *rest = [int(p) for p in padding] + [0] * (4 - len(padding))
+    if any(rest) or min(left, right, top, bottom) < 0 or len(x.shape) != 3:
+        site.fail("padding of height and width by 0 or more", f"{list(padding)} on {list(x.shape)}")
+    return site.layer("pad", [x], window={"padding": [top, left, bottom, right]})
+
+
+def _pool_window(site: Site, x: Layer, kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, list[int]]:
+    """Ceil mode is more padding at the bottom and the right: as much as the last window needs."""
+    if len(x.shape) != 3:
+        site.fail("a pool over a tensor [N, C, H, W]", f"one over [N, {', '.join(map(str, x.shape))}]")
+    kernel, padding, dilation = _pairs(kernel), _pairs(padding), _pairs(dilation)
+    stride = _pairs(stride) if stride else kernel
+    after = []
+    for i in (0, 1):
+        reach = (site.shape[1 + i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
+        after.append(max(0, reach - x.shape[1 + i] - padding[i]))
+    return {"kernel": kernel, "stride": stride, "padding": padding + after, "dilation": dilation}
+
+
+def _max_pool2d(
+    site: Site, x: Layer, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil: bool = False
+) -> Layer:
+    return site.layer("max_pool2d", [x], window=_pool_window(site, x, kernel, stride, padding, dilation))
+
+
+def _avg_pool2d(
+    site: Site,
+    x: Layer,
+    kernel: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> Layer:
+    window = _pool_window(site, x, kernel, stride, padding, 1)
+    del window["dilation"]
+    # What torch divides each window by, asked of torch itself: the engine divides by a function of the number of real
+    # elements.
+    ones = torch.ones(1, *x.shape[1:], dtype=torch.float64)
+    arguments = (window["kernel"], window["stride"], window["padding"][:2], ceil, count_include_pad)
+    counts = functional.avg_pool2d(ones, *arguments, 1).reshape(-1)
+    divisors = counts / functional.avg_pool2d(ones, *arguments, divisor).reshape(-1)
+    by_count = np.ones(math.prod(window["kernel"]))
+    for count, value in set(zip(counts.tolist(), divisors.tolist(), strict=True)):
+        by_count[int(count) - 1] = value
+    if not np.array_equal(by_count[counts.numpy().astype(int) - 1], divisors.numpy()):
+        site.fail(
+            "windows of as many elements to be divided by one number",
+            "ceil_mode with count_include_pad; set one to False",
+        )
+    used = np.unique(divisors.numpy())
+    return site.layer(
+        "avg_pool2d",
+        [x],
+        window=window,
+        divisors=used if len(used) == 1 else by_count,
+        scale=np.ones(1),
+        shift=np.zeros(1),
+    )
+
+
+def _adaptive_kernel(site: Site, x: Layer, size: Any) -> list[int] | None:
+    """The window of an adaptive pool to `size`, or None where it changes nothing."""
+    target = [x.shape[1 + i] if s is None else int(s) for i, s in enumerate(_pairs(size))]
+    if any(x.shape[1 + i] % s for i, s in enumerate(target)):
+        site.fail("an adaptive pool to sizes that divide the input's", f"{list(x.shape[1:])} to {target}")
+    kernel = [x.shape[1] // target[0], x.shape[2] // target[1]]
+    return None if kernel == [1, 1] else kernel
+
+
+def _adaptive_avg_pool2d(site: Site, x: Layer, size: Any) -> Layer:
+    kernel = _adaptive_kernel(site, x, size)
+    return x if kernel is None else _avg_pool2d(site, x, kernel)
+
+
+def _adaptive_max_pool2d(site: Site, x: Layer, size: Any) -> Layer:
+    kernel = _adaptive_kernel(site, x, size)
+    return x if kernel is None else _max_pool2d(site, x, kernel)
+
+
+def _reduce(site: Site, x: Layer, dims: Any, pool: str, divisor: float | None = None) -> Layer:
+    """Maximum, or sum over `divisor` (None: mean), of height, width or both, or the length of [N, C, L]: one pool."""
+    rank = len(x.shape) + 1
+    reduced = {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]) if d is not None}
+    if rank not in (3, 4) or not reduced or min(reduced) < 2:
+        site.fail("a reduction over height, width or both", f"one over dimensions {sorted(reduced) or 'all'} of {rank}")
+    image = x if rank == 4 else site.layer("reshape", [x], (*x.shape, 1))
+    kernel = [image.shape[i - 1] if i in reduced else 1 for i in (2, 3)]
+    shape = (x.shape[0], *(size // k for size, k in zip(image.shape[1:], kernel, strict=True)))
+    pooled = site.layer(pool, [image], shape, window={"kernel": kernel, "stride": kernel, "padding": [0] * 4})
+    if pool == "max_pool2d":
+        pooled.window["dilation"] = [1, 1]
+    else:
+        pooled.scale, pooled.shift = np.ones(1), np.zeros(1)
+        pooled.divisors = np.array([divisor or float(math.prod(kernel))])
+    return pooled if site.shape == pooled.shape else site.layer("reshape", [pooled])
+
+
+def _mean(site: Site, x: Layer, dims: Any = None, keepdim: bool = False, **_: Any) -> Layer:
+    return _reduce(site, x, dims, "avg_pool2d")
+
+
+def _sum(site: Site, x: Layer, dims: Any = None, keepdim: bool = False, **_: Any) -> Layer:
+    return _reduce(site, x, dims, "avg_pool2d", divisor=1.0)
+
+
+def _maximum_over(site: Site, x: Layer, dims: Any = (), keepdim: bool = False) -> Layer:
+    return _reduce(site, x, dims, "max_pool2d")
+
+
+def _slice(
+    site: Site, x: Layer, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Layer:
+    """Every step-th row or column from the first on is a max pool of 1x1 windows; a full slice is nothing."""
+    if site.shape == x.shape:
+        return x
+    if start or dim < 2 or len(x.shape) != 3 or site.shape[dim - 1] != -(-x.shape[dim - 1] // step):
+        site.fail("x[..., ::step] of height or width", f"a slice of dimension {dim}")
+    stride = [step if dim == 2 else 1, step if dim == 3 else 1]
+    return site.layer(
+        "max_pool2d", [x], window={"kernel": [1, 1], "stride": stride, "padding": [0] * 4, "dilation": [1, 1]}
+    )
+
+
+RESHAPES = "view reshape flatten squeeze unsqueeze unflatten _unsafe_view"
+IDENTITIES = """clone alias detach contiguous to _to_copy dropout feature_dropout alpha_dropout lift_fresh_copy
+    _assert_tensor_metadata"""
+FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh prelu rrelu
+    threshold log_sigmoid exp expm1 log log1p sqrt rsqrt square pow reciprocal abs sign erf sin cos atan floor ceil
+    round gt ge lt le where max min maximum minimum"""
+LOWERING: dict[Any, Callable[..., Any]] = {
+    torch.ops.qdeploy.lsq: _quantize,
+    operator.getitem: _getitem,
+    aten.conv2d: _conv2d,
+    aten.linear: _linear,
+    aten.batch_norm: _batch_norm,
+    aten._native_batch_norm_legit_no_training: _batch_norm_functional,
+    aten.add: _add,
+    aten.sub: _subtract,
+    aten.rsub: _subtract_reversed,
+    aten.mul: _multiply,
+    aten.div: _divide,
+    aten.neg: _negate,
+    aten.relu: _relu,
+    aten.relu6: _relu6,
+    aten.hardtanh: _hardtanh,
+    aten.clamp: _clamp,
+    aten.clip: _clamp,
+    aten.clamp_min: _clamp,
+    aten.clamp_max: _clamp_max,
+    aten.cat: _concat,
+    aten.pad: _pad,
+    aten.constant_pad_nd: lambda site, x, padding, value=0: _pad(site, x, padding, "constant", value),
+    aten.max_pool2d: _max_pool2d,
+    aten.max_pool2d_with_indices: _max_pool2d,
+    aten.avg_pool2d: _avg_pool2d,
+    aten.adaptive_avg_pool2d: _adaptive_avg_pool2d,
+    aten.adaptive_max_pool2d: _adaptive_max_pool2d,
+    aten.mean: _mean,
+    aten.sum: _sum,
+    aten.amax: _maximum_over,
+    aten.slice: _slice,
+    **{getattr(aten, name): _reshape for name in RESHAPES.split()},
+    **{getattr(aten, name): _permute for name in ("permute", "transpose")},
+    **{getattr(aten, name): _same for name in IDENTITIES.split()},
+    **{getattr(aten, name): _table for name in FUNCTIONS.split()},
+}
+
+_LOGITS = "export the network that ends in logits; predict and ensembles apply softmax themselves"
+_NORMALIZE = "only normalization with constants, as BatchNorm in eval mode, is integer arithmetic"
+ADVICE = {
+    **dict.fromkeys(("softmax", "log_softmax"), _LOGITS),
+    **dict.fromkeys(("group_norm", "layer_norm", "instance_norm", "linalg_vector_norm"), _NORMALIZE),
+}
