@@ -90,6 +90,7 @@ Member MemberReader::read() {
   where_ = file_.path();
   member_.name = name_member(json_, "name", where_);
   where_ = "member " + name_text(member_.name) + " of " + file_.path();
+  only_keys(json_, {"name", "preprocess_table", "tensors", "nodes"}, where_);
   for (const Json& entry : array_member(json_, "tensors", kMaxNodes + 1, where_)) {
     const std::string at = "tensor " + std::to_string(member_.tensors.size()) + ", " + where_;
     member_.tensors.push_back(read_tensor(entry, at));
@@ -130,6 +131,7 @@ Member MemberReader::read() {
 
 Tensor MemberReader::read_tensor(const Json& json, const std::string& where) const {
   Tensor tensor;
+  only_keys(json, {"name", "dtype", "shape", "scale", "zero_point"}, where);
   tensor.name = name_member(json, "name", where);
   const std::string& dtype = string_member(json, "dtype", where);
   require(dtype == "u8" || dtype == "f32", "dtype u8 or f32", name_text(dtype), where);
@@ -427,6 +429,8 @@ Graph read_graph(const ModelFile& file) {
   const std::string& text = file.graph_json();
   const Json json = parse_json(text.data(), text.data() + text.size(), where);
   const Json& input = member(json, "input", where);
+  only_keys(json, {"input", "combine", "classes", "members"}, where);
+  only_keys(input, {"shape", "preprocess"}, where);
   const std::vector<int64_t> input_shape = int_array(input, "shape", 1, 3, 1, kMaxElements, where);
 
   Graph graph;

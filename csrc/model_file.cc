@@ -55,7 +55,7 @@ std::string name_text(const std::string& name) {
 }
 
 ModelFile::ModelFile(const std::string& path) : path_(path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) throw ModelError("expected a model file, got \"" + std::string(strerror(errno)) + "\" - at " + path);
   struct stat info;
   const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);

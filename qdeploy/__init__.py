@@ -1,4 +1,4 @@
-"""Exact int8 inference for networks trained with learned step sizes: the same bits on every machine. Needs numpy only."""
+"""Exact int8 inference of networks trained with learned step sizes: the same bits everywhere. Needs numpy only."""
 
 from .errors import ExportError, InputError, ModelError, QdeployError
 from .model import Model, load_int_model

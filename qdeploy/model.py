@@ -15,10 +15,11 @@ from .errors import InputError, ModelError
 def load_int_model(path: str | os.PathLike, num_threads: int | None = None, isa: str | None = None) -> Model:
     """Load a model file; an ensemble loads the same way.
 
-    path: a file written by `qdeploy.export` (docs/format.md). It is data: nothing in it is executed or followed, and it is
-        not needed any more once this returns.
+    path: a file written by `qdeploy.export` (docs/format.md). It is data: nothing in it is executed or followed, and
+        it is not needed any more once this returns.
     num_threads: 1 to 256; None takes the cores that this process may use (affinity, cgroup quota, physical cores).
-    isa: one of the instruction sets that `qdeploy doctor` lists; None takes QDEPLOY_ISA or the best. All give the same bits.
+    isa: one of the instruction sets that `qdeploy doctor` lists; None takes QDEPLOY_ISA or the best. All give the same
+        bits.
     Raises ModelError for a file that cannot be run, InputError for the other two.
     """
     return Model(_engine.Session(os.fspath(path), _threads(num_threads), isa or ""), Path(path), num_threads, isa)
@@ -38,10 +39,15 @@ def _load_bytes(content: bytes, path: Path, num_threads: int | None, isa: str | 
 
 
 class Model:
-    """An int8 network or ensemble. Immutable: any number of threads may call it at once. Pickles with its file's content."""
+    """An int8 network or ensemble. Immutable: any number of threads may call it. Pickles with its file's content."""
 
     def __init__(
-        self, session: _engine.Session, path: Path, num_threads: int | None, isa: str | None, content: bytes | None = None
+        self,
+        session: _engine.Session,
+        path: Path,
+        num_threads: int | None,
+        isa: str | None,
+        content: bytes | None = None,
     ):
         self._session = session
         self._path = path
@@ -98,18 +104,20 @@ class Model:
         return self._session.threads
 
     def __repr__(self) -> str:
-        shape, members = self.inputs[0]["shape"], len(self.members)
-        return f"<qdeploy.Model {self._path.name}: {members} member(s), input {shape}, {self.isa}, {self.num_threads} thread(s)>"
+        networks = f"{len(self.members)} member(s), input {self.inputs[0]['shape']}"
+        return f"<qdeploy.Model {self._path.name}: {networks}, {self.isa}, {self.num_threads} thread(s)>"
 
     # ---- Running --------------------------------------------------------------------------------------------------
 
-    def __call__(self, images: np.ndarray, taps: Sequence[str] = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+    def __call__(
+        self, images: np.ndarray, taps: Sequence[str] = ()
+    ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
         """Run a batch of any size.
 
         images: float32 [N, C, H, W] (or [N, F]), or, where the file has `preprocess`, uint8 [N, H, W, C].
         taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
-        Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map or in codes
-        gives that ([N, C, H, W], float32 or uint8). With taps also a dict name -> array, uint8 codes or float32.
+        Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map or
+        in codes gives that ([N, C, H, W], float32 or uint8). With taps also a dict name -> array, uint8 codes or float32.
         Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
         """
         output, _, tapped = self._run(images, taps=taps)
@@ -118,7 +126,8 @@ class Model:
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
         if len(self.outputs[0]["shape"]) != 1:
-            raise InputError(f"expected a model with one score per class, got output {self.outputs[0]['shape']} - at predict")
+            shape = self.outputs[0]["shape"]
+            raise InputError(f"expected a model with one score per class, got output {shape} - at predict")
         return self._run(images, want_classes=True)[1]
 
     def plan(self, batch: int = 1) -> list[dict]:
@@ -174,7 +183,7 @@ class Model:
 
     def __reduce__(self):
         if self._content is None and _stamp(self._path) != self._stamp:
-            raise ModelError(f"expected the file that was loaded, got another or none (load it again) - at {self._path}")
+            raise ModelError(f"expected the file that was loaded, got another or none (load again) - at {self._path}")
         content = self._path.read_bytes() if self._content is None else self._content
         return _load_bytes, (content, self._path, *self._options)
 

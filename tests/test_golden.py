@@ -19,7 +19,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def every_op(name: str, seed: int) -> Member:
-    """A small network with every op, every number of bits, groups, depthwise, dilation, residuals and both pool rules."""
+    """A small network with every op and every number of bits; groups, depthwise, dilation, residual, both pools."""
     net = Builder(np.random.default_rng(seed), (3, 13, 11), (0.02, 100 + seed))
     x = net.conv2d(0, 24, (3, 3), (2, 2), (1, 1, 1, 1), bits=8, exact=True)
     y = net.conv2d(x, 24, (3, 3), (1, 1), (1, 1, 1, 1), groups=24, bits=7)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from PIL import Image
 from torch import nn
 
+import qdeploy
 from qdeploy.errors import InputError
 from qdeploy.kernels.ensemble import combine
 from qdeploy.training import command, trainer
@@ -47,7 +49,7 @@ def tiny_algorithm(fabric, config, kind=QTDoG):
 
 
 def minibatches(step, config=SMALL):
-    loader = trainer.MinibatchLoader(config, BENCHMARK, [0, 2], Fabric(accelerator="cpu", devices=1))
+    loader = trainer.MinibatchLoader(config, BENCHMARK, Fabric(accelerator="cpu", devices=1))
     try:
         return loader.at(step)
     finally:
@@ -271,7 +273,7 @@ def test_a_run_logs_selects_and_reloads(finished, fabric):
     trained = trainer.load_trained(directory, BENCHMARK)
     domain, positions = trainer.evaluation_sets(SMALL, BENCHMARK)["debug1_in"]
     with torch.no_grad():
-        classes = trainer.logits_of(trained, BENCHMARK, domain, positions).argmax(1)
+        classes = trainer.apply(trained, BENCHMARK, domain, positions).argmax(1)
     assert (classes.numpy() == BENCHMARK.domains[1].labels[positions]).mean() == record["test"]
     modified = (directory / "model.pt").stat().st_mtime_ns
     assert run(SMALL, BENCHMARK, directory, fabric) == record  # finished: nothing is done again
@@ -365,6 +367,11 @@ def test_a_damaged_checkpoint_is_named(fabric, tmp_path):
         run(SMALL, BENCHMARK, tmp_path, fabric)
 
 
+def test_a_diverging_run_stops(fabric, tmp_path):
+    with pytest.raises(InputError, match="expected a finite loss, got (nan|inf): lower --lr - at update 1"):
+        run(replace(SMALL, lr=1e30), BENCHMARK, tmp_path, fabric)
+
+
 def test_the_splits_do_not_change_with_the_seed(fabric, tmp_path):
     a = trainer.evaluation_sets(SMALL, BENCHMARK)
     b = trainer.evaluation_sets(replace(SMALL, seed=5), BENCHMARK)
@@ -375,6 +382,8 @@ def test_the_splits_do_not_change_with_the_seed(fabric, tmp_path):
     ("changes", "text"),
     [
         ({"test_domain": None}, "expected the domain to hold out, got none - at --test-domain"),
+        ({"bits": 9}, "expected 2 to 8 bits, got 9 - at --bits"),
+        ({"activation_bits": 1}, "expected 2 to 8 bits, got 1 - at --activation-bits"),
         ({"steps": 0}, "expected at least 1, got 0 - at --steps"),
         ({"q_step": 9}, r"expected a switch in 0 .. 8 \(the last evaluation\), got 9 - at --q-step"),
         ({"seed": -1}, "expected 0 or more, got -1 - at --seed"),
@@ -397,7 +406,7 @@ def test_presets_follow_the_data():
 def arguments(*words):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return parser.parse_args([*words, "--data", "debug", "--accelerator", "cpu"])
+    return parser.parse_args(["--data", "debug", "--accelerator", "cpu", *words])
 
 
 def test_command_trains_an_ensemble(tmp_path, capsys):
@@ -416,11 +425,42 @@ def test_command_trains_an_ensemble(tmp_path, capsys):
     assert time.perf_counter() - started < 5 and not capsys.readouterr().err
 
 
+def test_command_writes_an_ensemble_that_the_engine_runs(tmp_path, capsys):
+    words = ("--test-domain", "debug0", "--steps", "21", "--q-step", "5", "--eval-every", "10", "--seeds", "2")
+    summary = command.main(arguments(*words, "--out", str(tmp_path)))
+    command.show(summary)
+    model = qdeploy.load_int_model(tmp_path / "eoq.safetensors")
+    images, labels = BENCHMARK.domains[0].images, BENCHMARK.domains[0].labels
+    held_out = split(60, 0, 0)[0]
+    classes = model.predict(images[held_out].transpose(0, 2, 3, 1))  # raw images, u8 [N, H, W, C]
+    assert (classes == labels[held_out]).mean() == summary["file"]["test"]
+    assert summary["file"]["agreement"] >= 0.95  # activations are rounded to 8 bits: a close call may turn
+    assert summary["file"]["bytes"] == (tmp_path / "eoq.safetensors").stat().st_size
+    assert [layer["bits"] for layer in summary["layers"][1]] == [7] * 6
+    assert "the same class as the trained network in" in capsys.readouterr().out
+
+
+def test_folders_of_images_train(fabric, tmp_path):
+    rng = np.random.default_rng(0)
+    for domain in ("art", "photo", "sketch"):
+        for label in ("cat", "dog"):
+            (tmp_path / "data" / domain / label).mkdir(parents=True)
+            for i in range(5):
+                pixels = rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / domain / label / f"{i}.png")
+    data = str(tmp_path / "data")
+    settings = {"model": "resnet18", "image_size": 32, "steps": 3, "q_step": 1, "eval_every": 1, "batch_size": 2}
+    config = resolve(Config(data=data, test_domain="photo", accelerator="cpu", **settings))
+    record = run(config, load_benchmark(data, image_size=32), tmp_path / "run", fabric)
+    assert record["step"] >= 1 and set(record["accuracy"]) == {"art_out", "photo_in", "photo_out", "sketch_out"}
+
+
 def test_command_explains_bad_input(tmp_path):
     out = ("--out", str(tmp_path))
     for words, text in [
         (("--test-domain", "nowhere"), "expected one of debug0, debug1, debug2, got 'nowhere'"),
         (("--test-domain", "debug0", "--domains", "debug0"), "expected two or more domains, got 1 - at --domains"),
+        (("--test-domain", "debug0", "--accelerator", "abacus"), "expected a device of this machine, got .*abacus"),
         (("--test-domain", "debug0", "--seeds", "0"), "expected at least 1, got 0 - at --seeds"),
         (("--test-domain", "debug0", "--model", "alexnet"), "expected one of resnet18, .* got 'alexnet' - at --model"),
     ]:

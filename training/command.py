@@ -50,14 +50,17 @@ def main(args: argparse.Namespace) -> dict:
     from lightning_fabric import Fabric
 
     from qdeploy.training.domains import load_benchmark
-    from qdeploy.training.trainer import Interrupted, run
+    from qdeploy.training.trainer import Interrupted, evaluation_sets, run
 
     names = config.domains.split(",") if config.domains else None
     benchmark = load_benchmark(config.data, names, config.image_size)
     if len(benchmark.domains) < 2:
         raise InputError(f"expected two or more domains, got {len(benchmark.domains)} - at --domains")
-    benchmark.index(config.test_domain)  # raises before anything is trained
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
+    evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
+    try:
+        fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"expected a device of this machine, got {error} - at --accelerator") from error
     fabric.launch()
     members = []
     try:
@@ -106,7 +109,7 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
     domain, positions = trainer.evaluation_sets(config, benchmark)[f"{config.test_domain}_in"]
     labels = torch.from_numpy(benchmark.domains[domain].labels[positions])
     with torch.no_grad():
-        logits = torch.stack([trainer.logits_of(net, benchmark, domain, positions) for net in nets])
+        logits = torch.stack([trainer.apply(net, benchmark, domain, positions) for net in nets])
     found: dict = {}
     if count > 1:
         decided = {rule: combine(logits, rule)[1] for rule in ("logits", "probs", "vote")}
@@ -144,7 +147,7 @@ def _int8_classes(path: Path, benchmark: Benchmark, domain: int, positions: np.n
     import torch
 
     import qdeploy
-    from qdeploy.training.trainer import logits_of
+    from qdeploy.training.trainer import apply
 
     model = qdeploy.load_int_model(path)
-    return logits_of(lambda images: torch.from_numpy(model(images.numpy())), benchmark, domain, positions).argmax(1)
+    return apply(lambda images: torch.from_numpy(model.predict(images.numpy())), benchmark, domain, positions)

@@ -62,6 +62,10 @@ def resolve(config: Config) -> Config:
     for key in ("steps", "eval_every", "batch_size", "image_size", "devices"):
         if getattr(config, key) < 1:
             raise InputError(f"expected at least 1, got {getattr(config, key)} - at --{key.replace('_', '-')}")
+    for key in ("bits", "activation_bits"):
+        bits = getattr(config, key)
+        if bits is not None and not 2 <= bits <= 8:
+            raise InputError(f"expected 2 to 8 bits, got {bits} - at --{key.replace('_', '-')}")
     if config.algorithm == "qt-dog":
         # The record that is selected comes from an evaluation at or after q_step.
         last = (config.steps - 1) // config.eval_every * config.eval_every

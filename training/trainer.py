@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import signal
+import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
-from qdeploy.training.algorithms import ALGORITHMS, Minibatches, attach_quantizers
+from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
 from qdeploy.training.config import Config, difference
 from qdeploy.training.domains import Benchmark, atomic_file
 from qdeploy.training.models import MODELS
@@ -103,9 +105,11 @@ def _load_pretrained(net: nn.Module, path: Path) -> None:
 class MinibatchLoader:
     """The minibatches of any update, loaded one update ahead on a thread of its own."""
 
-    def __init__(self, config: Config, benchmark: Benchmark, sources: list[int], fabric: Fabric):
-        self._config, self._benchmark, self._sources, self._fabric = config, benchmark, sources, fabric
-        self._keys = {i: split(len(benchmark.domains[i].labels), i, config.split_seed)[0] for i in sources}
+    def __init__(self, config: Config, benchmark: Benchmark, fabric: Fabric):
+        self._config, self._benchmark, self._fabric = config, benchmark, fabric
+        target = benchmark.index(config.test_domain)
+        sizes = {i: len(domain.labels) for i, domain in enumerate(benchmark.domains) if i != target}
+        self._keys = {i: split(size, i, config.split_seed)[0] for i, size in sizes.items()}
         self._executor = ThreadPoolExecutor(1)
         self._next: tuple[int, Future] | None = None
 
@@ -118,8 +122,8 @@ class MinibatchLoader:
 
     def _load(self, step: int) -> Minibatches:
         batches = []
-        for i in self._sources:
-            domain, keys = self._benchmark.domains[i], self._keys[i]
+        for i, keys in self._keys.items():
+            domain = self._benchmark.domains[i]
             drawn = sample(self._config.seed, step, i, len(keys), self._config.batch_size)
             mine = keys[drawn[self._fabric.global_rank :: self._fabric.world_size]]
             images = domain.batch(mine, augment=(self._config.seed, step, i))
@@ -137,28 +141,40 @@ def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int
     sets = {}
     for i, domain in enumerate(benchmark.domains):
         training, validation = split(len(domain.labels), i, config.split_seed)
+        if not len(validation):
+            raise InputError(f"expected 5 or more images, got {len(domain.labels)} - at domain {domain.name}")
         if i == target:
             sets[f"{domain.name}_in"] = (i, training)
         sets[f"{domain.name}_out"] = (i, validation)
     return sets
 
 
-def logits_of(predict: Callable[[Tensor], Tensor], benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:
-    """Float32 logits [len(positions), K] on the CPU."""
+def apply(function: Callable[[Tensor], Tensor], benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:
+    """What `function` makes of images of a domain, batch by batch; on the CPU, [len(positions), ...]."""
     parts = np.array_split(positions, -(-len(positions) // EVALUATION_BATCH))
-    return torch.cat([predict(benchmark.domains[domain].batch(part)).cpu() for part in parts])
+    return torch.cat([function(benchmark.domains[domain].batch(part)).cpu() for part in parts])
 
 
 def _evaluate(predict: Callable[[Tensor], Tensor], config: Config, benchmark: Benchmark, fabric: Fabric) -> dict:
     accuracy = {}
     for name, (domain, positions) in evaluation_sets(config, benchmark).items():
         mine = positions[fabric.global_rank :: fabric.world_size]
-        logits = logits_of(lambda images: predict(fabric.to_device(images)), benchmark, domain, mine)
+        logits = apply(lambda images: predict(fabric.to_device(images)), benchmark, domain, mine)
         right = (logits.argmax(1) == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
         accuracy[name] = int(fabric.all_reduce(right, reduce_op="sum")) / len(positions)
     sources = [d.name for d in benchmark.domains if d.name != config.test_domain]
     validation = sum(accuracy[f"{name}_out"] for name in sources) / len(sources)
     return {"validation": validation, "test": accuracy[f"{config.test_domain}_in"], "accuracy": accuracy}
+
+
+@dataclass
+class _State:
+    """Where a run stands, beside its algorithm: what the checkpoint holds."""
+
+    step: int = 0  # the next update
+    records: list[dict] = field(default_factory=list)
+    best: dict[str, Tensor] | None = None  # the network at the selected record
+    losses: list[float] = field(default_factory=list)  # since the last evaluation
 
 
 def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -> dict:
@@ -169,63 +185,87 @@ def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -
     returns at once.
 
     Raises:
-        InputError: a setting that does not fit the data, or another run in `directory`.
+        InputError: a setting that does not fit the data, another run in `directory`, or a loss that is not finite.
         Interrupted: a signal came; everything up to it is in the checkpoint.
     """
     if (done := _read_done(directory, config)) is not None:
         return done
-    target = benchmark.index(config.test_domain)
-    sources = [i for i in range(len(benchmark.domains)) if i != target]
     algorithm = ALGORITHMS[config.algorithm](build_network(config, benchmark), config, fabric)
-    first_eligible = config.q_step if config.algorithm == "qt-dog" else 0
-    minibatches = MinibatchLoader(config, benchmark, sources, fabric)
-    start, records, best, losses = 0, [], None, []  # the losses since the last evaluation
-    if (state := _read_checkpoint(directory, config)) is not None:
-        algorithm.load_state_dict(state["algorithm"], minibatches.at(config.q_step))
-        start, records, best, losses = (state[key] for key in ("step", "records", "best", "losses"))
-    _write_log(directory, records, fabric)
-
-    def checkpoint(next_step: int) -> None:
-        state = {"step": next_step, "records": records, "best": best, "losses": losses}
-        state["algorithm"] = algorithm.state_dict()
-        if fabric.is_global_zero:
-            with atomic_file(directory / CHECKPOINT) as file:
-                torch.save({"config": asdict(config), **state}, file)
-        fabric.barrier()
-
-    began = time.perf_counter()
+    minibatches = MinibatchLoader(config, benchmark, fabric)
     try:
-        with _signals() as signals, _progress(config, start, fabric) as show:
-            for step in range(start, config.steps):
-                torch.manual_seed(seed_hash(config.seed, step, fabric.global_rank))  # dropout and the like
-                losses.append(algorithm.update(step, minibatches.at(step)).item())
-                if step % config.eval_every == 0:
-                    record = {"step": step, "quantized": algorithm.quantized, "loss": sum(losses) / len(losses)}
-                    record |= _evaluate(algorithm.predict, config, benchmark, fabric)
-                    record["seconds"] = round(time.perf_counter() - began, 3)
-                    losses.clear()
-                    records.append(record)
-                    if select(records, first_eligible) is record:
-                        best = {key: value.detach().clone() for key, value in algorithm.net.state_dict().items()}
-                    _append_log(directory, record, fabric)
-                    checkpoint(step + 1)
-                    show(step, record)
-                else:
-                    show(step, None)
-                if signum := _agreed(signals, fabric):
-                    checkpoint(step + 1)
-                    raise Interrupted(signum, step + 1, directory)
+        state = _resume(directory, config, algorithm, minibatches)
+        _write_log(directory, state.records, fabric)
+        _train(config, benchmark, directory, fabric, algorithm, minibatches, state)
     finally:
         minibatches.close()
-    selected = select(records, first_eligible)
+    selected = select(state.records, _first_eligible(config))
     if fabric.is_global_zero:
         with atomic_file(directory / MODEL) as file:
-            torch.save({"config": asdict(config), "net": best}, file)
+            torch.save({"config": asdict(config), "net": state.best}, file)
         with atomic_file(directory / DONE) as file:
             file.write(json.dumps({"config": asdict(config), "selected": selected}, indent=1).encode())
         (directory / CHECKPOINT).unlink(missing_ok=True)
     fabric.barrier()
     return selected
+
+
+def _train(
+    config: Config,
+    benchmark: Benchmark,
+    directory: Path,
+    fabric: Fabric,
+    algorithm: ERM,
+    minibatches: MinibatchLoader,
+    state: _State,
+) -> None:
+    """Makes the updates that `state` still lacks; raises Interrupted after a checkpoint."""
+    began = time.perf_counter()
+    with _signals() as signals, _progress(config, state.step, fabric) as show:
+        for step in range(state.step, config.steps):
+            torch.manual_seed(seed_hash(config.seed, step, fabric.global_rank))  # dropout and the like
+            loss = algorithm.update(step, minibatches.at(step)).item()
+            if not math.isfinite(loss):
+                raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {step}")
+            state.losses.append(loss)
+            state.step = step + 1
+            record = None
+            if step % config.eval_every == 0:
+                record = {"step": step, "quantized": algorithm.quantized, "loss": statistics.fmean(state.losses)}
+                record |= _evaluate(algorithm.predict, config, benchmark, fabric)
+                record["seconds"] = round(time.perf_counter() - began, 3)
+                state.losses.clear()
+                state.records.append(record)
+                if select(state.records, _first_eligible(config)) is record:
+                    state.best = {key: value.detach().clone() for key, value in algorithm.net.state_dict().items()}
+                _append_log(directory, record, fabric)
+            show(step, record)
+            signum = _agreed(signals, fabric)
+            if record or signum:
+                _checkpoint(directory, config, algorithm, state, fabric)
+            if signum:
+                raise Interrupted(signum, state.step, directory)
+
+
+def _first_eligible(config: Config) -> int:
+    return config.q_step if config.algorithm == "qt-dog" else 0
+
+
+def _checkpoint(directory: Path, config: Config, algorithm: ERM, state: _State, fabric: Fabric) -> None:
+    if fabric.is_global_zero:
+        with atomic_file(directory / CHECKPOINT) as file:
+            torch.save({"config": asdict(config), "algorithm": algorithm.state_dict(), **vars(state)}, file)
+    fabric.barrier()
+
+
+def _resume(directory: Path, config: Config, algorithm: ERM, minibatches: MinibatchLoader) -> _State:
+    """The state of the checkpoint in `directory`, loaded into the algorithm too, or a new one."""
+    path = directory / CHECKPOINT
+    if not path.exists():
+        return _State()
+    saved = _load(path)
+    _check_same_run(saved["config"], config, path)
+    algorithm.load_state_dict(saved["algorithm"], minibatches.at(config.q_step))
+    return _State(**{entry.name: saved[entry.name] for entry in fields(_State)})
 
 
 def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
@@ -268,15 +308,6 @@ def _load(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(f"expected a file written by a run, got a damaged one: delete it - at {path}") from error
-
-
-def _read_checkpoint(directory: Path, config: Config) -> dict | None:
-    path = directory / CHECKPOINT
-    if not path.exists():
-        return None
-    state = _load(path)
-    _check_same_run(state["config"], config, path)
-    return state
 
 
 def _write_log(directory: Path, records: list[dict], fabric: Fabric) -> None:

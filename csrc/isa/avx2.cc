@@ -16,8 +16,9 @@
 // memory: load ports only. The chain through an accumulator is one vpaddd, so two pixels already hide every latency and
 // the tile is chosen for the 4-wide front end and the two loads a cycle: one broadcast serves four vectors, weights are
 // memory operands (fused). 2 pixels x 4 vectors = 8 accumulators + 4 sums + broadcast, product, ones = 15 of 16
-// registers. Measured at 2.7 GHz, weights in L1, GMAC/s: 7 bits 77 (6 pixels x 2 vectors: 72), 6: 86 (81), 5: 96 (90),
-// 4: 105 (92), 8: 56. Three pixels x 4 vectors spill.
+// registers; three pixels x 4 vectors spill. Inner loop at 2.7 GHz (Cascade Lake), weights in L1, GMAC/s: 7 bits 77 (6
+// pixels x 2 vectors: 72), 6: 86 (5x2: 81), 5: 96 (90), 4: 105 (92), 8: 56. Whole kernel, K = 512..4608: 73, 82, 91,
+// 98, 51; K = 64: 53, 58, 62, 63, 40, where the output rule and the start of a pixel pair cost 35 cycles a pixel.
 //
 // Four vectors need weights at 19 bytes a cycle, which L2 does not keep up with (4 bits: 94 instead of 105). So the
 // pixels of all tiles are taken in batches, and a batch finishes one L1-sized chunk of the panel before the next one;
@@ -91,6 +92,8 @@ QD_INLINE void store_u8(__m256i c_u8x32, size_t n, uint8_t* c) {
   }
   if (n & 1) *c = static_cast<uint8_t>(_mm_extract_epi8(c_u8x16, 0));
 }
+
+QD_INLINE __m128i load_x16(const void* bytes) { return _mm_loadu_si128(static_cast<const __m128i*>(bytes)); }
 
 QD_INLINE __m256i first_lanes(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -194,13 +197,17 @@ struct NarrowWeights {
     constexpr int kBlock = kSums == 8 ? 32 : 16;
     const int8_t* w = chunk.w;
     const __m256i ones = _mm256_set1_epi16(1);
+    const uint32_t k = static_cast<uint32_t>(chunk.k);
     for (int32_t t = 0; t < chunk.taps; ++t) {
       const uint8_t* a[kRows];
       QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + chunk.tap_offset[t] + chunk.begin;
-      for (uint32_t i = static_cast<uint32_t>(chunk.k) / kBlock; i > 0; --i) multiply<kBlock>(a, w, ones, acc_i32x8);
-      if (kBlock == 32 && chunk.k & 16) multiply<16>(a, w, ones, acc_i32x8);
-      if (chunk.k & 8) multiply<8>(a, w, ones, acc_i32x8);
-      if (chunk.k & 4) multiply<4>(a, w, ones, acc_i32x8);
+      for (uint32_t i = k / kBlock; i > 0; --i) {
+        asm("" : "+r"(i));  // a plain counter: GCC would compute the end of w instead, for every tap anew
+        multiply<kBlock>(a, w, ones, acc_i32x8);
+      }
+      if (k % kBlock & 16) multiply<16>(a, w, ones, acc_i32x8);
+      if (k & 8) multiply<8>(a, w, ones, acc_i32x8);
+      if (k & 4) multiply<4>(a, w, ones, acc_i32x8);
     }
   }
 };
@@ -299,7 +306,7 @@ __attribute__((noinline)) int run_chunk(const ConvParams& p, const Chunk& chunk,
         acc_i32x8[r][v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(acc + 8 * v));
       }
     }
-    prefetch_share(batch);
+    if (batch->prefetch_lines > 0) prefetch_share(batch);
     Weights::accumulate(chunk, batch->a + pixel, acc_i32x8);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
       if (chunk.last) {
@@ -368,46 +375,40 @@ ConvKernel conv_kernel(const char* name, WeightFormat format) {
 
 // ---- Depthwise convolution ----------------------------------------------------------------------------------------
 //
-// Two taps at a time: bytes a[t][n], a[t+1][n] are interleaved, widened to s16 and meet the same of w in vpmaddwd,
-// which is exact for any s8 weight. 16 channels of kPixels pixels share the four instructions that prepare the weights.
-
-QD_INLINE __m128i load_u8x16(const void* a) { return _mm_loadu_si128(static_cast<const __m128i*>(a)); }
+// a widened to s16 meets (w[0], 0, w[2], 0, ...) and (0, w[1], 0, w[3], ...) in vpmaddwd: s32 products of the even and
+// of the odd channels, exact for any s8 weight. That is one shuffle (the widening load) for 16 products; widening to
+// s32 takes two: per tap 12 instructions for port 5 of 28 in all.
 
 template <int kPixels>
 QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const uint8_t* a, uint8_t* c) {
-  for (int32_t n = 0; n < p.n; n += 16) {
-    __m256i acc_i32x8[kPixels][2];
-    QD_UNROLL for (int i = 0; i < kPixels; ++i) {
-      acc_i32x8[i][0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.comp + n));
-      acc_i32x8[i][1] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.comp + n + 8));
-    }
-    for (int32_t t = 0; t < p.taps; t += 2) {
-      const bool pair = t + 1 < p.taps;
-      const uint8_t* a0 = a + p.tap_offset[t] + n;
-      const uint8_t* a1 = pair ? a + p.tap_offset[t + 1] + n : a0;
-      const int8_t* w = p.w + t * p.w_stride + n;
-      const __m128i w0_s8x16 = load_u8x16(w);
-      const __m128i w1_s8x16 = pair ? load_u8x16(w + p.w_stride) : _mm_setzero_si128();
-      const __m256i w_lo_s16x16 = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(w0_s8x16, w1_s8x16));
-      const __m256i w_hi_s16x16 = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(w0_s8x16, w1_s8x16));
-      QD_UNROLL for (int i = 0; i < kPixels; ++i) {
-        const __m128i a0_u8x16 = load_u8x16(a0 + i * p.a_stride), a1_u8x16 = load_u8x16(a1 + i * p.a_stride);
-        const __m256i a_lo_u16x16 = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a0_u8x16, a1_u8x16));
-        const __m256i a_hi_u16x16 = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a0_u8x16, a1_u8x16));
-        acc_i32x8[i][0] = _mm256_add_epi32(acc_i32x8[i][0], _mm256_madd_epi16(a_lo_u16x16, w_lo_s16x16));
-        acc_i32x8[i][1] = _mm256_add_epi32(acc_i32x8[i][1], _mm256_madd_epi16(a_hi_u16x16, w_hi_s16x16));
+  for (int32_t n = 0; n < p.n; n += 32) {
+    __m256i even_i32x8[kPixels][2] = {}, odd_i32x8[kPixels][2] = {};
+    const int8_t* w = p.w + n;
+    for (int32_t t = 0; t < p.taps; ++t, w += p.w_stride) {
+      const uint8_t* a_tap = a + p.tap_offset[t] + n;
+      QD_UNROLL for (int h = 0; h < 2; ++h) {  // 16 channels
+        const __m256i w_s16x16 = _mm256_cvtepi8_epi16(load_x16(w + 16 * h));
+        const __m256i w_even_s16x16 = _mm256_and_si256(w_s16x16, _mm256_set1_epi32(0xffff));
+        const __m256i w_odd_s16x16 = _mm256_xor_si256(w_s16x16, w_even_s16x16);
+        QD_UNROLL for (int i = 0; i < kPixels; ++i) {
+          const __m256i a_u16x16 = _mm256_cvtepu8_epi16(load_x16(a_tap + i * p.a_stride + 16 * h));
+          add_i32(even_i32x8[i][h], _mm256_madd_epi16(a_u16x16, w_even_s16x16));
+          add_i32(odd_i32x8[i][h], _mm256_madd_epi16(a_u16x16, w_odd_s16x16));
+        }
       }
     }
     QD_UNROLL for (int i = 0; i < kPixels; ++i) {
-      __m256i c_i32x8[4] = {};
-      QD_UNROLL for (int v = 0; v < 2; ++v) {
-        const __m256 r_f32x8 =
-            _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[i][v]), _mm256_loadu_ps(p.scale + n + 8 * v),
-                            _mm256_loadu_ps(p.bias + n + 8 * v));
-        c_i32x8[v] = _mm256_cvtps_epi32(r_f32x8);
+      __m256 r_f32x8[4];
+      QD_UNROLL for (int v = 0; v < 4; ++v) {
+        const __m256i even = even_i32x8[i][v / 2], odd = odd_i32x8[i][v / 2];
+        const __m256i low = _mm256_unpacklo_epi32(even, odd), high = _mm256_unpackhi_epi32(even, odd);  // 0..3 | 8..11
+        const __m256i sum =
+            v % 2 == 0 ? _mm256_permute2x128_si256(low, high, 0x20) : _mm256_permute2x128_si256(low, high, 0x31);
+        const __m256i comp = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.comp + n + 8 * v));
+        r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum, comp)),
+                                     _mm256_loadu_ps(p.scale + n + 8 * v), _mm256_loadu_ps(p.bias + n + 8 * v));
       }
-      const int32_t left = p.n - n < 16 ? p.n - n : 16;
-      store_u8(pack_u8x32(c_i32x8, p.qmin, p.qmax), static_cast<size_t>(left), c + i * p.c_stride + n);
+      store(r_f32x8, p.qmin, p.qmax, static_cast<size_t>(p.n - n), c + i * p.c_stride + n);
     }
   }
 }
@@ -416,8 +417,8 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   const DepthwiseParams& p = *params;
   const uint8_t* a = p.a;
   uint8_t* c = p.c;
-  for (; pixels >= 4; pixels -= 4, a += 4 * p.a_stride, c += 4 * p.c_stride) depthwise_pixels<4>(p, a, c);
-  for (; pixels > 0; --pixels, a += p.a_stride, c += p.c_stride) depthwise_pixels<1>(p, a, c);
+  for (; pixels >= 2; pixels -= 2, a += 2 * p.a_stride, c += 2 * p.c_stride) depthwise_pixels<2>(p, a, c);
+  if (pixels > 0) depthwise_pixels<1>(p, a, c);
 }
 
 // ---- Pools --------------------------------------------------------------------------------------------------------
@@ -485,8 +486,8 @@ void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, 
 void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
   __m256i rows_u8x32[16];
   for (int j = 0; j < 16; ++j) {
-    __m128i row_u8x16 = load_u8x16(table + 16 * j);
-    if (j % 8 != 0) row_u8x16 = _mm_xor_si128(row_u8x16, load_u8x16(table + 16 * (j - 1)));
+    __m128i row_u8x16 = load_x16(table + 16 * j);
+    if (j % 8 != 0) row_u8x16 = _mm_xor_si128(row_u8x16, load_x16(table + 16 * (j - 1)));
     rows_u8x32[j] = _mm256_broadcastsi128_si256(row_u8x16);
   }
   const __m256i sixteen = _mm256_set1_epi8(16);
@@ -506,7 +507,8 @@ void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
 
 // ---- Input --------------------------------------------------------------------------------------------------------
 
-// The low byte of each lane is the code of one value. `finite` collects x - x: bits 0 unless x is NaN or infinite.
+// The low byte of each lane is the code of one value. `not_finite` collects x - x, whose bits are 0 unless x is NaN or
+// infinite.
 QD_INLINE __m256i quantize_f32x8(__m256 a_f32x8, const QuantizeParams& p, __m256& not_finite) {
   not_finite = _mm256_or_ps(not_finite, _mm256_sub_ps(a_f32x8, a_f32x8));
   const __m256 r_f32x8 = _mm256_fmadd_ps(a_f32x8, _mm256_set1_ps(p.inv_scale), _mm256_set1_ps(p.zero_point));

@@ -1,8 +1,8 @@
 // AVX-512 F, BW, DQ and VL, without VNNI: Skylake-X.
 //
-// Convolution: acc = comp + sum a*w, a u8 broadcast four bytes at a time, w the packed panel. vpmaddubsw multiplies u8 by s8 and adds
-// neighbours in s16, where 2*255*2^(b-1) has to fit: 2*255*64 = 32640 <= 32767 holds to 7 bits. Each bit less doubles the number
-// of such results that can be added in s16 before vpmaddwd widens them to int32:
+// Convolution: acc = comp + sum a*w, a u8 broadcast four bytes at a time, w the packed panel. vpmaddubsw multiplies u8
+// by s8 and adds neighbours in s16, where 2*255*2^(b-1) has to fit: 2*255*64 = 32640 <= 32767 holds to 7 bits. Each bit
+// less doubles the number of such results that can be added in s16 before vpmaddwd widens them to int32:
 //
 //     bits   sums in s16   instructions on ports 0 and 5 for 64 products
 //      7         1         vpmaddubsw, vpmaddwd by ones, vpaddd                          3
@@ -13,9 +13,9 @@
 //
 // Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]: one vector is 16 channels x 4.
 //               s16x2: w[taps][k/2][32][2].
-// Tile 14 x 32 as in avx512vnni.cc. Weights are memory operands (the load ports have room: 3 loads for 6 instructions), which leaves
-// 28 accumulators, one broadcast and three temporaries. Every instruction is volatile asm: given intrinsics GCC 12 issues all the
-// products first and spills them.
+// Tile 14 x 32 as in avx512vnni.cc. Weights are memory operands (the load ports have room: 3 loads for 6 instructions),
+// which leaves 28 accumulators, one broadcast and three temporaries. Every instruction is volatile asm: given
+// intrinsics GCC 12 issues all the products first and spills them.
 #include "avx512_depthwise.h"
 
 namespace qdeploy {
@@ -23,7 +23,7 @@ namespace {
 
 QDEPLOY_INLINE __m512i broadcast(const void* a) {
   __m512i a_u8x64;
-  asm volatile("vpbroadcastd %1, %0" : "=v"(a_u8x64) : "m"(*static_cast<const uint8_t(*)[4]>(a)));
+  asm volatile("vpbroadcastd %1, %0" : "=v"(a_u8x64) : "m"(*static_cast<const uint8_t (*)[4]>(a)));
   return a_u8x64;
 }
 QDEPLOY_INLINE __m512i maddubs(__m512i a_u8x64, const char* w) {
@@ -74,7 +74,7 @@ struct Maddubs {
   static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
                                         Prefetch& prefetch) {
     for (; k >= kStep; k -= kStep) {
-      prefetch.step<Prefetch::lines(R * G)>();
+      prefetch.step();
 #pragma GCC unroll 4
       for (int i = 0; i < kStep; i += 4 * kSums) step<kSums, R, G>(acc, a, w + 32 * i, i);
       w += 32 * kStep;
@@ -91,8 +91,8 @@ struct Maddubs {
   }
 };
 
-// Any code of 8 bits, exactly: s16 weights. The activations of a tile are widened to u16 once per 64 channels; a shuffle per
-// broadcast instead would cost 5 instructions for 64 products.
+// Any code of 8 bits, exactly: s16 weights. The activations of a tile are widened to u16 once per 64 channels; a
+// shuffle per broadcast instead would cost 5 instructions for 64 products.
 struct Madd {
   static constexpr WeightFormat kFormat = WeightFormat::s16x2;
   static constexpr int kStep = 64;
@@ -114,7 +114,7 @@ struct Madd {
         a[g].p += kStep;
       }
       for (int32_t i = 0; i < width; i += 4) {
-        prefetch.step<Prefetch::lines(R * G)>();
+        prefetch.step();
 #pragma GCC unroll 2
         for (int pair = 0; pair < 2; ++pair)
 #pragma GCC unroll 14
@@ -130,7 +130,8 @@ struct Madd {
   }
 };
 
-// ---- Depthwise --------------------------------------------------------------------------------------------------------
+// ---- Depthwise
+// --------------------------------------------------------------------------------------------------------
 
 // Four taps as two pairs: the even bytes and the odd bytes of each dword, widened to 16 bits by a mask and a shift.
 struct DepthwiseMadd {
@@ -141,13 +142,15 @@ struct DepthwiseMadd {
     return {_mm512_srai_epi16(_mm512_slli_epi16(w_i8x64, 8), 8), _mm512_srai_epi16(w_i8x64, 8)};
   }
   static QDEPLOY_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, const Weights& w) {
-    const __m512i even_u16x32 = _mm512_and_si512(a_u8x64, _mm512_set1_epi16(255)), odd_u16x32 = _mm512_srli_epi16(a_u8x64, 8);
+    const __m512i even_u16x32 = _mm512_and_si512(a_u8x64, _mm512_set1_epi16(255)),
+                  odd_u16x32 = _mm512_srli_epi16(a_u8x64, 8);
     acc_i32x16 = _mm512_add_epi32(acc_i32x16, _mm512_madd_epi16(even_u16x32, w.even_i16x32));
     acc_i32x16 = _mm512_add_epi32(acc_i32x16, _mm512_madd_epi16(odd_u16x32, w.odd_i16x32));
   }
 };
 
-// ---- Pools: 64 channels at a time ---------------------------------------------------------------------------------------
+// ---- Pools: 64 channels at a time
+// ---------------------------------------------------------------------------------------
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
@@ -156,7 +159,8 @@ void max_pool(const PoolParams* params, uint8_t* c) {
     const uint8_t* row = p.a + n;
     for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
       const uint8_t* a = row;
-      for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) largest_u8x64 = _mm512_max_epu8(largest_u8x64, _mm512_loadu_si512(a));
+      for (size_t x = 0; x < p.cols; ++x, a += p.col_stride)
+        largest_u8x64 = _mm512_max_epu8(largest_u8x64, _mm512_loadu_si512(a));
     }
     _mm512_mask_storeu_epi8(c + n, first_lanes(p.n - n), largest_u8x64);
   }
@@ -204,7 +208,8 @@ QDEPLOY_INLINE void store_block(const __m512 (&r_f32x16)[4], size_t left, uint8_
 }
 QDEPLOY_INLINE void store_block(__m512 (&r_f32x16)[4], size_t left, uint8_t, uint8_t, float* c) {
   transpose_lanes(r_f32x16);
-  for (int j = 0; j < 4; ++j) _mm512_mask_storeu_ps(c + 16 * j, static_cast<__mmask16>(first_lanes(left) >> (16 * j)), r_f32x16[j]);
+  for (int j = 0; j < 4; ++j)
+    _mm512_mask_storeu_ps(c + 16 * j, static_cast<__mmask16>(first_lanes(left) >> (16 * j)), r_f32x16[j]);
 }
 
 template <class Out>
@@ -222,7 +227,8 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
   }
 }
 
-// ---- Elementwise ------------------------------------------------------------------------------------------------------
+// ---- Elementwise
+// ------------------------------------------------------------------------------------------------------
 
 template <class Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
@@ -249,13 +255,16 @@ void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
     const __m512i word = _mm512_srli_epi16(code_u16x32, 1);  // the permutations ignore bit 6
     const __m512i low = _mm512_permutex2var_epi16(words[0], word, words[1]);
     const __m512i high = _mm512_permutex2var_epi16(words[2], word, words[3]);
-    const __m512i both = _mm512_mask_blend_epi16(_mm512_test_epi16_mask(code_u16x32, _mm512_set1_epi16(128)), low, high);
+    const __m512i both =
+        _mm512_mask_blend_epi16(_mm512_test_epi16_mask(code_u16x32, _mm512_set1_epi16(128)), low, high);
     const __m512i shift = _mm512_slli_epi16(_mm512_and_si512(code_u16x32, _mm512_set1_epi16(1)), 3);
-    _mm256_mask_storeu_epi8(c + i, static_cast<__mmask32>(first_lanes(n - i)), _mm512_cvtepi16_epi8(_mm512_srlv_epi16(both, shift)));
+    _mm256_mask_storeu_epi8(c + i, static_cast<__mmask32>(first_lanes(n - i)),
+                            _mm512_cvtepi16_epi8(_mm512_srlv_epi16(both, shift)));
   }
 }
 
-// ---- Input ------------------------------------------------------------------------------------------------------------
+// ---- Input
+// ------------------------------------------------------------------------------------------------------------
 
 // The clamp is in float: inputs are arbitrary and the conversion of a float beyond int32 would give INT_MIN.
 struct Quantizer {
@@ -283,9 +292,12 @@ void quantize_rgb(const QuantizeParams& p, Quantizer& quantizer) {
     const size_t left = p.pixels - i < 16 ? p.pixels - i : 16;
     const __mmask16 mask = static_cast<__mmask16>(first_lanes(left));
     const float* a = p.a + i;
-    const __m512i red = quantizer(a, mask), green = quantizer(a + p.plane_stride, mask), blue = quantizer(a + 2 * p.plane_stride, mask);
-    const __m512i pixels = _mm512_or_si512(red, _mm512_or_si512(_mm512_slli_epi32(green, 8), _mm512_slli_epi32(blue, 16)));
-    _mm512_mask_storeu_epi8(p.c + 3 * i, first_lanes(3 * left), _mm512_permutexvar_epi32(lanes, _mm512_shuffle_epi8(pixels, squeeze)));
+    const __m512i red = quantizer(a, mask), green = quantizer(a + p.plane_stride, mask),
+                  blue = quantizer(a + 2 * p.plane_stride, mask);
+    const __m512i pixels =
+        _mm512_or_si512(red, _mm512_or_si512(_mm512_slli_epi32(green, 8), _mm512_slli_epi32(blue, 16)));
+    _mm512_mask_storeu_epi8(p.c + 3 * i, first_lanes(3 * left),
+                            _mm512_permutexvar_epi32(lanes, _mm512_shuffle_epi8(pixels, squeeze)));
   }
 }
 
@@ -320,7 +332,8 @@ bool quantize(const QuantizeParams* params) {
 
 void init_avx512(Kernels* kernels) {
   kernels->isa = "avx512";
-  for (int bits = 2; bits <= 4; ++bits) kernels->conv[bits] = conv_kernel<Maddubs<8>>("qu8_qc8w_conv_14x32c4_w4__avx512");
+  for (int bits = 2; bits <= 4; ++bits)
+    kernels->conv[bits] = conv_kernel<Maddubs<8>>("qu8_qc8w_conv_14x32c4_w4__avx512");
   kernels->conv[5] = conv_kernel<Maddubs<4>>("qu8_qc8w_conv_14x32c4_w5__avx512");
   kernels->conv[6] = conv_kernel<Maddubs<2>>("qu8_qc8w_conv_14x32c4_w6__avx512");
   kernels->conv[7] = conv_kernel<Maddubs<1>>("qu8_qc8w_conv_14x32c4_w7__avx512");

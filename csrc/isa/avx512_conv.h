@@ -1,10 +1,14 @@
-// What the AVX-512 convolutions share: the walk over tiles, the address of a pixel, the next-panel prefetch and the output
-// rule. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
+// What the AVX-512 convolutions share: the walk over tiles, the address of a pixel, the next-panel prefetch and the
+// output rule. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
 //     kFormat               the packing of its weights
 //     kStep                 bytes of k between two calls of Prefetch::step
 //     sets(pixels)          how many sets of accumulators hide the latency of its sums
 //     tap<R, G>(acc, a, w, k, prefetch)   adds one tap to acc, advances a, returns w advanced
 #pragma once
+#if !defined(__clang__)
+// GCC 12 otherwise moves or even spills accumulators around the loops: 1 to 4 % at k <= 256.
+#pragma GCC optimize("ira-region=one")
+#endif
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 sees its own _mm512_undefined_ps as an error of ours
 #include <immintrin.h>
@@ -26,48 +30,54 @@ struct Pixels {
 
   QDEPLOY_INLINE const uint8_t* operator[](int i) const {
     switch (i) {
-      case 0: return p;
-      case 1: return p + s;
-      case 2: return p + 2 * s;
-      case 3: return p + s3;
-      case 4: return p + 4 * s;
-      case 5: return p + s5;
-      default: return p + 2 * s3;
+      case 0:
+        return p;
+      case 1:
+        return p + s;
+      case 2:
+        return p + 2 * s;
+      case 3:
+        return p + s3;
+      case 4:
+        return p + 4 * s;
+      case 5:
+        return p + s5;
+      default:
+        return p + 2 * s3;
     }
   }
 };
 
-// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a little per k-step, while this one
-// is in use. The cursor runs across the tiles of a call and rests at the end of the panel. Free of branches: a loop over a
-// number of lines known at run time cost a quarter of the speed. Few tiles have too few steps to touch every line;
-// then every other one must do, and the hardware fetches its neighbour.
+// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a line per k-step, while this
+// one is in use. The cursor runs across the tiles of a call and rests at the end of the panel. Free of branches: a loop
+// over a number of lines known at run time cost a quarter of the speed. Where there are too few steps for all lines,
+// every other one has to do, and the hardware fetches its neighbour. More lines per step gain 4 % for one tile of one
+// pixel, where DRAM is the limit anyway, and cost 20 % for several tiles.
 struct Prefetch {
   const char* at;
   const char* end;
-  size_t spacing;
+  size_t stride;
 
-  Prefetch(const ConvParams& params, size_t lines) {
+  Prefetch(const ConvParams& params, size_t steps) {
     at = static_cast<const char*>(params.prefetch);
     end = at + params.prefetch_bytes;
-    spacing = lines * 64 >= params.prefetch_bytes ? 64 : 128;
+    stride = steps * 64 >= params.prefetch_bytes ? 64 : 128;
   }
-
-  // One or two pixels take longer to load their weights than to multiply: the next panel has to come at the same pace.
-  static constexpr int lines(int pixels) { return pixels <= 2 ? 8 : 2; }
-
-  template <int kLines>
   QDEPLOY_INLINE void step() {
-#pragma GCC unroll 8
-    for (int i = 0; i < kLines; ++i) _mm_prefetch(at + i * spacing, _MM_HINT_T1);
-    const char* next = at + kLines * spacing;
-    at = next < end ? next : end;
+    _mm_prefetch(at, _MM_HINT_T1);
+    at = at + stride < end ? at + stride : end;
   }
 };
 
-// ---- The output rule --------------------------------------------------------------------------------------------------
+// ---- The output rule
+// --------------------------------------------------------------------------------------------------
 
 QDEPLOY_INLINE __m512 residual_f32x16(const uint8_t* residual) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(residual))));
+}
+
+QDEPLOY_INLINE const uint8_t* residual_pixel(const ConvParams& params, const ConvTile& tile, int group, int pixel) {
+  return params.residual + tile.residual[group] + pixel * params.residual_stride;
 }
 
 // One tile: where each of its pixels goes, and what every pixel needs.
@@ -89,8 +99,8 @@ struct Output {
   QDEPLOY_INLINE __m512 real(__m512i acc_i32x16, int q, int j) const {
     __m512 x_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), scale_f32x16[j], bias_f32x16[j]);
     if (kResidual) {
-      const uint8_t* residual = params.residual + tile.residual[q / R] + q % R * params.residual_stride + 16 * j;
-      x_f32x16 = _mm512_fmadd_ps(residual_f32x16(residual), _mm512_set1_ps(params.residual_scale), x_f32x16);
+      const __m512 residual = residual_f32x16(residual_pixel(params, tile, q / R, q % R) + 16 * j);
+      x_f32x16 = _mm512_fmadd_ps(residual, _mm512_set1_ps(params.residual_scale), x_f32x16);
     }
     return x_f32x16;
   }
@@ -132,11 +142,12 @@ struct Output {
   }
 };
 
-// ---- The walk over tiles ----------------------------------------------------------------------------------------------
+// ---- The walk over tiles
+// ----------------------------------------------------------------------------------------------
 
-// Computes tiles from the front of the list while they have this shape; returns how many. Taps outside, channels inside,
-// one set of accumulators for the whole of K; few pixels get kSets of them, or the latency of the dot product would show.
-// (u8 or f32 output is a branch per tile, not a template: that would double half a megabyte of code.)
+// Computes tiles from the front of the list while they have this shape; returns how many. Taps outside, channels
+// inside, one set of accumulators for the whole of K; few pixels get kSets of them, or the latency of the dot product
+// would show. (u8 or f32 output is a branch per tile, not a template: that would double half a megabyte of code.)
 template <class Dot, int R, int G>
 __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles,
                                      Prefetch& prefetch) {
@@ -154,6 +165,12 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
 #pragma GCC unroll 3
         for (int set = 1; set < kSets; ++set) acc[set][q][j] = _mm512_setzero_si512();
       }
+
+    if (params.residual) {  // needed at the end of the tile, often in L2 or beyond: 2 % at k = 64 and 128
+#pragma GCC unroll 14
+      for (int q = 0; q < G * R; ++q)
+        _mm_prefetch(reinterpret_cast<const char*>(residual_pixel(params, tile, q / R, q % R)), _MM_HINT_T0);
+    }
 
     const ptrdiff_t stride = params.a_stride;
     ptrdiff_t stride3 = 3 * stride, stride5 = 5 * stride;
@@ -190,8 +207,7 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   static constexpr Run kRuns[kGroups][kMr] = {
       {run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, 4, 1>, run<Dot, 5, 1>, run<Dot, 6, 1>, run<Dot, 7, 1>},
       {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, 4, 2>, run<Dot, 5, 2>, run<Dot, 6, 2>, run<Dot, 7, 2>}};
-  if (n_tiles == 0) return;
-  Prefetch prefetch(*params, n_tiles * params->taps * (params->k / Dot::kStep) * Prefetch::lines(tiles->r * tiles->groups));
+  Prefetch prefetch(*params, n_tiles * params->taps * (params->k / Dot::kStep));
   for (size_t done = 0; done < n_tiles;) {
     const ConvTile& tile = tiles[done];
     done += kRuns[tile.groups - 1][tile.r - 1](*params, kF32, tiles + done, n_tiles - done, prefetch);

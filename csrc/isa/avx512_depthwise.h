@@ -1,7 +1,7 @@
 // Depthwise convolution for AVX-512, and the 64-channel blocks that the other channel-wise kernels use too.
 //
-// Formula: acc[n] = comp[n] + sum over taps t of a_t[n] * w_t[n]. A dot product of four bytes adds four taps at once, so
-// the bytes of four taps are interleaved first, 64 channels at a time:
+// Formula: acc[n] = comp[n] + sum over taps t of a_t[n] * w_t[n]. A dot product of four bytes adds four taps at once,
+// so the bytes of four taps are interleaved first, 64 channels at a time:
 //
 //     x0 = a0 a1 a2 ..  (tap t)      unpack bytes, then words      block 0, lane l: channels 16l+0..3,   4 taps each
 //     x1 = b0 b1 b2 ..  (tap t+1)   ------------------------>      block 1, lane l: channels 16l+4..7
@@ -17,8 +17,10 @@ namespace {
 
 // 4x4 transposition of 128-bit lanes: from natural order to block order and back.
 QDEPLOY_INLINE void transpose_lanes(__m512 (&x_f32x16)[4]) {
-  const __m512 a = _mm512_shuffle_f32x4(x_f32x16[0], x_f32x16[1], 0x88), b = _mm512_shuffle_f32x4(x_f32x16[2], x_f32x16[3], 0x88);
-  const __m512 c = _mm512_shuffle_f32x4(x_f32x16[0], x_f32x16[1], 0xdd), d = _mm512_shuffle_f32x4(x_f32x16[2], x_f32x16[3], 0xdd);
+  const __m512 a = _mm512_shuffle_f32x4(x_f32x16[0], x_f32x16[1], 0x88),
+               b = _mm512_shuffle_f32x4(x_f32x16[2], x_f32x16[3], 0x88);
+  const __m512 c = _mm512_shuffle_f32x4(x_f32x16[0], x_f32x16[1], 0xdd),
+               d = _mm512_shuffle_f32x4(x_f32x16[2], x_f32x16[3], 0xdd);
   x_f32x16[0] = _mm512_shuffle_f32x4(a, b, 0x88);
   x_f32x16[1] = _mm512_shuffle_f32x4(c, d, 0x88);
   x_f32x16[2] = _mm512_shuffle_f32x4(a, b, 0xdd);
@@ -42,8 +44,10 @@ QDEPLOY_INLINE __m512i quantize_u8x64(const __m512 (&r_f32x16)[4], uint8_t qmin,
 }
 
 QDEPLOY_INLINE void interleave(const __m512i (&x_u8x64)[4], __m512i (&block)[4]) {
-  const __m512i low01 = _mm512_unpacklo_epi8(x_u8x64[0], x_u8x64[1]), low23 = _mm512_unpacklo_epi8(x_u8x64[2], x_u8x64[3]);
-  const __m512i high01 = _mm512_unpackhi_epi8(x_u8x64[0], x_u8x64[1]), high23 = _mm512_unpackhi_epi8(x_u8x64[2], x_u8x64[3]);
+  const __m512i low01 = _mm512_unpacklo_epi8(x_u8x64[0], x_u8x64[1]),
+                low23 = _mm512_unpacklo_epi8(x_u8x64[2], x_u8x64[3]);
+  const __m512i high01 = _mm512_unpackhi_epi8(x_u8x64[0], x_u8x64[1]),
+                high23 = _mm512_unpackhi_epi8(x_u8x64[2], x_u8x64[3]);
   block[0] = _mm512_unpacklo_epi16(low01, low23);
   block[1] = _mm512_unpackhi_epi16(low01, low23);
   block[2] = _mm512_unpacklo_epi16(high01, high23);
@@ -113,7 +117,9 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
     size_t left = pixels;
     for (; left >= 4; left -= 4, a += 4 * p.a_stride, c += 4 * p.c_stride)
       depthwise_pixels<Dot, 4>(p, channels, a, p.w + n, c);
-    for (; left > 0; --left, a += p.a_stride, c += p.c_stride) depthwise_pixels<Dot, 1>(p, channels, a, p.w + n, c);
+    for (; left >= 2; left -= 2, a += 2 * p.a_stride, c += 2 * p.c_stride)
+      depthwise_pixels<Dot, 2>(p, channels, a, p.w + n, c);
+    if (left > 0) depthwise_pixels<Dot, 1>(p, channels, a, p.w + n, c);
   }
 }
 

@@ -1,15 +1,18 @@
-// Checks every kernel of every instruction set this CPU has against the scalar table, bit for bit; `--bench` times them.
+// Checks every kernel of every instruction set this CPU has against the scalar table, bit for bit; `--bench` times
+// them.
 //
-// Inputs lie against an inaccessible page with exactly the slack the contract grants (kOverread), alternately at their end
-// and at their start, so a read beyond it crashes; the slack holds random bytes, so using them shows. Outputs are compared
-// with all that surrounds them. The first case that differs is printed with all its parameters; exit status 1.
+// Inputs lie against an inaccessible page with exactly the slack the contract grants (kOverread), alternately at their
+// end and at their start, so a read beyond it crashes; the slack holds random bytes, so using them shows. Outputs are
+// compared with all that surrounds them. The first case that differs is printed with all its parameters; exit status 1.
 //
-// The commands CMake would run:
-//   g++ -std=c++17 -O3 -ffp-contract=off -Icsrc -c csrc/isa/scalar.cc
-//   g++ ... -mavx2 -mfma -c csrc/isa/avx2.cc
-//   g++ ... -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -c csrc/isa/avx512.cc
-//   g++ ... -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mavx512vnni -c csrc/isa/avx512vnni.cc
-//   g++ ... tests/cpp/check_ukernels.cc scalar.o avx2.o avx512.o avx512vnni.o -o check_ukernels
+// Built by `cmake --build <folder> --target check_ukernels`, or by hand with F="-std=c++17 -O3 -ffp-contract=off
+// -Icsrc":
+//   g++ $F -c csrc/isa/scalar.cc
+//   g++ $F -mavx2 -mfma -c csrc/isa/avx2.cc
+//   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -c csrc/isa/avx512.cc
+//   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -c csrc/isa/avx512vnni.cc
+//   g++ $F tests/cpp/check_ukernels.cc csrc/cpu.cc scalar.o avx2.o avx512.o avx512vnni.o -o check_ukernels
+#include "cpu.h"
 #include "ukernels.h"
 
 #include <sys/mman.h>
@@ -18,10 +21,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <csignal>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <vector>
 
 using namespace qdeploy;
@@ -91,12 +97,32 @@ class Guarded {
 
 // One buffer per operand, mapped once.
 struct Memory {
-  Guarded a{4 << 20}, b{1 << 20}, w{1 << 20}, comp{1 << 13}, scale{1 << 13}, bias{1 << 13}, offsets{1 << 13}, residual{1 << 20};
+  Guarded a{4 << 20}, b{1 << 20}, w{1 << 20}, comp{1 << 13}, scale{1 << 13}, bias{1 << 13}, offsets{1 << 13},
+      residual{1 << 20};
   Guarded c{1 << 20}, c_expected{1 << 20};
 };
 Memory& memory() {
   static Memory memory;
   return memory;
+}
+
+// What is being checked, for the report of a difference or a crash.
+char current_case[1024];
+
+[[gnu::format(printf, 1, 2)]] void describe(const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  vsnprintf(current_case, sizeof current_case, format, args);
+  va_end(args);
+}
+bool failed(const char* kernel) {
+  printf("FAILED %s\n  %s\n", kernel, current_case);
+  return false;
+}
+void report_crash(int signal) {  // not async-signal-safe, but nothing of value can be lost here
+  printf("CRASHED (signal %d)\n  %s\n", signal, current_case);
+  fflush(stdout);
+  _exit(1);
 }
 
 enum class Fill { uniform, extremes, low, high, small };
@@ -107,11 +133,16 @@ const char* fill_name(Fill fill) {
 }
 int fill_value(Fill fill, int lo, int hi, Random& random) {
   switch (fill) {
-    case Fill::uniform: return random.range(lo, hi);
-    case Fill::extremes: return random.range(0, 1) ? hi : lo;
-    case Fill::low: return lo;
-    case Fill::high: return hi;
-    default: return random.range(std::max(lo, -2), std::min(hi, 2));
+    case Fill::uniform:
+      return random.range(lo, hi);
+    case Fill::extremes:
+      return random.range(0, 1) ? hi : lo;
+    case Fill::low:
+      return lo;
+    case Fill::high:
+      return hi;
+    default:
+      return random.range(std::max(lo, -2), std::min(hi, 2));
   }
 }
 void fill_u8(uint8_t* a, size_t n, Fill fill, Random& random) {
@@ -120,7 +151,8 @@ void fill_u8(uint8_t* a, size_t n, Fill fill, Random& random) {
 
 // Multipliers of either sign that spread sums of this size over the codes; every third one makes exact ties of rint.
 float random_scale(double largest_sum, Random& random) {
-  const float scale = static_cast<float>(random.uniform() * 600 / std::max(largest_sum, 1.0)) * (random.range(0, 1) ? 1.f : -1.f);
+  const float scale =
+      static_cast<float>(random.uniform() * 600 / std::max(largest_sum, 1.0)) * (random.range(0, 1) ? 1.f : -1.f);
   return random.range(0, 2) ? scale : std::ldexp(std::copysign(1.f, scale), std::min(-1, std::ilogb(scale)));
 }
 float random_bias(Random& random) {
@@ -154,11 +186,13 @@ struct ConvCase {
   uint64_t seed;
 };
 
-void print(const char* kernel, const ConvCase& x) {
-  printf("FAILED %s\n  bits=%d r=%d groups=%d taps=%d k=%d n=%d a_stride=%d c_stride=%d residual=%d in_place=%d f32=%d at_end=%d "
-         "a=%s w=%s qmin=%d qmax=%d seed=%llu\n",
-         kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.a_stride, x.c_stride, x.residual, x.in_place, x.f32, x.at_end,
-         fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax, static_cast<unsigned long long>(x.seed));
+void describe(const char* kernel, const ConvCase& x) {
+  describe(
+      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d a_stride=%d c_stride=%d residual=%d in_place=%d f32=%d at_end=%d "
+      "a=%s w=%s "
+      "qmin=%d qmax=%d seed=%llu",
+      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.a_stride, x.c_stride, x.residual, x.in_place, x.f32, x.at_end,
+      fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax, static_cast<unsigned long long>(x.seed));
 }
 
 ConvCase random_conv_case(const ConvKernel& kernel, int bits, int r, int groups, Random& random) {
@@ -186,7 +220,8 @@ template <class T>
 void pack(const int8_t* codes, int taps, int k, int n, int nr, int kr, T* w) {
   for (int t = 0; t < taps; ++t)
     for (int i = 0; i < k; ++i)
-      for (int j = 0; j < nr; ++j) w[((t * (k / kr) + i / kr) * nr + j) * kr + i % kr] = j < n ? codes[(j * taps + t) * k + i] : 0;
+      for (int j = 0; j < nr; ++j)
+        w[((t * (k / kr) + i / kr) * nr + j) * kr + i % kr] = j < n ? codes[(j * taps + t) * k + i] : 0;
 }
 void pack(const ConvKernel& kernel, const int8_t* codes, int taps, int k, int n, void* w) {
   if (kernel.format == WeightFormat::s8x4)
@@ -199,7 +234,8 @@ size_t panel_bytes(const ConvKernel& kernel, int taps, int k) {
 }
 
 // The scalar kernel, one pixel and one of its own panels at a time; p holds the arrays of all n channels.
-void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<ConvTile>& tiles, const int8_t* codes, bool f32) {
+void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<ConvTile>& tiles, const int8_t* codes,
+                   bool f32) {
   const int n = p.n, depth = p.taps * p.k;
   std::vector<ConvTile> pixels;
   for (const ConvTile& tile : tiles)
@@ -230,6 +266,7 @@ void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<Con
 }
 
 bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCase& x) {
+  describe(kernel.name, x);
   Memory& m = memory();
   Random random(x.seed);
   // Three tiles of the asked shape, then a few of any: kernels may treat runs of equal tiles alike.
@@ -242,7 +279,8 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
     tile.r = static_cast<uint8_t>(i < 3 ? x.r : random.range(1, kernel.mr));
     tile.groups = static_cast<uint8_t>(i < 3 ? x.groups : random.range(1, kernel.groups));
     for (int g = 0; g < tile.groups; ++g) {
-      tile.a[g] = static_cast<uint32_t>((2 * i + g) * group_span + (x.a_stride < 0 ? -x.a_stride * (kernel.mr - 1) : 0));
+      tile.a[g] =
+          static_cast<uint32_t>((2 * i + g) * group_span + (x.a_stride < 0 ? -x.a_stride * (kernel.mr - 1) : 0));
       tile.c[g] = static_cast<uint32_t>(slots * x.c_stride);
       tile.residual[g] = tile.c[g];
       slots += tile.r + random.range(0, 1);
@@ -270,14 +308,16 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
 
   const int depth = x.taps * x.k, zero_point = random.range(0, 255);
   std::vector<int8_t> codes(static_cast<size_t>(x.n) * depth);
-  for (int8_t& code : codes) code = static_cast<int8_t>(fill_value(x.w_fill, -(1 << (x.bits - 1)), (1 << (x.bits - 1)) - 1, random));
+  for (int8_t& code : codes)
+    code = static_cast<int8_t>(fill_value(x.w_fill, -(1 << (x.bits - 1)), (1 << (x.bits - 1)) - 1, random));
   uint8_t* w = m.w.place<uint8_t>(panel_bytes(kernel, x.taps, x.k), x.at_end, random, 64);
   pack(kernel, codes.data(), x.taps, x.k, x.n, w);
   p.w = w;
   int32_t* comp = m.comp.place<int32_t>(kernel.nr, x.at_end, random);
   float* scale = m.scale.place<float>(kernel.nr, x.at_end, random);
   float* bias = m.bias.place<float>(kernel.nr, x.at_end, random);
-  const double largest_sum = depth * 255.0 * (1 << (x.bits - 1)) / (x.w_fill == Fill::small || x.a_fill == Fill::small ? 50 : 1);
+  const double largest_sum =
+      depth * 255.0 * (1 << (x.bits - 1)) / (x.w_fill == Fill::small || x.a_fill == Fill::small ? 50 : 1);
   for (int n = 0; n < kernel.nr; ++n) {
     int sum = 0;
     for (int i = 0; i < depth && n < x.n; ++i) sum += codes[n * depth + i];
@@ -288,7 +328,8 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   p.comp = comp, p.scale = scale, p.bias = bias;
 
   const size_t c_count = static_cast<size_t>(slots - 1) * x.c_stride + x.n;
-  uint8_t* c = x.f32 ? reinterpret_cast<uint8_t*>(m.c.place<float>(c_count, x.at_end, random)) : m.c.place<uint8_t>(c_count, x.at_end, random);
+  uint8_t* c = x.f32 ? reinterpret_cast<uint8_t*>(m.c.place<float>(c_count, x.at_end, random))
+                     : m.c.place<uint8_t>(c_count, x.at_end, random);
   uint8_t* c_expected = x.f32 ? reinterpret_cast<uint8_t*>(m.c_expected.place<float>(c_count, x.at_end, random))
                               : m.c_expected.place<uint8_t>(c_count, x.at_end, random);
   m.c_expected.copy_from(m.c);
@@ -306,9 +347,7 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   p.c = c_expected;
   if (x.in_place) p.residual = c_expected;
   conv_expected(scalar, p, tiles, codes.data(), x.f32);
-  if (m.c.equals(m.c_expected)) return true;
-  print(kernel.name, x);
-  return false;
+  return m.c.equals(m.c_expected) || failed(kernel.name);
 }
 
 bool check_conv_all(const Kernels& scalar, const Kernels& kernels) {
@@ -366,13 +405,14 @@ bool check_depthwise(const Kernels& scalar, const Kernels& kernels, uint64_t see
   DepthwiseParams expected = p;
   expected.c = m.c_expected.place<uint8_t>(count, at_end, random);
   m.c_expected.copy_from(m.c);
+  describe(
+      "%s depthwise taps=%d n=%d pixels=%d a_stride=%td w_stride=%td c_stride=%td at_end=%d a=%s w=%s qmin=%d qmax=%d "
+      "seed=%llu",
+      kernels.isa, p.taps, p.n, pixels, p.a_stride, p.w_stride, p.c_stride, at_end, fill_name(a_fill),
+      fill_name(w_fill), p.qmin, p.qmax, static_cast<unsigned long long>(seed));
   kernels.depthwise(&p, pixels);
   scalar.depthwise(&expected, pixels);
-  if (m.c.equals(m.c_expected)) return true;
-  printf("FAILED %s depthwise\n  taps=%d n=%d pixels=%d a_stride=%td w_stride=%td c_stride=%td at_end=%d a=%s w=%s qmin=%d qmax=%d seed=%llu\n",
-         kernels.isa, p.taps, p.n, pixels, p.a_stride, p.w_stride, p.c_stride, at_end, fill_name(a_fill), fill_name(w_fill), p.qmin,
-         p.qmax, static_cast<unsigned long long>(seed));
-  return false;
+  return m.c.equals(m.c_expected) || failed("depthwise");
 }
 
 // ---- Pools --------------------------------------------------------------------------------------------------------
@@ -383,8 +423,8 @@ bool check_pools(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   const bool at_end = random.range(0, 1);
   AvgPoolParams p{};
   PoolParams& window = p.window;
-  window.rows = random.range(1, random.range(0, 9) ? 4 : 40);
-  window.cols = random.range(1, random.range(0, 9) ? 4 : 40);
+  const int largest = random.range(0, 5) ? 4 : 40;  // beyond 257 pixels, sums of u8 no longer fit in u16
+  window.rows = random.range(1, largest), window.cols = random.range(1, largest);
   window.n = random.range(1, 200);
   window.col_stride = window.n * random.range(1, 2) + random.range(0, 5);
   window.row_stride = window.col_stride * window.cols + random.range(0, 50);
@@ -397,23 +437,23 @@ bool check_pools(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   p.bias = random_bias(random);
   random_clamp(&p.qmin, &p.qmax, random);
 
-  const char* failed = nullptr;
-  const auto compare = [&](const char* name, size_t size, auto run) {
-    uint8_t* c = size == 1 ? m.c.place<uint8_t>(window.n, at_end, random) : m.c.place<uint8_t>(window.n * size, at_end, random, size);
+  describe(
+      "%s pool rows=%zu cols=%zu n=%zu row_stride=%td col_stride=%td zero_point=%d scale=%a bias=%a qmin=%d qmax=%d "
+      "at_end=%d seed=%llu",
+      kernels.isa, window.rows, window.cols, window.n, window.row_stride, window.col_stride, p.zero_point, p.scale,
+      p.bias, p.qmin, p.qmax, at_end, static_cast<unsigned long long>(seed));
+  const auto same = [&](const char* name, size_t size, auto run) {
+    uint8_t* c = m.c.place<uint8_t>(window.n * size, at_end, random, size);
     uint8_t* c_expected = m.c_expected.place<uint8_t>(window.n * size, at_end, random, size);
     m.c_expected.copy_from(m.c);
     run(kernels, c);
     run(scalar, c_expected);
-    if (!m.c.equals(m.c_expected)) failed = name;
+    return m.c.equals(m.c_expected) || failed(name);
   };
-  compare("max_pool", 1, [&](const Kernels& t, uint8_t* c) { t.max_pool(&window, c); });
-  compare("avg_pool_qu8", 1, [&](const Kernels& t, uint8_t* c) { t.avg_pool_qu8(&p, c); });
-  compare("avg_pool_f32", 4, [&](const Kernels& t, uint8_t* c) { t.avg_pool_f32(&p, reinterpret_cast<float*>(c)); });
-  if (!failed) return true;
-  printf("FAILED %s %s\n  rows=%zu cols=%zu n=%zu row_stride=%td col_stride=%td zero_point=%d scale=%a bias=%a qmin=%d qmax=%d seed=%llu\n",
-         kernels.isa, failed, window.rows, window.cols, window.n, window.row_stride, window.col_stride, p.zero_point, p.scale, p.bias,
-         p.qmin, p.qmax, static_cast<unsigned long long>(seed));
-  return false;
+  return same("max_pool", 1, [&](const Kernels& t, uint8_t* c) { t.max_pool(&window, c); }) &&
+         same("avg_pool_qu8", 1, [&](const Kernels& t, uint8_t* c) { t.avg_pool_qu8(&p, c); }) &&
+         same("avg_pool_f32", 4,
+              [&](const Kernels& t, uint8_t* c) { t.avg_pool_f32(&p, reinterpret_cast<float*>(c)); });
 }
 
 // ---- Elementwise and input ----------------------------------------------------------------------------------------
@@ -430,39 +470,45 @@ bool check_elementwise(const Kernels& scalar, const Kernels& kernels, uint64_t s
   random_clamp(&p.qmin, &p.qmax, random);
   const int in_place = random.range(0, 2);  // 0: no, 1: c is a, 2: c is b
 
-  const char* failed = nullptr;
-  const auto compare = [&](const char* name, size_t size, auto run) {
+  describe("%s elementwise n=%zu scale_a=%a scale_b=%a bias=%a qmin=%d qmax=%d in_place=%d at_end=%d seed=%llu",
+           kernels.isa, n, p.scale_a, p.scale_b, p.bias, p.qmin, p.qmax, in_place, at_end,
+           static_cast<unsigned long long>(seed));
+  const auto same = [&](const char* name, size_t size, auto run) {
     uint8_t* c = m.c.place<uint8_t>(n * size, at_end, random, size);
     uint8_t* c_expected = m.c_expected.place<uint8_t>(n * size, at_end, random, size);
-    if (in_place && size == 1) memcpy(c, in_place == 1 ? a : b, n);
+    const bool c_is_a = in_place == 1 && size == 1, c_is_b = in_place == 2 && size == 1;
+    if (c_is_a || c_is_b) memcpy(c, c_is_a ? a : b, n);
     m.c_expected.copy_from(m.c);
-    const bool same = in_place && size == 1;
-    run(kernels, same && in_place == 1 ? c : a, same && in_place == 2 ? c : b, c);
+    run(kernels, c_is_a ? c : a, c_is_b ? c : b, c);
     run(scalar, a, b, c_expected);
-    if (!m.c.equals(m.c_expected)) failed = name;
+    return m.c.equals(m.c_expected) || failed(name);
   };
   using Bytes = const uint8_t*;
-  compare("add_qu8", 1, [&](const Kernels& t, Bytes x, Bytes y, uint8_t* c) { t.add_qu8(&p, n, x, y, c); });
-  compare("add_f32", 4, [&](const Kernels& t, Bytes x, Bytes y, uint8_t* c) { t.add_f32(&p, n, x, y, reinterpret_cast<float*>(c)); });
-  compare("table", 1, [&](const Kernels& t, Bytes x, Bytes, uint8_t* c) { t.table(n, table, x, c); });
-  if (!failed) return true;
-  printf("FAILED %s %s\n  n=%zu scale_a=%a scale_b=%a bias=%a qmin=%d qmax=%d in_place=%d at_end=%d seed=%llu\n", kernels.isa, failed, n,
-         p.scale_a, p.scale_b, p.bias, p.qmin, p.qmax, in_place, at_end, static_cast<unsigned long long>(seed));
-  return false;
+  return same("add_qu8", 1, [&](const Kernels& t, Bytes x, Bytes y, uint8_t* c) { t.add_qu8(&p, n, x, y, c); }) &&
+         same("add_f32", 4,
+              [&](const Kernels& t, Bytes x, Bytes y, uint8_t* c) {
+                t.add_f32(&p, n, x, y, reinterpret_cast<float*>(c));
+              }) &&
+         same("table", 1, [&](const Kernels& t, Bytes x, Bytes, uint8_t* c) { t.table(n, table, x, c); });
 }
 
 float random_input(float inv_scale, Random& random) {
   switch (random.range(0, 9)) {
-    case 0: return (random.range(-300, 300) + 0.5f) / inv_scale;  // near a tie
-    case 1: return std::ldexp(random.uniform() - 0.5f, random.range(-140, 127));
-    case 2: return random.range(0, 1) ? std::numeric_limits<float>::max() : std::numeric_limits<float>::lowest();
-    default: return (random.uniform() * 400 - 200) / inv_scale;
+    case 0:
+      return (random.range(-300, 300) + 0.5f) / inv_scale;  // near a tie
+    case 1:
+      return std::ldexp(random.uniform() - 0.5f, random.range(-140, 127));
+    case 2:
+      return random.range(0, 1) ? std::numeric_limits<float>::max() : std::numeric_limits<float>::lowest();
+    default:
+      return (random.uniform() * 400 - 200) / inv_scale;
   }
 }
 
 bool check_quantize(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   static const float kNotFinite[] = {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
-                                     std::numeric_limits<float>::quiet_NaN()};
+                                     std::numeric_limits<float>::quiet_NaN(),
+                                     std::numeric_limits<float>::signaling_NaN()};
   Memory& m = memory();
   Random random(seed);
   const bool at_end = random.range(0, 1);
@@ -476,7 +522,8 @@ bool check_quantize(const Kernels& scalar, const Kernels& kernels, uint64_t seed
   p.zero_point = static_cast<float>(random.range(0, 255));
   const size_t a_count = (p.channels - 1) * p.plane_stride + p.pixels;
   float* a = m.a.place<float>(a_count, at_end, random);
-  const float outside = random.range(0, 1) ? kNotFinite[0] : kNotFinite[2];  // what lies between and around the planes is not input
+  const float outside =
+      random.range(0, 1) ? kNotFinite[0] : kNotFinite[2];  // what lies between and around the planes is not input
   for (size_t i = 0; i < a_count; ++i) a[i] = outside;
   for (int i = 1; i <= 16; ++i) a[-i] = outside;
   for (size_t ch = 0; ch < p.channels; ++ch)
@@ -489,21 +536,21 @@ bool check_quantize(const Kernels& scalar, const Kernels& kernels, uint64_t seed
   QuantizeParams expected = p;
   expected.c = m.c_expected.place<uint8_t>(count, at_end, random);
   m.c_expected.copy_from(m.c);
-  const bool result = kernels.quantize(&p);
+  describe(
+      "%s quantize pixels=%zu channels=%zu plane_stride=%td c_stride=%td inv_scale=%a zero_point=%g finite=%d "
+      "at_end=%d seed=%llu",
+      kernels.isa, p.pixels, p.channels, p.plane_stride, p.c_stride, p.inv_scale, p.zero_point, finite, at_end,
+      static_cast<unsigned long long>(seed));
+  if (kernels.quantize(&p) != finite) return failed("quantize, what it returned");
   scalar.quantize(&expected);
-  if (result == finite && (!finite || m.c.equals(m.c_expected))) return true;
-  printf("FAILED %s quantize\n  pixels=%zu channels=%zu plane_stride=%td c_stride=%td inv_scale=%a zero_point=%g finite=%d returned=%d "
-         "at_end=%d seed=%llu\n",
-         kernels.isa, p.pixels, p.channels, p.plane_stride, p.c_stride, p.inv_scale, p.zero_point, finite, result, at_end,
-         static_cast<unsigned long long>(seed));
-  return false;
+  return !finite || m.c.equals(m.c_expected) || failed("quantize");
 }
 
 bool check(const Kernels& scalar, const Kernels& kernels) {
   if (!check_conv_all(scalar, kernels)) return false;
   for (uint64_t seed = 1; seed <= 2000; ++seed)
-    if (!check_depthwise(scalar, kernels, seed) || !check_pools(scalar, kernels, seed) || !check_elementwise(scalar, kernels, seed) ||
-        !check_quantize(scalar, kernels, seed))
+    if (!check_depthwise(scalar, kernels, seed) || !check_pools(scalar, kernels, seed) ||
+        !check_elementwise(scalar, kernels, seed) || !check_quantize(scalar, kernels, seed))
       return false;
   return true;
 }
@@ -528,7 +575,9 @@ double quickest(Run run) {
 template <class T>
 class Aligned {
  public:
-  explicit Aligned(size_t count, T value = 0) : bytes_(count * sizeof(T) + 4 * kOverread) { std::fill_n(data(), count, value); }
+  explicit Aligned(size_t count, T value = 0) : bytes_(count * sizeof(T) + 4 * kOverread) {
+    std::fill_n(data(), count, value);
+  }
   T* data() {
     const uintptr_t at = reinterpret_cast<uintptr_t>(bytes_.data()) + 2 * kOverread;
     return reinterpret_cast<T*>(at - at % kOverread);
@@ -538,11 +587,13 @@ class Aligned {
   std::vector<uint8_t> bytes_;
 };
 
-// GMAC/s of `tiles` tiles of r x groups neighbouring pixels, a 1x1 convolution of `channels` outputs, panel after panel.
+// GMAC/s of `tiles` tiles of r x groups neighbouring pixels, a 1x1 convolution of `channels` outputs, panel after
+// panel.
 double bench_conv(const ConvKernel& kernel, int k, int r, int groups, int tiles, int channels, bool residual) {
   const int pixels = tiles * groups * r, n_panels = channels / kernel.nr;
   const size_t panel = panel_bytes(kernel, 1, k);
-  Aligned<uint8_t> a(static_cast<size_t>(pixels) * k, 3), w(panel * n_panels, 1), c(static_cast<size_t>(pixels) * channels);
+  Aligned<uint8_t> a(static_cast<size_t>(pixels) * k, 3), w(panel * n_panels, 1),
+      c(static_cast<size_t>(pixels) * channels);
   Aligned<int32_t> comp(kernel.nr);
   Aligned<float> scale(kernel.nr, 0.01f), bias(kernel.nr, 1.f);
   std::vector<ConvTile> list(tiles);
@@ -580,7 +631,8 @@ void bench_conv_all(const Kernels& kernels) {
     printf("%-46s GMAC/s at K =", kernel.name);
     for (int k : {64, 128, 256, 512, 1024, 2048, 4608})
       printf(" %d: %.0f", k, bench_conv(kernel, k, kernel.mr, kernel.groups, 8, 4 * kernel.nr, false));
-    printf(" | 256 with residual: %.0f | K=256, pixels", bench_conv(kernel, 256, kernel.mr, kernel.groups, 8, 4 * kernel.nr, true));
+    printf(" | 256 with residual: %.0f | K=256, pixels",
+           bench_conv(kernel, 256, kernel.mr, kernel.groups, 8, 4 * kernel.nr, true));
     for (int r : {1, 2, 4, 7}) printf(" %d: %.0f", r, bench_conv(kernel, 256, r, 1, 8, 4 * kernel.nr, false));
     const double gmacs = bench_conv(kernel, 2048, 1, 1, 1, 8192, false);
     printf(" | linear 2048x8192: %.1f GB/s\n", gmacs * (kernel.format == WeightFormat::s8x4 ? 1 : 2));
@@ -597,57 +649,48 @@ void bench_others(const Kernels& kernels) {
   for (int t = 0; t < 9; ++t) offsets[t] = (t / 3 * 30 + t % 3) * kN;
   const uint8_t* in = a.data();
   uint8_t* out = c.data();
-  const DepthwiseParams depthwise = {9, kN, in, kN, offsets, w.data(), kN, comp.data(), scale.data(), bias.data(), out, kN, 0, 255};
+  const DepthwiseParams depthwise = {9,           kN,           in,          kN,  offsets, w.data(), kN,
+                                     comp.data(), scale.data(), bias.data(), out, kN,      0,        255};
   const PoolParams window = {in, 3, 3, 30 * kN, kN, kN};
   const AvgPoolParams average = {{in, 7, 7, 7 * 2048, 2048, 2048}, 0, 0.02f, 0, 0, 255};
   const AddParams add = {0.5f, 0.5f, 0, 0, 255};
   const QuantizeParams quantize = {image.data(), 224 * 224, 224 * 224, 3, 50, 128, out, 3};
   constexpr size_t kBytes = 1 << 16;
   const auto rate = [](double count, double seconds) { return 1e-9 * count / seconds; };
-  printf("%-46s depthwise 3x3 n=128: %.1f GMAC/s | max_pool 3x3: %.1f GB/s | avg_pool 7x7: %.1f GB/s | add: %.2f | table: %.2f Gelement/s"
-         " | quantize 3 planes: %.2f Gfloat/s\n",
-         kernels.isa, rate(9.0 * kN * kPixels * 20, quickest([&] { for (int i = 0; i < 20; ++i) kernels.depthwise(&depthwise, kPixels); })),
-         rate(9.0 * kN * 100, quickest([&] { for (int i = 0; i < 100; ++i) kernels.max_pool(&window, out); })),
-         rate(49.0 * 2048 * 5, quickest([&] { for (int i = 0; i < 5; ++i) kernels.avg_pool_qu8(&average, out); })),
-         rate(kBytes, quickest([&] { kernels.add_qu8(&add, kBytes, in, in + kBytes, out); })),
-         rate(kBytes, quickest([&] { kernels.table(kBytes, table.data(), in, out); })),
-         rate(3.0 * 224 * 224, quickest([&] { kernels.quantize(&quantize); })));
+  printf(
+      "%-46s depthwise 3x3 n=128: %.1f GMAC/s | max_pool 3x3: %.1f GB/s | avg_pool 7x7: %.1f GB/s | add: %.2f | table: "
+      "%.2f Gelement/s"
+      " | quantize 3 planes: %.2f Gfloat/s\n",
+      kernels.isa, rate(9.0 * kN * kPixels * 20, quickest([&] {
+                          for (int i = 0; i < 20; ++i) kernels.depthwise(&depthwise, kPixels);
+                        })),
+      rate(9.0 * kN * 100, quickest([&] {
+             for (int i = 0; i < 100; ++i) kernels.max_pool(&window, out);
+           })),
+      rate(49.0 * 2048 * 5, quickest([&] {
+             for (int i = 0; i < 5; ++i) kernels.avg_pool_qu8(&average, out);
+           })),
+      rate(kBytes, quickest([&] { kernels.add_qu8(&add, kBytes, in, in + kBytes, out); })),
+      rate(kBytes, quickest([&] { kernels.table(kBytes, table.data(), in, out); })),
+      rate(3.0 * 224 * 224, quickest([&] { kernels.quantize(&quantize); })));
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  signal(SIGSEGV, report_crash);
+  signal(SIGILL, report_crash);
   const bool bench = argc > 1 && strcmp(argv[1], "--bench") == 0;
-  Kernels scalar{}, kernels{};
-  init_scalar(&scalar);
-  init_scalar(&kernels);
-  struct Tier {
-    void (*init)(Kernels*);
-    bool supported;
-  };
-  std::vector<Tier> tiers = {{init_scalar, true}};
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  tiers.push_back({init_avx2, avx2});
-  tiers.push_back({init_avx512, avx512});
-  tiers.push_back({init_avx512vnni, avx512 && __builtin_cpu_supports("avx512vnni")});
-#endif
-  int checked = 0;
-  for (const Tier& tier : tiers) {
-    if (!tier.supported) continue;
-    tier.init(&kernels);
+  for (const std::string& isa : available_isas()) {
+    const Kernels& kernels = kernels_for(isa);
     if (bench) {
       bench_conv_all(kernels);
       bench_others(kernels);
-    } else if (!check(scalar, kernels)) {
+    } else if (!check(kernels_for("scalar"), kernels)) {
       return 1;
     } else {
       printf("%s: all kernels equal scalar\n", kernels.isa);
     }
-    ++checked;
   }
-  printf("%d of %zu instruction sets of this build are on this CPU\n", checked, tiers.size());
   return 0;
 }

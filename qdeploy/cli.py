@@ -1,0 +1,472 @@
+"""The `qdeploy` command. Each subcommand is one function that returns a report; it is printed as text, or as JSON.
+
+Exit codes: 0 fine, 1 a verification failed, 2 bad input or usage (one line on stderr), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from qdeploy.errors import InputError, QdeployError
+from qdeploy.graph import Member
+
+if TYPE_CHECKING:
+    from qdeploy.model import Model
+
+Report = dict
+EXTRAS = {
+    "train": ("torch", "triton", "lightning-fabric", "rich", "pillow"),
+    "onnx": ("onnx",),
+    "bench": ("onnxruntime", "openvino", "pytest-benchmark", "matplotlib"),
+}
+CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        report = args.run(args)
+        if args.json:
+            print(json.dumps(report))
+        else:
+            args.show(report)
+        sys.stdout.flush()
+        return 1 if report.get("equal") is False else 0
+    except QdeployError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away; keep the exit from complaining too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        return _fail(f"expected to read or write a file, got: {error.strerror} - at {error.filename}")
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    print("qdeploy: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+# ---- The commands -------------------------------------------------------------------------------------------------
+
+
+def info(args: argparse.Namespace) -> Report:
+    """What a file holds: members, bits, sizes, operations, share of the MACs."""
+    from qdeploy import format
+
+    graph = format.load(args.file)
+    members = [_describe(member) for member in graph.members]
+    return {
+        "file": str(args.file),
+        "bytes": Path(args.file).stat().st_size,
+        "float32_bytes": sum(member["float32_bytes"] for member in members),
+        "input": list(graph.input_shape),
+        "preprocess": graph.preprocess,
+        "classes": graph.classes,
+        "combine": graph.combine,
+        "members": members,
+    }
+
+
+def _describe(member: Member) -> Report:
+    weighted = [node for node in member.nodes if "weight" in node.constants]
+    macs = {node.name: node.constants["weight"].size * _pixels(member, node.output) for node in weighted}
+    total = sum(macs.values())
+    layers = []
+    for bits in sorted({node.bits for node in weighted}):
+        nodes = [node for node in weighted if node.bits == bits]
+        weights = sum(node.constants["weight"].size for node in nodes)
+        share = sum(macs[node.name] for node in nodes) / total
+        layers.append({"bits": bits, "layers": len(nodes), "weights": weights, "share_of_macs": share})
+    ops = [node.op for node in member.nodes]
+    parameters = sum(node.constants[key].size for node in weighted for key in ("weight", "bias"))
+    return {
+        "name": member.name,
+        "output": list(member.output.shape),
+        "ops": {op: ops.count(op) for op in dict.fromkeys(ops)},
+        "weights": layers,
+        "macs": total,
+        "float32_bytes": 4 * parameters,
+    }
+
+
+def _pixels(member: Member, tensor: int) -> int:
+    return math.prod(member.tensors[tensor].shape[1:])
+
+
+def _show_info(report: Report) -> None:
+    count = len(report["members"])
+    size, float32 = report["bytes"], report["float32_bytes"]
+    print(f"file       {report['file']}: {size:,} bytes, {size / float32:.3f}x of float32 ({float32:,} bytes)")
+    if count > 1:
+        print(f"           {size / float32 * count:.3f}x of one float32 member")
+    print(f"input      {report['input']}" + (", or raw u8 images" if report["preprocess"] else ""))
+    if report["classes"]:
+        print(f"classes    {', '.join(report['classes'])}")
+    print(f"members    {count}" + (f", combined by {report['combine']}" if count > 1 else ""))
+    for member in report["members"]:
+        ops = ", ".join(f"{count} {op}" for op, count in member["ops"].items())
+        print(f"\n{member['name']}: {member['macs'] / 1e6:,.2f} MMAC, output {member['output']}\n  {ops}")
+        for row in member["weights"]:
+            share = f"{row['share_of_macs']:.1%} of the MACs"
+            print(f"  {row['bits']}-bit weights: {row['layers']} layers, {row['weights']:,} weights, {share}")
+
+
+def plan(args: argparse.Namespace) -> Report:
+    """Which kernel runs each node and how; with --profile also how long it takes."""
+    import qdeploy
+
+    model = qdeploy.load_int_model(args.file, num_threads=args.threads)
+    nodes = model.profile(_random_input(model, args.batch)) if args.profile else model.plan(args.batch)
+    return {"isa": model.isa, "threads": model.num_threads, "batch": args.batch, "nodes": nodes}
+
+
+def _show_plan(report: Report) -> None:
+    print(f"{report['isa']}, {report['threads']} thread(s), batch {report['batch']}\n")
+    _print_rows(report["nodes"])
+    if "microseconds" in report["nodes"][0]:
+        print(f"\nsum of the nodes: {sum(node['microseconds'] for node in report['nodes']) / 1e3:.3f} ms")
+
+
+def bench(args: argparse.Namespace) -> Report:
+    """INT8 here beside the runtimes that are installed, over the same network, alternating in one process."""
+    import qdeploy
+    from qdeploy import format, peers
+
+    graph = format.load(args.file)
+    model = qdeploy.load_int_model(args.file, num_threads=args.threads)
+    x = _random_input(model, args.batch)
+    skipped = []
+    try:
+        others = peers.contestants(graph, model.num_threads)
+    except InputError as error:
+        others = {}
+        skipped.append(str(error))
+    if not others and not skipped:
+        skipped.append("no other runtime is installed: pip install 'qdeploy[bench]'")
+    runs = {"qdeploy int8": lambda: model(x)}
+    runs |= {name: lambda run=run: run(x) for name, run in others.items()}
+    timings = peers.alternate(runs, args.rounds, _progress)
+    ours = timings["qdeploy int8"].median
+    rows = [
+        {
+            "runtime": name,
+            "median_ms": timing.median,
+            "min_ms": timing.minimum,
+            "spread_ms": timing.spread,
+            "calls": timing.calls,
+            "over_qdeploy": timing.median / ours,
+        }
+        for name, timing in timings.items()
+    ]
+    return {
+        "isa": model.isa,
+        "threads": model.num_threads,
+        "batch": args.batch,
+        "results": rows,
+        "skipped": skipped,
+    }
+
+
+def _show_bench(report: Report) -> None:
+    print(f"{report['isa']}, {report['threads']} thread(s), batch {report['batch']}\n")
+    _print_rows(report["results"])
+    for reason in report["skipped"]:
+        print(f"\nno peers: {reason}")
+    print()
+    for precision in ("float32", "int8"):
+        rows = [row for row in report["results"][1:] if row["runtime"].endswith(precision)]
+        if rows:
+            best = min(rows, key=lambda row: row["median_ms"])
+            print(f"{best['over_qdeploy']:.2f}x the speed of the best {precision} peer ({best['runtime']})")
+
+
+def verify(args: argparse.Namespace) -> Report:
+    """The engine on every instruction set of this CPU, on 1 and 2 threads, against the numpy reference, bit for bit."""
+    import qdeploy
+    from qdeploy import _engine, format, reference
+
+    graph = format.load(args.file)
+    model = qdeploy.load_int_model(args.file, isa="scalar")
+    nodes = [(f"{m.name}/" if graph.combine else "") + node.name for m in graph.members for node in m.nodes]
+    inputs = {"f32": _random_input(model, args.batch)}
+    if graph.preprocess is not None:
+        channels, height, width = graph.input_shape
+        inputs["u8"] = np.random.default_rng(0).integers(0, 256, (args.batch, height, width, channels), np.uint8)
+    rows = []
+    for kind, x in inputs.items():
+        _progress(f"numpy reference, {kind} input")
+        output, taps = reference.run(graph, x, taps=nodes)
+        for isa in _engine.isas():
+            for threads in (1, 2):
+                _progress(f"{isa}, {threads} thread(s), {kind} input")
+                model = qdeploy.load_int_model(args.file, num_threads=threads, isa=isa)
+                got = {"output": model(x), **model(x, taps=nodes)[1]}
+                wrong = [
+                    name for name, want in {"output": output, **taps}.items() if want.tobytes() != got[name].tobytes()
+                ]
+                row = {"input": kind, "isa": isa, "threads": threads, "compared": len(got), "different": len(wrong)}
+                rows.append(row | {"first": next((name for name in nodes if name in wrong), *wrong[:1] or [None])})
+    return {"file": str(args.file), "equal": all(row["different"] == 0 for row in rows), "runs": rows}
+
+
+def _show_verify(report: Report) -> None:
+    _print_rows(report["runs"])
+    print("\nequal to the reference, bit for bit" if report["equal"] else "\nNOT equal to the reference")
+
+
+def doctor(args: argparse.Namespace) -> Report:
+    """What qdeploy sees of this machine and installation."""
+    from qdeploy import _engine
+
+    cpu, flags = _cpu()
+    packages = dict.fromkeys(name for names in EXTRAS.values() for name in names)
+    return {
+        "qdeploy": metadata.version("qdeploy"),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "cpu": cpu,
+        "cpu_flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "isas": _engine.isas(),
+        "QDEPLOY_ISA": os.environ.get("QDEPLOY_ISA"),
+        "cpus": os.cpu_count(),
+        "cpus_by_affinity": len(os.sched_getaffinity(0)),
+        "default_threads": _engine.default_threads(),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """Model name and feature flags as Linux tells them."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    return fields.get("model name", platform.machine()), fields.get("flags", fields.get("Features", "")).split()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _show_doctor(report: Report) -> None:
+    print(f"qdeploy {report['qdeploy']}, Python {report['python']}, numpy {report['numpy']}")
+    print(f"CPU      {report['cpu']}: {' '.join(report['cpu_flags'])}")
+    forced = f" (QDEPLOY_ISA={report['QDEPLOY_ISA']})" if report["QDEPLOY_ISA"] else ""
+    print(f"ISAs     {' '.join(report['isas'])}: {report['isas'][-1]} by default{forced}")
+    affinity = f"{report['cpus_by_affinity']} of {report['cpus']} CPUs by affinity"
+    print(f"threads  {report['default_threads']} by default; {affinity}")
+    for extra, names in EXTRAS.items():
+        found = [f"{name} {report['packages'][name] or '-'}" for name in names]
+        missing = any(report["packages"][name] is None for name in names)
+        print(f"[{extra}]".ljust(9) + ", ".join(found) + (f"   pip install 'qdeploy[{extra}]'" if missing else ""))
+
+
+def train(args: argparse.Namespace) -> Report:
+    """Train one network or an ensemble with learned steps on domains but one; for QT-DoG write the model file."""
+    _require("train", "torch", "lightning_fabric", "rich", "PIL")
+    from qdeploy.training import command
+
+    return command.main(args)
+
+
+def _show_train(report: Report) -> None:
+    from qdeploy.training import command
+
+    command.show(report)
+
+
+def export(args: argparse.Namespace) -> Report:
+    """Write the networks of finished training runs as one model file; two or more make an ensemble."""
+    configs = [_config_of_run(run) for run in args.runs]
+    if not args.out.parent.is_dir():
+        raise InputError(f"expected a folder to write {args.out.name} in, got none - at {args.out.parent}")
+    _require("train", "torch", "lightning_fabric", "rich", "PIL")
+    import qdeploy
+    from qdeploy.training import trainer
+    from qdeploy.training.config import Config, difference
+    from qdeploy.training.domains import load_benchmark
+
+    first = Config(**configs[0])
+    for run, config in zip(args.runs[1:], configs[1:], strict=True):
+        found = difference(config | {"seed": first.seed}, first)
+        if found is not None:
+            raise InputError(f"expected runs that differ in their seed alone, {found} - at {run}")
+    names = first.domains.split(",") if first.domains else None
+    benchmark = load_benchmark(first.data, names, first.image_size)
+    nets = [trainer.load_trained(run, benchmark) for run in args.runs]
+    images = trainer.calibration_images(first, benchmark, args.images)
+    options = {
+        "calibration": images.split(64),
+        "observer": args.observer,
+        "preprocess": {"mean": benchmark.mean, "std": benchmark.std},
+        "classes": benchmark.classes,
+    }
+    if len(nets) == 1:
+        report = qdeploy.export(nets[0], images[:2], args.out, **options)
+    else:
+        report = qdeploy.export_ensemble(nets, images[:2], args.out, combine=args.combine, **options)
+    return {**json.loads(report.to_json()), "table": str(report).splitlines()}
+
+
+def _config_of_run(run: Path) -> dict:
+    path = run / "done.json"
+    if not path.is_file():
+        raise InputError(
+            f"expected the folder of a finished run (OUT/seed0 of `qdeploy train`), got no done.json - at {run}"
+        )
+    return json.loads(path.read_text())["config"]
+
+
+def _show_export(report: Report) -> None:
+    print("\n".join(report["table"]))
+
+
+def demo(args: argparse.Namespace) -> Report:
+    """Classify the packaged images with the packaged ensemble."""
+    from qdeploy import demo
+
+    return demo.run(args.threads)
+
+
+def _show_demo(report: Report) -> None:
+    from qdeploy import demo
+
+    demo.show(report)
+
+
+# ---- What they share ----------------------------------------------------------------------------------------------
+
+
+def _random_input(model: Model, batch: int) -> np.ndarray:
+    """f32 inputs that cover the whole range of input codes and a little beyond, so that both ends saturate."""
+    entry = model.inputs[0]
+    codes = np.random.default_rng(0).uniform(-20, 275, (batch, *entry["shape"]))
+    return ((codes - entry["zero_point"]) * entry["scale"]).astype(np.float32)
+
+
+def _progress(text: str) -> None:
+    """One line on the terminal that the next one overwrites; nothing where stderr is a file."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _print_rows(rows: list[dict]) -> None:
+    """Dictionaries as a table; the keys of the first are the header. Numbers to the right, texts to the left."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    headers = list(rows[0])
+    cells = [[_cell(row[key]) for key in headers] for row in rows]
+    widths = [max(len(line[i]) for line in [headers, *cells]) for i in range(len(headers))]
+    right = [isinstance(rows[0][key], (int, float)) for key in headers]
+    for line in [headers, *cells]:
+        columns = zip(line, widths, right, strict=True)
+        print(
+            "  ".join(
+                cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in columns
+            ).rstrip()
+        )
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, (list, tuple)):
+        return "x".join(str(v) for v in value)
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
+
+
+def _require(extra: str, *modules: str) -> None:
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError:
+            fix = f"pip install 'qdeploy[{extra}]'"
+            raise InputError(f"expected the package {module} ({fix}), got none - at this Python environment") from None
+
+
+# ---- Arguments ----------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, in the form of all our errors where argparse tells enough."""
+        found = re.fullmatch(r"argument (?:\S+/)?([^\s:]+): (expected .*)", message)
+        sys.exit(_fail(f"{found[2]} - at {found[1]}" if found else f"{message} - see {self.prog} --help"))
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
+
+
+def _positive(text: str) -> int:
+    value = _integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="qdeploy", description="Exact int8 inference: the same bits on every instruction set.")
+    parser.add_argument("--version", action="version", version=f"qdeploy {_version('qdeploy')}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    def command(run: Callable, show: Callable, *, file: bool = False, threads: bool = False) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        added.set_defaults(run=run, show=show)
+        added.add_argument("--json", action="store_true", help="print the report as one line of JSON")
+        if file:
+            added.add_argument("file", help="a model file")
+        if threads:
+            added.add_argument("--threads", type=_integer, help="default: what affinity and cgroup give")
+        return added
+
+    command(demo, _show_demo, threads=True)
+    command(info, _show_info, file=True)
+    added = command(export, _show_export)
+    added.add_argument("runs", nargs="+", type=Path, help="folders of finished runs: OUT/seed0 of `qdeploy train`")
+    added.add_argument("--out", type=Path, required=True, help="the model file")
+    rules = ("logits", "probs")
+    added.add_argument("--combine", choices=rules, default="logits", help="rule of an ensemble (default: logits)")
+    observers = ("minmax", "percentile", "mse")
+    text = "how the ranges of activations follow from the calibration images (default: minmax)"
+    added.add_argument("--observer", choices=observers, default="minmax", help=text)
+    text = "calibration images of each source domain (default: 128)"
+    added.add_argument("--images", type=_positive, default=128, help=text)
+    added = command(plan, _show_plan, file=True, threads=True)
+    added.add_argument("--batch", type=_positive, default=1)
+    added.add_argument("--profile", action="store_true", help="run it and time each node")
+    added = command(bench, _show_bench, file=True, threads=True)
+    added.add_argument("--batch", type=_positive, default=1)
+    added.add_argument("--rounds", type=_positive, default=10, help="turns of each runtime (default: 10)")
+    added = command(verify, _show_verify, file=True)
+    added.add_argument("--batch", type=_positive, default=2)
+    from qdeploy.training.command import add_arguments  # imports no torch
+
+    add_arguments(command(train, _show_train))
+    command(doctor, _show_doctor)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

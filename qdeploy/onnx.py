@@ -1,0 +1,202 @@
+"""A model file as an ONNX graph, in float32 or in int8 (QDQ), so that other runtimes can run the same network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qdeploy.errors import InputError
+from qdeploy.graph import Graph, Member, Node, Tensor
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 17
+
+
+def to_onnx(graph: Graph, quantized: bool) -> onnx.ModelProto:
+    """The network of `graph` as ONNX: input `x` f32 [N, C, H, W] (or [N, F]), one f32 output `y`, dynamic batch.
+
+    `quantized=False` gives the float32 network that the integers stand for: the codes and multipliers turned back
+    into real weights, no rounding between the layers. `quantized=True` gives the same integers in QDQ form (u8
+    activations, s8 weights per channel), which onnxruntime and OpenVINO run as int8, with roundings of their own.
+    Raises InputError for a table that is not the identity: a float32 twin of it is not in the file.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    writer = _Writer(quantized)
+    outputs = [writer.member(member, f"m{i}/") for i, member in enumerate(graph.members)]
+    if graph.combine == "probs":
+        outputs = [writer.add("Softmax", [name], axis=-1) for name in outputs]
+    y = outputs[0] if len(outputs) == 1 else writer.add("Mean", outputs)
+    if graph.combine == "logits":
+        y = writer.add("Softmax", [y], axis=-1)
+    writer.nodes.append(helper.make_node("Identity", [y], ["y"]))
+    shapes = [("x", graph.input_shape), ("y", graph.members[0].output.shape)]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape]) for name, shape in shapes)
+    body = helper.make_graph(writer.nodes, "qdeploy", [x], [y], writer.initializers)
+    model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+    onnx.checker.check_model(model)
+    return model
+
+
+class _Writer:
+    """Collects the nodes and initializers of one ONNX graph. Names of values count upwards."""
+
+    def __init__(self, quantized: bool) -> None:
+        self.quantized = quantized
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def add(self, op: str, inputs: list[str], **attributes: object) -> str:
+        from onnx import helper
+
+        output = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    def constant(self, value: np.ndarray) -> str:
+        from onnx import numpy_helper
+
+        name = f"c{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
+        return name
+
+    def member(self, member: Member, prefix: str) -> str:
+        """Append one network; returns the name of its f32 output."""
+        values = {0: self.activation("x", member.tensors[0])}
+        for node in member.nodes:
+            inputs = [(values[i], member.tensors[i]) for i in node.inputs]
+            output = member.tensors[node.output]
+            value = _OPS[node.op](self, node, inputs, output)
+            if node.op != "reshape" or self.quantized:
+                value = self.activation(value, output)
+            values[node.output] = value
+        return values[member.nodes[-1].output]
+
+    def activation(self, value: str, tensor: Tensor) -> str:
+        """Round to the codes of a u8 tensor and back, where the graph is quantized."""
+        if not self.quantized or tensor.dtype != "u8":
+            return value
+        step = [self.constant(np.float32(tensor.scale)), self.constant(np.uint8(tensor.zero_point))]
+        return self.add("DequantizeLinear", [self.add("QuantizeLinear", [value, *step]), *step])
+
+    def weight(self, codes: np.ndarray, scale: np.ndarray) -> str:
+        """Real weights codes*scale[channel]. QDQ allows no negative scale, so its sign goes to the codes."""
+        if not self.quantized:
+            return self.constant((codes * scale.reshape(-1, *[1] * (codes.ndim - 1))).astype(np.float32))
+        sign = np.where(scale < 0, -1, 1).reshape(-1, *[1] * (codes.ndim - 1))
+        magnitude = np.maximum(np.abs(scale), np.finfo(np.float32).tiny).astype(np.float32)
+        signed = np.clip(codes.astype(np.int16) * sign, -128, 127).astype(np.int8)
+        zeros = self.constant(np.zeros(len(scale), np.int8))
+        return self.add("DequantizeLinear", [self.constant(signed), self.constant(magnitude), zeros], axis=0)
+
+    def clamp(self, value: str, node: Node, output: Tensor) -> str:
+        """ReLU and its kin are the clamp; a bound at 0 or 255 is only the end of the u8 range unless it is the zero."""
+        if output.dtype != "u8":
+            return value
+        lo, hi = node.attributes["clamp"]
+        if hi == 255 and lo == output.zero_point:
+            return self.add("Relu", [value])
+        if lo == 0 and hi == 255:
+            return value
+        bounds = [output.scale * (lo - output.zero_point) if lo > 0 or output.zero_point == 0 else -np.inf]
+        bounds += [output.scale * (hi - output.zero_point) if hi < 255 else np.inf]
+        return self.add("Clip", [value, *(self.constant(np.float32(bound)) for bound in bounds)])
+
+
+Inputs = list[tuple[str, Tensor]]
+
+
+def _weighted(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+    """conv2d and linear: out code = m*acc + b (+ m_res*q_res), so in real numbers the weight is codes*m*s_out/s_in."""
+    (value, x), residual = inputs[0], inputs[1:]
+    multiplier, bias = (node.constants[key].astype(np.float64) for key in ("multiplier", "bias"))
+    bias = bias - output.zero_point
+    for _, tensor in residual:
+        bias = bias + node.attributes["residual_multiplier"] * tensor.zero_point
+    weight = writer.weight(node.constants["weight"], multiplier * output.scale / x.scale)
+    operands = [value, weight, writer.constant((bias * output.scale).astype(np.float32))]
+    if node.op == "linear":
+        result = writer.add("Gemm", operands, transB=1)
+    else:
+        keys = {"strides": "stride", "pads": "padding", "dilations": "dilation"}
+        attributes = {name: list(node.attributes[key]) for name, key in keys.items()}
+        result = writer.add("Conv", operands, group=node.attributes["groups"], **attributes)
+    for name, tensor in residual:
+        # The engine adds in its accumulators. onnxruntime runs a convolution as int8 only if its output is rounded too:
+        # the range of (output - residual) with half the resolution.
+        result = writer.activation(result, Tensor("", output.shape, "u8", 2 * max(output.scale, tensor.scale), 128))
+        factor = node.attributes["residual_multiplier"] * output.scale / tensor.scale
+        result = writer.add("Add", [result, _scaled(writer, name, factor)])
+    return writer.clamp(result, node, output)
+
+
+def _scaled(writer: _Writer, value: str, factor: float) -> str:
+    exact = abs(factor - 1) < 1e-5  # 1 but for the rounding of the constants in the file
+    return value if exact else writer.add("Mul", [value, writer.constant(np.float32(factor))])
+
+
+def _add(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+    multipliers = node.attributes["multipliers"]
+    factors = [m * output.scale / tensor.scale for m, (_, tensor) in zip(multipliers, inputs, strict=True)]
+    terms = [_scaled(writer, name, factor) for factor, (name, _) in zip(factors, inputs, strict=True)]
+    offset = sum(m * tensor.zero_point for m, (_, tensor) in zip(multipliers, inputs, strict=True))
+    offset = (node.attributes["bias"] + offset - output.zero_point) * output.scale
+    result = writer.add("Add", terms)
+    if abs(offset) > 1e-3 * output.scale:  # below that it is the rounding of the constants in the file
+        result = writer.add("Add", [result, writer.constant(np.float32(offset))])
+    return writer.clamp(result, node, output)
+
+
+def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+    attributes = {f"{key}s": list(node.attributes[key]) for key in ("stride", "dilation")}
+    shape = list(node.attributes["kernel"])
+    return writer.add(
+        "MaxPool", [inputs[0][0]], kernel_shape=shape, pads=list(node.attributes["padding"]), **attributes
+    )
+
+
+def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+    result = writer.add(
+        "AveragePool",
+        [inputs[0][0]],
+        kernel_shape=list(node.attributes["kernel"]),
+        strides=list(node.attributes["stride"]),
+        pads=list(node.attributes["padding"]),
+        count_include_pad=int(node.constants["multiplier"].size == 1),
+    )
+    return writer.clamp(result, node, output)
+
+
+def _table(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+    (value, x) = inputs[0]
+    real = x.scale * (np.arange(256.0) - x.zero_point)
+    identity = real
+    if output.dtype == "u8":
+        identity = np.clip(np.rint(real / output.scale + output.zero_point), 0, 255)
+    if np.abs(node.constants["table"].astype(np.float64) - identity).max() > 1:
+        raise InputError(f"expected a network whose float32 twin is known, got a table - at node '{node.name}'")
+    return value
+
+
+def _concat(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+    return writer.add("Concat", [name for name, _ in inputs], axis=1)
+
+
+def _reshape(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+    return writer.add("Reshape", [inputs[0][0], writer.constant(np.array([-1, *output.shape], np.int64))])
+
+
+_OPS = {
+    "conv2d": _weighted,
+    "linear": _weighted,
+    "add": _add,
+    "max_pool2d": _max_pool,
+    "avg_pool2d": _avg_pool,
+    "table": _table,
+    "concat": _concat,
+    "reshape": _reshape,
+}

@@ -1,0 +1,123 @@
+"""What is built, and what it needs: the source distribution, the wheel made from it, and an import without torch."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "lightning_fabric", "rich", "PIL")
+BLOCK = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def python(code: str, **options: object) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, **options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel, built offline from an sdist of this tree, and that one unpacked in `source`."""
+    folder = tmp_path_factory.mktemp("built")
+    tree = folder / "tree"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "*.so", "__pycache__", "runs")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    python(f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=tree)
+    (sdist,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, folder, filter="data")
+    (folder / sdist.name.removesuffix(".tar.gz")).rename(folder / "source")
+    python(f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})", cwd=folder / "source")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (path,) = built.glob("*.whl")
+    return path
+
+
+def test_wheel_contents(wheel: Path):
+    assert wheel.stat().st_size < 3_000_000
+    names = zipfile.ZipFile(wheel).namelist()
+    packages = {"qdeploy": "qdeploy", "qdeploy/kernels": "kernels", "qdeploy/training": "training"}
+    for package, folder in packages.items():
+        installed = {name for name in names if Path(name).parent == Path(package) and name.endswith(".py")}
+        assert installed == {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+    data = {f"qdeploy/demo_data/{path.name}" for path in (ROOT / "qdeploy/demo_data").iterdir()}
+    assert data | {"qdeploy/_engine.pyi", "qdeploy/py.typed"} <= set(names)
+    assert sum(name.endswith(".so") for name in names) == 1
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"qdeploy"}  # no top-level kernels, training, tests
+
+
+def test_installed_wheel_runs_the_demo_with_numpy_alone(wheel: Path, tmp_path: Path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = f"{BLOCK}sys.path.insert(0, {str(site)!r})\nfrom qdeploy import cli; sys.exit(cli.main(['demo', '--json']))"
+    assert json.loads(python(code, cwd=tmp_path))["equal"] is True
+
+
+def test_import_loads_nothing_optional():
+    loaded = python(
+        "import qdeploy, qdeploy.cli, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    ).split()
+    assert "numpy" in loaded
+    assert not set(OPTIONAL) & set(loaded)
+
+
+def test_import_without_anything_optional():
+    python(f"{BLOCK}import qdeploy, qdeploy.cli, qdeploy.format, qdeploy.reference, qdeploy.demo, qdeploy.peers")
+
+
+def test_export_without_torch_says_what_to_install():
+    code = f"{BLOCK}import qdeploy\ntry: qdeploy.export\nexcept ImportError as error: print(error)"
+    assert "torch" in python(code)
+
+
+def objects(built: Path, folder: str) -> list[Path]:
+    found = list((built / "source" / "build").glob(f"*/CMakeFiles/*.dir/{folder}/*.o"))
+    assert found
+    return found
+
+
+def tool(name: str) -> str:
+    return shutil.which(name) or pytest.skip(f"{name} (binutils) is not installed")
+
+
+def test_only_the_isa_files_hold_their_instructions(built: Path):
+    """All else must run on any x86-64: no VEX or EVEX instruction, whose mnemonics all begin with v."""
+    objdump = tool("objdump")
+    baseline = objects(built, "csrc") + [path for path in objects(built, "csrc/isa") if path.name == "scalar.cc.o"]
+    for path in baseline:
+        code = subprocess.run(
+            [objdump, "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True
+        ).stdout
+        mnemonics = set(re.findall(r"^\s+[0-9a-f]+:\t(\S+)", code, re.MULTILINE))
+        assert {m for m in mnemonics if m.startswith("v") and m not in ("verr", "verw")} == set(), path.name
+
+
+def test_the_isa_files_export_no_inline_code(built: Path):
+    """An inline function compiled with -mavx512f could be the copy that the linker keeps for the whole extension."""
+    nm = tool("nm")
+    for path in objects(built, "csrc/isa"):
+        symbols = subprocess.run([nm, "-C", path], capture_output=True, text=True, check=True).stdout.splitlines()
+        assert [line for line in symbols if re.search(r"^[0-9a-f]+ [WVu] ", line)] == [], path.name
+
+
+def test_extension_is_stripped(wheel: Path, tmp_path: Path):
+    nm = tool("nm")
+    (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so"))
+    path = zipfile.ZipFile(wheel).extract(name, tmp_path)
+    assert "no symbols" in subprocess.run([nm, path], capture_output=True, text=True).stderr
