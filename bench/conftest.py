@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: its OpenMP threads would spin on the cores of whoever has the next turn.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SECTIONS: list[str] = []
 

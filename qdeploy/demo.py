@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def run(threads: int | None) -> dict:
 
 def show(report: dict) -> None:
     """Print the report of `run`."""
-    print(report["about"] + "\n")
+    print(textwrap.fill(report["about"], 100) + "\n")
     for lines in zip(*(example["drawing"] for example in report["examples"]), strict=True):
         print("  " + "  ".join(lines))
     verdicts = [f"{e['class']} ({e['probability']:.0%}), is {e['label']}" for e in report["examples"]]
@@ -64,7 +65,8 @@ def show(report: dict) -> None:
     ratios = f"{size['ensemble'] / all_float32:.2f}x of them in float32, {size['ensemble'] / one:.2f}x of one alone"
     print("           " + ratios)
     for batch, microseconds in report["latency_us"].items():
-        print(f"latency    {microseconds:,.0f} us for {batch} image(s), {report['isa']}, {report['threads']} thread(s)")
+        images = "one image" if batch == 1 else f"{batch} images"
+        print(f"latency    {microseconds:,.0f} us for {images}, {report['isa']}, {report['threads']} thread(s)")
     print("bits       sha256 of all probabilities:")
     for name, digest in report["sha256_of_probabilities"].items():
         print(f"           {name:<16} {digest[:16]}")

@@ -14,9 +14,7 @@ from qdeploy.errors import InputError
 from qdeploy.graph import CLAMPED_OPS, Graph, Member, Node, Tensor
 
 
-def run(
-    graph: Graph, x: np.ndarray, taps: Sequence[str] = ()
-) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+def run(graph: Graph, x: np.ndarray, taps: Sequence[str] = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
     """The output of `graph` for a batch, computed the plain way.
 
     x: f32 [N, C, H, W] or [N, F], or, where the graph has `preprocess`, u8 [N, H, W, C]. N may be 0.
@@ -130,7 +128,7 @@ def requantize(acc: np.ndarray, node: Node, residual: np.ndarray | None) -> np.n
     r = fma32(to_f32(acc), m, b)
     if residual is None:
         return r
-    return fma32(residual.astype(np.float32), np.float32(node.attributes["residual_multiplier"]), r)
+    return fma32(residual.reshape(acc.shape).astype(np.float32), np.float32(node.attributes["residual_multiplier"]), r)
 
 
 def to_f32(acc: np.ndarray) -> np.ndarray:

@@ -66,12 +66,12 @@ class Builder:
         return self._node("max_pool2d", [x], attributes, {}, quantization=self.quantization(x))
 
     def avg_pool2d(
-        self, x: int, kernel, stride, padding, per_count=True, dtype="u8", clamp=(0, 255), exact=False
+        self, x: int, kernel, stride, padding, per_count=True, dtype="u8", clamp=(0, 255), exact=False, flat=False
     ) -> int:
         counts = np.arange(1, math.prod(kernel) + 1) if per_count else np.array([math.prod(kernel)])
         multiplier = self._factor(40.0 * counts, counts.size, exact)
         attributes = {"kernel": kernel, "stride": stride, "padding": padding, "bias": self._offset(1, exact)[0]}
-        return self._node("avg_pool2d", [x], attributes, {"multiplier": multiplier}, dtype, clamp)
+        return self._node("avg_pool2d", [x], attributes, {"multiplier": multiplier}, dtype, clamp, flat=flat)
 
     def table(self, x: int, dtype: str = "u8", quantization: Quantization | None = None) -> int:
         values = self.rng.integers(0, 256, 256).astype(np.uint8)
@@ -100,8 +100,9 @@ class Builder:
         codes: str = "uniform",
         size: float = 1.0,
         quantization: Quantization | None = None,
+        flat: bool = False,
     ) -> int:
-        """`size` multiplies the constants of an f32 output, up to subnormal and huge results."""
+        """`size` multiplies the constants of an f32 output; `flat` declares its shape [C, 1, 1] as [C]."""
         weight = self._codes(shape, bits, codes)
         typical = 75.0 * np.sqrt((weight.reshape(shape[0], -1).astype(np.float64) ** 2).sum(axis=1)) + 1
         factor = np.float32(size if dtype == "f32" else 1)
@@ -113,15 +114,26 @@ class Builder:
         if residual is not None:
             attributes["residual_multiplier"] = float(self._factor(75.0, 1, exact)[0] * factor)
         inputs = [x] if residual is None else [x, residual]
-        return self._node(op, inputs, attributes, constants, dtype, clamp, quantization, bits=bits)
+        return self._node(op, inputs, attributes, constants, dtype, clamp, quantization, bits=bits, flat=flat)
 
     def _node(
-        self, op, inputs, attributes, constants, dtype="u8", clamp=None, quantization=None, shape=None, bits=None
+        self,
+        op: str,
+        inputs: list[int],
+        attributes: dict,
+        constants: dict[str, np.ndarray],
+        dtype: str = "u8",
+        clamp: tuple[int, int] | None = None,
+        quantization: Quantization | None = None,
+        shape: tuple[int, ...] | None = None,
+        bits: int | None = None,
+        flat: bool = False,
     ) -> int:
         if clamp and dtype == "u8":
             attributes["clamp"] = clamp
         node = Node(op, f"{op}.{len(self.nodes)}", inputs, len(self.tensors), attributes, constants, bits)
         shape = shape or output_shape(node, [self.shape(i) for i in inputs])
+        shape = shape[:1] if flat else shape
         scale, zero_point = quantization or (float(np.float32(self.rng.uniform(0.001, 0.1))), self._zero_point())
         tensor = Tensor(f"t{len(self.tensors)}", shape, dtype, scale, zero_point)
         self.tensors.append(tensor if dtype == "u8" else Tensor(tensor.name, shape, "f32"))

@@ -138,6 +138,18 @@ def test_ensembles_of_many_classes_and_large_logits(path, rule, classes):
     assert_equals_reference(graph, batch(graph, 5, rng), path, batches=(5, 1), threads=(1, 2))
 
 
+def test_logits_by_global_pooling_or_a_convolution_over_the_whole_image(path):
+    """f32 [C, 1, 1] declared as [C], with a residual of that shape too, alone and in an ensemble."""
+    rng = np.random.default_rng(0)
+    pooled, convolved = Builder(rng, (6, 4, 3), (0.5, 9)), Builder(rng, (6, 4, 3), (0.25, 99))
+    pooled.avg_pool2d(0, (4, 3), (1, 1), (0, 0, 0, 0), dtype="f32", flat=True)
+    residual = convolved.reshape(convolved.conv2d(0, 6, (4, 3)), (6,))
+    convolved.conv2d(0, 6, (4, 3), residual=residual, dtype="f32", flat=True)
+    members = [pooled.member("pooled"), convolved.member("convolved")]
+    for graph in (Graph(members[:1]), Graph(members[1:]), Graph(members, "logits")):
+        assert_equals_reference(graph, batch(graph, 3, rng), path)
+
+
 def small_network(seed: int = 0, preprocess: bool = False) -> Graph:
     rng = np.random.default_rng(seed)
     builder = Builder(rng, (3, 12, 11), (0.02, 110))
@@ -244,11 +256,12 @@ def test_pickle_needs_the_file_only_once(network, tmp_path):
         pickle.dumps(model)
 
 
-def test_pickle_in_another_process(network):
+def test_pickle_in_another_process(network, tmp_path):
     model, graph, x = network
     code = "import pickle, sys; model, x = pickle.load(sys.stdin.buffer); sys.stdout.buffer.write(model(x).tobytes())"
-    command, data = [sys.executable, "-c", code], pickle.dumps((model, x))
-    assert subprocess.run(command, check=True, capture_output=True, input=data).stdout == reference.run(graph, x).tobytes()
+    data = pickle.dumps((model, x))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, input=data, cwd=tmp_path, check=True)
+    assert result.stdout == reference.run(graph, x).tobytes()
 
 
 def test_a_file_may_change_after_loading(network, tmp_path):
@@ -316,18 +329,22 @@ def test_options_that_do_not_fit(network, tmp_path):
         network[0](network[2], taps=["fc"])
 
 
+def run_python(code: str, folder: Path, isa: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, "m.safetensors"]
+    environment = {**os.environ, "QDEPLOY_ISA": isa}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_environment_chooses_the_isa(network, tmp_path, isa):
     code = "import qdeploy, sys; print(qdeploy.load_int_model(sys.argv[1]).isa)"
-    command = [sys.executable, "-c", code, str(tmp_path / "m.safetensors")]
-    result = subprocess.run(command, env={**os.environ, "QDEPLOY_ISA": isa}, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == isa
+    result = run_python(code, tmp_path, isa)
+    assert (result.returncode, result.stdout.strip()) == (0, isa)
 
 
 def test_environment_with_an_isa_that_does_not_exist(network, tmp_path):
     code = "import qdeploy, sys; qdeploy.load_int_model(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(tmp_path / "m.safetensors")]
-    result = subprocess.run(command, env={**os.environ, "QDEPLOY_ISA": "sse9"}, capture_output=True, text=True)
+    result = run_python(code, tmp_path, "sse9")
     assert result.returncode == 1
     assert "InputError: expected" in result.stderr
     assert "sse9" in result.stderr

@@ -95,15 +95,16 @@ struct Maddubs {
 // shuffle per broadcast instead would cost 5 instructions for 64 products.
 struct Madd {
   static constexpr WeightFormat kFormat = WeightFormat::s16x2;
-  static constexpr int kStep = 64;
+  static constexpr int kStep = 4;
+  static constexpr int kBlock = 64;
   static constexpr int sets(int) { return 1; }
 
   template <int R, int G>
   static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
                                         Prefetch& prefetch) {
-    alignas(64) uint16_t a_u16[G * R][kStep];
-    for (; k > 0; k -= kStep) {
-      const int32_t width = k < kStep ? k : kStep;
+    alignas(64) uint16_t a_u16[G * R][kBlock];
+    for (; k > 0; k -= kBlock) {
+      const int32_t width = k < kBlock ? k : kBlock;
 #pragma GCC unroll 2
       for (int g = 0; g < G; ++g) {
         for (int32_t i = 0; i < width; i += 32)
@@ -111,9 +112,9 @@ struct Madd {
           for (int p = 0; p < R; ++p)
             _mm512_store_si512(&a_u16[g * R + p][i],
                                _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a[g][p] + i))));
-        a[g].p += kStep;
+        a[g].p += kBlock;
       }
-      for (int32_t i = 0; i < width; i += 4) {
+      for (int32_t i = 0; i < width; i += kStep) {
         prefetch.step();
 #pragma GCC unroll 2
         for (int pair = 0; pair < 2; ++pair)
@@ -130,8 +131,7 @@ struct Madd {
   }
 };
 
-// ---- Depthwise
-// --------------------------------------------------------------------------------------------------------
+// ---- Depthwise -----------------------------------------------------------------------------------------------------
 
 // Four taps as two pairs: the even bytes and the odd bytes of each dword, widened to 16 bits by a mask and a shift.
 struct DepthwiseMadd {
@@ -149,8 +149,7 @@ struct DepthwiseMadd {
   }
 };
 
-// ---- Pools: 64 channels at a time
-// ---------------------------------------------------------------------------------------
+// ---- Pools: 64 channels at a time ----------------------------------------------------------------------------------
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
@@ -227,8 +226,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
   }
 }
 
-// ---- Elementwise
-// ------------------------------------------------------------------------------------------------------
+// ---- Elementwise ---------------------------------------------------------------------------------------------------
 
 template <class Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
@@ -263,8 +261,7 @@ void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
   }
 }
 
-// ---- Input
-// ------------------------------------------------------------------------------------------------------------
+// ---- Input ---------------------------------------------------------------------------------------------------------
 
 // The clamp is in float: inputs are arbitrary and the conversion of a float beyond int32 would give INT_MIN.
 struct Quantizer {

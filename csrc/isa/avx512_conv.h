@@ -54,23 +54,21 @@ struct Pixels {
 // every other one has to do, and the hardware fetches its neighbour. More lines per step gain 4 % for one tile of one
 // pixel, where DRAM is the limit anyway, and cost 20 % for several tiles.
 struct Prefetch {
-  const char* at;
-  const char* end;
+  uintptr_t at, end;
   size_t stride;
 
   Prefetch(const ConvParams& params, size_t steps) {
-    at = static_cast<const char*>(params.prefetch);
+    at = reinterpret_cast<uintptr_t>(params.prefetch);
     end = at + params.prefetch_bytes;
     stride = steps * 64 >= params.prefetch_bytes ? 64 : 128;
   }
   QDEPLOY_INLINE void step() {
-    _mm_prefetch(at, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
     at = at + stride < end ? at + stride : end;
   }
 };
 
-// ---- The output rule
-// --------------------------------------------------------------------------------------------------
+// ---- The output rule -----------------------------------------------------------------------------------------------
 
 QDEPLOY_INLINE __m512 residual_f32x16(const uint8_t* residual) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(residual))));
@@ -142,8 +140,7 @@ struct Output {
   }
 };
 
-// ---- The walk over tiles
-// ----------------------------------------------------------------------------------------------
+// ---- The walk over tiles -------------------------------------------------------------------------------------------
 
 // Computes tiles from the front of the list while they have this shape; returns how many. Taps outside, channels
 // inside, one set of accumulators for the whole of K; few pixels get kSets of them, or the latency of the dot product

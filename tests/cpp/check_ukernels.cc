@@ -1,12 +1,11 @@
-// Checks every kernel of every instruction set this CPU has against the scalar table, bit for bit; `--bench` times
-// them.
+// Checks every kernel of every instruction set of this CPU against the scalar table, bit for bit; `--bench` times them.
 //
 // Inputs lie against an inaccessible page with exactly the slack the contract grants (kOverread), alternately at their
 // end and at their start, so a read beyond it crashes; the slack holds random bytes, so using them shows. Outputs are
 // compared with all that surrounds them. The first case that differs is printed with all its parameters; exit status 1.
 //
-// Built by `cmake --build <folder> --target check_ukernels`, or by hand with F="-std=c++17 -O3 -ffp-contract=off
-// -Icsrc":
+// Built by `cmake --build <folder> --target check_ukernels`, or by hand,
+// F="-std=c++17 -O3 -ffp-contract=off -Icsrc":
 //   g++ $F -c csrc/isa/scalar.cc
 //   g++ $F -mavx2 -mfma -c csrc/isa/avx2.cc
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -c csrc/isa/avx512.cc
@@ -34,7 +33,7 @@ using namespace qdeploy;
 
 namespace {
 
-// ---- Random values and guarded memory -----------------------------------------------------------------------------
+// ---- Random values and guarded memory ------------------------------------------------------------------------------
 
 class Random {
  public:
@@ -175,7 +174,7 @@ void random_clamp(uint8_t* qmin, uint8_t* qmax, Random& random) {
   }
 }
 
-// ---- Convolution --------------------------------------------------------------------------------------------------
+// ---- Convolution ---------------------------------------------------------------------------------------------------
 
 struct ConvCase {
   int bits, r, groups, taps, k, n;
@@ -362,7 +361,7 @@ bool check_conv_all(const Kernels& scalar, const Kernels& kernels) {
   return true;
 }
 
-// ---- Depthwise ----------------------------------------------------------------------------------------------------
+// ---- Depthwise -----------------------------------------------------------------------------------------------------
 
 bool check_depthwise(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   Memory& m = memory();
@@ -415,7 +414,7 @@ bool check_depthwise(const Kernels& scalar, const Kernels& kernels, uint64_t see
   return m.c.equals(m.c_expected) || failed("depthwise");
 }
 
-// ---- Pools --------------------------------------------------------------------------------------------------------
+// ---- Pools ---------------------------------------------------------------------------------------------------------
 
 bool check_pools(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   Memory& m = memory();
@@ -456,7 +455,7 @@ bool check_pools(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
               [&](const Kernels& t, uint8_t* c) { t.avg_pool_f32(&p, reinterpret_cast<float*>(c)); });
 }
 
-// ---- Elementwise and input ----------------------------------------------------------------------------------------
+// ---- Elementwise and input -----------------------------------------------------------------------------------------
 
 bool check_elementwise(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   Memory& m = memory();
@@ -555,7 +554,7 @@ bool check(const Kernels& scalar, const Kernels& kernels) {
   return true;
 }
 
-// ---- Benchmark ----------------------------------------------------------------------------------------------------
+// ---- Benchmark -----------------------------------------------------------------------------------------------------
 
 // Seconds of the quickest of many short rounds: neighbours on this core only ever add time.
 template <class Run>
