@@ -21,13 +21,14 @@ def to_onnx(graph: Graph, quantized: bool) -> onnx.ModelProto:
     `quantized=False` gives the float32 network that the integers stand for: the codes and multipliers turned back
     into real weights, no rounding between the layers. `quantized=True` gives the same integers in QDQ form (u8
     activations, s8 weights per channel), which onnxruntime and OpenVINO run as int8, with roundings of their own.
-    Raises InputError for a table that is not the identity: a float32 twin of it is not in the file.
+    Raises InputError for a table that is not the identity (its float32 twin is not in the file) and for an average pool
+    that weights border windows in a way that ONNX has not.
     """
     import onnx
     from onnx import TensorProto, helper
 
     writer = _Writer(quantized)
-    outputs = [writer.member(member, f"m{i}/") for i, member in enumerate(graph.members)]
+    outputs = [writer.member(member) for member in graph.members]
     if graph.combine == "probs":
         outputs = [writer.add("Softmax", [name], axis=-1) for name in outputs]
     y = outputs[0] if len(outputs) == 1 else writer.add("Mean", outputs)
@@ -64,16 +65,16 @@ class _Writer:
         self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
-    def member(self, member: Member, prefix: str) -> str:
+    def member(self, member: Member) -> str:
         """Append one network; returns the name of its f32 output."""
         values = {0: self.activation("x", member.tensors[0])}
         for node in member.nodes:
             inputs = [(values[i], member.tensors[i]) for i in node.inputs]
             output = member.tensors[node.output]
             value = _OPS[node.op](self, node, inputs, output)
-            if node.op != "reshape" or self.quantized:
-                value = self.activation(value, output)
-            values[node.output] = value
+            if len(output.shape) == 1 and len(inputs[0][1].shape) == 3 and node.op != "reshape":
+                value = self.add("Flatten", [value], axis=1)  # scores [C, 1, 1] that the file declares as [C]
+            values[node.output] = self.activation(value, output)
         return values[member.nodes[-1].output]
 
     def activation(self, value: str, tensor: Tensor) -> str:
@@ -139,16 +140,18 @@ def _scaled(writer: _Writer, value: str, factor: float) -> str:
     return value if exact else writer.add("Mul", [value, writer.constant(np.float32(factor))])
 
 
+def _shifted(writer: _Writer, value: str, codes: float, output: Tensor) -> str:
+    exact = abs(codes) < 1e-3  # 0 but for the rounding of the constants in the file
+    return value if exact else writer.add("Add", [value, writer.constant(np.float32(codes * output.scale))])
+
+
 def _add(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
     multipliers = node.attributes["multipliers"]
     factors = [m * output.scale / tensor.scale for m, (_, tensor) in zip(multipliers, inputs, strict=True)]
     terms = [_scaled(writer, name, factor) for factor, (name, _) in zip(factors, inputs, strict=True)]
     offset = sum(m * tensor.zero_point for m, (_, tensor) in zip(multipliers, inputs, strict=True))
-    offset = (node.attributes["bias"] + offset - output.zero_point) * output.scale
-    result = writer.add("Add", terms)
-    if abs(offset) > 1e-3 * output.scale:  # below that it is the rounding of the constants in the file
-        result = writer.add("Add", [result, writer.constant(np.float32(offset))])
-    return writer.clamp(result, node, output)
+    offset += node.attributes["bias"] - output.zero_point
+    return writer.clamp(_shifted(writer, writer.add("Add", terms), offset, output), node, output)
 
 
 def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
@@ -160,15 +163,23 @@ def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
 
 
 def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
-    result = writer.add(
+    """One multiplier m: the sum over the window times m. One for each number n of elements: their mean times n*m[n-1]."""
+    (value, x) = inputs[0]
+    multiplier = node.constants["multiplier"].astype(np.float64)
+    window = int(np.prod(node.attributes["kernel"]))
+    per_mean = multiplier * (window if multiplier.size == 1 else np.arange(1, window + 1))
+    if np.ptp(per_mean) > 1e-5 * np.abs(per_mean).max():
+        raise InputError(f"expected an average over the real elements, got another weighting - at node '{node.name}'")
+    mean = writer.add(
         "AveragePool",
-        [inputs[0][0]],
+        [value],
         kernel_shape=list(node.attributes["kernel"]),
         strides=list(node.attributes["stride"]),
         pads=list(node.attributes["padding"]),
-        count_include_pad=int(node.constants["multiplier"].size == 1),
+        count_include_pad=int(multiplier.size == 1),
     )
-    return writer.clamp(result, node, output)
+    result = _scaled(writer, mean, per_mean[0] * output.scale / x.scale)
+    return writer.clamp(_shifted(writer, result, node.attributes["bias"] - output.zero_point, output), node, output)
 
 
 def _table(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:

@@ -1,0 +1,55 @@
+"""The ONNX twin of a model file computes the same network, in onnxruntime: op by op exactly, as far as float32 goes."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from random_graphs import graphs
+
+import qdeploy
+from qdeploy import format, reference
+from qdeploy.demo import DATA, MODEL
+from qdeploy.errors import InputError
+from qdeploy.graph import Graph, Tensor
+
+pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+from qdeploy.onnx import to_onnx  # noqa: E402
+from qdeploy.peers import onnxruntime  # noqa: E402
+
+
+def inputs_on_the_grid(tensor: Tensor, n: int) -> np.ndarray:
+    codes = np.random.default_rng(0).integers(0, 256, (n, *tensor.shape))
+    return ((codes - tensor.zero_point) * tensor.scale).astype(np.float32)
+
+
+@given(graphs(max_nodes=1))
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.filter_too_much])
+def test_one_op_in_float32_rounds_to_our_codes(graph: Graph):
+    assume(len(graph.members[0].nodes) == 1)
+    try:
+        model = to_onnx(graph, quantized=False)
+    except InputError:
+        assume(False)  # a random table has no float32 twin
+    x = inputs_on_the_grid(graph.members[0].tensors[0], 2)
+    real = onnxruntime(model.SerializeToString(), 1)(x).astype(np.float64)
+    ours = reference.run(graph, x)
+    output = graph.members[0].output
+    if output.dtype == "f32":
+        assert np.abs(real - ours).max() <= 1e-5 * np.abs(real).max() + 1e-6
+    else:
+        codes = np.clip(real / output.scale + output.zero_point, 0, 255)
+        assert np.abs(codes - ours).max() <= 0.51
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_ensemble_agrees_with_its_twin(quantized):
+    """Activations are rounded at other places, so the probabilities are close, not equal; the classes are the same."""
+    with np.load(DATA / "digits.npz") as archive:
+        images = archive["images"]
+    graph = format.load(MODEL)
+    mean, std = (np.float32(graph.preprocess[key]) for key in ("mean", "std"))
+    x = np.ascontiguousarray(((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2), np.float32)
+    ours = qdeploy.load_int_model(MODEL)(images)
+    theirs = onnxruntime(to_onnx(graph, quantized).SerializeToString(), 1)(x)
+    assert np.abs(ours - theirs).max() < 0.02
+    assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.97
