@@ -117,7 +117,7 @@ class Model:
         images: float32 [N, C, H, W] (or [N, F]), or, where the file has `preprocess`, uint8 [N, H, W, C].
         taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
         Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map or
-        in codes gives that ([N, C, H, W], float32 or uint8). With taps also a dict name -> array, uint8 codes or float32.
+        in codes gives that ([N, C, H, W], float32 or uint8). With taps also a dict from name to uint8 codes or float32.
         Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
         """
         output, _, tapped = self._run(images, taps=taps)

@@ -163,7 +163,7 @@ def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
 
 
 def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
-    """One multiplier m: the sum over the window times m. One for each number n of elements: their mean times n*m[n-1]."""
+    """One multiplier m: sum over the window times m. One for each number n of elements: their mean times n*m[n-1]."""
     (value, x) = inputs[0]
     multiplier = node.constants["multiplier"].astype(np.float64)
     window = int(np.prod(node.attributes["kernel"]))

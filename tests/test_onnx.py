@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
-from random_graphs import graphs
+from random_graphs import Builder, graphs
 
 import qdeploy
 from qdeploy import format, reference
@@ -30,6 +30,17 @@ def test_one_op_in_float32_rounds_to_our_codes(graph: Graph):
         model = to_onnx(graph, quantized=False)
     except InputError:
         assume(False)  # a random table has no float32 twin
+    assert_rounds_to_our_codes(graph, model)
+
+
+def test_residual_in_float32_rounds_to_our_codes():
+    builder = Builder(np.random.default_rng(0), (6, 5, 7), (0.02, 100))
+    builder.conv2d(0, 6, (3, 3), padding=(1, 1, 1, 1), residual=0, clamp=(20, 255))
+    graph = Graph([builder.member()])
+    assert_rounds_to_our_codes(graph, to_onnx(graph, quantized=False))
+
+
+def assert_rounds_to_our_codes(graph: Graph, model) -> None:
     x = inputs_on_the_grid(graph.members[0].tensors[0], 2)
     real = onnxruntime(model.SerializeToString(), 1)(x).astype(np.float64)
     ours = reference.run(graph, x)
