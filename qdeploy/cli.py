@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 Report = dict
 EXTRAS = {
-    "train": ("torch", "triton", "lightning-fabric", "rich", "pillow"),
+    "train": ("torch", "triton", "lightning-fabric", "rich", "pillow", "safetensors"),
     "onnx": ("onnx",),
-    "bench": ("onnxruntime", "openvino", "pytest-benchmark", "matplotlib"),
+    "bench": ("onnxruntime", "openvino", "pytest-benchmark"),
 }
 CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx_vnni", "amx_int8")
 
