@@ -201,21 +201,31 @@ def test_train_needs_its_extra():
 
 
 def test_ctrl_c_leaves_no_traceback():
+    # A shell starts its background jobs with SIGINT ignored, and they hand that on: undo it, as a terminal would.
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program += f"from qdeploy import cli; sys.exit(cli.main(['bench', {str(MODEL)!r}, '--rounds', '1000000']))"
     terminal, stderr = pty.openpty()  # on a terminal the command shows its progress
-    process = subprocess.Popen([*COMMAND, "bench", str(MODEL), "--rounds", "1000000"], stderr=stderr)
-    os.close(stderr)
-    seen = b""
-    while b"round 2" not in seen:
-        seen += os.read(terminal, 1000)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    os.set_blocking(terminal, False)
-    try:
-        seen += os.read(terminal, 100_000)
-    except OSError:  # Linux: the other end is closed and nothing is left
-        pass
-    os.close(terminal)
+    with subprocess.Popen([sys.executable, "-c", program], stderr=stderr) as process:
+        os.close(stderr)
+        seen = b""
+        try:
+            while b"round 2" not in seen:
+                seen += os.read(terminal, 1000)
+            process.send_signal(signal.SIGINT)
+            while chunk := _read_terminal(terminal):
+                seen += chunk
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
+            os.close(terminal)
     assert b"Traceback" not in seen
+
+
+def _read_terminal(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1000)
+    except OSError:  # Linux, once the other end is closed
+        return b""
 
 
 def test_reader_that_leaves_early():

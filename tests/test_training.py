@@ -477,12 +477,17 @@ def test_command_exits_with_the_number_of_the_signal(tmp_path, monkeypatch, caps
 
 
 def test_signals_are_caught_once():
-    with trainer._signals() as received:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
+    # Background jobs of a shell are started with SIGINT ignored; here it does what it does at a terminal.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with trainer._signals() as received:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            assert received == [signal.SIGINT]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_progress_bar_on_a_terminal(monkeypatch, fabric, capsys):
