@@ -35,8 +35,8 @@ int checked_threads(int threads) {
   return threads;
 }
 
-// Images that run together: more amortise the weights, fewer stay in the cache. 8 MB of activations is where batches of
-// ResNet-50 (2.4 MB an image) stop gaining.
+// Images that run together. 8 MB keeps the activations in the last-level cache; not tuned yet. ResNet-50 (2.4 MB an
+// image) takes 17.5 to 18.1 ms an image in any batch of 1 to 16 on one thread.
 int64_t chunk_for(const Program& program, const std::string& path) {
   constexpr size_t kArena = size_t{8} << 20;
   constexpr int64_t kMost = 64;
