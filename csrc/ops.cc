@@ -77,6 +77,7 @@ void run_conv(const Chunk& chunk, size_t index, Share share) {
   params.c_stride = out.c;
   params.qmin = step.node->qmin;
   params.qmax = step.node->qmax;
+  params.lanes = conv.lanes.data();
   const uint8_t* residual = nullptr;
   if (step.node->has_residual) {
     residual = u8_at(chunk, step.inputs[1]);

@@ -238,6 +238,81 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
   }
 }
 
+// ---- Groups of few channels ----------------------------------------------------------------------------------------
+//
+// Lane n of a vector needs the four bytes of its own group: the window of 32 bytes, permuted by dwords, replaces the
+// broadcast. Two permutations (ports 1 and 2 on Zen 5, 5 on Cascade Lake) for two dot products; with 4 channels a group
+// all 64 products of each count, where a dense panel of 32 would use 8.
+
+template <int kSteps, int R, bool kResidual>
+__attribute__((noinline)) size_t run_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
+  __m512i lanes[kSteps][2];
+#pragma GCC unroll 4
+  for (int s = 0; s < kSteps; ++s)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) lanes[s][j] = _mm512_loadu_si512(params.lanes + 32 * s + 16 * j);
+  size_t done = 0;
+  do {
+    const ConvTile& tile = tiles[done];
+    for (int g = 0; g < tile.groups; ++g) {
+      __m512i acc[R][2];
+#pragma GCC unroll 7
+      for (int p = 0; p < R; ++p)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) acc[p][j] = _mm512_loadu_si512(params.comp + 16 * j);
+      const char* w = static_cast<const char*>(params.w);
+      for (int32_t t = 0; t < params.taps; ++t) {
+        const uint8_t* a = params.a + tile.a[g] + params.tap_offset[t];
+#pragma GCC unroll 4
+        for (int s = 0; s < kSteps; ++s) {
+          const __m512i w0_i8x64 = _mm512_load_si512(w), w1_i8x64 = _mm512_load_si512(w + 64);
+#pragma GCC unroll 7
+          for (int p = 0; p < R; ++p) {
+            const __m512i a_u8x32 =
+                _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + p * params.a_stride)));
+            dot(acc[p][0], _mm512_permutexvar_epi32(lanes[s][0], a_u8x32), w0_i8x64);
+            dot(acc[p][1], _mm512_permutexvar_epi32(lanes[s][1], a_u8x32), w1_i8x64);
+          }
+          w += 128;
+        }
+      }
+      Destination<kResidual> to(params);
+      to.set(params, tile, g, R);
+#pragma GCC unroll 7
+      for (int p = 0; p < R; ++p) to.write(params, acc[p]);
+    }
+  } while (++done < n_tiles && tiles[done].r == R);
+  return done;
+}
+
+template <int kSteps, bool kResidual>
+void conv_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
+  using Run = size_t (*)(const ConvParams&, const ConvTile*, size_t);
+  static constexpr Run kRuns[kMr] = {run_grouped<kSteps, 1, kResidual>, run_grouped<kSteps, 2, kResidual>,
+                                     run_grouped<kSteps, 3, kResidual>, run_grouped<kSteps, 4, kResidual>,
+                                     run_grouped<kSteps, 5, kResidual>, run_grouped<kSteps, 6, kResidual>,
+                                     run_grouped<kSteps, 7, kResidual>};
+  for (size_t done = 0; done < n_tiles;) done += kRuns[tiles[done].r - 1](params, tiles + done, n_tiles - done);
+}
+
+template <bool kResidual>
+void conv_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
+  switch (params.k) {
+    case 4:
+      return conv_grouped<1, kResidual>(params, tiles, n_tiles);
+    case 8:
+      return conv_grouped<2, kResidual>(params, tiles, n_tiles);
+    case 12:
+      return conv_grouped<3, kResidual>(params, tiles, n_tiles);
+    default:
+      return conv_grouped<4, kResidual>(params, tiles, n_tiles);
+  }
+}
+
+void conv_grouped(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
+  params->residual ? conv_grouped<true>(*params, tiles, n_tiles) : conv_grouped<false>(*params, tiles, n_tiles);
+}
+
 struct DepthwiseVnni {
   using Weights = __m512i;
   static QDEPLOY_INLINE Weights weights(__m512i w_i8x64) { return w_i8x64; }
@@ -254,6 +329,7 @@ void init_avx512vnni(Kernels* kernels) {
     kernels->conv[bits] = conv_kernel<Vnni>("qu8_qc8w_conv_14x32c4__avx512vnni");
     kernels->conv[bits].qu8 = conv_overlapped;
   }
+  kernels->grouped = {"qu8_qc8w_grouped_14x32c4__avx512vnni", conv_grouped, nullptr, kMr, kGroups, kNr, Vnni::kFormat};
   kernels->depthwise = depthwise<DepthwiseVnni>;
 }
 

@@ -155,6 +155,7 @@ void init_scalar(Kernels* kernels) {
   const ConvKernel kernel = {
       "qu8_qc8w_conv_14x16c4__scalar", conv<uint8_t>, conv<float>, kMr, kGroups, kNr, WeightFormat::s8x4};
   for (int bits = 2; bits <= 8; ++bits) kernels->conv[bits] = kernel;
+  kernels->grouped = {};
   kernels->depthwise = depthwise;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;

@@ -178,6 +178,7 @@ void random_clamp(uint8_t* qmin, uint8_t* qmax, Random& random) {
 
 struct ConvCase {
   int bits, r, groups, taps, k, n;
+  int outputs = 0;  // of each group of k channels; 0: a dense kernel
   int a_stride, c_stride;
   bool residual, in_place, f32, at_end;
   Fill a_fill, w_fill;
@@ -187,11 +188,12 @@ struct ConvCase {
 
 void describe(const char* kernel, const ConvCase& x) {
   describe(
-      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d a_stride=%d c_stride=%d residual=%d in_place=%d f32=%d at_end=%d "
+      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d residual=%d in_place=%d f32=%d "
+      "at_end=%d "
       "a=%s w=%s "
       "qmin=%d qmax=%d seed=%llu",
-      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.a_stride, x.c_stride, x.residual, x.in_place, x.f32, x.at_end,
-      fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax, static_cast<unsigned long long>(x.seed));
+      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.residual, x.in_place, x.f32,
+      x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax, static_cast<unsigned long long>(x.seed));
 }
 
 ConvCase random_conv_case(const ConvKernel& kernel, int bits, int r, int groups, Random& random) {
@@ -211,6 +213,16 @@ ConvCase random_conv_case(const ConvKernel& kernel, int bits, int r, int groups,
   x.a_fill = random.pick(kFills), x.w_fill = random.pick(kFills);
   random_clamp(&x.qmin, &x.qmax, random);
   x.seed = (uint64_t{random.next()} << 32) | random.next();
+  return x;
+}
+
+// A grouped convolution with the output channels of a group as wide as the group or wider.
+ConvCase random_grouped_case(const ConvKernel& kernel, int r, int groups, Random& random) {
+  static const int kShapes[][2] = {{4, 4}, {4, 8}, {4, 32}, {8, 8}, {8, 16}, {12, 16}, {12, 32}, {16, 16}, {16, 32}};
+  ConvCase x = random_conv_case(kernel, 8, r, groups, random);
+  const int* shape = kShapes[random.next() % 9];
+  x.k = shape[0], x.outputs = shape[1];
+  x.f32 = false;
   return x;
 }
 
@@ -264,10 +276,33 @@ void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<Con
   }
 }
 
+std::vector<int32_t> lanes_of(const ConvCase& x, int nr) {
+  std::vector<int32_t> lanes;
+  for (int s = 0; s < x.k / 4; ++s)
+    for (int n = 0; n < nr; ++n) lanes.push_back(n / x.outputs * (x.k / 4) + s);
+  return lanes;
+}
+
+// Clears all dense codes that lie outside their channel's group and returns those inside, [n][taps*k].
+std::vector<int8_t> grouped_codes(const ConvCase& x, std::vector<int8_t>* dense) {
+  std::vector<int8_t> codes;
+  for (int n = 0; n < x.n; ++n)
+    for (int t = 0; t < x.taps; ++t)
+      for (int i = 0; i < kGroupedWindow; ++i) {
+        int8_t& code = (*dense)[(n * x.taps + t) * kGroupedWindow + i];
+        if (i / x.k == n / x.outputs)
+          codes.push_back(code);
+        else
+          code = 0;
+      }
+  return codes;
+}
+
 bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCase& x) {
   describe(kernel.name, x);
   Memory& m = memory();
   Random random(x.seed);
+  const int window = x.outputs ? kGroupedWindow : x.k;  // bytes of a tap that the dense twin of this case reads
   // Three tiles of the asked shape, then a few of any: kernels may treat runs of equal tiles alike.
   std::vector<ConvTile> tiles;
   const int n_tiles = random.range(1, 5);
@@ -299,19 +334,21 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
       for (int pixel : {0, tile.r - 1})
         for (int t = 0; t < x.taps; ++t) {
           const int64_t at = int64_t{tile.a[g]} + pixel * x.a_stride + tap_offset[t];
-          lowest = std::min(lowest, at), highest = std::max(highest, at + x.k);
+          lowest = std::min(lowest, at), highest = std::max(highest, at + window);
         }
   uint8_t* a = m.a.place<uint8_t>(highest - lowest, x.at_end, random);
   fill_u8(a, highest - lowest, x.a_fill, random);
   p.a = a - lowest;
 
-  const int depth = x.taps * x.k, zero_point = random.range(0, 255);
+  const int depth = x.taps * window, zero_point = random.range(0, 255);
   std::vector<int8_t> codes(static_cast<size_t>(x.n) * depth);
   for (int8_t& code : codes)
     code = static_cast<int8_t>(fill_value(x.w_fill, -(1 << (x.bits - 1)), (1 << (x.bits - 1)) - 1, random));
+  const std::vector<int32_t> lanes = x.outputs ? lanes_of(x, kernel.nr) : std::vector<int32_t>();
   uint8_t* w = m.w.place<uint8_t>(panel_bytes(kernel, x.taps, x.k), x.at_end, random, 64);
-  pack(kernel, codes.data(), x.taps, x.k, x.n, w);
+  pack(kernel, x.outputs ? grouped_codes(x, &codes).data() : codes.data(), x.taps, x.k, x.n, w);
   p.w = w;
+  p.lanes = lanes.data();
   int32_t* comp = m.comp.place<int32_t>(kernel.nr, x.at_end, random);
   float* scale = m.scale.place<float>(kernel.nr, x.at_end, random);
   float* bias = m.bias.place<float>(kernel.nr, x.at_end, random);
@@ -344,6 +381,7 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
 
   (x.f32 ? kernel.f32 : kernel.qu8)(&p, tiles.data(), tiles.size());
   p.c = c_expected;
+  p.k = window;
   if (x.in_place) p.residual = c_expected;
   conv_expected(scalar, p, tiles, codes.data(), x.f32);
   return m.c.equals(m.c_expected) || failed(kernel.name);
@@ -358,6 +396,11 @@ bool check_conv_all(const Kernels& scalar, const Kernels& kernels) {
         for (int i = 0; i < 40; ++i)
           if (!check_conv(scalar.conv[bits], kernel, random_conv_case(kernel, bits, r, groups, random))) return false;
   }
+  const ConvKernel& grouped = kernels.grouped;
+  for (int r = 1; grouped.qu8 && r <= grouped.mr; ++r)
+    for (int i = 0; i < 200; ++i)
+      if (!check_conv(scalar.conv[8], grouped, random_grouped_case(grouped, r, random.range(1, 2), random)))
+        return false;
   return true;
 }
 
