@@ -154,6 +154,18 @@ Span clip(int64_t out, const Window& window, int d, int64_t size) {
   return {first, std::min(window.kernel[d] - skipped, left)};
 }
 
+// Output pixels from x on, at most `most`, whose windows clip alike: the whole ones in the middle of a row, else one.
+int64_t alike(int64_t x, int64_t most, const Window& window, int64_t size) {
+  const int64_t reach = (window.kernel[1] - 1) * window.dilation[1];
+  const auto whole = [&](int64_t i) {
+    const int64_t start = i * window.stride[1] - window.padding[1];
+    return start >= 0 && start + reach < size;
+  };
+  int64_t count = 1;
+  while (count < most && whole(x) && whole(x + count)) ++count;
+  return count;
+}
+
 void run_pool(const Chunk& chunk, const Step& step, Share share) {
   const Node& node = *step.node;
   const Kernels& kernels = *chunk.program.kernels;
@@ -163,18 +175,22 @@ void run_pool(const Chunk& chunk, const Step& step, Share share) {
   params.window.row_stride = node.window.dilation[0] * in.row_pitch;
   params.window.col_stride = node.window.dilation[1] * in.c;
   params.window.n = static_cast<size_t>(in.c);
+  params.window.a_stride = node.window.stride[1] * in.c;
+  params.window.c_stride = out.c;
   params.zero_point = in.zero_point;
   params.bias = node.bias.empty() ? 0.0f : node.bias[0];
   params.qmin = node.qmin;
   params.qmax = node.qmax;
   const Range pixels = slice(chunk.images * out.h * out.w, share);
-  for (int64_t pixel = pixels.begin; pixel < pixels.end; ++pixel) {
+  for (int64_t pixel = pixels.begin, count = 0; pixel < pixels.end; pixel += count) {
     const int64_t row = pixel / out.w, x = pixel % out.w;
+    count = alike(x, std::min(out.w - x, pixels.end - pixel), node.window, in.w);
     const Span rows = clip(row % out.h, node.window, 0, in.h), columns = clip(x, node.window, 1, in.w);
     params.window.a = u8_at(chunk, step.inputs[0]) + row / out.h * in.image_pitch + in.origin +
                       rows.first * in.row_pitch + columns.first * in.c;
     params.window.rows = static_cast<size_t>(rows.count);
     params.window.cols = static_cast<size_t>(columns.count);
+    params.window.pixels = static_cast<size_t>(count);
     const int64_t to = row_offset(out, row) + x * out.c;
     if (node.op == Op::max_pool2d) {
       kernels.max_pool(&params.window, u8_at(chunk, step.output) + to);

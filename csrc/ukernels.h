@@ -104,12 +104,15 @@ using DepthwiseFn = void (*)(const DepthwiseParams* params, size_t pixels);
 
 // ---- Pools, elementwise, input ------------------------------------------------------------------------------------
 //
-// A pool sees the part of one window that lies inside the image: rows x cols pixels of n channels; one output pixel.
+// A pool sees the part of each window that lies inside the image: rows x cols pixels of n channels. It writes `pixels`
+// neighbouring output pixels, whose windows lie a_stride apart.
 struct PoolParams {
   const uint8_t* a;
   size_t rows, cols;
   ptrdiff_t row_stride, col_stride;  // dilation included
   size_t n;
+  size_t pixels;
+  ptrdiff_t a_stride, c_stride;
 };
 using MaxPoolFn = void (*)(const PoolParams* params, uint8_t* c);
 

@@ -470,7 +470,12 @@ bool check_pools(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   window.n = random.range(1, 200);
   window.col_stride = window.n * random.range(1, 2) + random.range(0, 5);
   window.row_stride = window.col_stride * window.cols + random.range(0, 50);
-  const size_t a_count = (window.rows - 1) * window.row_stride + (window.cols - 1) * window.col_stride + window.n;
+  window.pixels = random.range(1, 3);
+  window.a_stride = random.range(0, 300);
+  window.c_stride = window.n + random.range(0, 1) * random.range(0, 70);
+  const size_t a_count = (window.pixels - 1) * window.a_stride + (window.rows - 1) * window.row_stride +
+                         (window.cols - 1) * window.col_stride + window.n;
+  const size_t c_count = (window.pixels - 1) * window.c_stride + window.n;
   uint8_t* a = m.a.place<uint8_t>(a_count, at_end, random);
   fill_u8(a, a_count, random.pick(kFills), random);
   window.a = a;
@@ -480,13 +485,15 @@ bool check_pools(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   random_clamp(&p.qmin, &p.qmax, random);
 
   describe(
-      "%s pool rows=%zu cols=%zu n=%zu row_stride=%td col_stride=%td zero_point=%d scale=%a bias=%a qmin=%d qmax=%d "
+      "%s pool rows=%zu cols=%zu n=%zu pixels=%zu row_stride=%td col_stride=%td a_stride=%td c_stride=%td "
+      "zero_point=%d scale=%a bias=%a qmin=%d qmax=%d "
       "at_end=%d seed=%llu",
-      kernels.isa, window.rows, window.cols, window.n, window.row_stride, window.col_stride, p.zero_point, p.scale,
-      p.bias, p.qmin, p.qmax, at_end, static_cast<unsigned long long>(seed));
+      kernels.isa, window.rows, window.cols, window.n, window.pixels, window.row_stride, window.col_stride,
+      window.a_stride, window.c_stride, p.zero_point, p.scale, p.bias, p.qmin, p.qmax, at_end,
+      static_cast<unsigned long long>(seed));
   const auto same = [&](const char* name, size_t size, auto run) {
-    uint8_t* c = m.c.place<uint8_t>(window.n * size, at_end, random, size);
-    uint8_t* c_expected = m.c_expected.place<uint8_t>(window.n * size, at_end, random, size);
+    uint8_t* c = m.c.place<uint8_t>(c_count * size, at_end, random, size);
+    uint8_t* c_expected = m.c_expected.place<uint8_t>(c_count * size, at_end, random, size);
     m.c_expected.copy_from(m.c);
     run(kernels, c);
     run(scalar, c_expected);
@@ -693,8 +700,8 @@ void bench_others(const Kernels& kernels) {
   uint8_t* out = c.data();
   const DepthwiseParams depthwise = {9,           kN,           in,          kN,  offsets, w.data(), kN,
                                      comp.data(), scale.data(), bias.data(), out, kN,      0,        255};
-  const PoolParams window = {in, 3, 3, 30 * kN, kN, kN};
-  const AvgPoolParams average = {{in, 7, 7, 7 * 2048, 2048, 2048}, 0, 0.02f, 0, 0, 255};
+  const PoolParams window = {in, 3, 3, 30 * kN, kN, kN, kPixels, kN, kN};
+  const AvgPoolParams average = {{in, 7, 7, 7 * 2048, 2048, 2048, 1, 0, 0}, 0, 0.02f, 0, 0, 255};
   const AddParams add = {0.5f, 0.5f, 0, 0, 255};
   const QuantizeParams quantize = {image.data(), 224 * 224, 224 * 224, 3, 50, 128, out, 3};
   constexpr size_t kBytes = 1 << 16;
@@ -706,8 +713,8 @@ void bench_others(const Kernels& kernels) {
       kernels.isa, rate(9.0 * kN * kPixels * 20, quickest([&] {
                           for (int i = 0; i < 20; ++i) kernels.depthwise(&depthwise, kPixels);
                         })),
-      rate(9.0 * kN * 100, quickest([&] {
-             for (int i = 0; i < 100; ++i) kernels.max_pool(&window, out);
+      rate(9.0 * kN * kPixels * 20, quickest([&] {
+             for (int i = 0; i < 20; ++i) kernels.max_pool(&window, out);
            })),
       rate(49.0 * 2048 * 5, quickest([&] {
              for (int i = 0; i < 5; ++i) kernels.avg_pool_qu8(&average, out);
