@@ -283,6 +283,13 @@ void run_reshape(const Chunk& chunk, const Step& step, Share share) {
   }
 }
 
+// One table of 256 codes per channel. By value: a stored byte might change anything that is referred to.
+void quantize_raw(const uint8_t* from, int64_t pixels, int64_t channels, const uint8_t* tables, uint8_t* to) {
+  for (int64_t x = 0; x < pixels; ++x) {
+    for (int64_t c = 0; c < channels; ++c) *to++ = tables[c * 256 + *from++];
+  }
+}
+
 }  // namespace
 
 bool run_input(const Chunk& chunk, int activation, const std::vector<uint8_t>& preprocess_table, const void* images,
@@ -294,8 +301,7 @@ bool run_input(const Chunk& chunk, int activation, const std::vector<uint8_t>& p
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     uint8_t* to = u8_at(chunk, activation) + row_offset(a, row);
     if (is_u8) {
-      const uint8_t* from = static_cast<const uint8_t*>(images) + row * a.w * a.c;
-      for (int64_t i = 0; i < a.w * a.c; ++i) to[i] = preprocess_table[i % a.c * 256 + from[i]];
+      quantize_raw(static_cast<const uint8_t*>(images) + row * a.w * a.c, a.w, a.c, preprocess_table.data(), to);
       continue;
     }
     const int64_t plane = a.h * a.w;
