@@ -2,6 +2,7 @@
 // output rule. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
 //     kFormat               the packing of its weights
 //     kStep                 bytes of k between two calls of Prefetch::step
+//     kMr                   most pixels in a group, at most 7
 //     sets(pixels)          how many sets of accumulators hide the latency of its sums
 //     tap<R, G>(acc, a, w, k, prefetch)   adds one tap to acc, advances a, returns w advanced
 #pragma once
@@ -201,9 +202,11 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
 template <class Dot, bool kF32>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   using Run = size_t (*)(const ConvParams&, bool, const ConvTile*, size_t, Prefetch&);
-  static constexpr Run kRuns[kGroups][kMr] = {
-      {run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, 4, 1>, run<Dot, 5, 1>, run<Dot, 6, 1>, run<Dot, 7, 1>},
-      {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, 4, 2>, run<Dot, 5, 2>, run<Dot, 6, 2>, run<Dot, 7, 2>}};
+  constexpr int kMost = Dot::kMr;  // an entry beyond it is never used
+  static constexpr Run kRuns[kGroups][kMr] = {{run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, 4, 1>,
+                                               run<Dot, 5, 1>, run<Dot, 6, 1>, run<Dot, kMost, 1>},
+                                              {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, 4, 2>,
+                                               run<Dot, 5, 2>, run<Dot, 6, 2>, run<Dot, kMost, 2>}};
   Prefetch prefetch(*params, n_tiles * params->taps * (params->k / Dot::kStep));
   for (size_t done = 0; done < n_tiles;) {
     const ConvTile& tile = tiles[done];
@@ -213,7 +216,7 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
 
 template <class Dot>
 constexpr ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Dot, false>, conv<Dot, true>, kMr, kGroups, kNr, Dot::kFormat};
+  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, kGroups, kNr, Dot::kFormat};
 }
 
 }  // namespace

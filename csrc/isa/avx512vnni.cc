@@ -40,6 +40,7 @@ QDEPLOY_INLINE __m512i broadcast(const uint8_t* a) {
 struct Vnni {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kStep = 16;
+  static constexpr int kMr = 7;
 
   static constexpr int sets(int pixels) { return pixels <= 2 ? 4 : pixels <= 4 ? 2 : 1; }
 
