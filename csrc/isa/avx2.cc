@@ -160,7 +160,9 @@ using Accumulators = __m256i[kRows][kVectors];
 // Bits <= 7: kSums vpmaddubsw results fit s16.
 template <int kSums>
 struct NarrowWeights {
+  static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kElementBytes = 1;
+  static constexpr int kS16Steps = kSums;
 
   // kBytes of k, a multiple of 4, as many at a time as fit s16.
   template <int kBytes, int kRows, int kVectors>
@@ -215,7 +217,9 @@ struct NarrowWeights {
 // 8 bits: s16 times s16 in vpmaddwd. The chunk's activations are widened once into a buffer, so that the inner loop has
 // no shuffle: 56 GMAC/s, against 49 with a broadcast and two vpshufb for every four bytes.
 struct WideWeights {
+  static constexpr WeightFormat kFormat = WeightFormat::s16x2;
   static constexpr int kElementBytes = 2;
+  static constexpr int kS16Steps = 0;
   static constexpr int kBufferElements = kChunkBytes / (kNr * kElementBytes) + 32;  // rounding of k, of the last store
 
   static QD_INLINE void widen_pixel(const Chunk& chunk, const uint8_t* pixel, uint16_t* a_u16) {
@@ -369,8 +373,8 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
 }
 
 template <typename Weights>
-ConvKernel conv_kernel(const char* name, WeightFormat format) {
-  return {name, conv<Weights, false>, conv<Weights, true>, 7, 2, kNr, format};
+ConvKernel conv_kernel(const char* name) {
+  return {name, conv<Weights, false>, conv<Weights, true>, 7, 2, kNr, Weights::kFormat, Weights::kS16Steps};
 }
 
 // ---- Depthwise convolution ----------------------------------------------------------------------------------------
@@ -559,12 +563,12 @@ bool quantize(const QuantizeParams* params) {
 
 void init_avx2(Kernels* kernels) {
   kernels->isa = "avx2";
-  const ConvKernel w4 = conv_kernel<NarrowWeights<8>>("qu8_qc8w_conv_2x32c4_w4__avx2", WeightFormat::s8x4);
+  const ConvKernel w4 = conv_kernel<NarrowWeights<8>>("qu8_qc8w_conv_2x32c4_w4__avx2");
   kernels->conv[2] = kernels->conv[3] = kernels->conv[4] = w4;
-  kernels->conv[5] = conv_kernel<NarrowWeights<4>>("qu8_qc8w_conv_2x32c4_w5__avx2", WeightFormat::s8x4);
-  kernels->conv[6] = conv_kernel<NarrowWeights<2>>("qu8_qc8w_conv_2x32c4_w6__avx2", WeightFormat::s8x4);
-  kernels->conv[7] = conv_kernel<NarrowWeights<1>>("qu8_qc8w_conv_2x32c4_w7__avx2", WeightFormat::s8x4);
-  kernels->conv[8] = conv_kernel<WideWeights>("qu8_qc8w_conv_2x32c2__avx2", WeightFormat::s16x2);
+  kernels->conv[5] = conv_kernel<NarrowWeights<4>>("qu8_qc8w_conv_2x32c4_w5__avx2");
+  kernels->conv[6] = conv_kernel<NarrowWeights<2>>("qu8_qc8w_conv_2x32c4_w6__avx2");
+  kernels->conv[7] = conv_kernel<NarrowWeights<1>>("qu8_qc8w_conv_2x32c4_w7__avx2");
+  kernels->conv[8] = conv_kernel<WideWeights>("qu8_qc8w_conv_2x32c2__avx2");
   kernels->depthwise = depthwise;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;

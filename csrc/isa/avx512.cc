@@ -65,6 +65,7 @@ struct Maddubs {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kStep = 4 * kSums < 16 ? 16 : 4 * kSums;
   static constexpr int kMr = kSums == 1 ? 7 : 6;
+  static constexpr int kS16Steps = kSums;
   static constexpr int sets(int) { return 1; }  // the chain through an accumulator is one vpaddd
 
   // One dword of k at byte i.
@@ -140,6 +141,7 @@ struct Madd {
   static constexpr int kStep = 4;
   static constexpr int kBlock = 64;
   static constexpr int kMr = 7;
+  static constexpr int kS16Steps = 0;
   static constexpr int sets(int) { return 1; }
 
   template <int R, int G>

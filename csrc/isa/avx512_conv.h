@@ -2,6 +2,7 @@
 // output rule. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
 //     kFormat               the packing of its weights
 //     kStep                 bytes of k between two calls of Prefetch::step
+//     kS16Steps             ConvKernel::s16_steps
 //     kMr                   most pixels in a group, at most 7
 //     sets(pixels)          how many sets of accumulators hide the latency of its sums
 //     tap<R, G>(acc, a, w, k, prefetch)   adds one tap to acc, advances a, returns w advanced
@@ -216,7 +217,7 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
 
 template <class Dot>
 constexpr ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, kGroups, kNr, Dot::kFormat};
+  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, kGroups, kNr, Dot::kFormat, Dot::kS16Steps};
 }
 
 }  // namespace

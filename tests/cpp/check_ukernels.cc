@@ -179,6 +179,7 @@ void random_clamp(uint8_t* qmin, uint8_t* qmax, Random& random) {
 struct ConvCase {
   int bits, r, groups, taps, k, n;
   int a_stride, c_stride;
+  bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_steps allows
   bool residual, in_place, f32, at_end;
   Fill a_fill, w_fill;
   uint8_t qmin, qmax;
@@ -187,11 +188,14 @@ struct ConvCase {
 
 void describe(const char* kernel, const ConvCase& x) {
   describe(
-      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d a_stride=%d c_stride=%d residual=%d in_place=%d f32=%d at_end=%d "
+      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d in_place=%d "
+      "f32=%d "
+      "at_end=%d "
       "a=%s w=%s "
       "qmin=%d qmax=%d seed=%llu",
-      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.a_stride, x.c_stride, x.residual, x.in_place, x.f32, x.at_end,
-      fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax, static_cast<unsigned long long>(x.seed));
+      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.a_stride, x.c_stride, x.wide_codes, x.residual, x.in_place,
+      x.f32, x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax,
+      static_cast<unsigned long long>(x.seed));
 }
 
 ConvCase random_conv_case(const ConvKernel& kernel, int bits, int r, int groups, Random& random) {
@@ -204,6 +208,7 @@ ConvCase random_conv_case(const ConvKernel& kernel, int bits, int r, int groups,
   const int strides[] = {x.k, x.k + 1, 3, 6, 2 * x.k + 5, 0, -x.k};
   x.a_stride = random.pick(strides);
   x.c_stride = x.n + (random.range(0, 1) ? 0 : random.range(1, 70));
+  x.wide_codes = kernel.s16_steps > 0 && random.range(0, 1);
   x.residual = random.range(0, 1);
   x.f32 = random.range(0, 2) == 0;
   x.in_place = x.residual && !x.f32 && random.range(0, 1);
@@ -212,6 +217,20 @@ ConvCase random_conv_case(const ConvKernel& kernel, int bits, int r, int groups,
   random_clamp(&x.qmin, &x.qmax, random);
   x.seed = (uint64_t{random.next()} << 32) | random.next();
   return x;
+}
+
+// Any codes that sum up to at most 128 on either side of zero wherever the kernel adds their products in 16 bits: the
+// first ones that are too large take all that is left, so that most sums are exactly 128.
+void limit_sums(int8_t* codes, int k, int s16_steps) {
+  for (int begin = 0; begin < k; begin += 4 * s16_steps) {
+    int left[2][2] = {{128, 128}, {128, 128}};  // [half of a step][positive or negative]
+    for (int i = begin; i < std::min(k, begin + 4 * s16_steps); ++i) {
+      int& limit = left[i / 2 % 2][codes[i] < 0];
+      const int magnitude = std::min(std::abs(codes[i]), limit);
+      limit -= magnitude;
+      codes[i] = static_cast<int8_t>(codes[i] < 0 ? -magnitude : magnitude);
+    }
+  }
 }
 
 // Codes are [n][taps*k]; channels beyond n are zero.
@@ -307,8 +326,9 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
 
   const int depth = x.taps * x.k, zero_point = random.range(0, 255);
   std::vector<int8_t> codes(static_cast<size_t>(x.n) * depth);
-  for (int8_t& code : codes)
-    code = static_cast<int8_t>(fill_value(x.w_fill, -(1 << (x.bits - 1)), (1 << (x.bits - 1)) - 1, random));
+  const int largest = 1 << ((x.wide_codes ? 8 : x.bits) - 1);
+  for (int8_t& code : codes) code = static_cast<int8_t>(fill_value(x.w_fill, -largest, largest - 1, random));
+  for (int t = 0; t < x.n * x.taps && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_steps);
   uint8_t* w = m.w.place<uint8_t>(panel_bytes(kernel, x.taps, x.k), x.at_end, random, 64);
   pack(kernel, codes.data(), x.taps, x.k, x.n, w);
   p.w = w;
