@@ -75,12 +75,14 @@ bool fits_s16(const int8_t* ordered, const PackedConv& conv, const ConvKernel& k
   for (size_t tap = 0; tap < conv.tap_offset.size(); ++tap, ordered += conv.k) {
     for (int32_t begin = 0; begin < conv.k; begin += 4 * kernel.s16_steps) {
       const int32_t end = std::min(conv.k, begin + 4 * kernel.s16_steps);
-      int positive[2] = {0, 0}, negative[2] = {0, 0};
-      for (int32_t i = begin; i < end; ++i) {
-        positive[i / 2 % 2] += std::max<int>(ordered[i], 0);
-        negative[i / 2 % 2] -= std::min<int>(ordered[i], 0);
+      for (int32_t half = begin; half < begin + 4; half += 2) {
+        int sum = 0, positive = 0;
+        for (int32_t i = half; i < end; i += 4) {
+          sum += ordered[i] + ordered[i + 1];
+          positive += std::max<int>(ordered[i], 0) + std::max<int>(ordered[i + 1], 0);
+        }
+        if (std::max(positive, positive - sum) > 128) return false;
       }
-      if (std::max({positive[0], positive[1], negative[0], negative[1]}) > 128) return false;
     }
   }
   return true;
