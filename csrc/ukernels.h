@@ -157,9 +157,11 @@ struct Kernels {
   QuantizeFn quantize;
 };
 
-// Each fills `kernels` completely or, above scalar, overwrites entries of the table below it.
+// Each fills `kernels` completely or, above scalar, overwrites entries of the table below it: avxvnni and avx512 both
+// stand on avx2.
 void init_scalar(Kernels* kernels);
 void init_avx2(Kernels* kernels);        // AVX2 + FMA
+void init_avxvnni(Kernels* kernels);     // the above + AVX_VNNI, the VEX form
 void init_avx512(Kernels* kernels);      // AVX-512 F, BW, DQ, VL
 void init_avx512vnni(Kernels* kernels);  // the above + AVX512_VNNI
 

@@ -7,10 +7,11 @@
 // Built by `cmake --build <folder> --target check_ukernels`, or by hand,
 // F="-std=c++17 -O3 -ffp-contract=off -Icsrc":
 //   g++ $F -c csrc/isa/scalar.cc
-//   g++ $F -mavx2 -mfma -c csrc/isa/avx2.cc
+//   g++ $F -mavx2 -mfma -c csrc/isa/avx2.cc csrc/isa/avxvnni.cc
+//   g++ $F -mavx2 -mfma -DQDEPLOY_AVXVNNI_AS_EVEX -c csrc/isa/avxvnni.cc -o avxvnni_as_evex.o
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -c csrc/isa/avx512.cc
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -c csrc/isa/avx512vnni.cc
-//   g++ $F tests/cpp/check_ukernels.cc csrc/cpu.cc scalar.o avx2.o avx512.o avx512vnni.o -o check_ukernels
+//   g++ $F tests/cpp/check_ukernels.cc csrc/cpu.cc *.o -o check_ukernels
 #include "cpu.h"
 #include "ukernels.h"
 
@@ -28,6 +29,10 @@
 #include <limits>
 #include <string>
 #include <vector>
+
+namespace qdeploy {
+void init_avxvnni_as_evex(Kernels* kernels);  // what init_avxvnni gives, in the encoding of AVX-512
+}
 
 using namespace qdeploy;
 
@@ -694,14 +699,27 @@ void bench_others(const Kernels& kernels) {
       rate(3.0 * 224 * 224, quickest([&] { kernels.quantize(&quantize); })));
 }
 
+// The tables of this CPU from scalar upwards, and AVX-VNNI in its EVEX form where the CPU has that.
+std::vector<Kernels> tables() {
+  std::vector<Kernels> all;
+  for (const std::string& isa : available_isas()) all.push_back(kernels_for(isa));
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+    all.push_back(kernels_for("avx2"));
+    init_avxvnni_as_evex(&all.back());
+    all.back().isa = "avxvnni in EVEX form";
+  }
+#endif
+  return all;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   signal(SIGSEGV, report_crash);
   signal(SIGILL, report_crash);
   const bool bench = argc > 1 && strcmp(argv[1], "--bench") == 0;
-  for (const std::string& isa : available_isas()) {
-    const Kernels& kernels = kernels_for(isa);
+  for (const Kernels& kernels : tables()) {
     if (bench) {
       bench_conv_all(kernels);
       bench_others(kernels);
