@@ -63,7 +63,8 @@ QDEPLOY_INLINE void add_i32(__m512i& sum, __m512i x) { asm volatile("vpaddd %1, 
 template <int kSums>
 struct Maddubs {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
-  static constexpr int kStep = 4 * kSums < 16 ? 16 : 4 * kSums;
+  static constexpr int kStep = 16;
+  static constexpr int kBlock = kSums == 8 ? 32 : 16;  // bytes of k in a round of the inner loop
   static constexpr int kMr = kSums == 1 ? 7 : 6;
   static constexpr int kS16Steps = kSums;
   static constexpr int sets(int) { return 1; }  // the chain through an accumulator is one vpaddd
@@ -80,16 +81,16 @@ struct Maddubs {
     }
   }
 
-  // kSums dwords of k from byte i on.
-  template <int R, int G>
+  // kDepth dwords of k from byte i on, summed in s16.
+  template <int kDepth, int R, int G>
   static QDEPLOY_INLINE void steps(__m512i (&acc)[1][G * R][2], const Pixels (&a)[G], const char* w, int i) {
-    if (kSums == 1) return step<R, G>(acc, a, w, i);
+    if (kDepth == 1) return step<R, G>(acc, a, w, i);
 #pragma GCC unroll 6
     for (int first = 0; first < R * G; first += 2) {
       const int pixels = first + 1 < R * G ? 2 : 1;
       __m512i sum_i16x32[2][2];
 #pragma GCC unroll 8
-      for (int d = 0; d < kSums; ++d) {
+      for (int d = 0; d < kDepth; ++d) {
         const __m512i w0_i8x64 = load(w + 128 * d), w1_i8x64 = load(w + 128 * d + 64);
 #pragma GCC unroll 2
         for (int p = 0; p < pixels; ++p) {
@@ -113,23 +114,26 @@ struct Maddubs {
     }
   }
 
+  // kBytes of k, as many at a time as fit s16.
+  template <int kBytes, int R, int G>
+  static QDEPLOY_INLINE void multiply(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char*& w) {
+    constexpr int kDepth = kBytes / 4 < kSums ? kBytes / 4 : kSums;
+#pragma GCC unroll 4
+    for (int i = 0; i < kBytes; i += 4 * kDepth) steps<kDepth, R, G>(acc, a, w + 32 * i, i);
+    w += 32 * kBytes;
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) a[g].p += kBytes;
+  }
+
   template <int R, int G>
   static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
                                         Prefetch& prefetch) {
-    for (; k >= kStep; k -= kStep) {
-      prefetch.step();
-#pragma GCC unroll 4
-      for (int i = 0; i < kStep; i += 4 * kSums) steps<R, G>(acc, a, w + 32 * i, i);
-      w += 32 * kStep;
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) a[g].p += kStep;
+    for (; k >= kBlock; k -= kBlock) {
+      for (int i = 0; i < kBlock; i += kStep) prefetch.step();
+      multiply<kBlock, R, G>(acc, a, w);
     }
-    for (; k > 0; k -= 4) {
-      step<R, G>(acc, a, w, 0);
-      w += 128;
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) a[g].p += 4;
-    }
+    for (; k >= 8; k -= 8) multiply<8, R, G>(acc, a, w);
+    for (; k > 0; k -= 4) multiply<4, R, G>(acc, a, w);
     return w;
   }
 };
