@@ -64,8 +64,8 @@ std::string tile_of(const PackedConv& conv) {
 
 py::list plan(Session& session, int64_t batch) {
   const Program& program = session.program();
-  const std::shared_ptr<const Plan> plan = session.plan(std::min(batch, session.images_per_chunk()), false);
-  const Chunk chunk = {program, *plan, nullptr};
+  const std::shared_ptr<const Plan> plan = session.plan(session.images_per_chunk(batch), false);
+  const Chunk chunk = {program, *plan, nullptr, 0, plan->batch};
   py::list list;
   for (size_t s = 0; s < program.steps.size(); ++s) {
     const Step& step = program.steps[s];

@@ -1,4 +1,4 @@
-// Runs one step of a program on one batch chunk: each function does the share of thread t of n.
+// Runs one step of a program on one chunk of images: each function does the share of thread t of n.
 #pragma once
 #include <cstdint>
 
@@ -12,10 +12,12 @@ struct Share {
   int thread, threads;
 };
 
+// Some images of a batch: where `images` of them from `first` on lie.
 struct Chunk {
   const Program& program;
   const Plan& plan;
   uint8_t* arena;
+  int64_t first, images;
 };
 
 // Quantizes `images` (f32 NCHW or u8 NHWC, already at this chunk's first image) into an input activation. Returns false

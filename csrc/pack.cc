@@ -57,7 +57,8 @@ void order_channel(const Node& node, const Activation& in, const int8_t* codes, 
                    int8_t* ordered) {
   const int64_t kh = node.window.kernel[0], kw = node.window.kernel[1], depth = in.c / node.groups;
   const int64_t group = channel / (output_channels(node) / node.groups);
-  const int64_t first_byte = group * depth - conv.panel_channel[channel / conv.kernel->nr];
+  const bool whole_groups = !conv.lanes.empty();
+  const int64_t first_byte = whole_groups ? 0 : group * depth - conv.panel_channel[channel / conv.kernel->nr];
   const bool merged = static_cast<int64_t>(conv.tap_offset.size()) == kh;
   memset(ordered, 0, conv.tap_offset.size() * conv.k);
   for (int64_t ky = 0; ky < kh; ++ky) {
@@ -115,6 +116,20 @@ void scatter_channel(const int8_t* ordered, int64_t count, int64_t lane, const C
   }
 }
 
+// A grouped kernel takes whole groups a panel, whose inputs lie in one window.
+bool fits_grouped(const Node& node, int64_t depth, int64_t outputs, const ConvKernel& kernel) {
+  return kernel.qu8 && node.groups > 1 && depth % 4 == 0 && depth <= 16 && kernel.nr % outputs == 0 &&
+         kernel.nr / outputs * depth <= kGroupedWindow;
+}
+
+std::vector<int32_t> grouped_lanes(int64_t depth, int64_t outputs, int64_t nr) {
+  std::vector<int32_t> lanes;
+  for (int64_t step = 0; step < depth / 4; ++step) {
+    for (int64_t n = 0; n < nr; ++n) lanes.push_back(static_cast<int32_t>(n / outputs * (depth / 4) + step));
+  }
+  return lanes;
+}
+
 }  // namespace
 
 void unpack_codes(const uint8_t* packed, int bits, int64_t total, int64_t begin, int64_t count, int8_t* codes) {
@@ -152,8 +167,10 @@ void lower_conv(const Node& node, const Activation& in, bool f32_output, const K
   }
   size_t channels = static_cast<size_t>(round_up(out, kMaxNr));
   if (!conv->is_depthwise) {
-    conv->kernel = &kernels.conv[used_bits(node, out * codes_per_channel(node, in))];
+    const bool grouped = fits_grouped(node, depth, out / node.groups, kernels.grouped) && !f32_output;
+    conv->kernel = grouped ? &kernels.grouped : &kernels.conv[used_bits(node, out * codes_per_channel(node, in))];
     const int64_t nr = conv->kernel->nr;
+    if (grouped) conv->lanes = grouped_lanes(depth, out / node.groups, nr);
     conv->panels = (out + nr - 1) / nr;
     int64_t widest = merged ? kw * in.c : depth;
     for (int64_t panel = 0; panel < conv->panels; ++panel) {  // a panel reads all channels of the groups it touches
@@ -161,13 +178,13 @@ void lower_conv(const Node& node, const Activation& in, bool f32_output, const K
       const int64_t first = panel * nr / per_group * depth;
       const int64_t last = ((std::min(out, (panel + 1) * nr) - 1) / per_group + 1) * depth;
       conv->panel_channel.push_back(static_cast<int32_t>(first));
-      if (!merged) widest = std::max(widest, last - first);
+      if (!merged && !grouped) widest = std::max(widest, last - first);
     }
     conv->k = static_cast<int32_t>(round_up(widest, 4));
     for (int32_t& first : conv->panel_channel) {  // stay inside the pixel: over-reads must not exceed kOverread
       first = static_cast<int32_t>(std::max<int64_t>(0, std::min<int64_t>(first, in.c - conv->k)));
     }
-    conv->kernel = quickest_kernel(node, in, kernels, *conv);
+    if (!grouped) conv->kernel = quickest_kernel(node, in, kernels, *conv);
     const int64_t element = conv->kernel->format == WeightFormat::s8x4 ? 1 : 2;
     conv->panel_bytes = static_cast<size_t>(round_up(conv->tap_offset.size() * conv->k * nr * element, 64));
     channels = static_cast<size_t>(conv->panels * nr);

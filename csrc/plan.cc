@@ -6,13 +6,43 @@
 namespace qdeploy {
 namespace {
 
+// ---- Passes -------------------------------------------------------------------------------------------------------
+
+// Weights are read once a pass, activations leave L2 when there are many. With 2 the last stage of a ResNet runs
+// together (2 % faster there in batches of 8), and so do the classifiers of VGG-16 (the network 5 % faster in batches
+// of 2).
+constexpr int64_t kWeightsOverActivations = 2;
+
+bool activations_outweigh(const Program& program, const Step& step) {
+  if (!step.conv.kernel && !step.conv.is_depthwise) return false;
+  const int64_t weights = step.conv.panels * static_cast<int64_t>(step.conv.panel_bytes);
+  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
+  return weights < kWeightsOverActivations * (in.image_pitch + out.image_pitch);
+}
+
+std::vector<Pass> passes_of(const Program& program, int64_t batch) {
+  const size_t steps = program.steps.size();
+  if (batch == 1) return {{0, steps, true}};
+  std::vector<Pass> passes;
+  for (size_t begin = 0, end = 0; begin < steps; begin = end) {  // of each member
+    size_t together = begin;
+    for (end = begin; end < steps && program.steps[end].member == program.steps[begin].member; ++end) {
+      if (activations_outweigh(program, program.steps[end])) together = end + 1;
+    }
+    if (together > begin) passes.push_back({begin, together, false});
+    if (together < end) passes.push_back({together, end, true});
+  }
+  return passes;
+}
+
 // ---- Arena: activations whose lives do not overlap share memory --------------------------------------------------
 
 struct Life {
-  int first, last;  // steps; the inputs of the model live from -1, its outputs to the end
+  int first, last;      // steps; the inputs of the model live from -1, its outputs to the end
+  bool for_all = true;  // every image of the batch has its own memory
 };
 
-std::vector<Life> lives(const Program& program, bool keep_all) {
+std::vector<Life> lives(const Program& program, const std::vector<Pass>& passes, bool keep_all) {
   const int steps = static_cast<int>(program.steps.size());
   std::vector<Life> life(program.activations.size(), {steps, -1});
   for (const int input : program.member_input) life[input].first = -1;
@@ -22,8 +52,15 @@ std::vector<Life> lives(const Program& program, bool keep_all) {
     for (const int input : step.inputs) life[input].last = std::max(life[input].last, s);
   }
   for (const int output : program.member_output) life[output].last = steps;
-  if (keep_all) {
-    for (Life& l : life) l = {-1, steps};
+  for (Life& l : life) {
+    if (keep_all) l = {-1, steps};
+    for (const Pass& pass : passes) {
+      const int begin = static_cast<int>(pass.begin), end = static_cast<int>(pass.end);
+      if (pass.together || l.last < begin || l.first >= end) continue;
+      l.for_all = l.first < begin || l.last >= end;
+      if (!l.for_all) continue;                                                // lives and dies with each image
+      l.first = std::min(l.first, begin), l.last = std::max(l.last, end - 1);  // outlives the later images
+    }
   }
   return life;
 }
@@ -36,7 +73,8 @@ int overwritten_input(const Program& program, const Step& step, int index, const
   const int candidate = step.inputs[fused ? 1 : 0];
   const bool read_again = life[candidate].last > index || (fused && candidate == step.inputs[0]);
   const bool same = program.activations[candidate].same_layout(program.activations[step.output]);
-  return same && !read_again ? candidate : -1;
+  const bool same_images = life[candidate].for_all == life[step.output].for_all;
+  return same && same_images && !read_again ? candidate : -1;
 }
 
 // Owner of each activation's memory: itself, or the activation whose memory it takes over.
@@ -50,7 +88,7 @@ std::vector<int> merge_in_place(const Program& program, std::vector<Life>* life)
   }
   for (size_t i = 0; i < owner.size(); ++i) {
     Life &mine = (*life)[i], &whole = (*life)[owner[i]];
-    whole = {std::min(whole.first, mine.first), std::max(whole.last, mine.last)};
+    whole.first = std::min(whole.first, mine.first), whole.last = std::max(whole.last, mine.last);
   }
   return owner;
 }
@@ -162,26 +200,26 @@ std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t
 Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
   Plan plan;
   plan.batch = batch;
-  std::vector<Life> life = lives(program, keep_all);
+  plan.passes = passes_of(program, batch);
+  std::vector<Life> life = lives(program, plan.passes, keep_all);
   std::vector<int> owner(program.activations.size());
   std::iota(owner.begin(), owner.end(), 0);
   if (!keep_all) owner = merge_in_place(program, &life);
   std::vector<size_t> bytes;
-  for (const Activation& activation : program.activations) bytes.push_back(bytes_of(activation, batch));
+  for (size_t i = 0; i < life.size(); ++i) {
+    plan.for_all.push_back(life[i].for_all);
+    bytes.push_back(bytes_of(program.activations[i], life[i].for_all ? batch : 1));
+  }
   plan.offset.resize(bytes.size());
   plan.arena_bytes = place(bytes, life, owner, &plan.offset);
-  for (const Step& step : program.steps) {
-    plan.tiles.push_back(step.conv.kernel ? tiles_of(program, step, batch) : std::vector<ConvTile>());
+  for (const Pass& pass : plan.passes) {
+    for (size_t s = pass.begin; s < pass.end; ++s) {
+      const Step& step = program.steps[s];
+      plan.tiles.push_back(step.conv.kernel ? tiles_of(program, step, pass.together ? batch : 1)
+                                            : std::vector<ConvTile>());
+    }
   }
   return plan;
-}
-
-size_t arena_bytes_per_image(const Program& program) {
-  std::vector<Life> life = lives(program, false);
-  const std::vector<int> owner = merge_in_place(program, &life);
-  std::vector<size_t> bytes, offset(program.activations.size());
-  for (const Activation& activation : program.activations) bytes.push_back(bytes_of(activation, 1));
-  return place(bytes, life, owner, &offset);
 }
 
 }  // namespace qdeploy

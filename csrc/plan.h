@@ -7,17 +7,25 @@
 
 namespace qdeploy {
 
+// Consecutive steps, done for one image after the other, or for all images at once.
+struct Pass {
+  size_t begin, end;
+  bool together;
+};
+
+// In a batch, large activations should stay in the caches, and large weights should be read once for all images. So the
+// steps up to the last convolution whose activations outweigh its weights run image by image, all in the memory of one
+// image, and the rest of a member runs for all images together.
 struct Plan {
   int64_t batch;
   size_t arena_bytes;
+  std::vector<Pass> passes;
+  std::vector<bool> for_all;                 // of each activation: memory for every image of the batch, or for one
   std::vector<size_t> offset;                // of each activation in the arena, bytes
-  std::vector<std::vector<ConvTile>> tiles;  // of each step; empty where no conv kernel runs
+  std::vector<std::vector<ConvTile>> tiles;  // of each step, for the images of its pass; empty without a conv kernel
 };
 
 // keep_all: every activation has memory of its own, so that each can be read after the run (taps).
 Plan make_plan(const Program& program, int64_t batch, bool keep_all);
-
-// Bytes of arena that one image takes.
-size_t arena_bytes_per_image(const Program& program);
 
 }  // namespace qdeploy

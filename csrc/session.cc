@@ -35,21 +35,15 @@ int checked_threads(int threads) {
   return threads;
 }
 
-// Images that run together. 8 MB keeps the activations in the last-level cache; not tuned yet. ResNet-50 (2.4 MB an
-// image) takes 17.5 to 18.1 ms an image in any batch of 1 to 16 on one thread.
-int64_t chunk_for(const Program& program, const std::string& path) {
-  constexpr size_t kArena = size_t{8} << 20;
+// Images that run together: 8 MB of activations more than one image needs stay in the last-level cache.
+int64_t chunk_for(const Program& program) {
   constexpr int64_t kMost = 64;
-  const size_t image = arena_bytes_per_image(program);
-  if (image > physical_memory()) {
-    throw ModelError("expected activations that fit this machine's memory, got " + std::to_string(image) +
-                     " bytes an image - at " + path);
-  }
+  const size_t most = make_plan(program, 1, false).arena_bytes + (size_t{8} << 20);
   int64_t largest = 1;
   for (const Activation& a : program.activations) largest = std::max(largest, a.image_pitch);
-  const int64_t by_cache = static_cast<int64_t>(kArena / image);
-  const int64_t by_offset = (int64_t{1} << 31) / largest;  // ConvTile holds 32-bit offsets
-  return std::max<int64_t>(1, std::min({kMost, by_cache, by_offset}));
+  int64_t chunk = std::min(kMost, (int64_t{1} << 31) / largest);  // ConvTile holds 32-bit offsets
+  while (chunk > 1 && make_plan(program, chunk, false).arena_bytes > most) chunk /= 2;
+  return std::max<int64_t>(1, chunk);
 }
 
 double seconds_now() {
@@ -59,11 +53,19 @@ double seconds_now() {
 }  // namespace
 
 Session::Session(const ModelFile& file, int threads, const std::string& isa)
-    : kernels_(kernels_for(isa)),
-      threads_(checked_threads(threads)),
-      program_(load_program(file, kernels_, threads_)),
-      images_per_chunk_(chunk_for(program_, file.path())) {
-  registry();
+    : kernels_(kernels_for(isa)), threads_(checked_threads(threads)), program_(load_program(file, kernels_, threads_)) {
+  const size_t image = plan(1, false)->arena_bytes;
+  if (image > physical_memory()) {
+    throw ModelError("expected activations that fit this machine's memory, got " + std::to_string(image) +
+                     " bytes an image - at " + file.path());
+  }
+}
+
+int64_t Session::images_per_chunk(int64_t images) {
+  if (images <= 1) return 1;
+  const std::lock_guard<std::mutex> lock(registry());
+  if (images_per_chunk_ == 0) images_per_chunk_ = chunk_for(program_);
+  return std::min(images, images_per_chunk_);
 }
 
 std::shared_ptr<const Plan> Session::plan(int64_t batch, bool keep_all) {
@@ -99,7 +101,8 @@ void Session::give_arena(AlignedBuffer arena) {
 }
 
 void Session::run(const Images& images, const Results& results) {
-  const int64_t chunks = (images.count + images_per_chunk_ - 1) / images_per_chunk_;
+  const int64_t most = images_per_chunk(images.count);
+  const int64_t chunks = (images.count + most - 1) / most;
   const Activation& in = program_.activations[program_.member_input[0]];
   const Activation& out = program_.activations[program_.member_output[0]];
   const size_t image_bytes = static_cast<size_t>(in.c * in.h * in.w) * (images.is_u8 ? 1 : 4);
@@ -121,7 +124,7 @@ void Session::run(const Images& images, const Results& results) {
 void Session::run_chunk(const Images& images, int64_t first, const Results& results) {
   const std::shared_ptr<const Plan> plan = this->plan(images.count, !results.taps.empty());
   AlignedBuffer arena = take_arena(plan->arena_bytes);
-  const Chunk chunk = {program_, *plan, arena.data()};
+  const Chunk chunk = {program_, *plan, arena.data(), 0, images.count};
   std::atomic<bool> finite{true};
 
   // Each thread walks through all steps and meets the others after each.
@@ -141,14 +144,20 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
     meet();
     if (!finite) return;
     double last = results.step_seconds && thread == 0 ? seconds_now() : 0;
-    for (size_t s = 0; s < program_.steps.size(); ++s) {
-      run_step(chunk, s, share);
-      meet();
-      if (results.step_seconds && thread == 0) {
-        const double now = seconds_now();
-        results.step_seconds[s] += now - last;
-        last = now;
+    const auto run_steps = [&](const Pass& pass, const Chunk& part) {
+      for (size_t s = pass.begin; s < pass.end; ++s) {
+        run_step(part, s, share);
+        meet();
+        if (results.step_seconds && thread == 0) {
+          const double now = seconds_now();
+          results.step_seconds[s] += now - last;
+          last = now;
+        }
       }
+    };
+    for (const Pass& pass : plan->passes) {
+      const int64_t step = pass.together ? images.count : 1;
+      for (int64_t i = 0; i < images.count; i += step) run_steps(pass, {program_, *plan, arena.data(), i, step});
     }
   };
   ThreadPool::shared().run(threads_, body);

@@ -42,7 +42,8 @@ class Session {
 
   const Program& program() const { return program_; }
   int threads() const { return threads_; }
-  int64_t images_per_chunk() const { return images_per_chunk_; }
+  // How many of a batch run in one chunk.
+  int64_t images_per_chunk(int64_t images);
   std::shared_ptr<const Plan> plan(int64_t batch, bool keep_all);
 
  private:
@@ -54,7 +55,7 @@ class Session {
   const Kernels& kernels_;
   const int threads_;
   const Program program_;
-  int64_t images_per_chunk_;
+  int64_t images_per_chunk_ = 0;  // 0: not known yet
   std::map<std::pair<int64_t, bool>, std::shared_ptr<const Plan>> plans_;
   std::vector<AlignedBuffer> arenas_;
 };

@@ -57,6 +57,7 @@ struct ConvParams {
   uint8_t qmin, qmax;
   const void* prefetch;  // the panel that will be needed next; a hint, any address
   size_t prefetch_bytes;
+  const int32_t* lanes;  // grouped kernels: [k/4][nr], see below
 };
 
 using ConvFn = void (*)(const ConvParams* params, const ConvTile* tiles, size_t n_tiles);
@@ -76,6 +77,13 @@ struct ConvKernel {
   int32_t s16_steps = 0;
 };
 constexpr int32_t kMaxNr = 64;
+
+// Convolutions of few channels a group (ResNeXt has 4 to 32), where a dense panel would be mostly zeros. k is now the
+// channels of one group, 4..16; each lane picks its own four bytes of a window of kGroupedWindow bytes:
+//     acc[p][n] = comp[n] + sum over taps t, steps s < k/4, bytes i < 4 of
+//         a[tile.a[g] + p*a_stride + tap_offset[t] + 4*lanes[s*nr + n] + i] * w[t][4*s + i][n]
+// with lanes below kGroupedWindow/4, w packed as s8x4, and everything else as above.
+constexpr int32_t kGroupedWindow = 32;
 
 // ---- Depthwise convolution ----------------------------------------------------------------------------------------
 //
@@ -101,12 +109,15 @@ using DepthwiseFn = void (*)(const DepthwiseParams* params, size_t pixels);
 
 // ---- Pools, elementwise, input ------------------------------------------------------------------------------------
 //
-// A pool sees the part of one window that lies inside the image: rows x cols pixels of n channels; one output pixel.
+// A pool sees the part of each window that lies inside the image: rows x cols pixels of n channels. It writes `pixels`
+// neighbouring output pixels, whose windows lie a_stride apart.
 struct PoolParams {
   const uint8_t* a;
   size_t rows, cols;
   ptrdiff_t row_stride, col_stride;  // dilation included
   size_t n;
+  size_t pixels;
+  ptrdiff_t a_stride, c_stride;
 };
 using MaxPoolFn = void (*)(const PoolParams* params, uint8_t* c);
 
@@ -147,6 +158,7 @@ using QuantizeFn = bool (*)(const QuantizeParams* params);
 struct Kernels {
   const char* isa;
   ConvKernel conv[9];  // [b]: for weights whose codes all lie in [-2^(b-1), 2^(b-1)-1], b = 2..8; [0] and [1] unused
+  ConvKernel grouped;  // u8 output only; qu8 is null where an ISA has no such kernel
   DepthwiseFn depthwise;
   MaxPoolFn max_pool;
   AvgPoolQu8Fn avg_pool_qu8;

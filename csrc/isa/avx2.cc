@@ -201,16 +201,19 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
-  for (size_t n = 0; n < p.n; n += 32) {
-    __m256i c_u8x32 = _mm256_setzero_si256();
-    const uint8_t* row = p.a + n;
-    for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
-      const uint8_t* a = row;
-      for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) {
-        c_u8x32 = _mm256_max_epu8(c_u8x32, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  const uint8_t* window = p.a;
+  for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
+    for (size_t n = 0; n < p.n; n += 32) {
+      __m256i c_u8x32 = _mm256_setzero_si256();
+      const uint8_t* row = window + n;
+      for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
+        const uint8_t* a = row;
+        for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) {
+          c_u8x32 = _mm256_max_epu8(c_u8x32, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+        }
       }
+      store_u8(c_u8x32, p.n - n, c + n);
     }
-    store_u8(c_u8x32, p.n - n, c + n);
   }
 }
 
@@ -219,23 +222,26 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
   const PoolParams& p = params->window;
   const __m256 scale_f32x8 = _mm256_set1_ps(params->scale), bias_f32x8 = _mm256_set1_ps(params->bias);
   const __m256i comp_i32x8 = _mm256_set1_epi32(-params->zero_point * static_cast<int32_t>(p.rows * p.cols));
-  for (size_t n = 0; n < p.n; n += 32) {
-    __m256i acc_i32x8[4] = {comp_i32x8, comp_i32x8, comp_i32x8, comp_i32x8};
-    const uint8_t* row = p.a + n;
-    for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
-      const uint8_t* a = row;
-      for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) {
-        QD_UNROLL for (int v = 0; v < 4; ++v) {
-          const __m128i a_u8x8 = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a + 8 * v));
-          acc_i32x8[v] = _mm256_add_epi32(acc_i32x8[v], _mm256_cvtepu8_epi32(a_u8x8));
+  const uint8_t* window = p.a;
+  for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
+    for (size_t n = 0; n < p.n; n += 32) {
+      __m256i acc_i32x8[4] = {comp_i32x8, comp_i32x8, comp_i32x8, comp_i32x8};
+      const uint8_t* row = window + n;
+      for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
+        const uint8_t* a = row;
+        for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) {
+          QD_UNROLL for (int v = 0; v < 4; ++v) {
+            const __m128i a_u8x8 = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(a + 8 * v));
+            acc_i32x8[v] = _mm256_add_epi32(acc_i32x8[v], _mm256_cvtepu8_epi32(a_u8x8));
+          }
         }
       }
+      __m256 r_f32x8[4];
+      QD_UNROLL for (int v = 0; v < 4; ++v) {
+        r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[v]), scale_f32x8, bias_f32x8);
+      }
+      store(r_f32x8, params->qmin, params->qmax, p.n - n, c + n);
     }
-    __m256 r_f32x8[4];
-    QD_UNROLL for (int v = 0; v < 4; ++v) {
-      r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[v]), scale_f32x8, bias_f32x8);
-    }
-    store(r_f32x8, params->qmin, params->qmax, p.n - n, c + n);
   }
 }
 

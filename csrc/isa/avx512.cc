@@ -204,15 +204,18 @@ struct DepthwiseMadd {
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
-  for (size_t n = 0; n < p.n; n += 64) {
-    __m512i largest_u8x64 = _mm512_setzero_si512();
-    const uint8_t* row = p.a + n;
-    for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
-      const uint8_t* a = row;
-      for (size_t x = 0; x < p.cols; ++x, a += p.col_stride)
-        largest_u8x64 = _mm512_max_epu8(largest_u8x64, _mm512_loadu_si512(a));
+  const uint8_t* window = p.a;
+  for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
+    for (size_t n = 0; n < p.n; n += 64) {
+      __m512i largest_u8x64 = _mm512_setzero_si512();
+      const uint8_t* row = window + n;
+      for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
+        const uint8_t* a = row;
+        for (size_t x = 0; x < p.cols; ++x, a += p.col_stride)
+          largest_u8x64 = _mm512_max_epu8(largest_u8x64, _mm512_loadu_si512(a));
+      }
+      _mm512_mask_storeu_epi8(c + n, first_lanes(p.n - n), largest_u8x64);
     }
-    _mm512_mask_storeu_epi8(c + n, first_lanes(p.n - n), largest_u8x64);
   }
 }
 
@@ -226,8 +229,8 @@ QDEPLOY_INLINE void widen_block(__m512i x_u8x64, __m512i (&block_i32x16)[4]) {
   block_i32x16[3] = _mm512_unpackhi_epi16(high_u16x32, zero);
 }
 
-// Sums of 64 channels over the window, in u16 for as long as 255 * pixels fits.
-QDEPLOY_INLINE void window_sums(const PoolParams& p, size_t n, __m512i (&sum_i32x16)[4]) {
+// Sums of 64 channels over the window at `row`, in u16 for as long as 255 * pixels fits.
+QDEPLOY_INLINE void window_sums(const PoolParams& p, const uint8_t* row, __m512i (&sum_i32x16)[4]) {
   constexpr size_t kFits = 257;  // 257 * 255 = 65535
   const __m512i zero = _mm512_setzero_si512();
   __m512i low_u16x32 = zero, high_u16x32 = zero;
@@ -240,7 +243,6 @@ QDEPLOY_INLINE void window_sums(const PoolParams& p, size_t n, __m512i (&sum_i32
     low_u16x32 = high_u16x32 = zero;
   };
   size_t pixels = 0;
-  const uint8_t* row = p.a + n;
   for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
     const uint8_t* a = row;
     for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) {
@@ -266,14 +268,17 @@ template <class Out>
 void avg_pool(const AvgPoolParams* params, Out* c) {
   const PoolParams& p = params->window;
   const __m512i offset_i32x16 = _mm512_set1_epi32(-params->zero_point * static_cast<int32_t>(p.rows * p.cols));
-  for (size_t n = 0; n < p.n; n += 64) {
-    __m512i sum_i32x16[4];
-    window_sums(p, n, sum_i32x16);
-    __m512 r_f32x16[4];
-    for (int j = 0; j < 4; ++j)
-      r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum_i32x16[j], offset_i32x16)),
-                                    _mm512_set1_ps(params->scale), _mm512_set1_ps(params->bias));
-    store_block(r_f32x16, p.n - n, params->qmin, params->qmax, c + n);
+  const uint8_t* window = p.a;
+  for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
+    for (size_t n = 0; n < p.n; n += 64) {
+      __m512i sum_i32x16[4];
+      window_sums(p, window + n, sum_i32x16);
+      __m512 r_f32x16[4];
+      for (int j = 0; j < 4; ++j)
+        r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum_i32x16[j], offset_i32x16)),
+                                      _mm512_set1_ps(params->scale), _mm512_set1_ps(params->bias));
+      store_block(r_f32x16, p.n - n, params->qmin, params->qmax, c + n);
+    }
   }
 }
 

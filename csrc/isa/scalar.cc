@@ -88,33 +88,36 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
 
 // ---- Pools --------------------------------------------------------------------------------------------------------
 
-const uint8_t* window_pixel(const PoolParams& p, size_t row, size_t col) {
-  return p.a + static_cast<ptrdiff_t>(row) * p.row_stride + static_cast<ptrdiff_t>(col) * p.col_stride;
-}
-
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
-  for (size_t n = 0; n < p.n; ++n) {
-    uint8_t largest = 0;
-    for (size_t row = 0; row < p.rows; ++row) {
-      for (size_t col = 0; col < p.cols; ++col) {
-        const uint8_t q = window_pixel(p, row, col)[n];
-        if (q > largest) largest = q;
+  const uint8_t* a = p.a;
+  for (size_t i = 0; i < p.pixels; ++i, a += p.a_stride, c += p.c_stride) {
+    for (size_t n = 0; n < p.n; ++n) {
+      uint8_t largest = 0;
+      for (size_t y = 0; y < p.rows; ++y) {
+        for (size_t x = 0; x < p.cols; ++x) {
+          const uint8_t q = a[static_cast<ptrdiff_t>(y) * p.row_stride + static_cast<ptrdiff_t>(x) * p.col_stride + n];
+          if (q > largest) largest = q;
+        }
       }
+      c[n] = largest;
     }
-    c[n] = largest;
   }
 }
 
 template <typename Out>
 void avg_pool(const AvgPoolParams* params, Out* c) {
   const PoolParams& p = params->window;
-  for (size_t n = 0; n < p.n; ++n) {
-    int32_t acc = -params->zero_point * static_cast<int32_t>(p.rows * p.cols);
-    for (size_t row = 0; row < p.rows; ++row) {
-      for (size_t col = 0; col < p.cols; ++col) acc += window_pixel(p, row, col)[n];
+  const uint8_t* a = p.a;
+  for (size_t i = 0; i < p.pixels; ++i, a += p.a_stride, c += p.c_stride) {
+    for (size_t n = 0; n < p.n; ++n) {
+      int32_t acc = -params->zero_point * static_cast<int32_t>(p.rows * p.cols);
+      for (size_t y = 0; y < p.rows; ++y) {
+        for (size_t x = 0; x < p.cols; ++x)
+          acc += a[static_cast<ptrdiff_t>(y) * p.row_stride + static_cast<ptrdiff_t>(x) * p.col_stride + n];
+      }
+      store(fmaf(static_cast<float>(acc), params->scale, params->bias), params->qmin, params->qmax, c + n);
     }
-    store(fmaf(static_cast<float>(acc), params->scale, params->bias), params->qmin, params->qmax, c + n);
   }
 }
 
@@ -155,6 +158,7 @@ void init_scalar(Kernels* kernels) {
   const ConvKernel kernel = {
       "qu8_qc8w_conv_14x16c4__scalar", conv<uint8_t>, conv<float>, kMr, kGroups, kNr, WeightFormat::s8x4};
   for (int bits = 2; bits <= 8; ++bits) kernels->conv[bits] = kernel;
+  kernels->grouped = {};
   kernels->depthwise = depthwise;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;

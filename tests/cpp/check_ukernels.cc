@@ -183,6 +183,7 @@ void random_clamp(uint8_t* qmin, uint8_t* qmax, Random& random) {
 
 struct ConvCase {
   int bits, r, groups, taps, k, n;
+  int outputs = 0;  // of each group of k channels; 0: a dense kernel
   int a_stride, c_stride;
   bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_steps allows
   bool residual, in_place, f32, at_end;
@@ -193,13 +194,13 @@ struct ConvCase {
 
 void describe(const char* kernel, const ConvCase& x) {
   describe(
-      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d in_place=%d "
-      "f32=%d "
+      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d "
+      "in_place=%d f32=%d "
       "at_end=%d "
       "a=%s w=%s "
       "qmin=%d qmax=%d seed=%llu",
-      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.a_stride, x.c_stride, x.wide_codes, x.residual, x.in_place,
-      x.f32, x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax,
+      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.wide_codes, x.residual,
+      x.in_place, x.f32, x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax,
       static_cast<unsigned long long>(x.seed));
 }
 
@@ -236,6 +237,16 @@ void limit_sums(int8_t* codes, int k, int s16_steps) {
       codes[i] = static_cast<int8_t>(codes[i] < 0 ? -magnitude : magnitude);
     }
   }
+}
+
+// A grouped convolution with the output channels of a group as wide as the group or wider.
+ConvCase random_grouped_case(const ConvKernel& kernel, int r, int groups, Random& random) {
+  static const int kShapes[][2] = {{4, 4}, {4, 8}, {4, 32}, {8, 8}, {8, 16}, {12, 16}, {12, 32}, {16, 16}, {16, 32}};
+  ConvCase x = random_conv_case(kernel, 8, r, groups, random);
+  const int* shape = kShapes[random.next() % 9];
+  x.k = shape[0], x.outputs = shape[1];
+  x.f32 = false;
+  return x;
 }
 
 // Codes are [n][taps*k]; channels beyond n are zero.
@@ -288,10 +299,33 @@ void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<Con
   }
 }
 
+std::vector<int32_t> lanes_of(const ConvCase& x, int nr) {
+  std::vector<int32_t> lanes;
+  for (int s = 0; s < x.k / 4; ++s)
+    for (int n = 0; n < nr; ++n) lanes.push_back(n / x.outputs * (x.k / 4) + s);
+  return lanes;
+}
+
+// Clears all dense codes that lie outside their channel's group and returns those inside, [n][taps*k].
+std::vector<int8_t> grouped_codes(const ConvCase& x, std::vector<int8_t>* dense) {
+  std::vector<int8_t> codes;
+  for (int n = 0; n < x.n; ++n)
+    for (int t = 0; t < x.taps; ++t)
+      for (int i = 0; i < kGroupedWindow; ++i) {
+        int8_t& code = (*dense)[(n * x.taps + t) * kGroupedWindow + i];
+        if (i / x.k == n / x.outputs)
+          codes.push_back(code);
+        else
+          code = 0;
+      }
+  return codes;
+}
+
 bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCase& x) {
   describe(kernel.name, x);
   Memory& m = memory();
   Random random(x.seed);
+  const int window = x.outputs ? kGroupedWindow : x.k;  // bytes of a tap that the dense twin of this case reads
   // Three tiles of the asked shape, then a few of any: kernels may treat runs of equal tiles alike.
   std::vector<ConvTile> tiles;
   const int n_tiles = random.range(1, 5);
@@ -323,20 +357,22 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
       for (int pixel : {0, tile.r - 1})
         for (int t = 0; t < x.taps; ++t) {
           const int64_t at = int64_t{tile.a[g]} + pixel * x.a_stride + tap_offset[t];
-          lowest = std::min(lowest, at), highest = std::max(highest, at + x.k);
+          lowest = std::min(lowest, at), highest = std::max(highest, at + window);
         }
   uint8_t* a = m.a.place<uint8_t>(highest - lowest, x.at_end, random);
   fill_u8(a, highest - lowest, x.a_fill, random);
   p.a = a - lowest;
 
-  const int depth = x.taps * x.k, zero_point = random.range(0, 255);
+  const int depth = x.taps * window, zero_point = random.range(0, 255);
   std::vector<int8_t> codes(static_cast<size_t>(x.n) * depth);
   const int largest = 1 << ((x.wide_codes ? 8 : x.bits) - 1);
   for (int8_t& code : codes) code = static_cast<int8_t>(fill_value(x.w_fill, -largest, largest - 1, random));
   for (int t = 0; t < x.n * x.taps && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_steps);
+  const std::vector<int32_t> lanes = x.outputs ? lanes_of(x, kernel.nr) : std::vector<int32_t>();
   uint8_t* w = m.w.place<uint8_t>(panel_bytes(kernel, x.taps, x.k), x.at_end, random, 64);
-  pack(kernel, codes.data(), x.taps, x.k, x.n, w);
+  pack(kernel, x.outputs ? grouped_codes(x, &codes).data() : codes.data(), x.taps, x.k, x.n, w);
   p.w = w;
+  p.lanes = lanes.data();
   int32_t* comp = m.comp.place<int32_t>(kernel.nr, x.at_end, random);
   float* scale = m.scale.place<float>(kernel.nr, x.at_end, random);
   float* bias = m.bias.place<float>(kernel.nr, x.at_end, random);
@@ -369,6 +405,7 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
 
   (x.f32 ? kernel.f32 : kernel.qu8)(&p, tiles.data(), tiles.size());
   p.c = c_expected;
+  p.k = window;
   if (x.in_place) p.residual = c_expected;
   conv_expected(scalar, p, tiles, codes.data(), x.f32);
   return m.c.equals(m.c_expected) || failed(kernel.name);
@@ -383,6 +420,11 @@ bool check_conv_all(const Kernels& scalar, const Kernels& kernels) {
         for (int i = 0; i < 40; ++i)
           if (!check_conv(scalar.conv[bits], kernel, random_conv_case(kernel, bits, r, groups, random))) return false;
   }
+  const ConvKernel& grouped = kernels.grouped;
+  for (int r = 1; grouped.qu8 && r <= grouped.mr; ++r)
+    for (int i = 0; i < 200; ++i)
+      if (!check_conv(scalar.conv[8], grouped, random_grouped_case(grouped, r, random.range(1, 2), random)))
+        return false;
   return true;
 }
 
@@ -452,7 +494,12 @@ bool check_pools(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   window.n = random.range(1, 200);
   window.col_stride = window.n * random.range(1, 2) + random.range(0, 5);
   window.row_stride = window.col_stride * window.cols + random.range(0, 50);
-  const size_t a_count = (window.rows - 1) * window.row_stride + (window.cols - 1) * window.col_stride + window.n;
+  window.pixels = random.range(1, 3);
+  window.a_stride = random.range(0, 300);
+  window.c_stride = window.n + random.range(0, 1) * random.range(0, 70);
+  const size_t a_count = (window.pixels - 1) * window.a_stride + (window.rows - 1) * window.row_stride +
+                         (window.cols - 1) * window.col_stride + window.n;
+  const size_t c_count = (window.pixels - 1) * window.c_stride + window.n;
   uint8_t* a = m.a.place<uint8_t>(a_count, at_end, random);
   fill_u8(a, a_count, random.pick(kFills), random);
   window.a = a;
@@ -462,13 +509,15 @@ bool check_pools(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   random_clamp(&p.qmin, &p.qmax, random);
 
   describe(
-      "%s pool rows=%zu cols=%zu n=%zu row_stride=%td col_stride=%td zero_point=%d scale=%a bias=%a qmin=%d qmax=%d "
+      "%s pool rows=%zu cols=%zu n=%zu pixels=%zu row_stride=%td col_stride=%td a_stride=%td c_stride=%td "
+      "zero_point=%d scale=%a bias=%a qmin=%d qmax=%d "
       "at_end=%d seed=%llu",
-      kernels.isa, window.rows, window.cols, window.n, window.row_stride, window.col_stride, p.zero_point, p.scale,
-      p.bias, p.qmin, p.qmax, at_end, static_cast<unsigned long long>(seed));
+      kernels.isa, window.rows, window.cols, window.n, window.pixels, window.row_stride, window.col_stride,
+      window.a_stride, window.c_stride, p.zero_point, p.scale, p.bias, p.qmin, p.qmax, at_end,
+      static_cast<unsigned long long>(seed));
   const auto same = [&](const char* name, size_t size, auto run) {
-    uint8_t* c = m.c.place<uint8_t>(window.n * size, at_end, random, size);
-    uint8_t* c_expected = m.c_expected.place<uint8_t>(window.n * size, at_end, random, size);
+    uint8_t* c = m.c.place<uint8_t>(c_count * size, at_end, random, size);
+    uint8_t* c_expected = m.c_expected.place<uint8_t>(c_count * size, at_end, random, size);
     m.c_expected.copy_from(m.c);
     run(kernels, c);
     run(scalar, c_expected);
@@ -675,8 +724,8 @@ void bench_others(const Kernels& kernels) {
   uint8_t* out = c.data();
   const DepthwiseParams depthwise = {9,           kN,           in,          kN,  offsets, w.data(), kN,
                                      comp.data(), scale.data(), bias.data(), out, kN,      0,        255};
-  const PoolParams window = {in, 3, 3, 30 * kN, kN, kN};
-  const AvgPoolParams average = {{in, 7, 7, 7 * 2048, 2048, 2048}, 0, 0.02f, 0, 0, 255};
+  const PoolParams window = {in, 3, 3, 30 * kN, kN, kN, kPixels, kN, kN};
+  const AvgPoolParams average = {{in, 7, 7, 7 * 2048, 2048, 2048, 1, 0, 0}, 0, 0.02f, 0, 0, 255};
   const AddParams add = {0.5f, 0.5f, 0, 0, 255};
   const QuantizeParams quantize = {image.data(), 224 * 224, 224 * 224, 3, 50, 128, out, 3};
   constexpr size_t kBytes = 1 << 16;
@@ -688,8 +737,8 @@ void bench_others(const Kernels& kernels) {
       kernels.isa, rate(9.0 * kN * kPixels * 20, quickest([&] {
                           for (int i = 0; i < 20; ++i) kernels.depthwise(&depthwise, kPixels);
                         })),
-      rate(9.0 * kN * 100, quickest([&] {
-             for (int i = 0; i < 100; ++i) kernels.max_pool(&window, out);
+      rate(9.0 * kN * kPixels * 20, quickest([&] {
+             for (int i = 0; i < 20; ++i) kernels.max_pool(&window, out);
            })),
       rate(49.0 * 2048 * 5, quickest([&] {
              for (int i = 0; i < 5; ++i) kernels.avg_pool_qu8(&average, out);
