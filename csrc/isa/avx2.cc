@@ -32,8 +32,11 @@ namespace {
 QD_INLINE void multiply_u8s8(__m256i& product, const __m256i& b, const int8_t* w) {
   asm volatile("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(b), "m"(*reinterpret_cast<const __m256i*>(w)));
 }
-QD_INLINE void multiply_s16(__m256i& product, const __m256i& b, const int8_t* w) {
-  asm volatile("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(b), "m"(*reinterpret_cast<const __m256i*>(w)));
+QD_INLINE void load(__m256i& vector, const int8_t* w) {
+  asm volatile("vmovdqa %1, %0" : "=x"(vector) : "m"(*reinterpret_cast<const __m256i*>(w)));
+}
+QD_INLINE void multiply_s16(__m256i& product, const __m256i& a, const __m256i& w) {
+  asm volatile("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(a), "x"(w));
 }
 QD_INLINE void widen(__m256i& sum, const __m256i& ones) { asm volatile("vpmaddwd %1, %0, %0" : "+x"(sum) : "x"(ones)); }
 QD_INLINE void add_i16(__m256i& sum, const __m256i& b) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(b)); }
@@ -119,12 +122,14 @@ struct WideWeights {
   static QD_INLINE void multiply(const uint16_t* (&a)[kRows], const int8_t*& w,
                                  Accumulators<kRows, kVectors>& acc_i32x8) {
     QD_UNROLL for (int i = 0; i < kBytes; i += 2) {
-      QD_UNROLL for (int r = 0; r < kRows; ++r) {
-        __m256i a_u16x16;
-        broadcast(a_u16x16, a[r] + i);
-        QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+      __m256i a_u16x16[kRows];
+      QD_UNROLL for (int r = 0; r < kRows; ++r) broadcast(a_u16x16[r], a[r] + i);
+      QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+        __m256i w_i16x16;
+        load(w_i16x16, w + (i / 2 * kPanelVectors + v) * kVectorBytes);
+        QD_UNROLL for (int r = 0; r < kRows; ++r) {
           __m256i product_i32x8;
-          multiply_s16(product_i32x8, a_u16x16, w + (i / 2 * kPanelVectors + v) * kVectorBytes);
+          multiply_s16(product_i32x8, a_u16x16[r], w_i16x16);
           add_i32(acc_i32x8[r][v], product_i32x8);
         }
       }
