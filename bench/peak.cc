@@ -37,7 +37,8 @@ double best_gmacs(double seconds, int macs_per_step, void (*loop)(long)) {
   extern "C" double name(double seconds) { return best_gmacs(seconds, macs, name##_loop); }
 
 #define FMA(v, n) "vfmadd231ps %%" v "15, %%" v "15, %%" v #n "\n\t"
-#define DOT(n) "vpdpbusd %%zmm15, %%zmm15, %%zmm" #n "\n\t"
+#define DOT_YMM(n) "%{vex%} vpdpbusd %%ymm15, %%ymm15, %%ymm" #n "\n\t"
+#define DOT_ZMM(n) "vpdpbusd %%zmm15, %%zmm15, %%zmm" #n "\n\t"
 // Weights of 7 bits without VNNI: u8 * s8 pairs to s16, pairs of those to s32, and the sum.
 #define MADD(v, n)                        \
   "vpmaddubsw %%" v "15, %%" v "15, %%" v \
@@ -53,5 +54,6 @@ double best_gmacs(double seconds, int macs_per_step, void (*loop)(long)) {
 PEAK(float32_avx2, 8, FMA_YMM)
 PEAK(float32_avx512, 16, FMA_ZMM)
 PEAK(int8_avx2, 32, MADD_YMM)
+PEAK(int8_avxvnni, 32, DOT_YMM)
 PEAK(int8_avx512, 64, MADD_ZMM)
-PEAK(int8_avx512vnni, 64, DOT)
+PEAK(int8_avx512vnni, 64, DOT_ZMM)

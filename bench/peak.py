@@ -10,7 +10,12 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-FLOAT32_LOOP = {"avx2": "float32_avx2", "avx512": "float32_avx512", "avx512vnni": "float32_avx512"}
+FLOAT32_LOOP = {
+    "avx2": "float32_avx2",
+    "avxvnni": "float32_avx2",
+    "avx512": "float32_avx512",
+    "avx512vnni": "float32_avx512",
+}
 
 
 @cache

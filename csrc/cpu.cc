@@ -16,7 +16,8 @@
 namespace qdeploy {
 namespace {
 
-// The ladder: each table starts as a copy of the one below it. GCC's cpu_supports includes the operating system's part
+// The ladder: each table starts as a copy of one below it, avx512's of avx2's, as few CPUs have both AVX_VNNI and
+// AVX-512. GCC's cpu_supports includes the operating system's part
 // (xgetbv), so that AVX-512 without saved registers does not count.
 std::map<std::string, Kernels> build_tables() {
   std::map<std::string, Kernels> tables;
@@ -28,6 +29,11 @@ std::map<std::string, Kernels> build_tables() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return tables;
   init_avx2(&kernels);
   tables["avx2"] = kernels;
+  if (__builtin_cpu_supports("avxvnni")) {
+    Kernels vnni = kernels;
+    init_avxvnni(&vnni);
+    tables["avxvnni"] = vnni;
+  }
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return tables;
@@ -75,7 +81,7 @@ double cgroup_quota() {
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni"}) {
+  for (const char* name : {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni"}) {
     if (tables().count(name)) names.push_back(name);
   }
   return names;

@@ -53,9 +53,12 @@ void set_channel(const Node& node, const Activation& in, int64_t channel, int32_
 
 // One channel of OIHW codes in the order in which a kernel walks through its activations: taps * k bytes, zeros where
 // no channel of this group is read. A tap is a whole row of the kernel (byte = kx*C + c) or a single pixel (byte = c).
-void order_channel(const Node& node, const Activation& in, const int8_t* codes, int64_t first_byte,
-                   const PackedConv& conv, int8_t* ordered) {
+void order_channel(const Node& node, const Activation& in, const int8_t* codes, int64_t channel, const PackedConv& conv,
+                   int8_t* ordered) {
   const int64_t kh = node.window.kernel[0], kw = node.window.kernel[1], depth = in.c / node.groups;
+  const int64_t group = channel / (output_channels(node) / node.groups);
+  const bool whole_groups = !conv.lanes.empty();
+  const int64_t first_byte = whole_groups ? 0 : group * depth - conv.panel_channel[channel / conv.kernel->nr];
   const bool merged = static_cast<int64_t>(conv.tap_offset.size()) == kh;
   memset(ordered, 0, conv.tap_offset.size() * conv.k);
   for (int64_t ky = 0; ky < kh; ++ky) {
@@ -65,6 +68,40 @@ void order_channel(const Node& node, const Activation& in, const int8_t* codes, 
       for (int64_t c = 0; c < depth; ++c) to[c] = from[c * kh * kw];
     }
   }
+}
+
+// Whether a kernel is exact for these codes of one channel, by ConvKernel::s16_steps.
+bool fits_s16(const int8_t* ordered, const PackedConv& conv, const ConvKernel& kernel) {
+  if (kernel.s16_steps == 0 || kernel.nr != conv.kernel->nr) return false;
+  for (size_t tap = 0; tap < conv.tap_offset.size(); ++tap, ordered += conv.k) {
+    for (int32_t begin = 0; begin < conv.k; begin += 4 * kernel.s16_steps) {
+      const int32_t end = std::min(conv.k, begin + 4 * kernel.s16_steps);
+      for (int32_t half = begin; half < begin + 4; half += 2) {
+        int sum = 0, positive = 0;
+        for (int32_t i = half; i < end; i += 4) {
+          sum += ordered[i] + ordered[i + 1];
+          positive += std::max<int>(ordered[i], 0) + std::max<int>(ordered[i + 1], 0);
+        }
+        if (std::max(positive, positive - sum) > 128) return false;
+      }
+    }
+  }
+  return true;
+}
+
+// The kernels of fewer bits are faster, and most of the codes that training gives are far smaller than the largest one:
+// where the sums of every channel fit, a layer runs with a kernel of fewer bits than it has, just as exactly.
+const ConvKernel* quickest_kernel(const Node& node, const Activation& in, const Kernels& kernels,
+                                  const PackedConv& conv) {
+  const int64_t out = output_channels(node), count = codes_per_channel(node, in);
+  const ConvKernel* kernel = &kernels.conv[2];
+  std::vector<int8_t> codes(count), ordered(conv.tap_offset.size() * conv.k);
+  for (int64_t channel = 0; channel < out && kernel < conv.kernel; ++channel) {
+    unpack_codes(node.codes, node.bits, out * count, channel * count, count, codes.data());
+    order_channel(node, in, codes.data(), channel, conv, ordered.data());
+    while (kernel < conv.kernel && !fits_s16(ordered.data(), conv, *kernel)) ++kernel;
+  }
+  return kernel;
 }
 
 // Spreads a channel over its lane of the panel.
@@ -147,6 +184,7 @@ void lower_conv(const Node& node, const Activation& in, bool f32_output, const K
     for (int32_t& first : conv->panel_channel) {  // stay inside the pixel: over-reads must not exceed kOverread
       first = static_cast<int32_t>(std::max<int64_t>(0, std::min<int64_t>(first, in.c - conv->k)));
     }
+    if (!grouped) conv->kernel = quickest_kernel(node, in, kernels, *conv);
     const int64_t element = conv->kernel->format == WeightFormat::s8x4 ? 1 : 2;
     conv->panel_bytes = static_cast<size_t>(round_up(conv->tap_offset.size() * conv->k * nr * element, 64));
     channels = static_cast<size_t>(conv->panels * nr);
@@ -182,9 +220,7 @@ void pack_panel(const Node& node, const Activation& in, bool f32_output, int64_t
       }
       continue;
     }
-    const int64_t group = channel / (out / node.groups);
-    const int64_t first_byte = conv->lanes.empty() ? group * (in.c / node.groups) - conv->panel_channel[panel] : 0;
-    order_channel(node, in, codes.data(), first_byte, *conv, ordered.data());
+    order_channel(node, in, codes.data(), channel, *conv, ordered.data());
     scatter_channel(ordered.data(), static_cast<int64_t>(ordered.size()), channel - panel * nr, *conv->kernel, to);
   }
 }

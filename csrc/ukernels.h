@@ -70,6 +70,11 @@ struct ConvKernel {
   int32_t groups;    // most groups in a tile, 1 or 2
   int32_t nr;        // channels in a panel, at most kMaxNr
   WeightFormat format;
+  // 0: the kernel is exact for the codes that ConvKernel conv[b] below names. Otherwise it adds the products of this
+  // many consecutive steps of 4 bytes (counted from the first byte of a tap, apart for bytes 0, 1 and bytes 2, 3) in 16
+  // bits, and is exact for any codes whose positive ones and whose negative ones each sum up to at most 128 there,
+  // because 255 * 128 < 2^15.
+  int32_t s16_steps = 0;
 };
 constexpr int32_t kMaxNr = 64;
 
@@ -164,9 +169,11 @@ struct Kernels {
   QuantizeFn quantize;
 };
 
-// Each fills `kernels` completely or, above scalar, overwrites entries of the table below it.
+// Each fills `kernels` completely or, above scalar, overwrites entries of the table below it: avxvnni and avx512 both
+// stand on avx2.
 void init_scalar(Kernels* kernels);
 void init_avx2(Kernels* kernels);        // AVX2 + FMA
+void init_avxvnni(Kernels* kernels);     // the above + AVX_VNNI, the VEX form
 void init_avx512(Kernels* kernels);      // AVX-512 F, BW, DQ, VL
 void init_avx512vnni(Kernels* kernels);  // the above + AVX512_VNNI
 

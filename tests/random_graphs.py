@@ -149,6 +149,8 @@ class Builder:
             return self.rng.choice(np.array([low, high], np.int8), shape)
         if kind == "lowest":
             return np.full(shape, low, np.int8)
+        if kind == "sparse":  # as trained codes: a few large ones among small ones
+            return np.where(self.rng.random(shape) < 0.1, self._codes(shape, bits, "extreme"), 0).astype(np.int8)
         return self.rng.integers(low, high + 1, shape).astype(np.int8)
 
     def _factor(self, typical: float | np.ndarray, count: int, exact: bool) -> np.ndarray:
@@ -258,7 +260,7 @@ def _clamp(draw: st.DrawFn) -> tuple[int, int]:
 def _common(draw: st.DrawFn, dtype: str) -> dict:
     return {
         "bits": draw(st.integers(2, 8)),
-        "codes": draw(st.sampled_from(["uniform", "uniform", "extreme", "lowest"])),
+        "codes": draw(st.sampled_from(["uniform", "uniform", "extreme", "lowest", "sparse", "sparse"])),
         "exact": draw(st.booleans()),
         "clamp": _clamp(draw),
         "dtype": dtype,

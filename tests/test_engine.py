@@ -104,6 +104,23 @@ def test_layers_of_real_networks(path, layer, bits):
     assert_equals_reference(graph, batch(graph, 2, rng), path, batches=(2,), threads=(1, 2))
 
 
+@pytest.mark.parametrize("step", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_kernels_that_add_in_16_bits_get_the_codes_that_fit(path, step, sign):
+    """Codes of 100 and of 28 or 29, `step` dwords of k later: products with 255 add up to 32640 or 32895 in s16."""
+    for second, bits in ((28, 4), (29, {0: 8, 1: 7, 2: 6, 4: 5, 8: 4}[step])):
+        builder = Builder(np.random.default_rng(0), (100,), (1.0, 0))
+        builder.linear(0, 40, dtype="f32")
+        weight = builder.nodes[0].constants["weight"]
+        weight[:] = 0
+        weight[37, [32, 33 + 4 * step]] = sign * 100, sign * second
+        graph = Graph([builder.member()])
+        assert_equals_reference(graph, np.full((1, 100), 255, np.float32), path, batches=(1,), threads=(1,))
+        for isa in {"avx2", "avx512"}.intersection(ISAS):
+            (plan,) = qdeploy.load_int_model(path, isa=isa).plan(1)
+            assert plan["kernel"].endswith(f"_w{bits}__{isa}" if bits < 8 else f"c2__{isa}")
+
+
 @pytest.mark.parametrize("zero_point", [0, 255])
 def test_largest_accumulators(path, zero_point):
     """K = 65793 is the most for 8 bits: every product is -+255*128 and the sum 128 short of 2^31."""

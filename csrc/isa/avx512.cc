@@ -4,89 +4,136 @@
 // by s8 and adds neighbours in s16, where 2*255*2^(b-1) has to fit: 2*255*64 = 32640 <= 32767 holds to 7 bits. Each bit
 // less doubles the number of such results that can be added in s16 before vpmaddwd widens them to int32:
 //
-//     bits   sums in s16   instructions on ports 0 and 5 for 64 products
-//      7         1         vpmaddubsw, vpmaddwd by ones, vpaddd                          3
-//      6         2         2 vpmaddubsw, vpaddw, vpmaddwd, vpaddd for 128                2.5
-//      5         4         4 + 3 + 1 + 1 for 256                                         2.25
-//     <= 4       8         8 + 7 + 1 + 1 for 512                                         2.13
-//      8         -         s16 weights: 2 vpmaddwd, 2 vpaddd                             4    (VNNI: 1)
+//     bits   sums in s16   instructions for 64 products: multiplications / all              GMAC/s, K = 1024 (limit)
+//      7         1         vpmaddubsw, vpmaddwd by ones, vpaddd               2    / 3       269 (274)
+//      6         2         2 vpmaddubsw, vpaddw, vpmaddwd, vpaddd for 128     1.5  / 2.5     346 (365)
+//      5         4         4 + 3 + 1 + 1 for 256                              1.25 / 2.25    397 (438)
+//     <= 4       8         8 + 7 + 1 + 1 for 512                              1.13 / 2.13    400 (487)
+//      8         -         s16 weights: 2 vpmaddwd, 2 vpaddd                  2    / 4       226 (274)  (VNNI: 0.5)
+//
+// The rates are of one core of Zen 5 at 4.28 GHz, the limits two multiplications a cycle there. Intel has two ports for
+// all these instructions (0 and 5), so the last column but one counts.
 //
 // Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]: one vector is 16 channels x 4.
 //               s16x2: w[taps][k/2][32][2].
-// Tile 14 x 32 as in avx512vnni.cc. Weights are memory operands (the load ports have room: 3 loads for 6 instructions),
-// which leaves 28 accumulators, one broadcast and three temporaries. Every instruction is volatile asm: given
-// intrinsics GCC 12 issues all the products first and spills them.
+// Weights stay in registers for as many pixels as there are registers: as memory operands, the two loads a cycle would
+// be the limit (Zen 5: 205 instead of 269 at 7 bits, 172 instead of 226 at 8). With one sum these are all 14 pixels
+// of the tile of avx512vnni.cc: 28 accumulators, two vectors of weights, a broadcast and a product are 32 registers.
+// More sums are made for two pixels at a time: 4 sums, two weights, a broadcast and a product leave 24 accumulators, 12
+// pixels; 8 pixels, four at a time, gain 6 % at 4 bits, nothing at 6 and 5, and read the panel from L2 more often.
+// Every instruction is volatile asm: given intrinsics GCC 12 issues all the products first and spills them.
 #include "avx512_depthwise.h"
 
 namespace qdeploy {
 namespace {
+
+alignas(64) constexpr int16_t kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                           1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 QDEPLOY_INLINE __m512i broadcast(const void* a) {
   __m512i a_u8x64;
   asm volatile("vpbroadcastd %1, %0" : "=v"(a_u8x64) : "m"(*static_cast<const uint8_t (*)[4]>(a)));
   return a_u8x64;
 }
-QDEPLOY_INLINE __m512i maddubs(__m512i a_u8x64, const char* w) {
+QDEPLOY_INLINE __m512i load(const char* w) {
+  __m512i w_i8x64;
+  asm volatile("vmovdqa64 %1, %0" : "=v"(w_i8x64) : "m"(*reinterpret_cast<const __m512i*>(w)));
+  return w_i8x64;
+}
+QDEPLOY_INLINE __m512i maddubs(__m512i a_u8x64, __m512i w_i8x64) {
   __m512i sum_i16x32;
-  asm volatile("vpmaddubsw %2, %1, %0" : "=v"(sum_i16x32) : "v"(a_u8x64), "m"(*reinterpret_cast<const __m512i*>(w)));
+  asm volatile("vpmaddubsw %2, %1, %0" : "=v"(sum_i16x32) : "v"(a_u8x64), "v"(w_i8x64));
   return sum_i16x32;
 }
-QDEPLOY_INLINE __m512i madd(__m512i x_i16x32, const void* y_i16x32) {
+QDEPLOY_INLINE __m512i madd(__m512i a_u16x32, __m512i w_i16x32) {
   __m512i sum_i32x16;
-  asm volatile("vpmaddwd %2, %1, %0" : "=v"(sum_i32x16) : "v"(x_i16x32), "m"(*static_cast<const __m512i*>(y_i16x32)));
+  asm volatile("vpmaddwd %2, %1, %0" : "=v"(sum_i32x16) : "v"(a_u16x32), "v"(w_i16x32));
+  return sum_i32x16;
+}
+// Pairs added to int32; the ones come from memory, because the accumulators leave no register.
+QDEPLOY_INLINE __m512i widen(__m512i x_i16x32) {
+  __m512i sum_i32x16;
+  asm volatile("vpmaddwd %2, %1, %0" : "=v"(sum_i32x16) : "v"(x_i16x32), "m"(kOnes));
   return sum_i32x16;
 }
 QDEPLOY_INLINE void add_i16(__m512i& sum, __m512i x) { asm volatile("vpaddw %1, %0, %0" : "+v"(sum) : "v"(x)); }
 QDEPLOY_INLINE void add_i32(__m512i& sum, __m512i x) { asm volatile("vpaddd %1, %0, %0" : "+v"(sum) : "v"(x)); }
 
-alignas(64) constexpr int16_t kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                                           1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
 // Codes of at most 7, 6, 5 or 4 bits for kSums = 1, 2, 4 or 8.
 template <int kSums>
 struct Maddubs {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
-  static constexpr int kStep = 4 * kSums < 16 ? 16 : 4 * kSums;
+  static constexpr int kStep = 16;
+  static constexpr int kBlock = kSums == 8 ? 32 : 16;  // bytes of k in a round of the inner loop
+  static constexpr int kMr = kSums == 1 ? 7 : 6;
+  static constexpr int kS16Steps = kSums;
   static constexpr int sets(int) { return 1; }  // the chain through an accumulator is one vpaddd
 
-  // kDepth dwords of k at byte i.
-  template <int kDepth, int R, int G>
+  // One dword of k at byte i.
+  template <int R, int G>
   static QDEPLOY_INLINE void step(__m512i (&acc)[1][G * R][2], const Pixels (&a)[G], const char* w, int i) {
-#pragma GCC unroll 2
-    for (int g = 0; g < G; ++g)
-#pragma GCC unroll 7
-      for (int p = 0; p < R; ++p) {
-        const uint8_t* pixel = a[g][p] + i;
-        __m512i a_u8x64 = broadcast(pixel);
-        __m512i sum0_i16x32 = maddubs(a_u8x64, w), sum1_i16x32 = maddubs(a_u8x64, w + 64);
+    const __m512i w0_i8x64 = load(w), w1_i8x64 = load(w + 64);
+#pragma GCC unroll 14
+    for (int q = 0; q < R * G; ++q) {
+      const __m512i a_u8x64 = broadcast(a[q / R][q % R] + i);
+      add_i32(acc[0][q][0], widen(maddubs(a_u8x64, w0_i8x64)));
+      add_i32(acc[0][q][1], widen(maddubs(a_u8x64, w1_i8x64)));
+    }
+  }
+
+  // kDepth dwords of k from byte i on, summed in s16.
+  template <int kDepth, int R, int G>
+  static QDEPLOY_INLINE void steps(__m512i (&acc)[1][G * R][2], const Pixels (&a)[G], const char* w, int i) {
+    if (kDepth == 1) return step<R, G>(acc, a, w, i);
+#pragma GCC unroll 6
+    for (int first = 0; first < R * G; first += 2) {
+      const int pixels = first + 1 < R * G ? 2 : 1;
+      __m512i sum_i16x32[2][2];
 #pragma GCC unroll 8
-        for (int d = 1; d < kDepth; ++d) {
-          a_u8x64 = broadcast(pixel + 4 * d);
-          add_i16(sum0_i16x32, maddubs(a_u8x64, w + 128 * d));
-          add_i16(sum1_i16x32, maddubs(a_u8x64, w + 128 * d + 64));
+      for (int d = 0; d < kDepth; ++d) {
+        const __m512i w0_i8x64 = load(w + 128 * d), w1_i8x64 = load(w + 128 * d + 64);
+#pragma GCC unroll 2
+        for (int p = 0; p < pixels; ++p) {
+          const int q = first + p;
+          const __m512i a_u8x64 = broadcast(a[q / R][q % R] + i + 4 * d);
+          const __m512i product0_i16x32 = maddubs(a_u8x64, w0_i8x64);
+          if (d == 0) {
+            sum_i16x32[p][0] = product0_i16x32;
+            sum_i16x32[p][1] = maddubs(a_u8x64, w1_i8x64);
+          } else {
+            add_i16(sum_i16x32[p][0], product0_i16x32);
+            add_i16(sum_i16x32[p][1], maddubs(a_u8x64, w1_i8x64));
+          }
         }
-        add_i32(acc[0][g * R + p][0], madd(sum0_i16x32, kOnes));
-        add_i32(acc[0][g * R + p][1], madd(sum1_i16x32, kOnes));
       }
+#pragma GCC unroll 2
+      for (int p = 0; p < pixels; ++p) {
+        add_i32(acc[0][first + p][0], widen(sum_i16x32[p][0]));
+        add_i32(acc[0][first + p][1], widen(sum_i16x32[p][1]));
+      }
+    }
+  }
+
+  // kBytes of k, as many at a time as fit s16.
+  template <int kBytes, int R, int G>
+  static QDEPLOY_INLINE void multiply(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char*& w) {
+    constexpr int kDepth = kBytes / 4 < kSums ? kBytes / 4 : kSums;
+#pragma GCC unroll 4
+    for (int i = 0; i < kBytes; i += 4 * kDepth) steps<kDepth, R, G>(acc, a, w + 32 * i, i);
+    w += 32 * kBytes;
+#pragma GCC unroll 2
+    for (int g = 0; g < G; ++g) a[g].p += kBytes;
   }
 
   template <int R, int G>
   static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
                                         Prefetch& prefetch) {
-    for (; k >= kStep; k -= kStep) {
-      prefetch.step();
-#pragma GCC unroll 4
-      for (int i = 0; i < kStep; i += 4 * kSums) step<kSums, R, G>(acc, a, w + 32 * i, i);
-      w += 32 * kStep;
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) a[g].p += kStep;
+    for (; k >= kBlock; k -= kBlock) {
+      for (int i = 0; i < kBlock; i += kStep) prefetch.step();
+      multiply<kBlock, R, G>(acc, a, w);
     }
-    for (; k > 0; k -= 4) {
-      step<1, R, G>(acc, a, w, 0);
-      w += 128;
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) a[g].p += 4;
-    }
+    for (; k >= 8; k -= 8) multiply<8, R, G>(acc, a, w);
+    for (; k > 0; k -= 4) multiply<4, R, G>(acc, a, w);
     return w;
   }
 };
@@ -97,6 +144,8 @@ struct Madd {
   static constexpr WeightFormat kFormat = WeightFormat::s16x2;
   static constexpr int kStep = 4;
   static constexpr int kBlock = 64;
+  static constexpr int kMr = 7;
+  static constexpr int kS16Steps = 0;
   static constexpr int sets(int) { return 1; }
 
   template <int R, int G>
@@ -117,13 +166,15 @@ struct Madd {
       for (int32_t i = 0; i < width; i += kStep) {
         prefetch.step();
 #pragma GCC unroll 2
-        for (int pair = 0; pair < 2; ++pair)
+        for (int pair = 0; pair < 2; ++pair) {
+          const __m512i w0_i16x32 = load(w + 128 * pair), w1_i16x32 = load(w + 128 * pair + 64);
 #pragma GCC unroll 14
           for (int q = 0; q < G * R; ++q) {
             const __m512i a_u16x32 = broadcast(&a_u16[q][i + 2 * pair]);
-            add_i32(acc[0][q][0], madd(a_u16x32, w + 128 * pair));
-            add_i32(acc[0][q][1], madd(a_u16x32, w + 128 * pair + 64));
+            add_i32(acc[0][q][0], madd(a_u16x32, w0_i16x32));
+            add_i32(acc[0][q][1], madd(a_u16x32, w1_i16x32));
           }
+        }
         w += 256;
       }
     }
@@ -169,7 +220,7 @@ void max_pool(const PoolParams* params, uint8_t* c) {
 }
 
 // Widens u8 to int32 in block order.
-QDEPLOY_INLINE void widen(__m512i x_u8x64, __m512i (&block_i32x16)[4]) {
+QDEPLOY_INLINE void widen_block(__m512i x_u8x64, __m512i (&block_i32x16)[4]) {
   const __m512i zero = _mm512_setzero_si512();
   const __m512i low_u16x32 = _mm512_unpacklo_epi8(x_u8x64, zero), high_u16x32 = _mm512_unpackhi_epi8(x_u8x64, zero);
   block_i32x16[0] = _mm512_unpacklo_epi16(low_u16x32, zero);
@@ -239,8 +290,8 @@ void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, 
   const __m512 bias_f32x16 = _mm512_set1_ps(params->bias);
   for (size_t i = 0; i < n; i += 64) {
     __m512i a_i32x16[4], b_i32x16[4];
-    widen(_mm512_loadu_si512(a + i), a_i32x16);
-    widen(_mm512_loadu_si512(b + i), b_i32x16);
+    widen_block(_mm512_loadu_si512(a + i), a_i32x16);
+    widen_block(_mm512_loadu_si512(b + i), b_i32x16);
     __m512 r_f32x16[4];
     for (int j = 0; j < 4; ++j)
       r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a_i32x16[j]), scale_a_f32x16,
@@ -335,9 +386,9 @@ bool quantize(const QuantizeParams* params) {
 void init_avx512(Kernels* kernels) {
   kernels->isa = "avx512";
   for (int bits = 2; bits <= 4; ++bits)
-    kernels->conv[bits] = conv_kernel<Maddubs<8>>("qu8_qc8w_conv_14x32c4_w4__avx512");
-  kernels->conv[5] = conv_kernel<Maddubs<4>>("qu8_qc8w_conv_14x32c4_w5__avx512");
-  kernels->conv[6] = conv_kernel<Maddubs<2>>("qu8_qc8w_conv_14x32c4_w6__avx512");
+    kernels->conv[bits] = conv_kernel<Maddubs<8>>("qu8_qc8w_conv_12x32c4_w4__avx512");
+  kernels->conv[5] = conv_kernel<Maddubs<4>>("qu8_qc8w_conv_12x32c4_w5__avx512");
+  kernels->conv[6] = conv_kernel<Maddubs<2>>("qu8_qc8w_conv_12x32c4_w6__avx512");
   kernels->conv[7] = conv_kernel<Maddubs<1>>("qu8_qc8w_conv_14x32c4_w7__avx512");
   kernels->conv[8] = conv_kernel<Madd>("qu8_qc8w_conv_14x32c2__avx512");
   kernels->depthwise = depthwise<DepthwiseMadd>;

@@ -2,6 +2,8 @@
 // output rule. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
 //     kFormat               the packing of its weights
 //     kStep                 bytes of k between two calls of Prefetch::step
+//     kS16Steps             ConvKernel::s16_steps
+//     kMr                   most pixels in a group, at most 7
 //     sets(pixels)          how many sets of accumulators hide the latency of its sums
 //     tap<R, G>(acc, a, w, k, prefetch)   adds one tap to acc, advances a, returns w advanced
 #pragma once
@@ -206,9 +208,11 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
 template <class Dot>
 size_t run_next(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles, Prefetch& prefetch) {
   using Run = size_t (*)(const ConvParams&, bool, const ConvTile*, size_t, Prefetch&);
-  static constexpr Run kRuns[kGroups][kMr] = {
-      {run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, 4, 1>, run<Dot, 5, 1>, run<Dot, 6, 1>, run<Dot, 7, 1>},
-      {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, 4, 2>, run<Dot, 5, 2>, run<Dot, 6, 2>, run<Dot, 7, 2>}};
+  constexpr int kMost = Dot::kMr;  // an entry beyond it is never used
+  static constexpr Run kRuns[kGroups][kMr] = {{run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, 4, 1>,
+                                               run<Dot, 5, 1>, run<Dot, 6, 1>, run<Dot, kMost, 1>},
+                                              {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, 4, 2>,
+                                               run<Dot, 5, 2>, run<Dot, 6, 2>, run<Dot, kMost, 2>}};
   return kRuns[tiles->groups - 1][tiles->r - 1](params, f32, tiles, n_tiles, prefetch);
 }
 
@@ -220,7 +224,7 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
 
 template <class Dot>
 constexpr ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Dot, false>, conv<Dot, true>, kMr, kGroups, kNr, Dot::kFormat};
+  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, kGroups, kNr, Dot::kFormat, Dot::kS16Steps};
 }
 
 }  // namespace

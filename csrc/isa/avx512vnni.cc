@@ -48,6 +48,8 @@ QDEPLOY_INLINE __m512i broadcast(const Pixels& a) {
 struct Vnni {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kStep = 16;
+  static constexpr int kMr = 7;
+  static constexpr int kS16Steps = 0;
 
   static constexpr int sets(int pixels) { return pixels <= 2 ? 4 : pixels <= 4 ? 2 : 1; }
 

@@ -7,10 +7,11 @@
 // Built by `cmake --build <folder> --target check_ukernels`, or by hand,
 // F="-std=c++17 -O3 -ffp-contract=off -Icsrc":
 //   g++ $F -c csrc/isa/scalar.cc
-//   g++ $F -mavx2 -mfma -c csrc/isa/avx2.cc
+//   g++ $F -mavx2 -mfma -c csrc/isa/avx2.cc csrc/isa/avxvnni.cc
+//   g++ $F -mavx2 -mfma -DQDEPLOY_AVXVNNI_AS_EVEX -c csrc/isa/avxvnni.cc -o avxvnni_as_evex.o
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -c csrc/isa/avx512.cc
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -c csrc/isa/avx512vnni.cc
-//   g++ $F tests/cpp/check_ukernels.cc csrc/cpu.cc scalar.o avx2.o avx512.o avx512vnni.o -o check_ukernels
+//   g++ $F tests/cpp/check_ukernels.cc csrc/cpu.cc *.o -o check_ukernels
 #include "cpu.h"
 #include "ukernels.h"
 
@@ -28,6 +29,10 @@
 #include <limits>
 #include <string>
 #include <vector>
+
+namespace qdeploy {
+void init_avxvnni_as_evex(Kernels* kernels);  // what init_avxvnni gives, in the encoding of AVX-512
+}
 
 using namespace qdeploy;
 
@@ -180,6 +185,7 @@ struct ConvCase {
   int bits, r, groups, taps, k, n;
   int outputs = 0;  // of each group of k channels; 0: a dense kernel
   int a_stride, c_stride;
+  bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_steps allows
   bool residual, in_place, f32, at_end;
   Fill a_fill, w_fill;
   uint8_t qmin, qmax;
@@ -188,12 +194,14 @@ struct ConvCase {
 
 void describe(const char* kernel, const ConvCase& x) {
   describe(
-      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d residual=%d in_place=%d f32=%d "
+      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d "
+      "in_place=%d f32=%d "
       "at_end=%d "
       "a=%s w=%s "
       "qmin=%d qmax=%d seed=%llu",
-      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.residual, x.in_place, x.f32,
-      x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax, static_cast<unsigned long long>(x.seed));
+      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.wide_codes, x.residual,
+      x.in_place, x.f32, x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax,
+      static_cast<unsigned long long>(x.seed));
 }
 
 ConvCase random_conv_case(const ConvKernel& kernel, int bits, int r, int groups, Random& random) {
@@ -206,6 +214,7 @@ ConvCase random_conv_case(const ConvKernel& kernel, int bits, int r, int groups,
   const int strides[] = {x.k, x.k + 1, 3, 6, 2 * x.k + 5, 0, -x.k};
   x.a_stride = random.pick(strides);
   x.c_stride = x.n + (random.range(0, 1) ? 0 : random.range(1, 70));
+  x.wide_codes = kernel.s16_steps > 0 && random.range(0, 1);
   x.residual = random.range(0, 1);
   x.f32 = random.range(0, 2) == 0;
   x.in_place = x.residual && !x.f32 && random.range(0, 1);
@@ -214,6 +223,20 @@ ConvCase random_conv_case(const ConvKernel& kernel, int bits, int r, int groups,
   random_clamp(&x.qmin, &x.qmax, random);
   x.seed = (uint64_t{random.next()} << 32) | random.next();
   return x;
+}
+
+// Any codes that sum up to at most 128 on either side of zero wherever the kernel adds their products in 16 bits: the
+// first ones that are too large take all that is left, so that most sums are exactly 128.
+void limit_sums(int8_t* codes, int k, int s16_steps) {
+  for (int begin = 0; begin < k; begin += 4 * s16_steps) {
+    int left[2][2] = {{128, 128}, {128, 128}};  // [half of a step][positive or negative]
+    for (int i = begin; i < std::min(k, begin + 4 * s16_steps); ++i) {
+      int& limit = left[i / 2 % 2][codes[i] < 0];
+      const int magnitude = std::min(std::abs(codes[i]), limit);
+      limit -= magnitude;
+      codes[i] = static_cast<int8_t>(codes[i] < 0 ? -magnitude : magnitude);
+    }
+  }
 }
 
 // A grouped convolution with the output channels of a group as wide as the group or wider.
@@ -342,8 +365,9 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
 
   const int depth = x.taps * window, zero_point = random.range(0, 255);
   std::vector<int8_t> codes(static_cast<size_t>(x.n) * depth);
-  for (int8_t& code : codes)
-    code = static_cast<int8_t>(fill_value(x.w_fill, -(1 << (x.bits - 1)), (1 << (x.bits - 1)) - 1, random));
+  const int largest = 1 << ((x.wide_codes ? 8 : x.bits) - 1);
+  for (int8_t& code : codes) code = static_cast<int8_t>(fill_value(x.w_fill, -largest, largest - 1, random));
+  for (int t = 0; t < x.n * x.taps && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_steps);
   const std::vector<int32_t> lanes = x.outputs ? lanes_of(x, kernel.nr) : std::vector<int32_t>();
   uint8_t* w = m.w.place<uint8_t>(panel_bytes(kernel, x.taps, x.k), x.at_end, random, 64);
   pack(kernel, x.outputs ? grouped_codes(x, &codes).data() : codes.data(), x.taps, x.k, x.n, w);
@@ -682,7 +706,7 @@ void bench_conv_all(const Kernels& kernels) {
       printf(" %d: %.0f", k, bench_conv(kernel, k, kernel.mr, kernel.groups, 8, 4 * kernel.nr, false));
     printf(" | 256 with residual: %.0f | K=256, pixels",
            bench_conv(kernel, 256, kernel.mr, kernel.groups, 8, 4 * kernel.nr, true));
-    for (int r : {1, 2, 4, 7}) printf(" %d: %.0f", r, bench_conv(kernel, 256, r, 1, 8, 4 * kernel.nr, false));
+    for (int r : {1, 2, 4, kernel.mr}) printf(" %d: %.0f", r, bench_conv(kernel, 256, r, 1, 8, 4 * kernel.nr, false));
     const double gmacs = bench_conv(kernel, 2048, 1, 1, 1, 8192, false);
     printf(" | linear 2048x8192: %.1f GB/s\n", gmacs * (kernel.format == WeightFormat::s8x4 ? 1 : 2));
   }
@@ -724,14 +748,27 @@ void bench_others(const Kernels& kernels) {
       rate(3.0 * 224 * 224, quickest([&] { kernels.quantize(&quantize); })));
 }
 
+// The tables of this CPU from scalar upwards, and AVX-VNNI in its EVEX form where the CPU has that.
+std::vector<Kernels> tables() {
+  std::vector<Kernels> all;
+  for (const std::string& isa : available_isas()) all.push_back(kernels_for(isa));
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+    all.push_back(kernels_for("avx2"));
+    init_avxvnni_as_evex(&all.back());
+    all.back().isa = "avxvnni in EVEX form";
+  }
+#endif
+  return all;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   signal(SIGSEGV, report_crash);
   signal(SIGILL, report_crash);
   const bool bench = argc > 1 && strcmp(argv[1], "--bench") == 0;
-  for (const std::string& isa : available_isas()) {
-    const Kernels& kernels = kernels_for(isa);
+  for (const Kernels& kernels : tables()) {
     if (bench) {
       bench_conv_all(kernels);
       bench_others(kernels);
