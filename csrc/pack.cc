@@ -46,7 +46,8 @@ int32_t check_channel(const Node& node, int64_t channel, const int8_t* codes, in
 }
 
 void set_channel(const Node& node, const Activation& in, int64_t channel, int32_t sum, PackedConv* conv) {
-  reinterpret_cast<int32_t*>(conv->comp.data())[channel] = -static_cast<int32_t>(in.zero_point) * sum;
+  const int32_t a_offset = conv->kernel ? conv->kernel->a_offset : 0;
+  reinterpret_cast<int32_t*>(conv->comp.data())[channel] = (a_offset - in.zero_point) * sum;
   reinterpret_cast<float*>(conv->scale.data())[channel] = node.multiplier[channel];
   reinterpret_cast<float*>(conv->bias.data())[channel] = node.bias[channel];
 }
