@@ -2,14 +2,13 @@
 // A family `Dot` gives
 //     kMr, kGroups       the shape of its tiles
 //     Sums<P>            the accumulators of P pixels x 16 channels:
-//         Sums(comp)                         starts them
-//         add_tap(a, w, k, prefetch)         adds k bytes of one tap at a[0..P-1], returns w advanced
-//         total(q, j)                        pixel q, channels 4j..4j+3
+//         Sums(comp, w)                   starts them
+//         add_tap(a, w, k, prefetch)      adds k bytes of one tap at a[0..P-1], returns w advanced
+//         total(q, j)                     pixel q, channels 4j..4j+3
 //
-// Neither NEON nor its dot products multiply u8 by s8 (FEAT_I8MM's USDOT does). Activations are made signed instead,
-// a ^ 0x80 = a - 128, one EOR for 16 of them: ConvKernel::a_offset = 128, and comp holds 128 * sum(w) in exact int32.
-// The other way, unsigned weights w + 128 and UDOT, has to subtract 128 * sum(a) of each pixel, known only at run time:
-// a UDOT by ones for every EOR saved, and a register for each pixel.
+// Neither NEON nor its dot products multiply u8 by s8; only FEAT_I8MM's USDOT does. So activations are made signed,
+// a ^ 0x80 = a - 128: ConvKernel::a_offset = 128, and comp holds what that takes away, 128 * sum(w), in exact int32.
+// The other way, unsigned weights w + 128, would have to subtract 128 * sum(a) of every pixel, known only at run time.
 #pragma once
 #include <arm_neon.h>
 #include <stddef.h>
@@ -23,10 +22,6 @@ namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags
 
 constexpr int kNr = 16;
-
-QDEPLOY_INLINE int8x16_t load_centred(const uint8_t* a) {
-  return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(a), vdupq_n_u8(0x80)));
-}
 
 // A load that stays where it is written, and is not shared with an equal one.
 QDEPLOY_INLINE int8x16_t load_in_order(const int8_t* w) {

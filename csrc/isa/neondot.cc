@@ -1,7 +1,38 @@
+// Advanced SIMD with dot products (FEAT_DotProd): Cortex-A55, A75, A76, Neoverse N1, Apple M1 and later.
+//
+// Convolution: acc[p][n] = comp[n] + sum (a[p][i] - 128) * w[i][n]. One SDOT adds 4 channels x 4 bytes of k, exactly. A
+// register holds 16 bytes of a pixel, of which SDOT picks four: no broadcasts.
+//
+// Packed panel, s8x4:  w[taps][k/4][16 channels][4 bytes of k]; four vectors a k-step:
+//     | n=0 i..i+3 | n=1 i..i+3 | n=2 i..i+3 | n=3 i..i+3 |   n=4..7   |   n=8..11   |   n=12..15
+//
+//     instruction          Cortex-A720 (Neoverse V2), a cycle      in 16 bytes of k of 5 x 16 (1280 products)
+//     sdot by element      2 (4); latency 3, 1 into the sum        80
+//     eor                  2 (4)                                    5: with the dot products 42.5 (21.3) cycles
+//     ldr q                3                                       21 (16 weights, 5 activations)
+//     loop, prefetch                                                8
+//
+// So 30.1 (60.2) products a cycle of the 32 (64) that SDOT alone could do. Tile of 5 x 16: 20 accumulators, 5
+// activations, 4 weights and the sign: 30 of 32 registers; 6 x 16 would need 35. 3 x 32 halves the EORs (31 products a
+// cycle), but reads twice the weights and fills 32 channels where layers have 16 or 48. 1 to 3 pixels take 4 or 2 sets
+// of accumulators, for CPUs that wait for the whole latency of SDOT. The figures are those of Arm's optimization guides
+// and of the disassembly (GCC 12.2); none is measured, for want of such a CPU.
+//
+// Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one k-step before
+// its use, which in-order CPUs need. Activations are read up to 12 bytes too far.
 #include "neon_conv.h"
 
 namespace qdeploy {
 namespace {
+
+QDEPLOY_INLINE int8x16_t load_centred(const uint8_t* a) {
+  return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(a), vdupq_n_u8(0x80)));
+}
+
+// As volatile asm, here and below: given intrinsics GCC 12 moves the loads of many steps to the front and spills.
+QDEPLOY_INLINE void dot(int32x4_t& acc_i32x4, int8x16_t a_i8x16, int8x16_t w_i8x16) {
+  asm volatile("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc_i32x4) : "w"(a_i8x16), "w"(w_i8x16));
+}
 
 struct Sdot {
   static constexpr int kMr = 5, kGroups = 1;
@@ -25,7 +56,7 @@ struct Sdot {
       }
     }
 
-    // Bytes 4*kLane.. of each a.
+    // Bytes 4*kLane .. 4*kLane+3 of each a.
     template <int kLane>
     QDEPLOY_INLINE void step(const int8x16_t (&a_i8x16)[P], const int8_t* w) {
 #pragma GCC unroll 4
@@ -129,7 +160,7 @@ QDEPLOY_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const 
       for (int i = 0; i < 4; ++i) a_i8x16[i] = load_centred(a + q * p.a_stride + offset[i]);
       interleave(a_i8x16, block_i8x16);
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) acc_i32x4[q][j] = vdotq_s32(acc_i32x4[q][j], block_i8x16[j], w_i8x16[j]);
+      for (int j = 0; j < 4; ++j) dot(acc_i32x4[q][j], block_i8x16[j], w_i8x16[j]);
     }
   }
 #pragma GCC unroll 4
