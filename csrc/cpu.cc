@@ -13,6 +13,10 @@
 
 #include "errors.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace qdeploy {
 namespace {
 
@@ -42,6 +46,14 @@ std::map<std::string, Kernels> build_tables() {
   if (!__builtin_cpu_supports("avx512vnni")) return tables;
   init_avx512vnni(&kernels);
   tables["avx512vnni"] = kernels;
+#elif defined(__aarch64__)
+  const unsigned long features = getauxval(AT_HWCAP);
+  if (!(features & HWCAP_ASIMD)) return tables;
+  init_neon(&kernels);
+  tables["neon"] = kernels;
+  if (!(features & HWCAP_ASIMDDP)) return tables;
+  init_neondot(&kernels);
+  tables["neondot"] = kernels;
 #endif
   return tables;
 }
@@ -81,7 +93,7 @@ double cgroup_quota() {
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const char* name : {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni"}) {
+  for (const char* name : {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neondot"}) {
     if (tables().count(name)) names.push_back(name);
   }
   return names;

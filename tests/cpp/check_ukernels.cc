@@ -378,10 +378,12 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   float* bias = m.bias.place<float>(kernel.nr, x.at_end, random);
   const double largest_sum =
       depth * 255.0 * (1 << (x.bits - 1)) / (x.w_fill == Fill::small || x.a_fill == Fill::small ? 50 : 1);
+  std::vector<int32_t> comp_expected(kernel.nr);  // the scalar kernel's a_offset is 0
   for (int n = 0; n < kernel.nr; ++n) {
     int sum = 0;
     for (int i = 0; i < depth && n < x.n; ++i) sum += codes[n * depth + i];
-    comp[n] = -zero_point * sum;
+    comp[n] = (kernel.a_offset - zero_point) * sum;
+    comp_expected[n] = -zero_point * sum;
     scale[n] = n < x.n ? random_scale(largest_sum, random) : 0;
     bias[n] = n < x.n ? random_bias(random) : 0;
   }
@@ -404,7 +406,7 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   p.prefetch_bytes = random.range(0, 1) ? panel_bytes(kernel, x.taps, x.k) : 0;
 
   (x.f32 ? kernel.f32 : kernel.qu8)(&p, tiles.data(), tiles.size());
-  p.c = c_expected;
+  p.c = c_expected, p.comp = comp_expected.data();
   p.k = window;
   if (x.in_place) p.residual = c_expected;
   conv_expected(scalar, p, tiles, codes.data(), x.f32);
