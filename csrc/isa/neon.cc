@@ -186,14 +186,17 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
-  for (size_t n = 0; n < p.n; n += 16) {
-    uint8x16_t largest_u8x16 = vdupq_n_u8(0);
-    const uint8_t* row = p.a + n;
-    for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
-      const uint8_t* a = row;
-      for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) largest_u8x16 = vmaxq_u8(largest_u8x16, vld1q_u8(a));
+  const uint8_t* window = p.a;
+  for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
+    for (size_t n = 0; n < p.n; n += 16) {
+      uint8x16_t largest_u8x16 = vdupq_n_u8(0);
+      const uint8_t* row = window + n;
+      for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
+        const uint8_t* a = row;
+        for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) largest_u8x16 = vmaxq_u8(largest_u8x16, vld1q_u8(a));
+      }
+      store_u8(largest_u8x16, p.n - n, c + n);
     }
-    store_u8(largest_u8x16, p.n - n, c + n);
   }
 }
 
@@ -202,12 +205,11 @@ QDEPLOY_INLINE void add_u16x8(int32x4_t& low_i32x4, int32x4_t& high_i32x4, uint1
   high_i32x4 = vaddq_s32(high_i32x4, vreinterpretq_s32_u32(vmovl_high_u16(x_u16x8)));
 }
 
-// Adds 16 channels over the window to `sum`, in u16 for as long as 255 * pixels fits.
-QDEPLOY_INLINE void add_window(const PoolParams& p, size_t n, int32x4_t (&sum_i32x4)[4]) {
+// Adds 16 channels over the window at `row` to `sum`, in u16 for as long as 255 * pixels fits.
+QDEPLOY_INLINE void add_window(const PoolParams& p, const uint8_t* row, int32x4_t (&sum_i32x4)[4]) {
   constexpr size_t kFits = 257;  // 257 * 255 = 65535
   uint16x8_t low_u16x8 = vdupq_n_u16(0), high_u16x8 = vdupq_n_u16(0);
   size_t pixels = 0;
-  const uint8_t* row = p.a + n;
   for (size_t y = 0; y < p.rows; ++y, row += p.row_stride) {
     const uint8_t* a = row;
     for (size_t x = 0; x < p.cols; ++x, a += p.col_stride) {
@@ -231,10 +233,13 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
   const PoolParams& p = params->window;
   const int32x4_t comp_i32x4 = vdupq_n_s32(-params->zero_point * static_cast<int32_t>(p.rows * p.cols));
   const F32x16 scale = splat_f32x16(params->scale), bias = splat_f32x16(params->bias);
-  for (size_t n = 0; n < p.n; n += 16) {
-    int32x4_t acc_i32x4[4] = {comp_i32x4, comp_i32x4, comp_i32x4, comp_i32x4};
-    add_window(p, n, acc_i32x4);
-    store(fma_f32x16(convert_i32x16(acc_i32x4), scale, bias), params->qmin, params->qmax, p.n - n, c + n);
+  const uint8_t* window = p.a;
+  for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
+    for (size_t n = 0; n < p.n; n += 16) {
+      int32x4_t acc_i32x4[4] = {comp_i32x4, comp_i32x4, comp_i32x4, comp_i32x4};
+      add_window(p, window + n, acc_i32x4);
+      store(fma_f32x16(convert_i32x16(acc_i32x4), scale, bias), params->qmin, params->qmax, p.n - n, c + n);
+    }
   }
 }
 
