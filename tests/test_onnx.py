@@ -42,7 +42,7 @@ def test_residual_in_float32_rounds_to_our_codes():
 
 def assert_rounds_to_our_codes(graph: Graph, model) -> None:
     x = inputs_on_the_grid(graph.members[0].tensors[0], 2)
-    real = onnxruntime(model.SerializeToString(), 1)(x).astype(np.float64)
+    real = onnxruntime(model.SerializeToString(), x.shape, 1)(x).astype(np.float64)
     ours = reference.run(graph, x)
     output = graph.members[0].output
     if output.dtype == "f32":
@@ -61,6 +61,6 @@ def test_ensemble_agrees_with_its_twin(quantized):
     mean, std = (np.float32(graph.preprocess[key]) for key in ("mean", "std"))
     x = np.ascontiguousarray(((images / np.float32(255) - mean) / std).transpose(0, 3, 1, 2), np.float32)
     ours = qdeploy.load_int_model(MODEL)(images)
-    theirs = onnxruntime(to_onnx(graph, quantized).SerializeToString(), 1)(x)
+    theirs = onnxruntime(to_onnx(graph, quantized).SerializeToString(), x.shape, 1)(x)
     assert np.abs(ours - theirs).max() < 0.02
     assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.97
