@@ -134,12 +134,19 @@ def _weighted(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
         attributes = {name: list(node.attributes[key]) for name, key in keys.items()}
         result = writer.add("Conv", operands, group=node.attributes["groups"], **attributes)
     for name, tensor in residual:
-        # The engine adds in its accumulators. onnxruntime runs a convolution as int8 only if its output is rounded too:
-        # the range of (output - residual) with half the resolution.
-        result = writer.activation(result, Tensor("", output.shape, "u8", 2 * max(output.scale, tensor.scale), 128))
+        # The engine adds in its accumulators. onnxruntime runs a convolution as int8 only if its output is rounded too.
+        result = writer.activation(result, _without_residual(node.attributes["residual_multiplier"], tensor, output))
         factor = node.attributes["residual_multiplier"] * output.scale / tensor.scale
         result = writer.add("Add", [result, _scaled(writer, name, factor)])
     return writer.clamp(result, node, output)
+
+
+def _without_residual(multiplier: float, residual: Tensor, output: Tensor) -> Tensor:
+    """The grid of (output - residual) over its whole range, which is (1 + |multiplier|) times that of the output."""
+    size = abs(multiplier)
+    largest = 255 - residual.zero_point if multiplier > 0 else residual.zero_point
+    zero_point = (output.zero_point + size * largest) / (1 + size)
+    return Tensor("", output.shape, "u8", output.scale * (1 + size), round(zero_point))
 
 
 def _scaled(writer: _Writer, value: str, factor: float) -> str:
