@@ -7,6 +7,7 @@
 #include "cpu.h"
 #include "errors.h"
 #include "ops.h"
+#include "peak.h"
 #include "session.h"
 
 namespace py = pybind11;
@@ -106,6 +107,9 @@ PYBIND11_MODULE(_engine, m) {
   });
   m.def("isas", &available_isas, "Instruction sets that this machine can run, from scalar upwards.");
   m.def("default_threads", &default_threads, "min(affinity, cgroup quota, physical cores).");
+  m.def("peak_gmacs", &peak_gmacs, py::arg("isa"), py::arg("precision"), py::arg("seconds"),
+        py::call_guard<py::gil_scoped_release>(),
+        "1e9 multiply-accumulates a second of one core at best, in \"int8\" or \"float32\"; None where unknown.");
   py::class_<Session>(m, "Session")
       .def(py::init(&open_path), py::arg("path"), py::arg("threads"), py::arg("isa"))
       .def(py::init(&open_bytes), py::arg("name"), py::arg("content"), py::arg("threads"), py::arg("isa"))

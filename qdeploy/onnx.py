@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 17
+LARGEST = 2**31 - 2**20  # bytes of constants: a protobuf message ends at 2 GiB
 
 
 def to_onnx(graph: Graph, quantized: bool) -> onnx.ModelProto:
@@ -22,13 +23,17 @@ def to_onnx(graph: Graph, quantized: bool) -> onnx.ModelProto:
     into real weights, no rounding between the layers. `quantized=True` gives the same integers in QDQ form (u8
     activations, s8 weights per channel), which onnxruntime and OpenVINO run as int8, with roundings of their own.
     Raises InputError for a table that is not the identity (its float32 twin is not in the file) and for an average pool
-    that weights border windows in a way that ONNX has not.
+    that weights border windows in a way that ONNX has not, and for more than the 2 GiB that one ONNX message can hold.
     """
     import onnx
     from onnx import TensorProto, helper
 
     writer = _Writer(quantized)
     outputs = [writer.member(member) for member in graph.members]
+    if writer.nbytes > LARGEST:
+        raise InputError(
+            f"expected at most 2 GiB of constants in an ONNX graph, got {writer.nbytes} bytes - at the graph"
+        )
     if graph.combine == "probs":
         outputs = [writer.add("Softmax", [name], axis=-1) for name in outputs]
     y = outputs[0] if len(outputs) == 1 else writer.add("Mean", outputs)
@@ -50,6 +55,7 @@ class _Writer:
         self.quantized = quantized
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
+        self.nbytes = 0  # of the initializers
 
     def add(self, op: str, inputs: list[str], **attributes: object) -> str:
         from onnx import helper
@@ -63,6 +69,7 @@ class _Writer:
 
         name = f"c{len(self.initializers)}"
         self.initializers.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
+        self.nbytes += value.nbytes
         return name
 
     def member(self, member: Member) -> str:
@@ -127,12 +134,19 @@ def _weighted(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
         attributes = {name: list(node.attributes[key]) for name, key in keys.items()}
         result = writer.add("Conv", operands, group=node.attributes["groups"], **attributes)
     for name, tensor in residual:
-        # The engine adds in its accumulators. onnxruntime runs a convolution as int8 only if its output is rounded too:
-        # the range of (output - residual) with half the resolution.
-        result = writer.activation(result, Tensor("", output.shape, "u8", 2 * max(output.scale, tensor.scale), 128))
+        # The engine adds in its accumulators. onnxruntime runs a convolution as int8 only if its output is rounded too.
+        result = writer.activation(result, _without_residual(node.attributes["residual_multiplier"], tensor, output))
         factor = node.attributes["residual_multiplier"] * output.scale / tensor.scale
         result = writer.add("Add", [result, _scaled(writer, name, factor)])
     return writer.clamp(result, node, output)
+
+
+def _without_residual(multiplier: float, residual: Tensor, output: Tensor) -> Tensor:
+    """The grid of (output - residual) over its whole range, which is (1 + |multiplier|) times that of the output."""
+    size = abs(multiplier)
+    largest = 255 - residual.zero_point if multiplier > 0 else residual.zero_point
+    zero_point = (output.zero_point + size * largest) / (1 + size)
+    return Tensor("", output.shape, "u8", output.scale * (1 + size), round(zero_point))
 
 
 def _scaled(writer: _Writer, value: str, factor: float) -> str:
@@ -189,7 +203,9 @@ def _table(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
     if output.dtype == "u8":
         identity = np.clip(np.rint(real / output.scale + output.zero_point), 0, 255)
     if np.abs(node.constants["table"].astype(np.float64) - identity).max() > 1:
-        raise InputError(f"expected a network whose float32 twin is known, got a table - at node '{node.name}'")
+        raise InputError(
+            f"expected no function but the identity (a table has no float32 twin), got one - at node '{node.name}'"
+        )
     return value
 
 
