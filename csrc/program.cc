@@ -133,10 +133,11 @@ class Builder {
     std::mutex error_mutex;
     ThreadPool::shared().run(threads, [&](int, int) {
       try {
+        Packer packer(file_, program_.weights.data());
         for (size_t i = next++; i < panels.size(); i = next++) {
           Step& step = *panels[i].first;
-          pack_panel(*step.node, program_.activations[step.inputs[0]], program_.activations[step.output].is_f32,
-                     panels[i].second, where(step), program_.weights.data(), &step.conv);
+          packer.pack_panel(*step.node, program_.activations[step.inputs[0]], program_.activations[step.output].is_f32,
+                            panels[i].second, where(step), &step.conv);
         }
       } catch (...) {
         const std::lock_guard<std::mutex> lock(error_mutex);
