@@ -54,9 +54,12 @@ int32_t check_channel(const Node& node, int64_t channel, const int8_t* codes, in
 
 void set_channel(const Node& node, const Activation& in, int64_t channel, int32_t sum, PackedConv* conv) {
   const int32_t a_offset = conv->kernel ? conv->kernel->a_offset : 0;
-  reinterpret_cast<int32_t*>(conv->comp.data())[channel] = (a_offset - in.zero_point) * sum;
-  reinterpret_cast<float*>(conv->scale.data())[channel] = node.multiplier[channel];
-  reinterpret_cast<float*>(conv->bias.data())[channel] = node.bias[channel];
+  for (int64_t i = 0; i < conv->repeat; ++i) {
+    const int64_t at = i * output_channels(node) + channel;
+    reinterpret_cast<int32_t*>(conv->comp.data())[at] = (a_offset - in.zero_point) * sum;
+    reinterpret_cast<float*>(conv->scale.data())[at] = node.multiplier[channel];
+    reinterpret_cast<float*>(conv->bias.data())[at] = node.bias[channel];
+  }
 }
 
 // 8 rows of 8 bytes, `from_stride` apart, become 8 rows `to[0]`, `to[1]`... of what were columns: blocks of 4 x 4 bytes
@@ -184,6 +187,16 @@ void unpack_codes(const uint8_t* packed, int bits, int64_t first_bit, int64_t co
   }
 }
 
+// Neighbouring pixels are neighbouring bytes where the stride is 1: a few of them at once fill the vectors of kMaxNr
+// lanes, of which 32 channels alone would use half. Weights and constants then follow each other that many times.
+int64_t depthwise_repeat(const Node& node) {
+  const int64_t out = output_channels(node);
+  for (int64_t repeat = 1; repeat <= 8 && node.window.stride[1] == 1; repeat *= 2) {
+    if (out * repeat % kMaxNr == 0) return repeat;
+  }
+  return 1;
+}
+
 // A grouped kernel takes whole groups a panel, whose inputs lie in one window.
 bool fits_grouped(const Node& node, int64_t depth, int64_t outputs, const ConvKernel& kernel) {
   return kernel.qu8 && node.groups > 1 && depth % 4 == 0 && depth <= 16 && kernel.nr % outputs == 0 &&
@@ -200,6 +213,10 @@ std::vector<int32_t> grouped_lanes(int64_t depth, int64_t outputs, int64_t nr) {
 
 }  // namespace
 
+int64_t depthwise_stride(const Node& node, const PackedConv& conv) {
+  return round_up(output_channels(node) * conv.repeat, kMaxNr);
+}
+
 void lower_conv(const Node& node, const Activation& in, bool f32_output, const Kernels& kernels, PackedConv* conv) {
   const int64_t kh = node.window.kernel[0], kw = node.window.kernel[1];
   const int64_t out = output_channels(node), depth = in.c / node.groups;
@@ -214,7 +231,9 @@ void lower_conv(const Node& node, const Activation& in, bool f32_output, const K
       conv->tap_offset.push_back(static_cast<int32_t>(ky * row + kx * column));
     }
   }
-  if (!conv->is_depthwise) {
+  if (conv->is_depthwise) {
+    conv->repeat = depthwise_repeat(node);
+  } else {
     const bool grouped = fits_grouped(node, depth, out / node.groups, kernels.grouped) && !f32_output;
     conv->kernel = grouped ? &kernels.grouped : &kernels.conv[node.used_bits];
     const int64_t nr = conv->kernel->nr;
@@ -237,7 +256,7 @@ void lower_conv(const Node& node, const Activation& in, bool f32_output, const K
 
 void size_conv(const Node& node, const Activation& in, PackedConv* conv) {
   const int64_t out = output_channels(node), taps = static_cast<int64_t>(conv->tap_offset.size());
-  size_t channels = static_cast<size_t>(round_up(out, kMaxNr));
+  size_t channels = static_cast<size_t>(depthwise_stride(node, *conv));
   if (!conv->is_depthwise) {
     const ConvKernel& kernel = *conv->kernel;
     const int64_t element = kernel.format == WeightFormat::s8x4 ? 1 : 2;
@@ -256,7 +275,7 @@ void size_conv(const Node& node, const Activation& in, PackedConv* conv) {
 }
 
 size_t packed_bytes(const PackedConv& conv, const Node& node) {
-  const size_t stride = static_cast<size_t>(round_up(output_channels(node), kMaxNr));
+  const size_t stride = static_cast<size_t>(depthwise_stride(node, conv));
   const size_t bytes = conv.is_depthwise ? conv.tap_offset.size() * stride : conv.panels * conv.panel_bytes;
   return (bytes + 63) / 64 * 64;
 }
@@ -302,7 +321,9 @@ void Packer::pack_panel(const Node& node, const Activation& in, bool f32_output,
     unpack_codes(packed, node.bits, first * count * node.bits % 8 + lane * count * node.bits, count, codes_.data());
     set_channel(node, in, channel, check_channel(node, channel, codes_.data(), count, f32_output, where), conv);
     if (conv->is_depthwise) {
-      for (int64_t tap = 0; tap < count; ++tap) to[tap * round_up(out, kMaxNr) + channel] = codes_[tap];
+      for (int64_t i = 0; i < count * conv->repeat; ++i)
+        to[i / conv->repeat * depthwise_stride(node, *conv) + i % conv->repeat * out + channel] =
+            codes_[i / conv->repeat];
       continue;
     }
     order_channel(node, in, codes_.data(), channel, *conv, rows_.data() + lane * row_stride);

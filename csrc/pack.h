@@ -13,6 +13,9 @@ void lower_conv(const Node& node, const Activation& in, bool f32_output, const K
 // What depends on the kernel that was chosen after that.
 void size_conv(const Node& node, const Activation& in, PackedConv* conv);
 
+// Bytes from one tap of a depthwise convolution to the next.
+int64_t depthwise_stride(const Node& node, const PackedConv& conv);
+
 // Bytes of packed weights, a multiple of 64.
 size_t packed_bytes(const PackedConv& conv, const Node& node);
 
