@@ -47,7 +47,7 @@ std::map<std::string, Kernels> build_tables() {
   init_avx512vnni(&kernels);
   tables["avx512vnni"] = kernels;
 #elif defined(__aarch64__)
-  const unsigned long features = getauxval(AT_HWCAP);
+  const unsigned long features = getauxval(AT_HWCAP);  // what the kernel supports as well
   if (!(features & HWCAP_ASIMD)) return tables;
   init_neon(&kernels);
   tables["neon"] = kernels;

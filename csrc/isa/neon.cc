@@ -17,19 +17,18 @@
 // The two sums of a channel meet in ADDP when the tile is done. 4-wide SMLAL of s16 by one lane needs no SADALP, and
 // twice the multiplications.
 //
-//     instruction           Cortex-A57, A72 (latency; pipes)   N1, A720          in 4 bytes of k of 2 x 16 (128
-//     products) smull, smlal (2)      5, 1 into the sum; F0              4, 1; V0          16 in 16 cycles: the limit
-//     sadalp                4, 1 into the sum; F1              4, 1; V1          16/kSums
-//     dup from register     8; load pipe and F0, F1            3; integer        2
-//     ldr q                 5; load pipe, 1 a cycle            5; 2 a cycle      8 (weights)
-//     ldr w, eor w                                                               2, 2 (activations)
-//     all                   3 a cycle                          4 a cycle         46 (8 bits), 38, 34, 32, 31 and the
-//     loop
+//     instruction         Cortex-A57: latency, pipes      N1, A720            4 bytes of k of 2 x 16 (128 products)
+//     smull, smlal        5 (1 into the sum), F0          4 (1), V0           16 in 16 cycles: the limit
+//     sadalp              4 (1 into the sum), F1          4 (1), V1           16/kSums
+//     dup from register   8, load pipe and F0 or F1       3, integer pipe     2
+//     ldr q               5, load pipe                    5, 2 a cycle        8 (weights)
+//     ldr w, eor w                                                            2, 2 (activations)
+//     all                 3 a cycle                       4 a cycle           46 (8 bits), 38, 34, 32, 31
 //
-// So 8 products a cycle are the limit of all these CPUs; the A57 reaches 7.5 at 8 bits, where F0 and F1 have 34
-// instructions for 17 cycles, else 8. CPUs with two or more equal pipes (ThunderX2, Apple) gain at every bit less: the
-// vector instructions for 128 products are 34, 26, 22, 20, 19. The signs of activations are flipped in an integer
-// register, four at a time: an EOR of vectors takes F0 or F1, and its constant the last register.
+// So the one multiplier of these CPUs limits them to 8 products a cycle, with any bits. The A57 reaches 7.5 at 8 bits,
+// where F0 and F1 have 34 instructions for 17 cycles. CPUs with equal pipes gain with every bit less: 34, 26, 22, 20,
+// 19 vector instructions for 128 products. The signs of activations are flipped in an integer register, four at a time:
+// an EOR of vectors would take F0 or F1, and its constant the last register.
 //
 // Tile of 2 pixels x 16 channels: 16 accumulators, 8 sums in s16, 4 weights, one DUP: 29 of 32 registers. Each pixel
 // reads the weights anew (L1: one load every other cycle); sums of two pixels at once would need 8 registers more.

@@ -63,7 +63,7 @@ struct Sdot {
       for (int j = 0; j < 4; ++j) {
 #pragma GCC unroll 8
         for (int q = 0; q < P; ++q) {
-          asm volatile("sdot %0.4s, %1.16b, %2.4b[%3]"
+          asm volatile("sdot %0.4s, %1.16b, %2.4b[%c3]"
                        : "+w"(acc_i32x4[kLane % kSets][q][j])
                        : "w"(w_i8x16[j]), "w"(a_i8x16[q]), "i"(kLane));
         }

@@ -44,8 +44,8 @@ std::vector<float> random_images(const Activation& input) {
 }
 
 // Of all outputs of nodes, then of the output as users get it, where activations take over each other's memory.
-uint64_t checksum(const ModelFile& file, const std::string& isa) {
-  Session session(file, 1, isa);
+uint64_t checksum(const ModelFile& file, int threads, const std::string& isa) {
+  Session session(file, threads, isa);
   const Program& program = session.program();
   const std::vector<float> images = random_images(program.activations[program.member_input[0]]);
   std::vector<uint8_t> output(bytes(program.activations[program.member_output[0]]));
@@ -64,20 +64,26 @@ uint64_t checksum(const ModelFile& file, const std::string& isa) {
   return sum.value();
 }
 
+// True if all instruction sets, with one thread and with two, give the same checksum.
+bool check(const ModelFile& file) {
+  bool equal = true;
+  const uint64_t expected = checksum(file, 1, "scalar");
+  for (const std::string& isa : available_isas()) {
+    for (const int threads : {1, 2}) {
+      const uint64_t sum = checksum(file, threads, isa);
+      printf("%016" PRIx64 " %s threads=%d %s\n", sum, file.path().c_str(), threads, isa.c_str());
+      equal &= sum == expected;
+    }
+  }
+  return equal;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   bool equal = true;
   try {
-    for (int i = 1; i < argc; ++i) {
-      const ModelFile file(argv[i]);
-      const uint64_t expected = checksum(file, "scalar");
-      for (const std::string& isa : available_isas()) {
-        const uint64_t sum = checksum(file, isa);
-        printf("%016" PRIx64 " %s %s\n", sum, argv[i], isa.c_str());
-        equal &= sum == expected;
-      }
-    }
+    for (int i = 1; i < argc; ++i) equal &= check(ModelFile(argv[i]));
   } catch (const std::exception& error) {
     printf("%s\n", error.what());
     return 1;
