@@ -135,6 +135,10 @@ struct Maddubs {
       for (int i = 0; i < kBlock; i += kStep) prefetch.step();
       multiply<kBlock, R, G>(acc, a, w);
     }
+    for (; kBlock > 16 && k >= 16; k -= 16) {
+      prefetch.step();
+      multiply<16, R, G>(acc, a, w);
+    }
     for (; k >= 8; k -= 8) multiply<8, R, G>(acc, a, w);
     for (; k > 0; k -= 4) multiply<4, R, G>(acc, a, w);
     return w;
