@@ -135,25 +135,33 @@ struct Batch {
 template <int kRows, int kVectors>
 using Accumulators = __m256i[kRows][kVectors];
 
-template <int kVectors>
-QD_INLINE void write_pixel(const ConvParams& p, const __m256i (&acc_i32x8)[kVectors], const Batch& batch, int pixel) {
-  __m256 r_f32x8[4] = {};
+// The output rule for kRows pixels of the batch from `pixel` on.
+template <int kRows, int kVectors>
+QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVectors>& acc_i32x8, const Batch& batch,
+                            int pixel) {
+  __m256 r_f32x8[kRows][4] = {};
   QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-    r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[v]), _mm256_loadu_ps(p.scale + 8 * v),
-                                 _mm256_loadu_ps(p.bias + 8 * v));
+    const __m256 scale_f32x8 = _mm256_loadu_ps(p.scale + 8 * v), bias_f32x8 = _mm256_loadu_ps(p.bias + 8 * v);
+    QD_UNROLL for (int r = 0; r < kRows; ++r) {
+      r_f32x8[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[r][v]), scale_f32x8, bias_f32x8);
+    }
   }
   if (p.residual) {
     const __m256 scale_f32x8 = _mm256_set1_ps(p.residual_scale);
-    QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-      const uint8_t* residual = p.residual + batch.residual[pixel] + 8 * v;
-      r_f32x8[v] = _mm256_fmadd_ps(u8_to_f32x8(residual), scale_f32x8, r_f32x8[v]);
+    QD_UNROLL for (int r = 0; r < kRows; ++r) {
+      const uint8_t* residual = p.residual + batch.residual[pixel + r];
+      QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+        r_f32x8[r][v] = _mm256_fmadd_ps(u8_to_f32x8(residual + 8 * v), scale_f32x8, r_f32x8[r][v]);
+      }
     }
   }
   const size_t n = static_cast<size_t>(p.n);
-  if (batch.f32) {
-    store(r_f32x8, p.qmin, p.qmax, n, static_cast<float*>(p.c) + batch.c[pixel]);
-  } else {
-    store(r_f32x8, p.qmin, p.qmax, n, static_cast<uint8_t*>(p.c) + batch.c[pixel]);
+  QD_UNROLL for (int r = 0; r < kRows; ++r) {
+    if (batch.f32) {
+      store(r_f32x8[r], p.qmin, p.qmax, n, static_cast<float*>(p.c) + batch.c[pixel + r]);
+    } else {
+      store(r_f32x8[r], p.qmin, p.qmax, n, static_cast<uint8_t*>(p.c) + batch.c[pixel + r]);
+    }
   }
 }
 
@@ -181,10 +189,10 @@ __attribute__((noinline)) int run_chunk(const ConvParams& p, const Chunk& chunk,
     }
     if (batch->prefetch_lines > 0) prefetch_share(batch);
     Weights::accumulate(chunk, batch->a + pixel, acc_i32x8);
-    QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      if (chunk.last) {
-        write_pixel(p, acc_i32x8[r], *batch, pixel + r);
-      } else {
+    if (chunk.last) {
+      write_pixels<kRows, kVectors>(p, acc_i32x8, *batch, pixel);
+    } else {
+      QD_UNROLL for (int r = 0; r < kRows; ++r) {
         QD_UNROLL for (int v = 0; v < kVectors; ++v) {
           _mm256_store_si256(reinterpret_cast<__m256i*>(batch->acc[pixel + r] + 8 * v), acc_i32x8[r][v]);
         }

@@ -5,23 +5,25 @@
 // less doubles the number of such results that can be added in s16 before vpmaddwd widens them to int32:
 //
 //     bits   sums in s16   instructions for 64 products: multiplications / all              GMAC/s, K = 1024 (limit)
-//      7         1         vpmaddubsw, vpmaddwd by ones, vpaddd               2    / 3       269 (274)
+//      7         1         vpmaddubsw, vpmaddwd by ones, vpaddd               2    / 3       270 (274)
 //      6         2         2 vpmaddubsw, vpaddw, vpmaddwd, vpaddd for 128     1.5  / 2.5     346 (365)
 //      5         4         4 + 3 + 1 + 1 for 256                              1.25 / 2.25    397 (438)
-//     <= 4       8         8 + 7 + 1 + 1 for 512                              1.13 / 2.13    400 (487)
-//      8         -         s16 weights: 2 vpmaddwd, 2 vpaddd                  2    / 4       226 (274)  (VNNI: 0.5)
+//     <= 4       8         8 + 7 + 1 + 1 for 512                              1.13 / 2.13    426 (487)
+//      8         -         s16 weights: 2 vpmaddwd, 2 vpaddd                  2    / 4       226 (274)  (VNNI: 1 / 1)
 //
 // The rates are of one core of Zen 5 at 4.28 GHz, the limits two multiplications a cycle there. Intel has two ports for
-// all these instructions (0 and 5), so the last column but one counts.
+// all these instructions (0 and 5), so "all" counts. A layer goes to the kernel of the fewest bits that its codes
+// allow, not those of its file: ConvKernel::s16_steps.
 //
 // Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]: one vector is 16 channels x 4.
 //               s16x2: w[taps][k/2][32][2].
-// Weights stay in registers for as many pixels as there are registers: as memory operands, the two loads a cycle would
-// be the limit (Zen 5: 205 instead of 269 at 7 bits, 172 instead of 226 at 8). With one sum these are all 14 pixels
-// of the tile of avx512vnni.cc: 28 accumulators, two vectors of weights, a broadcast and a product are 32 registers.
-// More sums are made for two pixels at a time: 4 sums, two weights, a broadcast and a product leave 24 accumulators, 12
-// pixels; 8 pixels, four at a time, gain 6 % at 4 bits, nothing at 6 and 5, and read the panel from L2 more often.
-// Every instruction is volatile asm: given intrinsics GCC 12 issues all the products first and spills them.
+// Weights stay in registers for several pixels: as memory operands, the two loads a cycle would be the limit (Zen 5:
+// 205 instead of 270 at 7 bits, 172 instead of 226 at 8, 291 instead of 426 at 4). With one sum that is for all 14
+// pixels of the tile of avx512vnni.cc: 28 accumulators, two vectors of weights, a broadcast and a product are the 32
+// registers. Two or four sums are made for two pixels at a time: 4 sums, two weights, a broadcast and a product leave
+// 24 accumulators, 12 pixels. Eight sums are made for four pixels at a time, 8 pixels a tile: 12 pixels by twos give
+// 383 instead of 426 (two loads a cycle again), and with two or four sums 8 pixels are no faster. Every instruction is
+// volatile asm: given intrinsics GCC 12 issues all the products first and spills them.
 #include "avx512_depthwise.h"
 
 namespace qdeploy {
@@ -65,7 +67,8 @@ struct Maddubs {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kStep = 16;
   static constexpr int kBlock = kSums == 8 ? 32 : 16;  // bytes of k in a round of the inner loop
-  static constexpr int kMr = kSums == 1 ? 7 : 6;
+  static constexpr int kMr = kSums == 1 ? 7 : kSums == 8 ? 4 : 6;
+  static constexpr int kTogether = kSums == 8 ? 4 : 2;  // pixels
   static constexpr int kS16Steps = kSums;
   static constexpr int sets(int) { return 1; }  // the chain through an accumulator is one vpaddd
 
@@ -86,13 +89,13 @@ struct Maddubs {
   static QDEPLOY_INLINE void steps(__m512i (&acc)[1][G * R][2], const Pixels (&a)[G], const char* w, int i) {
     if (kDepth == 1) return step<R, G>(acc, a, w, i);
 #pragma GCC unroll 6
-    for (int first = 0; first < R * G; first += 2) {
-      const int pixels = first + 1 < R * G ? 2 : 1;
-      __m512i sum_i16x32[2][2];
+    for (int first = 0; first < R * G; first += kTogether) {
+      const int pixels = R * G - first < kTogether ? R * G - first : kTogether;
+      __m512i sum_i16x32[kTogether][2];
 #pragma GCC unroll 8
       for (int d = 0; d < kDepth; ++d) {
         const __m512i w0_i8x64 = load(w + 128 * d), w1_i8x64 = load(w + 128 * d + 64);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int p = 0; p < pixels; ++p) {
           const int q = first + p;
           const __m512i a_u8x64 = broadcast(a[q / R][q % R] + i + 4 * d);
@@ -106,7 +109,7 @@ struct Maddubs {
           }
         }
       }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int p = 0; p < pixels; ++p) {
         add_i32(acc[0][first + p][0], widen(sum_i16x32[p][0]));
         add_i32(acc[0][first + p][1], widen(sum_i16x32[p][1]));
@@ -131,6 +134,10 @@ struct Maddubs {
     for (; k >= kBlock; k -= kBlock) {
       for (int i = 0; i < kBlock; i += kStep) prefetch.step();
       multiply<kBlock, R, G>(acc, a, w);
+    }
+    for (; kBlock > 16 && k >= 16; k -= 16) {
+      prefetch.step();
+      multiply<16, R, G>(acc, a, w);
     }
     for (; k >= 8; k -= 8) multiply<8, R, G>(acc, a, w);
     for (; k > 0; k -= 4) multiply<4, R, G>(acc, a, w);
@@ -386,7 +393,7 @@ bool quantize(const QuantizeParams* params) {
 void init_avx512(Kernels* kernels) {
   kernels->isa = "avx512";
   for (int bits = 2; bits <= 4; ++bits)
-    kernels->conv[bits] = conv_kernel<Maddubs<8>>("qu8_qc8w_conv_12x32c4_w4__avx512");
+    kernels->conv[bits] = conv_kernel<Maddubs<8>>("qu8_qc8w_conv_8x32c4_w4__avx512");
   kernels->conv[5] = conv_kernel<Maddubs<4>>("qu8_qc8w_conv_12x32c4_w5__avx512");
   kernels->conv[6] = conv_kernel<Maddubs<2>>("qu8_qc8w_conv_12x32c4_w6__avx512");
   kernels->conv[7] = conv_kernel<Maddubs<1>>("qu8_qc8w_conv_14x32c4_w7__avx512");

@@ -208,11 +208,11 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
 template <class Dot>
 size_t run_next(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles, Prefetch& prefetch) {
   using Run = size_t (*)(const ConvParams&, bool, const ConvTile*, size_t, Prefetch&);
-  constexpr int kMost = Dot::kMr;  // an entry beyond it is never used
-  static constexpr Run kRuns[kGroups][kMr] = {{run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, 4, 1>,
-                                               run<Dot, 5, 1>, run<Dot, 6, 1>, run<Dot, kMost, 1>},
-                                              {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, 4, 2>,
-                                               run<Dot, 5, 2>, run<Dot, 6, 2>, run<Dot, kMost, 2>}};
+  constexpr auto r = [](int pixels) { return pixels < Dot::kMr ? pixels : Dot::kMr; };  // no code for larger groups
+  static constexpr Run kRuns[kGroups][kMr] = {{run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, r(4), 1>,
+                                               run<Dot, r(5), 1>, run<Dot, r(6), 1>, run<Dot, r(7), 1>},
+                                              {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, r(4), 2>,
+                                               run<Dot, r(5), 2>, run<Dot, r(6), 2>, run<Dot, r(7), 2>}};
   return kRuns[tiles->groups - 1][tiles->r - 1](params, f32, tiles, n_tiles, prefetch);
 }
 
