@@ -64,6 +64,13 @@ Session::Session(const ModelFile& file, int threads, const std::string& isa)
       program_(load_program(file, kernels_, threads_)),
       images_per_chunk_(chunk_for(program_, file.path())) {
   registry();
+  for (const Step& step : program_.steps) macs_per_image_ += step.macs;
+}
+
+std::atomic<int64_t> Session::macs_per_thread{4'000'000};
+
+int Session::threads_for(int64_t batch) const {
+  return static_cast<int>(std::clamp<int64_t>(batch * macs_per_image_ / macs_per_thread, 1, threads_));
 }
 
 std::shared_ptr<const Plan> Session::plan(int64_t batch, bool keep_all) {
@@ -125,7 +132,8 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
   std::atomic<bool> finite{true};
 
   // Each thread walks through all steps and meets the others after each.
-  Barrier barrier(threads_);
+  const int most_threads = threads_for(images.count);
+  Barrier barrier(most_threads);
   const auto body = [&](int thread, int threads) {
     const Share share = {thread, threads};
     const auto meet = [&] {
@@ -151,7 +159,7 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
       }
     }
   };
-  ThreadPool::shared().run(threads_, body);
+  ThreadPool::shared().run(most_threads, body);
   if (!finite) {
     give_arena(std::move(arena));
     throw InputError("expected finite numbers, got NaN or infinity - at the input, images " + std::to_string(first) +

@@ -1,9 +1,13 @@
+from typing import ClassVar
+
 import numpy as np
 
 def isas() -> list[str]: ...
+def cpu_quota(root: str = "") -> float: ...
 def default_threads() -> int: ...
 
 class Session:
+    macs_per_thread: ClassVar[int]
     threads: int
     isa: str
     nbytes: int
