@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from qdeploy.columns import columns, percent
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.graph import Member
 
@@ -136,19 +137,19 @@ def plan(args: argparse.Namespace) -> Report:
 
 
 def _show_plan(report: Report) -> None:
-    print(_setting(report))
+    print(_setting(report), end="")
     _print_rows([_planned(report, node) for node in report["nodes"]])
 
 
 def _setting(report: Report) -> str:
-    return f"{report['isa']}, {report['threads']} thread(s), batch {report['batch']}\n"
+    return f"{report['isa']}, {report['threads']} thread(s), batch {report['batch']}\n\n"
 
 
 def _planned(report: Report, node: Report) -> Report:
     several = len({node["member"] for node in report["nodes"]}) > 1
     row = {"member": node["member"]} if several else {}
     row |= {"node": node["name"]} | {key: node[key] for key in ("kernel", "tile", "split")}
-    return row | {"bits": node["bits"] or None, "MMAC": node["macs"] / 1e6, "of MACs": _percent(node["share_of_macs"])}
+    return row | {"bits": node["bits"] or None, "MMAC": node["macs"] / 1e6, "of MACs": percent(node["share_of_macs"])}
 
 
 def profile(args: argparse.Namespace) -> Report:
@@ -176,11 +177,11 @@ def profile(args: argparse.Namespace) -> Report:
 
 
 def _show_profile(report: Report) -> None:
-    print(_setting(report))
+    print(_setting(report), end="")
     rows = []
     for node in report["nodes"]:
-        row = {"us": node["microseconds"], "of time": _percent(node["of_time"])}
-        row |= {"GMAC/s": node["gmacs_per_second"], "of peak": _percent(node["of_peak"])}
+        row = {"us": node["microseconds"], "of time": percent(node["of_time"])}
+        row |= {"GMAC/s": node["gmacs_per_second"], "of peak": percent(node["of_peak"])}
         rows.append(_planned(report, node) | row)
     _print_rows(rows)
     nodes = sum(node["microseconds"] for node in report["nodes"]) / 1e3
@@ -208,23 +209,10 @@ def bench(args: argparse.Namespace) -> Report:
 
 
 def _show_bench(report: Report) -> None:
-    print(_setting(report))
-    rows = []
-    for row in report["results"]:
-        shown = {"runtime": row["runtime"], "median ms": row["median_ms"], "min ms": row["min_ms"]}
-        shown |= {"spread": row["spread_ms"], "qdeploy/it": row["ratio"], "+-": row["ratio_spread"]}
-        rows.append(shown | {"of limit": _percent(row["of_limit"]), "agrees": row.get("correlation"), "note": ""})
-    _print_rows(rows + [{"runtime": name, "note": reason} for name, reason in report["absent"].items()])
-    print()
-    for precision in ("float32", "int8"):
-        peers = [row for row in report["results"][1:] if row["runtime"].endswith(precision)]
-        if peers:
-            best = min(peers, key=lambda row: row["median_ms"])
-            print(f"{1 / best['ratio']:.2f}x the speed of the best {precision} peer ({best['runtime']})")
-        limit = report["peak_gmacs"][precision]
-        if limit:
-            ms = report["macs"] / (limit * report["threads"]) / 1e6
-            print(f"limit of {precision}: {ms:.3f} ms, {report['macs'] / 1e6:,.1f} MMAC at {limit:.0f} GMAC/s a thread")
+    from qdeploy import peers
+
+    _clear_progress()
+    print(_setting(report) + peers.text(report))
 
 
 def verify(args: argparse.Namespace) -> Report:
@@ -261,7 +249,7 @@ def _show_verify(report: Report) -> None:
     print("\nequal to the reference, bit for bit" if report["equal"] else "\nNOT equal to the reference")
 
 
-def doctor(args: argparse.Namespace) -> Report:
+def doctor(args: argparse.Namespace | None = None) -> Report:
     """What qdeploy sees of this machine and installation."""
     from qdeploy import _engine
 
@@ -408,29 +396,13 @@ def _progress(text: str) -> None:
 
 
 def _print_rows(rows: list[dict]) -> None:
-    """Dictionaries as a table; the keys of the first are the header. Numbers to the right, texts to the left."""
+    _clear_progress()
+    print(columns(rows))
+
+
+def _clear_progress() -> None:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    columns = []
-    for header in rows[0]:
-        cells = [_cell(row.get(header)) for row in rows]
-        width = max(map(len, [header, *cells]))
-        numbers = all(re.fullmatch(r"-|-?[\d,.]+%?", cell) for cell in cells)
-        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in [header, *cells]])
-    for line in zip(*columns, strict=True):
-        print("  ".join(line).rstrip())
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, (list, tuple)):
-        return "x".join(str(v) for v in value)
-    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.1%}"
 
 
 def _require(extra: str, *modules: str) -> None:

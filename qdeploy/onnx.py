@@ -95,9 +95,9 @@ class _Writer:
         """Real weights codes*scale[channel]. QDQ allows no negative scale, so its sign goes to the codes."""
         if not self.quantized:
             return self.constant((codes * scale.reshape(-1, *[1] * (codes.ndim - 1))).astype(np.float32))
-        sign = np.where(scale < 0, -1, 1).reshape(-1, *[1] * (codes.ndim - 1))
-        magnitude = np.maximum(np.abs(scale), np.finfo(np.float32).tiny).astype(np.float32)
-        signed = np.clip(codes.astype(np.int16) * sign, -128, 127).astype(np.int8)
+        factor = np.where(scale < 0, -1, 1) * finer(codes)
+        magnitude = np.maximum(np.abs(scale / factor), np.finfo(np.float32).tiny).astype(np.float32)
+        signed = np.clip(codes * factor.reshape(-1, *[1] * (codes.ndim - 1)), -128, 127).astype(np.int8)
         zeros = self.constant(np.zeros(len(scale), np.int8))
         return self.add("DequantizeLinear", [self.constant(signed), self.constant(magnitude), zeros], axis=0)
 
@@ -113,6 +113,15 @@ class _Writer:
         bounds = [output.scale * (lo - output.zero_point) if lo > 0 or output.zero_point == 0 else -np.inf]
         bounds += [output.scale * (hi - output.zero_point) if hi < 255 else np.inf]
         return self.add("Clip", [value, *(self.constant(np.float32(bound)) for bound in bounds)])
+
+
+def finer(codes: np.ndarray) -> np.ndarray:
+    """What the codes [N, ...] of each channel can be multiplied by within 7 bits, beyond which some runtimes saturate.
+
+    onnxruntime rounds the bias to whole accumulators. Beside codes of 1, as in the BatchNorms of DenseNet-121 that come
+    before a convolution, that is 2 codes of the output: the correlation of its logits with ours was 0.9945, now 0.9995.
+    """
+    return np.maximum(63 // np.maximum(np.abs(codes.reshape(len(codes), -1).astype(np.int64)).max(axis=1), 1), 1)
 
 
 Inputs = list[tuple[str, Tensor]]

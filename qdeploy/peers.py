@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdeploy import _engine
+from qdeploy.columns import columns, percent
 from qdeploy.errors import InputError
 from qdeploy.graph import Graph
 from qdeploy.onnx import to_onnx
@@ -230,6 +231,32 @@ def measure(
         )
     about = {"isa": model.isa, "threads": model.num_threads, "batch": len(x), "macs": ours, "peak_gmacs": best}
     return {**about, "results": rows}
+
+
+def text(report: dict) -> str:
+    """A report of `measure` as a table and the limits; `report` may have `absent`, the reasons of peers that are not in
+    it, and the `correlation` of each row's output with ours."""
+    rows = []
+    for row in report["results"]:
+        shown = {"runtime": row["runtime"], "median ms": row["median_ms"], "min ms": row["min_ms"]}
+        shown |= {"spread": row["spread_ms"], "qdeploy/it": row["ratio"], "+-": row["ratio_spread"]}
+        rows.append(shown | {"of limit": percent(row["of_limit"]), "agrees": row.get("correlation"), "note": ""})
+    rows += [{"runtime": name, "note": reason} for name, reason in report.get("absent", {}).items()]
+    lines = [columns(rows), ""]
+    for precision in PRECISIONS:
+        best = best_peer(report, precision)
+        if best:
+            lines.append(f"{1 / best['ratio']:.2f}x the speed of the best {precision} peer ({best['runtime']})")
+    for precision, peak in report["peak_gmacs"].items():
+        if peak:
+            lines.append(f"peak of {precision}: {peak:.0f} GMAC/s a thread")
+    return "\n".join(lines)
+
+
+def best_peer(report: dict, precision: str) -> dict | None:
+    """The row of the fastest peer of "int8" or "float32"."""
+    rows = [row for row in report["results"][1:] if row["runtime"].endswith(precision)]
+    return min(rows, key=lambda row: row["median_ms"], default=None)
 
 
 def peaks(isa: str) -> dict[str, float | None]:
