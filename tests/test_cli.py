@@ -104,7 +104,7 @@ def columns(text: str) -> dict[str, list[str]]:
 
 
 def test_plan_is_a_table_of_the_nodes():
-    shown, nodes = columns(run("plan", MODEL, "--threads", 2).stdout), qdeploy.load_int_model(MODEL, 2).plan(1)
+    shown, nodes = columns(run("plan", MODEL, "--threads", 1).stdout), qdeploy.load_int_model(MODEL, 1).plan(1)
     assert shown["node"] == [node["name"] for node in nodes]
     assert shown["member"] == [node["member"] for node in nodes]
     for key in ("kernel", "tile", "split"):
