@@ -61,7 +61,7 @@ QDEPLOY_INLINE __m512i widen(__m512i x_i16x32) {
 QDEPLOY_INLINE void add_i16(__m512i& sum, __m512i x) { asm volatile("vpaddw %1, %0, %0" : "+v"(sum) : "v"(x)); }
 QDEPLOY_INLINE void add_i32(__m512i& sum, __m512i x) { asm volatile("vpaddd %1, %0, %0" : "+v"(sum) : "v"(x)); }
 
-// Codes of at most 7, 6, 5 or 4 bits for kSums = 1, 2, 4 or 8.
+// Codes of at most 7, 6, 5 or 4 bits for kSums = 1, 2, 4 or 8, and what ConvKernel::s16_steps tells.
 template <int kSums>
 struct Maddubs {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
