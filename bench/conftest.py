@@ -1,10 +1,10 @@
-"""The networks that are timed, and the table at the end of a run."""
+"""What the benchmarks share, and the tables at the end of a run."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,46 +12,56 @@ import pytest
 # Before torch is imported: its OpenMP threads would spin on the cores of whoever has the next turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-SECTIONS: list[str] = []
+from networks import Networks  # noqa: E402
+from results import Results  # noqa: E402
+
+RESULTS = pytest.StashKey[Results]()
 
 
-@pytest.fixture
-def report() -> Callable[[str], None]:
-    """Adds a section to what is printed after the run."""
-    return SECTIONS.append
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, metavar="FILE", help="write all that was measured as JSON")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for section in SECTIONS:
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = Results()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    results, path = config.stash[RESULTS], config.getoption("results")
+    if not results.figures:
+        return
+    for section in [*results.sections(), results.summary()]:
         terminalreporter.write_line("\n" + section)
-
-
-@dataclass
-class Exported:
-    """A float network and the model file made of it."""
-
-    net: Callable
-    path: Path
+    if path is not None:
+        results.save(path)
+        terminalreporter.write_line(f"\nwritten to {path}")
 
 
 @pytest.fixture(scope="session")
-def resnet50(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """ResNet-50 with random 7-bit weights and sane BatchNorm statistics, exported like a trained one."""
-    torch = pytest.importorskip("torch", reason="exporting ResNet-50 needs PyTorch: pip install 'qdeploy[train]'")
-    import qdeploy
-    from qdeploy.training import quantize_
-    from qdeploy.training.models import MODELS
+def results(request: pytest.FixtureRequest) -> Results:
+    return request.config.stash[RESULTS]
 
-    torch.manual_seed(0)
-    net = MODELS["resnet50"](1000)
-    images = torch.randn(4, 3, 224, 224)
-    with torch.no_grad():
-        for _ in range(10):  # running statistics of these images
-            net(images)
-    net.eval()
-    path = tmp_path_factory.mktemp("bench") / "resnet50.safetensors"
-    quantized = MODELS["resnet50"](1000)
-    quantized.load_state_dict(net.state_dict())
-    quantize_(quantized.eval(), weight_bits=7)
-    qdeploy.export(quantized, images[:1], path, calibration=images.numpy())
-    return Exported(net.to(memory_format=torch.channels_last), path)
+
+@pytest.fixture(scope="session")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Networks:
+    pytest.importorskip("torch", reason="exporting a network needs PyTorch: pip install 'qdeploy[train]'")
+    return Networks(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture
+def rounds(benchmark) -> Callable[[int], int]:
+    """As many rounds as asked for; one with --benchmark-disable."""
+    return lambda wanted: 1 if benchmark.disabled else wanted
+
+
+@pytest.fixture
+def progress(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture) -> Callable[[str], None]:
+    """Shows on a terminal how far this benchmark is."""
+
+    def show(text: str) -> None:
+        with capfd.disabled():
+            if sys.stderr.isatty():
+                print(f"\r\x1b[K{request.node.name}: {text}", end="", file=sys.stderr, flush=True)
+
+    yield show
+    show("done")

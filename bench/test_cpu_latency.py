@@ -1,103 +1,108 @@
-"""ResNet-50, one image at a time: INT8 here against FP32 and INT8 elsewhere, alternating in one process.
+"""INT8 here against INT8 and FP32 elsewhere, alternating in one process: the tables at the end of the run.
 
-`pytest bench/ --benchmark-only` ends in the tables. pytest-benchmark's own columns are our latency alone; the ratios
-are those of the tables, whose times were taken in turns.
+pytest-benchmark's own columns are our latency alone; the ratios are those of the tables, whose times were taken in
+turns. No ratio fails a run; a peer that computes another network does.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
-from peers import measure, one_float32_against
+from measure import measure, measure_restricted, run_alone
+from networks import float_net
+from results import geometric_mean
+from targets import BITS, ZOO
 
 import qdeploy
-from qdeploy import _engine, format
-from qdeploy.graph import Graph
-
-# The paper's own figures for ResNet-50 (QT-DoG, 7-bit weights; AMD EPYC 7302).
-PAPER = "paper, EPYC 7302: FP32 34.28 ms, INT8 21.02 ms, 1.63x"
-ROUNDS = 12
+from qdeploy import _engine
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own warnings are theirs
+THREADS = pytest.mark.parametrize("threads", [1, 2])
+INT8 = ("int8",)
+RUNTIMES = ("onnxruntime int8", "openvino int8")
 
 
-@pytest.fixture
-def rounds(benchmark) -> int:
-    return 1 if benchmark.disabled else ROUNDS
-
-
-def run_alone(benchmark, path: Path, threads: int, isa: str | None = None) -> None:
-    model = qdeploy.load_int_model(path, num_threads=threads, isa=isa)
-    x = np.random.default_rng(0).standard_normal((1, *model.inputs[0]["shape"]), np.float32)
-    benchmark.pedantic(model, args=(x,), rounds=30, warmup_rounds=3)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_resnet50(benchmark, report, rounds, resnet50, threads):
+@pytest.fixture(autouse=True)
+def enough_cpus(request) -> None:
+    threads = request.node.callspec.params.get("threads", 1) if "callspec" in vars(request.node) else 1
     if threads > len(os.sched_getaffinity(0)):
         pytest.skip(f"{threads} threads on fewer CPUs")
-    found = measure(resnet50.path, threads, rounds, resnet50.net)
-    benchmark.extra_info.update(found)
-    report(table(found, "ResNet-50, batch 1"))
-    run_alone(benchmark, resnet50.path, threads)
 
 
-def test_resnet50_with_avx2_only(benchmark, report, rounds, resnet50):
-    """What a CPU without AVX-512 would see; onnxruntime cannot be restricted, so it is left out."""
-    if "avx2" not in _engine.isas():
-        pytest.skip("this CPU has no AVX2")
-    restricted = {"QDEPLOY_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    program = Path(__file__).with_name("peers.py")
-    command = [sys.executable, str(program), str(resnet50.path), f"--rounds={rounds}"]
-    child = subprocess.run(command, env=os.environ | restricted, capture_output=True, text=True, check=True)
-    found = json.loads(child.stdout)
-    found["results"] = [row for row in found["results"] if not row["runtime"].startswith("onnxruntime")]
-    benchmark.extra_info.update(found)
-    report(table(found, "ResNet-50, batch 1, AVX2 only"))
-    run_alone(benchmark, resnet50.path, 1, "avx2")
-
-
-def test_ensemble_of_five_against_one_float32(benchmark, report, rounds, resnet50, tmp_path):
-    """EoQ: five 7-bit networks in one file; each packs its weights, so copies cost as much as five networks."""
-    if find_spec("onnx") is None:
-        pytest.skip("the float32 peer needs onnx: pip install 'qdeploy[bench]'")
-    single = format.load(resnet50.path)
-    members = [replace(single.members[0], name=f"member{i}") for i in range(5)]
-    path = tmp_path / "eoq.safetensors"
-    format.save(Graph(members, "logits"), path)
-    threads = min(2, len(os.sched_getaffinity(0)))
-    found = one_float32_against(path, single, threads, rounds)
-    benchmark.extra_info.update(found)
-    report(table(found, "An ensemble of five ResNet-50 in int8 against one in float32, batch 1"))
+@THREADS
+def test_resnet50(benchmark, results, networks, rounds, progress, threads):
+    path = networks.exported("resnet50")
+    report = measure(path, threads, rounds(12), torch_net=float_net("resnet50"), progress=progress)
+    key = f"resnet50/{threads}"
+    results.report(f"ResNet-50, {threads} thread(s)", report, {name: f"{key}/{name}" for name in RUNTIMES})
+    results.best_float32(report, times_faster=f"{key}/float32")
+    ours = report["results"][0]
+    if ours["of_limit"]:
+        results.figure(f"{key}/peak", ours["of_limit"], ours["of_limit"] * ours["spread_ms"] / ours["median_ms"])
     run_alone(benchmark, path, threads)
 
 
-def table(found: dict, title: str) -> str:
-    """Fastest first; the ratios are of medians, to our median."""
-    ours = next(row for row in found["results"] if row["runtime"].startswith("qdeploy"))
-    lines = [f"{title}, {found['threads']} thread(s), {found['isa']}"]
-    lines += [f"{'':<36}{'median':>9}{'min':>9}{'spread':>9}  {'/ qdeploy':>9}  {'of the limit':>12}"]
-    for row in sorted(found["results"], key=lambda row: row["median"]):
-        share = f"{row['share_of_limit']:.0%}" if row.get("share_of_limit") else ""
-        times = f"{row['median']:>9.2f}{row['minimum']:>9.2f}{row['spread']:>9.2f}"
-        lines.append(f"{row['runtime']:<36}{times}  {row['median'] / ours['median']:>8.2f}x  {share:>12}")
-    for precision, limit in found.get("limit_ms", {}).items():
-        if limit:
-            lines.append(
-                f"limit of {precision}: {limit:.2f} ms = {found['macs'] / 1e9:.2f} GMAC over the measured peak"
-            )
-    floats = [row for row in found["results"] if row["runtime"].endswith("float32")]
-    if floats and "limit_ms" in found:
-        best = min(floats, key=lambda row: row["median"])
-        pair = f"FP32 {best['median']:.2f} ms ({best['runtime']}), INT8 {ours['median']:.2f} ms"
-        lines.append(f"here: {pair}, {best['median'] / ours['median']:.2f}x")
-        lines.append(PAPER)
-    return "\n".join(lines)
+@THREADS
+def test_ensemble_of_five_against_one_float32(benchmark, results, networks, rounds, progress, threads):
+    """EoQ: five 7-bit networks in one file, one call."""
+    path, single = networks.ensemble_of("resnet50", 5), networks.exported("resnet50")
+    options = {"precisions": ("float32",), "torch_net": float_net("resnet50"), "peers_run": single}
+    report = measure(path, threads, rounds(10), progress=progress, **options)
+    names = {name: f"eoq/{threads}/{name}" for name in ("onnxruntime float32", "torch eager float32")}
+    results.report(f"An ensemble of 5 ResNet-50 against one in FP32, {threads} thread(s)", report, names)
+    results.best_float32(report, ratio=f"eoq/{threads}/best")
+    run_alone(benchmark, path, threads)
+
+
+@THREADS
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo(benchmark, results, networks, rounds, progress, name, threads):
+    path = networks.exported(name)
+    report = measure(path, threads, rounds(10), precisions=INT8, progress=progress)
+    names = {runtime: f"{name}/{threads}/{runtime}" for runtime in RUNTIMES}
+    results.report(f"{ZOO[name]}, {threads} thread(s)", report, names)
+    ratios = [results.figures.get(f"{net}/{threads}/openvino int8") for net in ZOO]
+    if any(ratios):
+        results.figure(f"zoo/{threads}", geometric_mean([ratio for ratio, _ in filter(None, ratios)]))
+    run_alone(benchmark, path, threads)
+
+
+@pytest.mark.parametrize("threads", [2])
+@pytest.mark.parametrize("batch", [8, 32])
+def test_batch(benchmark, results, networks, rounds, progress, batch, threads):
+    path = networks.exported("resnet50")
+    options = {"batch": batch, "calls": 2, "precisions": INT8, "runtimes": ("openvino",)}
+    report = measure(path, threads, rounds(6), progress=progress, **options)
+    results.report(f"ResNet-50, batch {batch}, {threads} threads", report, {"openvino int8": f"batch/{batch}"})
+    run_alone(benchmark, path, threads, batch=batch)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_avx2_only(benchmark, results, networks, rounds, progress, bits):
+    """What a CPU without AVX-512 would see."""
+    report = restricted(benchmark, networks, rounds, progress, bits, "avx2", "AVX2")
+    results.report(f"ResNet-50, AVX2 only, {bits} bits", report, {"openvino int8": f"avx2/{bits}"})
+    if bits == 7:  # the width that the paper's ratio is for
+        results.best_float32(report, times_faster="avx2/float32")
+
+
+def test_avx512_without_vnni(benchmark, results, networks, rounds, progress):
+    report = restricted(benchmark, networks, rounds, progress, 7, "avx512", "AVX512_CORE")
+    results.report("ResNet-50, AVX-512 without VNNI, 7 bits", report, {"openvino int8": "avx512"})
+
+
+def restricted(benchmark, networks, rounds, progress, bits: int, isa: str, onednn_isa: str) -> dict:
+    """Ours and OpenVINO on one thread with the instructions of `isa` alone; our bits are those of the scalar code."""
+    if isa not in _engine.isas():
+        pytest.skip(f"this CPU has no {isa}")
+    path = networks.exported("resnet50", bits)
+    x = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
+    logits = [qdeploy.load_int_model(path, isa=name)(x).tobytes() for name in (isa, "scalar")]
+    assert logits[0] == logits[1], f"{isa} and scalar give different bits"
+    progress(f"in a process of its own with ONEDNN_MAX_CPU_ISA={onednn_isa}")
+    precisions = ("float32", "int8") if bits == 7 else INT8
+    report = measure_restricted(path, isa, onednn_isa, rounds(10), precisions)
+    run_alone(benchmark, path, 1, isa)
+    return report

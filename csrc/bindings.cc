@@ -7,6 +7,7 @@
 #include "cpu.h"
 #include "errors.h"
 #include "ops.h"
+#include "peak.h"
 #include "session.h"
 
 namespace py = pybind11;
@@ -80,7 +81,7 @@ py::list plan(Session& session, int64_t batch) {
     entry["bits"] = step.node->bits;
     entry["macs"] = step.macs * batch;
     entry["tile"] = tile_of(step.conv);
-    entry["split"] = split_of(chunk, s, session.threads());
+    entry["split"] = split_of(chunk, s, session.threads_for(plan->batch));
     entry["residual"] = step.node->has_residual;
     list.append(entry);
   }
@@ -105,7 +106,12 @@ PYBIND11_MODULE(_engine, m) {
     }
   });
   m.def("isas", &available_isas, "Instruction sets that this machine can run, from scalar upwards.");
+  m.def("cpu_quota", &cpu_quota, py::arg("root") = "",
+        "CPUs that the cgroups of this process grant; infinity without a quota. /proc and /sys lie under root.");
   m.def("default_threads", &default_threads, "min(affinity, cgroup quota, physical cores).");
+  m.def("peak_gmacs", &peak_gmacs, py::arg("isa"), py::arg("precision"), py::arg("seconds"),
+        py::call_guard<py::gil_scoped_release>(),
+        "1e9 multiply-accumulates a second of one core at best, in \"int8\" or \"float32\"; None where unknown.");
   py::class_<Session>(m, "Session")
       .def(py::init(&open_path), py::arg("path"), py::arg("threads"), py::arg("isa"))
       .def(py::init(&open_bytes), py::arg("name"), py::arg("content"), py::arg("threads"), py::arg("isa"))
@@ -114,6 +120,9 @@ PYBIND11_MODULE(_engine, m) {
       .def("plan", &plan, py::arg("batch"))
       .def_property_readonly("activations", &activations)
       .def_property_readonly("threads", &Session::threads)
+      .def_property_static(
+          "macs_per_thread", [](const py::object&) { return Session::macs_per_thread.load(); },
+          [](const py::object&, int64_t macs) { Session::macs_per_thread = std::max<int64_t>(1, macs); })
       .def_property_readonly("isa", [](const Session& s) { return s.program().kernels->isa; })
       .def_property_readonly("nbytes", [](const Session& s) { return s.program().file_bytes; })
       .def_property_readonly("members",

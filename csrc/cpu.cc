@@ -13,6 +13,10 @@
 
 #include "errors.h"
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace qdeploy {
 namespace {
 
@@ -42,6 +46,14 @@ std::map<std::string, Kernels> build_tables() {
   if (!__builtin_cpu_supports("avx512vnni")) return tables;
   init_avx512vnni(&kernels);
   tables["avx512vnni"] = kernels;
+#elif defined(__aarch64__)
+  const unsigned long features = getauxval(AT_HWCAP);  // what the kernel supports as well
+  if (!(features & HWCAP_ASIMD)) return tables;
+  init_neon(&kernels);
+  tables["neon"] = kernels;
+  if (!(features & HWCAP_ASIMDDP)) return tables;
+  init_neondot(&kernels);
+  tables["neondot"] = kernels;
 #endif
   return tables;
 }
@@ -51,7 +63,7 @@ const std::map<std::string, Kernels>& tables() {
   return all;
 }
 
-// CPUs granted by a CFS quota: "max 100000" or "150000 100000" of cgroup v2, two files of v1. Infinity without one.
+// CPUs granted by one cgroup: "max 100000" or "150000 100000" of cgroup v2, two files of v1. Infinity without a quota.
 double quota_of(const std::string& folder) {
   std::string quota;
   double period = 0;
@@ -63,25 +75,11 @@ double quota_of(const std::string& folder) {
   return value > 0 && period > 0 ? value / period : INFINITY;
 }
 
-// The smallest quota of this process's cgroup and its parents.
-double cgroup_quota() {
-  double quota = std::min(quota_of("/sys/fs/cgroup"), quota_of("/sys/fs/cgroup/cpu"));
-  std::ifstream groups("/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {
-    std::string path = line.substr(line.find_last_of(':') + 1);
-    while (path.size() > 1) {
-      quota = std::min({quota, quota_of("/sys/fs/cgroup" + path), quota_of("/sys/fs/cgroup/cpu" + path)});
-      path.resize(path.find_last_of('/'));
-    }
-  }
-  return quota;
-}
-
 }  // namespace
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const char* name : {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni"}) {
+  for (const char* name : {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neondot"}) {
     if (tables().count(name)) names.push_back(name);
   }
   return names;
@@ -107,6 +105,26 @@ size_t physical_memory() {
   return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
 }
 
+double cpu_quota(const std::string& root) {
+  double quota = INFINITY;
+  std::ifstream groups(root + "/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {  // id:controllers:path, no controllers in v2
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool v2 = controllers.empty();
+    if (!v2 && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
+    const std::string mount = root + "/sys/fs/cgroup" + (v2 ? "" : "/cpu");
+    // The path may be the host's, where the container sees its own cgroup as the mount: then no folder but that is
+    // found.
+    for (std::string path = line.substr(second + 1);; path.resize(path.rfind('/'))) {
+      quota = std::min(quota, quota_of(mount + path));
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  return quota;
+}
+
 int default_threads() {
   cpu_set_t affinity;
   if (sched_getaffinity(0, sizeof affinity, &affinity) != 0) return 1;
@@ -117,7 +135,7 @@ int default_threads() {
     std::ifstream("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list") >> siblings;
     cores.insert(siblings);
   }
-  const double limit = std::min(static_cast<double>(cores.size()), std::ceil(cgroup_quota()));
+  const double limit = std::min(static_cast<double>(cores.size()), std::ceil(cpu_quota("")));
   return static_cast<int>(std::max(1.0, limit));
 }
 

@@ -13,7 +13,11 @@ std::vector<std::string> available_isas();
 // The kernels of `isa`; empty: the value of QDEPLOY_ISA, or the best available. Throws InputError for any other.
 const Kernels& kernels_for(std::string isa);
 
-// min(affinity, cgroup CPU quota, physical cores among them), at least 1.
+// CPUs that the quotas of this process's cgroup and its parents grant, v1 or v2; infinity without one. /proc and /sys
+// lie under `root`: tests give a tree of their own.
+double cpu_quota(const std::string& root);
+
+// min(affinity, cpu_quota, physical cores among them), at least 1.
 int default_threads();
 
 // Bytes of memory of this machine: no model may ask for more.

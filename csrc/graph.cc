@@ -1,7 +1,7 @@
 #include "graph.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <map>
 #include <set>
 
@@ -36,13 +36,33 @@ Op parse_op(const std::string& name, const std::string& where) {
   fail("an op that this engine has", name_text(name), where);
 }
 
-std::vector<float> floats_of(const FileTensor& tensor, const std::string& where) {
+std::vector<float> floats_of(const ModelFile& file, const FileTensor& tensor, const std::string& where) {
   std::vector<float> values(tensor.bytes / 4);
-  memcpy(values.data(), tensor.data, tensor.bytes);
+  file.read(tensor.offset, tensor.bytes, values.data());
   for (const float v : values) {
     if (!std::isfinite(v)) fail("finite constants", std::to_string(v), where);
   }
   return values;
+}
+
+std::vector<uint8_t> bytes_of(const ModelFile& file, const FileTensor& tensor) {
+  std::vector<uint8_t> values(tensor.bytes);
+  file.read(tensor.offset, tensor.bytes, values.data());
+  return values;
+}
+
+// The width that all codes of a layer of 8 bits fit; one that uses 7 bits runs with the faster kernel.
+int used_bits(const ModelFile& file, const FileTensor& codes) {
+  uint8_t used = 0;  // bits that differ from the sign
+  std::vector<int8_t> piece(std::min(codes.bytes, size_t{64} << 10));
+  for (size_t begin = 0; begin < codes.bytes; begin += piece.size()) {
+    const size_t size = std::min(piece.size(), codes.bytes - begin);
+    file.read(codes.offset + begin, size, piece.data());
+    for (size_t i = 0; i < size; ++i) used |= static_cast<uint8_t>(piece[i] < 0 ? ~piece[i] : piece[i]);
+  }
+  int bits = 2;
+  while (used >> (bits - 1) != 0) ++bits;
+  return bits;
 }
 
 // Reads one member; holds what every check needs for its error text.
@@ -103,7 +123,7 @@ Member MemberReader::read() {
   if (preprocess_) {
     const FileTensor& values =
         file_.tensor(string_member(json_, "preprocess_table", where_), DType::u8, {in.c, 256}, where_);
-    member_.preprocess_table.assign(values.data, values.data + values.bytes);
+    member_.preprocess_table = bytes_of(file_, values);
   } else {
     require(table.is_null(), "no preprocess_table", "one", where_);
   }
@@ -290,11 +310,17 @@ void MemberReader::read_weight(const Json& json, Node& node) {
   }
   only_keys(weight, {"codes", "shape", "bits"}, where_);
   const int64_t stream = static_cast<int64_t>(per_channel) * channels * node.bits, bytes = (stream + 7) / 8;
-  node.codes = file_.tensor(string_member(weight, "codes", where_), DType::u8, {bytes}, where_).data;
-  require(stream % 8 == 0 || node.codes[bytes - 1] >> (stream % 8) == 0, "zeros after the last code", "others", where_);
-  node.multiplier =
-      floats_of(file_.tensor(string_member(json, "multiplier", where_), DType::f32, {channels}, where_), where_);
-  node.bias = floats_of(file_.tensor(string_member(json, "bias", where_), DType::f32, {channels}, where_), where_);
+  const FileTensor& codes = file_.tensor(string_member(weight, "codes", where_), DType::u8, {bytes}, where_);
+  node.codes = codes.offset;
+  node.used_bits = node.bits < 8 ? node.bits : used_bits(file_, codes);
+  uint8_t last;
+  file_.read(codes.offset + codes.bytes - 1, 1, &last);
+  require(stream % 8 == 0 || last >> (stream % 8) == 0, "zeros after the last code", "others", where_);
+  const auto floats = [&](const char* key) {
+    return floats_of(file_, file_.tensor(string_member(json, key, where_), DType::f32, {channels}, where_), where_);
+  };
+  node.multiplier = floats("multiplier");
+  node.bias = floats("bias");
   node.has_residual = node.inputs.size() == 2;
   if (node.has_residual) {
     require(input(node, 1).shape == output(node).shape, "a residual of shape " + shape_of(output(node)),
@@ -376,7 +402,7 @@ void MemberReader::read_pool(const Json& json, Node& node) {
   const FileTensor& multiplier = file_.tensor(string_member(json, "multiplier", where_), DType::f32, {-1}, where_);
   require(multiplier.shape[0] == 1 || multiplier.shape[0] == elements,
           "1 or " + std::to_string(elements) + " multipliers", std::to_string(multiplier.shape[0]), where_);
-  node.multiplier = floats_of(multiplier, where_);
+  node.multiplier = floats_of(file_, multiplier, where_);
   node.bias.push_back(number_member(json, "bias", where_));
   read_clamp(json, node);
   for (size_t i = 0; i < node.multiplier.size(); ++i) {
@@ -392,10 +418,10 @@ void MemberReader::read_table(const Json& json, Node& node) {
   const FileTensor& table =
       file_.tensor(string_member(json, "table", where_), is_f32 ? DType::f32 : DType::u8, {256}, where_);
   if (is_f32) {
-    node.table_f32 = floats_of(table, where_);
+    node.table_f32 = floats_of(file_, table, where_);
     for (const float value : node.table_f32) require_bounded(node, std::fabs(value));
   } else {
-    node.table.assign(table.data, table.data + 256);
+    node.table = bytes_of(file_, table);
   }
 }
 

@@ -35,12 +35,13 @@ struct Node {
   std::string name;
   std::vector<int> inputs;
   int output;
-  Window window;                   // conv2d and pools; linear is a 1x1 window
-  int64_t groups = 1;              // conv2d
-  int bits = 0;                    // conv2d and linear: width of the codes in the file
-  const uint8_t* codes = nullptr;  // packed, in the mapping; valid while the ModelFile lives
-  std::vector<float> multiplier;   // per channel; avg_pool2d: by number of elements; add: [ma, mb]
-  std::vector<float> bias;         // per channel; avg_pool2d and add: one
+  Window window;                  // conv2d and pools; linear is a 1x1 window
+  int64_t groups = 1;             // conv2d
+  int bits = 0;                   // conv2d and linear: width of the codes in the file
+  int used_bits = 0;              // the width that all codes fit: below `bits` in some layers of 8 bits
+  uint64_t codes = 0;             // where the packed codes begin in the file
+  std::vector<float> multiplier;  // per channel; avg_pool2d: by number of elements; add: [ma, mb]
+  std::vector<float> bias;        // per channel; avg_pool2d and add: one
   bool has_residual = false;
   float residual_multiplier = 0;
   uint8_t qmin = 0, qmax = 255;

@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -55,25 +54,17 @@ std::string name_text(const std::string& name) {
 }
 
 ModelFile::ModelFile(const std::string& path) : path_(path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd < 0) throw ModelError("expected a model file, got \"" + std::string(strerror(errno)) + "\" - at " + path);
-  struct stat info;
-  const bool regular = fstat(fd, &info) == 0 && S_ISREG(info.st_mode);
-  bytes_ = regular ? static_cast<size_t>(info.st_size) : 0;
-  void* mapping = MAP_FAILED;
-  if (bytes_ > 0) mapping = mmap(nullptr, bytes_, PROT_READ, MAP_PRIVATE, fd, 0);
-  close(fd);
-  if (!regular) throw ModelError("expected a model file, got a directory or device - at " + path);
-  if (mapping == MAP_FAILED) {
-    throw ModelError("expected a model file, got " + std::to_string(bytes_) + " bytes that cannot be mapped - at " +
-                     path);
-  }
-  data_ = static_cast<const uint8_t*>(mapping);
-  is_mapped_ = true;
+  fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  if (fd_ < 0) throw ModelError("expected a model file, got \"" + std::string(strerror(errno)) + "\" - at " + path);
   try {
+    struct stat info;
+    if (fstat(fd_, &info) != 0 || !S_ISREG(info.st_mode)) {
+      throw ModelError("expected a model file, got a directory or device - at " + path);
+    }
+    bytes_ = static_cast<size_t>(info.st_size);
     parse();
   } catch (...) {
-    munmap(mapping, bytes_);
+    close(fd_);
     throw;
   }
 }
@@ -84,19 +75,39 @@ ModelFile::ModelFile(const std::string& name, const uint8_t* data, size_t bytes)
 }
 
 ModelFile::~ModelFile() {
-  if (is_mapped_) munmap(const_cast<uint8_t*>(data_), bytes_);
+  if (fd_ >= 0) close(fd_);
+}
+
+void ModelFile::read(uint64_t offset, size_t bytes, void* to) const {
+  if (data_) {
+    memcpy(to, data_ + offset, bytes);
+    return;
+  }
+  for (size_t done = 0; done < bytes;) {
+    const ssize_t got = pread(fd_, static_cast<uint8_t*>(to) + done, bytes - done, static_cast<off_t>(offset + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) {
+      throw ModelError("expected " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) + ", got " +
+                       (got < 0 ? "\"" + std::string(strerror(errno)) + "\"" : "the end of a file that just shrank") +
+                       " - at " + path_);
+    }
+    done += static_cast<size_t>(got);
+  }
 }
 
 void ModelFile::parse() {
-  const uint64_t header_bytes = bytes_ < 8 ? kMaxHeader + 1 : little_endian_u64(data_);
-  if (header_bytes > kMaxHeader || header_bytes > bytes_ - 8 || header_bytes % 8 != 0 || header_bytes == 0 ||
-      data_[8] != '{') {
+  uint8_t start[9] = {};  // length and first byte of the header
+  if (bytes_ >= sizeof start) read(0, sizeof start, start);
+  const uint64_t header_bytes = little_endian_u64(start);
+  if (header_bytes > kMaxHeader || header_bytes % 8 != 0 || header_bytes == 0 || header_bytes > bytes_ - 8 ||
+      start[8] != '{') {
     throw ModelError("expected a whole safetensors file, got " + std::to_string(bytes_) +
                      " bytes that do not hold its header - at " + path_);
   }
-  const char* text = reinterpret_cast<const char*>(data_ + 8);
+  std::vector<char> text(header_bytes);
+  read(8, header_bytes, text.data());
   const std::string where = "the header of " + path_;
-  const Json header = parse_json(text, text + header_bytes, where);
+  const Json header = parse_json(text.data(), text.data() + header_bytes, where);
   if (!header.is_object())
     throw ModelError("expected an object, got " + std::string(header.type_name()) + " - at " + where);
 
@@ -113,7 +124,6 @@ void ModelFile::parse() {
   }
   graph_json_ = string_member(*metadata, "graph", where);
 
-  const uint8_t* base = data_ + 8 + header_bytes;
   const uint64_t data_bytes = bytes_ - 8 - header_bytes;
   std::vector<std::pair<uint64_t, uint64_t>> ranges;
   for (const auto& [name, entry] : header.items()) {
@@ -132,9 +142,9 @@ void ModelFile::parse() {
       throw ModelError("expected " + std::to_string(size) + " bytes inside " + std::to_string(data_bytes) + ", got [" +
                        std::to_string(begin) + ", " + std::to_string(end) + ") - at " + at);
     }
-    tensor.data = base + begin;
+    tensor.offset = 8 + header_bytes + begin;
     tensor.bytes = end - begin;
-    if (tensor.dtype == DType::f32 && (8 + header_bytes + begin) % 4 != 0) {
+    if (tensor.dtype == DType::f32 && tensor.offset % 4 != 0) {
       throw ModelError("expected F32 data aligned to 4 bytes, got offset " + std::to_string(begin) + " - at " + at);
     }
     ranges.emplace_back(begin, end);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "pack.h"
+
 namespace qdeploy {
 namespace {
 
@@ -118,15 +120,12 @@ void run_depthwise(const Chunk& chunk, const Step& step, Share share) {
   const Window& window = step.node->window;
   DepthwiseParams params = {};
   params.taps = static_cast<int32_t>(conv.tap_offset.size());
-  params.n = static_cast<int32_t>(out.c);
-  params.a_stride = window.stride[1] * in.c;
   params.tap_offset = conv.tap_offset.data();
   params.w = reinterpret_cast<const int8_t*>(chunk.program.weights.data() + conv.weight_offset);
-  params.w_stride = (out.c + kMaxNr - 1) / kMaxNr * kMaxNr;
+  params.w_stride = depthwise_stride(*step.node, conv);
   params.comp = reinterpret_cast<const int32_t*>(conv.comp.data());
   params.scale = reinterpret_cast<const float*>(conv.scale.data());
   params.bias = reinterpret_cast<const float*>(conv.bias.data());
-  params.c_stride = out.c;
   params.qmin = step.node->qmin;
   params.qmax = step.node->qmax;
   const Range rows = slice(chunk.images * out.h, share);
@@ -135,7 +134,16 @@ void run_depthwise(const Chunk& chunk, const Step& step, Share share) {
     params.a = u8_at(chunk, step.inputs[0]) + row / out.h * in.image_pitch + in.origin + y * in.row_pitch -
                window.padding[1] * in.c;
     params.c = u8_at(chunk, step.output) + row_offset(out, row);
-    chunk.program.kernels->depthwise(&params, static_cast<size_t>(out.w));
+    const auto run = [&](int64_t repeat, int64_t pixels) {  // `repeat` neighbours count as one pixel
+      params.n = static_cast<int32_t>(out.c * repeat);
+      params.a_stride = window.stride[1] * in.c * repeat;
+      params.c_stride = out.c * repeat;
+      chunk.program.kernels->depthwise(&params, static_cast<size_t>(pixels));
+      params.a += pixels * params.a_stride;
+      params.c += pixels * params.c_stride;
+    };
+    run(conv.repeat, out.w / conv.repeat);
+    run(1, out.w % conv.repeat);
   }
 }
 
@@ -283,6 +291,13 @@ void run_reshape(const Chunk& chunk, const Step& step, Share share) {
   }
 }
 
+// One table of 256 codes per channel. By value: a stored byte might change anything that is referred to.
+void quantize_raw(const uint8_t* from, int64_t pixels, int64_t channels, const uint8_t* tables, uint8_t* to) {
+  for (int64_t x = 0; x < pixels; ++x) {
+    for (int64_t c = 0; c < channels; ++c) *to++ = tables[c * 256 + *from++];
+  }
+}
+
 }  // namespace
 
 bool run_input(const Chunk& chunk, int activation, const std::vector<uint8_t>& preprocess_table, const void* images,
@@ -294,8 +309,7 @@ bool run_input(const Chunk& chunk, int activation, const std::vector<uint8_t>& p
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     uint8_t* to = u8_at(chunk, activation) + row_offset(a, row);
     if (is_u8) {
-      const uint8_t* from = static_cast<const uint8_t*>(images) + row * a.w * a.c;
-      for (int64_t i = 0; i < a.w * a.c; ++i) to[i] = preprocess_table[i % a.c * 256 + from[i]];
+      quantize_raw(static_cast<const uint8_t*>(images) + row * a.w * a.c, a.w, a.c, preprocess_table.data(), to);
       continue;
     }
     const int64_t plane = a.h * a.w;

@@ -27,6 +27,7 @@ struct Activation {
 // The weights of a convolution or linear as its kernel reads them.
 struct PackedConv {
   bool is_depthwise = false;
+  int64_t repeat = 1;                  // depthwise: neighbouring pixels that one row of weights covers
   const ConvKernel* kernel = nullptr;  // null for depthwise
   std::vector<int32_t> tap_offset;     // from the first tap; relative to the window's top left pixel
   int32_t k = 0;                       // bytes per tap

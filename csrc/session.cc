@@ -59,6 +59,13 @@ Session::Session(const ModelFile& file, int threads, const std::string& isa)
     throw ModelError("expected activations that fit this machine's memory, got " + std::to_string(image) +
                      " bytes an image - at " + file.path());
   }
+  for (const Step& step : program_.steps) macs_per_image_ += step.macs;
+}
+
+std::atomic<int64_t> Session::macs_per_thread{4'000'000};
+
+int Session::threads_for(int64_t batch) const {
+  return static_cast<int>(std::clamp<int64_t>(batch * macs_per_image_ / macs_per_thread, 1, threads_));
 }
 
 int64_t Session::images_per_chunk(int64_t images) {
@@ -128,7 +135,8 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
   std::atomic<bool> finite{true};
 
   // Each thread walks through all steps and meets the others after each.
-  Barrier barrier(threads_);
+  const int most_threads = threads_for(images.count);
+  Barrier barrier(most_threads);
   const auto body = [&](int thread, int threads) {
     const Share share = {thread, threads};
     const auto meet = [&] {
@@ -160,7 +168,7 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
       for (int64_t i = 0; i < images.count; i += step) run_steps(pass, {program_, *plan, arena.data(), i, step});
     }
   };
-  ThreadPool::shared().run(threads_, body);
+  ThreadPool::shared().run(most_threads, body);
   if (!finite) {
     give_arena(std::move(arena));
     throw InputError("expected finite numbers, got NaN or infinity - at the input, images " + std::to_string(first) +

@@ -3,11 +3,13 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
+#include "cpu.h"
 #include "errors.h"
 
 #if defined(__x86_64__)
@@ -28,6 +30,20 @@ void pause() {
 // About 50 us: longer than the gap between two layers or two calls in a loop, too short to be seen as load when idle.
 constexpr int kSpins = 1000;
 
+// Counts a caller of run while it lives.
+class Caller {
+ public:
+  explicit Caller(std::atomic<int>* callers) : callers_(callers), others_(callers->fetch_add(1)) {}
+  ~Caller() { callers_->fetch_sub(1); }
+  Caller(const Caller&) = delete;
+  Caller& operator=(const Caller&) = delete;
+  int others() const { return others_; }
+
+ private:
+  std::atomic<int>* const callers_;
+  const int others_;
+};
+
 }  // namespace
 
 void Barrier::wait() {
@@ -47,7 +63,8 @@ void Barrier::wait() {
 }
 
 struct ThreadPool::State {
-  std::mutex in_use;  // held by the caller of run
+  std::atomic<int> callers{0};
+  std::mutex in_use;  // held by the caller that has the workers
 
   std::mutex mutex;  // guards what follows
   std::condition_variable wake;
@@ -58,7 +75,7 @@ struct ThreadPool::State {
   std::atomic<int> running{0};
 };
 
-ThreadPool::ThreadPool() : state_(new State) {
+ThreadPool::ThreadPool() : cores_(default_threads()), state_(new State) {
   // A forked child has none of the threads, and locks may be held by threads that are gone: it starts afresh.
   pthread_atfork(nullptr, nullptr, [] { shared().state_ = new State; });
 }
@@ -103,8 +120,10 @@ void ThreadPool::grow(int workers) {
 
 void ThreadPool::run(int threads, const std::function<void(int, int)>& body) {
   State& state = *state_;
-  std::unique_lock<std::mutex> in_use(state.in_use, std::try_to_lock);
-  if (threads <= 1 || !in_use.owns_lock()) return body(0, 1);
+  const Caller caller(&state.callers);
+  if (threads <= 1 || caller.others() + threads > std::max(threads, cores_)) return body(0, 1);
+  const std::unique_lock<std::mutex> in_use(state.in_use, std::try_to_lock);
+  if (!in_use.owns_lock()) return body(0, 1);
   grow(threads - 1);
   {
     const std::lock_guard<std::mutex> lock(state.mutex);

@@ -24,14 +24,16 @@ class ThreadPool {
   static ThreadPool& shared();
 
   // Calls body(t, n) for t = 0..n-1 on n threads, the caller being t = 0, and returns when all are done. n is
-  // `threads`, or 1 when another thread is using the pool: callers that run side by side already keep the cores busy,
-  // and one of them must not wait for another. `body` must not throw.
+  // `threads`, or 1 where another caller has the workers, or where callers side by side already keep the cores busy: a
+  // worker that waits for a core makes every layer wait. `body` must not throw.
   void run(int threads, const std::function<void(int, int)>& body);
 
  private:
   ThreadPool();
   void worker(int index, unsigned seen);
   void grow(int workers);
+
+  const int cores_;  // that this process may use, found once
 
   struct State;
   State* state_;  // never freed: threads may outlive static destruction; replaced in a forked child

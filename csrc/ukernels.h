@@ -20,9 +20,10 @@ constexpr size_t kOverread = 64;
 //
 // One panel (nr output channels) times a list of tiles. A tile is `groups` groups of r pixels; the pixels of a group
 // lie at a constant stride, the groups anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
-//     a[tile.a[g] + p*a_stride + tap_offset[t] + i] * w[t][i][n]
+//     (a[tile.a[g] + p*a_stride + tap_offset[t] + i] - a_offset) * w[t][i][n]
 // then r = fma(float(acc), scale[n], bias[n]), with a residual r = fma(float(residual), residual_scale, r), and
-// c = clamp(rint(r), qmin, qmax), or r itself for the f32 kernel. comp = -zero_point * sum of the channel's codes.
+// c = clamp(rint(r), qmin, qmax), or r itself for the f32 kernel. comp = (a_offset - zero_point) * sum of the channel's
+// codes, so that the kernel's own a_offset (0, or 128 where it needs signed activations) never shows in acc.
 //
 // Packed panel, WeightFormat::s8x4:  int8  w[taps][k/4][nr][4]   element (t, i, n) at ((t*(k/4) + i/4)*nr + n)*4 + i%4
 //               WeightFormat::s16x2: int16 w[taps][k/2][nr][2]   likewise with 2
@@ -75,6 +76,7 @@ struct ConvKernel {
   // for any codes of which the positive ones add up to at most 128 there, and so do the negative ones (255 * 128 <
   // 2^15).
   int32_t s16_steps = 0;
+  int32_t a_offset = 0;  // what the kernel subtracts from activations, see above
 };
 constexpr int32_t kMaxNr = 64;
 
@@ -176,5 +178,8 @@ void init_avx2(Kernels* kernels);        // AVX2 + FMA
 void init_avxvnni(Kernels* kernels);     // the above + AVX_VNNI, the VEX form
 void init_avx512(Kernels* kernels);      // AVX-512 F, BW, DQ, VL
 void init_avx512vnni(Kernels* kernels);  // the above + AVX512_VNNI
+
+void init_neon(Kernels* kernels);     // Advanced SIMD: every ARMv8-A
+void init_neondot(Kernels* kernels);  // the above + FEAT_DotProd
 
 }  // namespace qdeploy

@@ -1,9 +1,14 @@
+from typing import ClassVar
+
 import numpy as np
 
 def isas() -> list[str]: ...
+def cpu_quota(root: str = "") -> float: ...
 def default_threads() -> int: ...
+def peak_gmacs(isa: str, precision: str, seconds: float) -> float | None: ...
 
 class Session:
+    macs_per_thread: ClassVar[int]
     threads: int
     isa: str
     nbytes: int

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from qdeploy.columns import columns, percent
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.graph import Member
 
@@ -128,19 +129,66 @@ def _show_info(report: Report) -> None:
 
 
 def plan(args: argparse.Namespace) -> Report:
-    """Which kernel runs each node and how; with --profile also how long it takes."""
+    """Which kernel runs each node and how."""
     import qdeploy
 
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
-    nodes = model.profile(_random_input(model, args.batch)) if args.profile else model.plan(args.batch)
-    return {"isa": model.isa, "threads": model.num_threads, "batch": args.batch, "nodes": nodes}
+    return {"isa": model.isa, "threads": model.num_threads, "batch": args.batch, "nodes": model.plan(args.batch)}
 
 
 def _show_plan(report: Report) -> None:
-    print(f"{report['isa']}, {report['threads']} thread(s), batch {report['batch']}\n")
-    _print_rows(report["nodes"])
-    if "microseconds" in report["nodes"][0]:
-        print(f"\nsum of the nodes: {sum(node['microseconds'] for node in report['nodes']) / 1e3:.3f} ms")
+    print(_setting(report), end="")
+    _print_rows([_planned(report, node) for node in report["nodes"]])
+
+
+def _setting(report: Report) -> str:
+    return f"{report['isa']}, {report['threads']} thread(s), batch {report['batch']}\n\n"
+
+
+def _planned(report: Report, node: Report) -> Report:
+    several = len({node["member"] for node in report["nodes"]}) > 1
+    row = {"member": node["member"]} if several else {}
+    row |= {"node": node["name"]} | {key: node[key] for key in ("kernel", "tile", "split")}
+    return row | {"bits": node["bits"] or None, "MMAC": node["macs"] / 1e6, "of MACs": percent(node["share_of_macs"])}
+
+
+def profile(args: argparse.Namespace) -> Report:
+    """The plan with the time of each node, and how near it comes to the peak of the CPU's int8 instructions."""
+    import qdeploy
+    from qdeploy import peers
+
+    model = qdeploy.load_int_model(args.file, num_threads=args.threads)
+    x = _random_input(model, args.batch)
+    found = peers.measure(model, x, {}, args.rounds, progress=_progress)
+    nodes = model.profile(x, args.rounds)
+    total = sum(node["microseconds"] for node in nodes)
+    peak = found["peak_gmacs"]["int8"]
+    for node in nodes:
+        node["of_time"] = node["microseconds"] / total
+        node["gmacs_per_second"] = node["macs"] / node["microseconds"] / 1e3 if node["macs"] else None
+        node["of_peak"] = peak and node["macs"] and node["gmacs_per_second"] / (peak * model.num_threads) or None
+    call = found["results"][0]
+    keys = ("isa", "threads", "batch", "macs", "peak_gmacs")
+    return {key: found[key] for key in keys} | {
+        "call_ms": call["median_ms"],
+        "of_peak": call["of_limit"],
+        "nodes": nodes,
+    }
+
+
+def _show_profile(report: Report) -> None:
+    print(_setting(report), end="")
+    rows = []
+    for node in report["nodes"]:
+        row = {"us": node["microseconds"], "of time": percent(node["of_time"])}
+        row |= {"GMAC/s": node["gmacs_per_second"], "of peak": percent(node["of_peak"])}
+        rows.append(_planned(report, node) | row)
+    _print_rows(rows)
+    nodes = sum(node["microseconds"] for node in report["nodes"]) / 1e3
+    print(f"\nnodes {nodes:.3f} ms; a call {report['call_ms']:.3f} ms, input and output included")
+    peak = report["peak_gmacs"]["int8"]
+    if peak:
+        print(f"{report['of_peak']:.1%} of the peak of its int8 instructions, {peak:.0f} GMAC/s a thread")
 
 
 def bench(args: argparse.Namespace) -> Report:
@@ -148,52 +196,23 @@ def bench(args: argparse.Namespace) -> Report:
     import qdeploy
     from qdeploy import format, peers
 
-    graph = format.load(args.file)
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
-    x = _random_input(model, args.batch)
-    skipped = []
-    try:
-        others = peers.contestants(graph, model.num_threads)
-    except InputError as error:
-        others = {}
-        skipped.append(str(error))
-    if not others and not skipped:
-        skipped.append("no other runtime is installed: pip install 'qdeploy[bench]'")
-    runs = {"qdeploy int8": lambda: model(x)}
-    runs |= {name: lambda run=run: run(x) for name, run in others.items()}
-    timings = peers.alternate(runs, args.rounds, _progress)
-    ours = timings["qdeploy int8"].median
-    rows = [
-        {
-            "runtime": name,
-            "median_ms": timing.median,
-            "min_ms": timing.minimum,
-            "spread_ms": timing.spread,
-            "calls": timing.calls,
-            "over_qdeploy": timing.median / ours,
-        }
-        for name, timing in timings.items()
-    ]
-    return {
-        "isa": model.isa,
-        "threads": model.num_threads,
-        "batch": args.batch,
-        "results": rows,
-        "skipped": skipped,
-    }
+    x = _image_like_input(model, args.batch)
+    others, absent = {}, {}
+    if args.peers:
+        _progress("a first run of each peer, in a child process")
+        others, absent = peers.contestants(format.load(args.file), x.shape, model.num_threads)
+    report = peers.measure(model, x, others, args.rounds, progress=_progress)
+    for row in report["results"][1:]:
+        row["correlation"] = peers.correlation(model(x), others[row["runtime"]](x))
+    return report | {"absent": absent}
 
 
 def _show_bench(report: Report) -> None:
-    print(f"{report['isa']}, {report['threads']} thread(s), batch {report['batch']}\n")
-    _print_rows(report["results"])
-    for reason in report["skipped"]:
-        print(f"\nno peers: {reason}")
-    print()
-    for precision in ("float32", "int8"):
-        rows = [row for row in report["results"][1:] if row["runtime"].endswith(precision)]
-        if rows:
-            best = min(rows, key=lambda row: row["median_ms"])
-            print(f"{best['over_qdeploy']:.2f}x the speed of the best {precision} peer ({best['runtime']})")
+    from qdeploy import peers
+
+    _clear_progress()
+    print(_setting(report) + peers.text(report))
 
 
 def verify(args: argparse.Namespace) -> Report:
@@ -230,7 +249,7 @@ def _show_verify(report: Report) -> None:
     print("\nequal to the reference, bit for bit" if report["equal"] else "\nNOT equal to the reference")
 
 
-def doctor(args: argparse.Namespace) -> Report:
+def doctor(args: argparse.Namespace | None = None) -> Report:
     """What qdeploy sees of this machine and installation."""
     from qdeploy import _engine
 
@@ -362,6 +381,14 @@ def _random_input(model: Model, batch: int) -> np.ndarray:
     return ((codes - entry["zero_point"]) * entry["scale"]).astype(np.float32)
 
 
+def _image_like_input(model: Model, batch: int) -> np.ndarray:
+    """Normal noise with four deviations on either side inside the input's range: float32 peers, which do not saturate,
+    then compute the same."""
+    entry = model.inputs[0]
+    codes = np.random.default_rng(0).normal(127.5, 32, (batch, *entry["shape"]))
+    return ((codes - entry["zero_point"]) * entry["scale"]).astype(np.float32)
+
+
 def _progress(text: str) -> None:
     """One line on the terminal that the next one overwrites; nothing where stderr is a file."""
     if sys.stderr.isatty():
@@ -369,28 +396,13 @@ def _progress(text: str) -> None:
 
 
 def _print_rows(rows: list[dict]) -> None:
-    """Dictionaries as a table; the keys of the first are the header. Numbers to the right, texts to the left."""
+    _clear_progress()
+    print(columns(rows))
+
+
+def _clear_progress() -> None:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    headers = list(rows[0])
-    cells = [[_cell(row[key]) for key in headers] for row in rows]
-    widths = [max(len(line[i]) for line in [headers, *cells]) for i in range(len(headers))]
-    right = [isinstance(rows[0][key], (int, float)) for key in headers]
-    for line in [headers, *cells]:
-        columns = zip(line, widths, right, strict=True)
-        print(
-            "  ".join(
-                cell.rjust(width) if is_right else cell.ljust(width) for cell, width, is_right in columns
-            ).rstrip()
-        )
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-    if isinstance(value, (list, tuple)):
-        return "x".join(str(v) for v in value)
-    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
 
 
 def _require(extra: str, *modules: str) -> None:
@@ -455,10 +467,14 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--images", type=_positive, default=128, help=text)
     added = command(plan, _show_plan, file=True, threads=True)
     added.add_argument("--batch", type=_positive, default=1)
-    added.add_argument("--profile", action="store_true", help="run it and time each node")
+    added = command(profile, _show_profile, file=True, threads=True)
+    added.add_argument("--batch", type=_positive, default=1)
+    added.add_argument("--rounds", type=_positive, default=10, help="the times are medians of so many (default: 10)")
     added = command(bench, _show_bench, file=True, threads=True)
     added.add_argument("--batch", type=_positive, default=1)
     added.add_argument("--rounds", type=_positive, default=10, help="turns of each runtime (default: 10)")
+    text = "beside onnxruntime and OpenVINO, where installed (default)"
+    added.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help=text)
     added = command(verify, _show_verify, file=True)
     added.add_argument("--batch", type=_positive, default=2)
     from qdeploy.training.command import add_arguments  # imports no torch

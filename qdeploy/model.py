@@ -11,6 +11,8 @@ import numpy as np
 from . import _engine
 from .errors import InputError, ModelError
 
+_DTYPES = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
+
 
 def load_int_model(path: str | os.PathLike, num_threads: int | None = None, isa: str | None = None) -> Model:
     """Load a model file; an ensemble loads the same way.
@@ -18,6 +20,8 @@ def load_int_model(path: str | os.PathLike, num_threads: int | None = None, isa:
     path: a file written by `qdeploy.export` (docs/format.md). It is data: nothing in it is executed or followed, and
         it is not needed any more once this returns.
     num_threads: 1 to 256; None takes the cores that this process may use (affinity, cgroup quota, physical cores).
+        A call uses fewer where it has less than 4 million multiply-accumulates for each, or where calls side by side
+        already keep the cores busy. The bits never depend on it.
     isa: one of the instruction sets that `qdeploy doctor` lists; None takes QDEPLOY_ISA or the best. All give the same
         bits.
     Raises ModelError for a file that cannot be run, InputError for the other two.
@@ -55,6 +59,7 @@ class Model:
         self._content = content  # of an unpickled model, whose file may be on another machine
         self._stamp = None if content is not None else _stamp(path)
         self._activations = session.activations
+        self._output = session.outputs[0]
         self._steps = session.plan(1)
         shape = self._activations[session.input]["shape"]
         self._accepted = {np.dtype(np.float32): shape}
@@ -73,7 +78,7 @@ class Model:
     @property
     def outputs(self) -> list[dict]:
         """One entry: `shape` (without the batch), `dtype` and, for u8 codes, `scale` and `zero_point`."""
-        return [self._activations[self._session.outputs[0]]]
+        return [self._activations[self._output]]
 
     @property
     def members(self) -> list[str]:
@@ -120,8 +125,11 @@ class Model:
         in codes gives that ([N, C, H, W], float32 or uint8). With taps also a dict from name to uint8 codes or float32.
         Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
         """
-        output, _, tapped = self._run(images, taps=taps)
-        return (output, tapped) if len(taps) else output
+        if not len(taps):
+            return self._run(images)[0]
+        ids = self._tap_ids(taps)
+        output, _, tapped = self._run(images, ids.values())
+        return output, dict(zip(ids, tapped, strict=True))
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
@@ -143,15 +151,14 @@ class Model:
         return [{**step, "microseconds": s * 1e6} for step, s in zip(plan, np.median(seconds, axis=0), strict=True)]
 
     def _run(self, images, taps=(), want_classes=False, step_seconds=None):
+        """Output, classes (or None) and the activations `taps`."""
         images = self._checked(images)
         n = len(images)
-        output = self._empty(n, self._session.outputs[0])
+        output = self._empty(n, self._output)
         classes = np.empty(n, np.int64) if want_classes else None
-        ids = self._tap_ids(taps)
-        tapped = {name: self._empty(n, i) for name, i in ids.items()}
+        tapped = [self._empty(n, activation) for activation in taps]
         if n:
-            arrays = [(i, tapped[name]) for name, i in ids.items()]
-            self._session.run(images, output, classes, arrays, step_seconds)
+            self._session.run(images, output, classes, list(zip(taps, tapped, strict=True)), step_seconds)
         return output, classes, tapped
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
@@ -164,7 +171,7 @@ class Model:
 
     def _empty(self, n: int, activation: int) -> np.ndarray:
         entry = self._activations[activation]
-        return np.empty((n, *entry["shape"]), np.float32 if entry["dtype"] == "f32" else np.uint8)
+        return np.empty((n, *entry["shape"]), _DTYPES[entry["dtype"]])
 
     def _tap_name(self, step: dict) -> str:
         return step["name"] if len(self.members) == 1 else f"{step['member']}/{step['name']}"

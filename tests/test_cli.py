@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from random_graphs import Builder
 
 import qdeploy
-from qdeploy import _engine
+from qdeploy import _engine, format
 from qdeploy.demo import MODEL
+from qdeploy.graph import Graph
 
 COMMAND = [sys.executable, "-m", "qdeploy.cli"]
 
@@ -40,8 +42,9 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *parts: str) -> N
     [
         ("info", MODEL),
         ("plan", MODEL),
-        ("plan", MODEL, "--profile", "--batch", 3),
+        ("profile", MODEL, "--rounds", 2, "--batch", 3),
         ("bench", MODEL, "--rounds", 1),
+        ("bench", MODEL, "--rounds", 1, "--no-peers"),
         ("verify", MODEL, "--batch", 1),
         ("doctor",),
         ("demo", "--threads", 1),
@@ -89,6 +92,66 @@ def test_plan_obeys_the_instruction_set_of_the_environment():
     for isa in _engine.isas():
         report = json.loads(run("plan", MODEL, "--json", "--threads", 1, QDEPLOY_ISA=isa).stdout)
         assert (report["isa"], report["threads"]) == (isa, 1)
+
+
+def columns(text: str) -> dict[str, list[str]]:
+    """The cells of a printed table by header. A column ends where the next one begins, two blanks apart at least."""
+    header, *lines = text.split("\n\n")[1].splitlines()
+    blank = [all(i >= len(line) or line[i] == " " for line in [header, *lines]) for i in range(len(header) + 1)]
+    starts = [i for i in range(len(header)) if not blank[i] and (i == 0 or blank[i - 1] and (i < 2 or blank[i - 2]))]
+    cells = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in [header, *lines]]
+    return {name: list(column) for name, *column in zip(*cells, strict=True)}
+
+
+def test_plan_is_a_table_of_the_nodes():
+    shown, nodes = columns(run("plan", MODEL, "--threads", 1).stdout), qdeploy.load_int_model(MODEL, 1).plan(1)
+    assert shown["node"] == [node["name"] for node in nodes]
+    assert shown["member"] == [node["member"] for node in nodes]
+    for key in ("kernel", "tile", "split"):
+        assert shown[key] == [node[key] for node in nodes]
+    assert sum(float(share.rstrip("%")) for share in shown["of MACs"]) == pytest.approx(100, abs=0.05 * len(nodes))
+
+
+def test_profile_adds_times_and_shares():
+    result = run("profile", MODEL, "--rounds", 2, "--threads", 1)
+    shown = columns(result.stdout)
+    assert {"node", "kernel", "tile", "split", "us", "of time", "GMAC/s", "of peak"} <= set(shown)
+    report = json.loads(run("profile", MODEL, "--rounds", 2, "--threads", 1, "--json").stdout)
+    assert sum(node["of_time"] for node in report["nodes"]) == pytest.approx(1)
+    for node in report["nodes"]:
+        rate = node["macs"] / node["microseconds"] / 1e3
+        assert node["gmacs_per_second"] == (pytest.approx(rate) if node["macs"] else None)
+    peak = _engine.peak_gmacs(report["isa"], "int8", 0.001)
+    assert (report["of_peak"] is None) == (peak is None)
+
+
+def test_profile_without_a_known_peak():
+    report = json.loads(run("profile", MODEL, "--rounds", 1, "--json", QDEPLOY_ISA="scalar").stdout)
+    assert report["of_peak"] is None and all(node["of_peak"] is None for node in report["nodes"])
+    assert "of peak" in columns(run("profile", MODEL, "--rounds", 1, QDEPLOY_ISA="scalar").stdout)
+
+
+def test_bench_shows_a_peer_that_crashes(tmp_path):
+    """A runtime whose import kills the process is a row with the reason; the others are timed."""
+    pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
+    (tmp_path / "openvino.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = run("bench", MODEL, "--rounds", 1, PYTHONPATH=path)
+    assert (result.returncode, result.stderr) == (0, "")
+    notes = dict(zip(*(columns(result.stdout)[key] for key in ("runtime", "note")), strict=True))
+    assert notes["qdeploy int8"] == notes["onnxruntime int8"] == ""
+    assert notes["openvino int8"] == notes["openvino float32"] == "crashed (SIGSEGV)"
+
+
+def test_bench_of_what_has_no_float32_twin(tmp_path):
+    builder = Builder(np.random.default_rng(0), (4, 6, 6), (0.02, 100))
+    builder.table(0)
+    format.save(Graph([builder.member()]), tmp_path / "table.safetensors")
+    result = run("bench", tmp_path / "table.safetensors", "--rounds", 1)
+    assert (result.returncode, result.stderr) == (0, "")
+    notes = dict(zip(*(columns(result.stdout)[key] for key in ("runtime", "note")), strict=True))
+    assert notes.pop("qdeploy int8") == ""
+    assert all("a table has no float32 twin" in note or "pip install" in note for note in notes.values())
 
 
 def test_demo_shows_equal_bits():

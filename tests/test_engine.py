@@ -290,6 +290,34 @@ def test_a_file_may_change_after_loading(network, tmp_path):
     assert_same(model(x), reference.run(graph, x), "after truncation")
 
 
+def test_a_file_may_shrink_while_it_is_loaded(tmp_path):
+    """An error or a whole model, at whatever point of the loading another thread cuts the file."""
+    builder = Builder(np.random.default_rng(0), (4096,), (0.1, 3))
+    builder.linear(0, 4096, bits=8, dtype="f32")
+    save(Graph([builder.member()]), tmp_path / "whole.safetensors")
+    code = """
+import os, shutil, threading, timeit, qdeploy
+seconds = min(timeit.repeat(lambda: qdeploy.load_int_model("whole.safetensors", 1), number=1, repeat=5))
+for i in range(20):
+    shutil.copy("whole.safetensors", "m.safetensors")
+    cutter = threading.Timer(i / 20 * seconds, os.truncate, ("m.safetensors", 4096))
+    cutter.start()
+    try:
+        qdeploy.load_int_model("m.safetensors", 1)
+        print("loaded")
+    except qdeploy.ModelError as error:
+        print(error)
+    cutter.join()
+"""
+    result = run_python(code, tmp_path, "")
+    assert result.returncode == 0, (result.returncode, result.stderr)
+    lines = result.stdout.splitlines()
+    errors = [line for line in lines if line != "loaded"]
+    assert len(lines) == 20
+    assert all("m.safetensors" in line for line in errors)
+    assert any("the end of a file that just shrank" in line for line in errors)
+
+
 def test_loading_keeps_no_file_open(tmp_path):
     save(small_network(), tmp_path / "m.safetensors")
     before = len(os.listdir("/proc/self/fd"))

@@ -1,8 +1,15 @@
-"""Times taken in turns, and turns on a slow machine left out."""
+"""Times taken in turns, and turns on a slow machine left out; peers that fail before they are timed."""
 
 import time
 
-from qdeploy.peers import CALLS_PER_TURN, alternate
+import numpy as np
+import pytest
+
+import qdeploy
+from qdeploy import format
+from qdeploy.demo import MODEL
+from qdeploy.onnx import to_onnx
+from qdeploy.peers import CALLS_PER_TURN, OURS, alternate, contestants, correlation, faults, measure
 
 
 def test_contestants_take_turns():
@@ -23,3 +30,47 @@ def test_slow_turns_do_not_count():
     speeds = iter([1.0, 0.5, 0.6, 0.95])
     timings = alternate({"a": lambda: None, "b": lambda: None}, rounds=2, speed=lambda: next(speeds))
     assert (timings["a"].calls, timings["b"].calls) == (CALLS_PER_TURN, CALLS_PER_TURN)
+
+
+def test_report_of_ours_beside_another():
+    model = qdeploy.load_int_model(MODEL, num_threads=1)
+    x = np.zeros((3, *model.inputs[0]["shape"]), np.float32)
+    seen = []
+    report = measure(model, x, {"snail float32": lambda x: seen.append(x.shape) or time.sleep(0.01)}, rounds=2, calls=3)
+    assert report["macs"] == 3 * sum(step["macs"] for step in model.plan(1))
+    assert seen == [x.shape] * 2 * 4
+    ours, snail = report["results"]
+    assert (ours["runtime"], ours["ratio"]) == (OURS, None)
+    assert snail["ratio"] == ours["median_ms"] / snail["median_ms"] < 1
+    assert snail["min_ms"] >= 10
+    peak = report["peak_gmacs"]["float32"]
+    assert snail["of_limit"] == (peak and pytest.approx(report["macs"] / peak / 1e6 / snail["median_ms"]))
+
+
+def test_peers_that_fail_are_named_with_the_reason():
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
+    graph = format.load(MODEL)
+    good = to_onnx(graph, quantized=True).SerializeToString()
+    found = faults({"onnxruntime int8": good, "onnxruntime float32": good[:100]}, (2, *graph.input_shape), 1)
+    assert list(found) == ["onnxruntime float32"]
+    assert "onnxruntime" in found["onnxruntime float32"]
+    runs, absent = contestants(graph, (2, *graph.input_shape), 1, runtimes=("onnxruntime",))
+    assert (list(runs), absent) == (["onnxruntime float32", "onnxruntime int8"], {})
+    x = np.random.default_rng(0).normal(0.5, 0.1, (2, *graph.input_shape)).astype(np.float32)
+    ours = qdeploy.load_int_model(MODEL)(x)
+    assert all(correlation(ours, run(x)) > 0.99 for run in runs.values())
+
+
+def test_runtime_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr("qdeploy.peers.find_spec", lambda name: None)
+    runs, absent = contestants(format.load(MODEL), (1, 1, 16, 16), 1, precisions=("int8",))
+    assert runs == {}
+    assert absent == dict.fromkeys(["onnxruntime int8", "openvino int8"], "no onnx here: pip install 'qdeploy[bench]'")
+
+
+def test_correlation():
+    a = np.array([1.0, 2.0, 3.0])
+    assert correlation(a, 2 * a + 1) == pytest.approx(1)
+    assert correlation(a, -a) == pytest.approx(-1)
+    assert correlation(a, np.ones(3)) is None

@@ -12,6 +12,7 @@
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -c csrc/isa/avx512.cc
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -c csrc/isa/avx512vnni.cc
 //   g++ $F tests/cpp/check_ukernels.cc csrc/cpu.cc *.o -o check_ukernels
+// On aarch64, instead of the avx files: csrc/isa/neon.cc, and csrc/isa/neondot.cc with -march=armv8.2-a+dotprod.
 #include "cpu.h"
 #include "ukernels.h"
 
@@ -378,10 +379,12 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   float* bias = m.bias.place<float>(kernel.nr, x.at_end, random);
   const double largest_sum =
       depth * 255.0 * (1 << (x.bits - 1)) / (x.w_fill == Fill::small || x.a_fill == Fill::small ? 50 : 1);
+  std::vector<int32_t> comp_expected(kernel.nr);  // the scalar kernel's a_offset is 0
   for (int n = 0; n < kernel.nr; ++n) {
     int sum = 0;
     for (int i = 0; i < depth && n < x.n; ++i) sum += codes[n * depth + i];
-    comp[n] = -zero_point * sum;
+    comp[n] = (kernel.a_offset - zero_point) * sum;
+    comp_expected[n] = -zero_point * sum;
     scale[n] = n < x.n ? random_scale(largest_sum, random) : 0;
     bias[n] = n < x.n ? random_bias(random) : 0;
   }
@@ -404,7 +407,7 @@ bool check_conv(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   p.prefetch_bytes = random.range(0, 1) ? panel_bytes(kernel, x.taps, x.k) : 0;
 
   (x.f32 ? kernel.f32 : kernel.qu8)(&p, tiles.data(), tiles.size());
-  p.c = c_expected;
+  p.c = c_expected, p.comp = comp_expected.data();
   p.k = window;
   if (x.in_place) p.residual = c_expected;
   conv_expected(scalar, p, tiles, codes.data(), x.f32);
@@ -706,7 +709,8 @@ void bench_conv_all(const Kernels& kernels) {
       printf(" %d: %.0f", k, bench_conv(kernel, k, kernel.mr, kernel.groups, 8, 4 * kernel.nr, false));
     printf(" | 256 with residual: %.0f | K=256, pixels",
            bench_conv(kernel, 256, kernel.mr, kernel.groups, 8, 4 * kernel.nr, true));
-    for (int r : {1, 2, 4, kernel.mr}) printf(" %d: %.0f", r, bench_conv(kernel, 256, r, 1, 8, 4 * kernel.nr, false));
+    for (int r : {1, 2, 4, kernel.mr})
+      if (r <= kernel.mr) printf(" %d: %.0f", r, bench_conv(kernel, 256, r, 1, 8, 4 * kernel.nr, false));
     const double gmacs = bench_conv(kernel, 2048, 1, 1, 1, 8192, false);
     printf(" | linear 2048x8192: %.1f GB/s\n", gmacs * (kernel.format == WeightFormat::s8x4 ? 1 : 2));
   }

@@ -1,0 +1,100 @@
+"""One model file on the runtimes of this machine. As a program it prints the report as JSON,
+
+    ONEDNN_MAX_CPU_ISA=AVX2 QDEPLOY_ISA=avx2 python bench/measure.py FILE --rounds 10 --precisions int8 float32
+
+so that the environment that restricts the peers is that of a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import qdeploy
+from qdeploy import format, peers
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+ALL = tuple(peers.RUNTIMES)
+
+
+def measure(
+    path: Path,
+    threads: int,
+    rounds: int,
+    *,
+    batch: int = 1,
+    calls: int = peers.CALLS_PER_TURN,
+    precisions: Sequence[str] = peers.PRECISIONS,
+    runtimes: Sequence[str] = ALL,
+    torch_net: Module | None = None,
+    peers_run: Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """The report of `qdeploy.peers.measure` on normal noise.
+
+    `torch_net` adds torch eager. `peers_run`: the file of the network that the peers run, where it is another one.
+    AssertionError where a peer computes another network: the correlation with our logits must be above 0.99.
+    """
+    graph = format.load(peers_run or path)
+    x = np.random.default_rng(0).standard_normal((batch, *graph.input_shape)).astype(np.float32)
+    others, absent = peers.contestants(graph, x.shape, threads, precisions, runtimes)
+    if torch_net is not None:
+        others["torch eager float32"] = torch_eager(torch_net, threads)
+    model = qdeploy.load_int_model(path, num_threads=threads)
+    same = qdeploy.load_int_model(peers_run, num_threads=threads) if peers_run else model
+    agreement = {name: peers.correlation(same(x), run(x)) for name, run in others.items()}
+    for name, correlation in agreement.items():
+        assert correlation > 0.99, f"{name} computes another network: correlation {correlation:.3f} with qdeploy"
+    macs = sum(step["macs"] for step in same.plan(batch))
+    report = peers.measure(model, x, others, rounds, peer_macs=macs, calls=calls, progress=progress)
+    for row in report["results"][1:]:
+        row["correlation"] = agreement[row["runtime"]]
+    return report | {"absent": absent}
+
+
+def torch_eager(net: Module, threads: int) -> peers.Run:
+    """torch in channels-last layout, which is its fastest on CPUs."""
+    import torch
+
+    torch.set_num_threads(threads)
+    net = net.to(memory_format=torch.channels_last)
+
+    def run(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return net(torch.from_numpy(x)).numpy()
+
+    return run
+
+
+def measure_restricted(path: Path, isa: str, onednn_isa: str, rounds: int, precisions: Sequence[str]) -> dict:
+    """`measure` on one thread with both restricted; only OpenVINO can be."""
+    environment = os.environ | {"QDEPLOY_ISA": isa, "ONEDNN_MAX_CPU_ISA": onednn_isa}
+    command = [sys.executable, __file__, str(path), f"--rounds={rounds}", "--precisions", *precisions]
+    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(child.stdout)
+
+
+def run_alone(benchmark, path: Path, threads: int, isa: str | None = None, batch: int = 1) -> None:
+    """Our latency for pytest-benchmark's own table."""
+    model = qdeploy.load_int_model(path, num_threads=threads, isa=isa)
+    x = np.random.default_rng(0).standard_normal((batch, *model.inputs[0]["shape"]), np.float32)
+    benchmark.pedantic(model, args=(x,), rounds=10, warmup_rounds=2)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--precisions", nargs="+", required=True)
+    args = parser.parse_args()
+    print(json.dumps(measure(args.file, 1, args.rounds, precisions=args.precisions, runtimes=("openvino",))))
