@@ -71,10 +71,10 @@ struct ConvKernel {
   int32_t groups;    // most groups in a tile, 1 or 2
   int32_t nr;        // channels in a panel, at most kMaxNr
   WeightFormat format;
-  // 0: the kernel is exact for the codes that ConvKernel conv[b] below names. Otherwise it adds the products of this
-  // many consecutive steps of 4 bytes (counted from the first byte of a tap, apart for bytes 0, 1 and bytes 2, 3) in 16
-  // bits, and is exact for any codes whose positive ones and whose negative ones each sum up to at most 128 there,
-  // because 255 * 128 < 2^15.
+  // 0: exact for the codes of Kernels::conv. Else the kernel adds in 16 bits the products of that many consecutive
+  // steps of 4 bytes, counted from the start of a tap and apart for bytes 0, 1 and bytes 2, 3 of a step: it is exact
+  // for any codes of which the positive ones add up to at most 128 there, and so do the negative ones (255 * 128 <
+  // 2^15).
   int32_t s16_steps = 0;
   int32_t a_offset = 0;  // what the kernel subtracts from activations, see above
 };

@@ -18,7 +18,10 @@
 // memory operands (fused). 2 pixels x 4 vectors = 8 accumulators + 4 sums + broadcast, product, ones = 15 of 16
 // registers; three pixels x 4 vectors spill. Inner loop at 2.7 GHz (Cascade Lake), weights in L1, GMAC/s: 7 bits 77 (6
 // pixels x 2 vectors: 72), 6: 86 (5x2: 81), 5: 96 (90), 4: 105 (92), 8: 56. Whole kernel, K = 512..4608: 73, 82, 91,
-// 98, 51; K = 64: 53, 58, 62, 63, 40, where the output rule and the start of a pixel pair cost 35 cycles a pixel.
+// 98, 51; K = 64: 53, 58, 62, 63, 40, where the output rule and the start of a pixel pair cost 35 cycles a pixel. Zen 5
+// at 4.28 GHz, K = 1024, and its limit of two multiplications a cycle: 135 (137), 175 (183), 198 (219), 209 (243), and
+// 8 bits 110 (137), where a weight vector serves both pixels from a register (as memory operand: 99). At 4 to 6 bits
+// that, with 3 pixels x 2 vectors, gains nothing: the bare instructions of 4 bits reach 214 (peak.cc).
 //
 // The multiply-add operations are asm volatile: with intrinsics GCC 12 hoists the vpmaddubsw of a whole block and
 // spills.
@@ -41,7 +44,7 @@ QD_INLINE void multiply_s16(__m256i& product, const __m256i& a, const __m256i& w
 QD_INLINE void widen(__m256i& sum, const __m256i& ones) { asm volatile("vpmaddwd %1, %0, %0" : "+x"(sum) : "x"(ones)); }
 QD_INLINE void add_i16(__m256i& sum, const __m256i& b) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(b)); }
 
-// Bits <= 7: kSums vpmaddubsw results fit s16.
+// Codes of which kSums vpmaddubsw results fit s16: all codes of few bits, and what ConvKernel::s16_steps tells.
 template <int kSums>
 struct NarrowWeights {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;

@@ -11,8 +11,9 @@
 //     <= 4       8         8 + 7 + 1 + 1 for 512                              1.13 / 2.13    426 (487)
 //      8         -         s16 weights: 2 vpmaddwd, 2 vpaddd                  2    / 4       226 (274)  (VNNI: 1 / 1)
 //
-// The rates are of one core of Zen 5 at 4.28 GHz, the limits two multiplications a cycle there. Intel has two ports for
-// all these instructions (0 and 5), so "all" counts. A layer goes to the kernel of the fewest bits that its codes
+// The rates are of one core of Zen 5 at 4.28 GHz, the limits two multiplications a cycle there; the additions take some
+// of their slots: the bare instructions of eight sums reach 433 (peak.cc). Intel has two ports for all of them (0 and
+// 5), so "all" counts. A layer goes to the kernel of the fewest bits that its codes
 // allow, not those of its file: ConvKernel::s16_steps.
 //
 // Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]: one vector is 16 channels x 4.
@@ -61,7 +62,7 @@ QDEPLOY_INLINE __m512i widen(__m512i x_i16x32) {
 QDEPLOY_INLINE void add_i16(__m512i& sum, __m512i x) { asm volatile("vpaddw %1, %0, %0" : "+v"(sum) : "v"(x)); }
 QDEPLOY_INLINE void add_i32(__m512i& sum, __m512i x) { asm volatile("vpaddd %1, %0, %0" : "+v"(sum) : "v"(x)); }
 
-// Codes of at most 7, 6, 5 or 4 bits for kSums = 1, 2, 4 or 8.
+// Codes of at most 7, 6, 5 or 4 bits for kSums = 1, 2, 4 or 8, and what ConvKernel::s16_steps tells.
 template <int kSums>
 struct Maddubs {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
