@@ -156,8 +156,9 @@ bool fits_s16(const int8_t* ordered, const PackedConv& conv, const ConvKernel& k
   return true;
 }
 
-// Two words of 8 codes each, for vector registers of any instruction set.
+// Two words of 8 codes each, and the same as bytes: in vector registers of any instruction set.
 typedef uint64_t Words __attribute__((vector_size(16)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
 constexpr int64_t kCodesPerStep = 16;
 
 // `count` codes that begin at bit `first_bit` of `packed`. Works in steps of kCodesPerStep codes: may read 8 bytes
@@ -168,7 +169,7 @@ void unpack_codes(const uint8_t* packed, int bits, int64_t first_bit, int64_t co
     memcpy(codes, packed, count);
     return;
   }
-  const uint64_t ones = 0x0101010101010101, sign = ones << (bits - 1);
+  const int8_t sign = static_cast<int8_t>(1 << (bits - 1));
   const uint64_t half = (uint64_t{1} << 4 * bits) - 1;                             // 4 codes of 8
   const uint64_t quarters = ((uint64_t{1} << 2 * bits) - 1) * 0x0000000100000001;  // 2 codes of 4, twice
   const uint64_t eighths = ((uint64_t{1} << bits) - 1) * 0x0001000100010001;       // 1 code of 2, four times
@@ -182,8 +183,8 @@ void unpack_codes(const uint8_t* packed, int bits, int64_t first_bit, int64_t co
     x = (x & half) | (x >> 4 * bits & half) << 32;
     x = (x & quarters) | (x & quarters << 2 * bits) << 2 * gap;
     x = (x & eighths) | (x & eighths << bits) << gap;
-    x = (((x ^ sign) | ones << 7) - sign) ^ ones << 7;  // extends the signs; the 128s stop the borrows
-    memcpy(codes + i, &x, sizeof x);
+    const Bytes extended = (reinterpret_cast<Bytes>(x) ^ sign) - sign;
+    memcpy(codes + i, &extended, sizeof extended);
   }
 }
 

@@ -135,12 +135,11 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
   std::atomic<bool> finite{true};
 
   // Each thread walks through all steps and meets the others after each.
-  const int most_threads = threads_for(images.count);
-  Barrier barrier(most_threads);
+  Barrier barrier;
   const auto body = [&](int thread, int threads) {
     const Share share = {thread, threads};
     const auto meet = [&] {
-      if (threads > 1) barrier.wait();
+      if (threads > 1) barrier.wait(threads);
     };
     for (size_t m = 0; m < program_.member_input.size(); ++m) {
       const auto begin = program_.member_input.begin();
@@ -168,7 +167,7 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
       for (int64_t i = 0; i < images.count; i += step) run_steps(pass, {program_, *plan, arena.data(), i, step});
     }
   };
-  ThreadPool::shared().run(most_threads, body);
+  ThreadPool::shared().run(threads_for(images.count), body);
   if (!finite) {
     give_arena(std::move(arena));
     throw InputError("expected finite numbers, got NaN or infinity - at the input, images " + std::to_string(first) +

@@ -30,25 +30,23 @@ void pause() {
 // About 50 us: longer than the gap between two layers or two calls in a loop, too short to be seen as load when idle.
 constexpr int kSpins = 1000;
 
-// Counts a caller of run while it lives.
-class Caller {
+// Counts a thread as busy while it lives.
+class Busy {
  public:
-  explicit Caller(std::atomic<int>* callers) : callers_(callers), others_(callers->fetch_add(1)) {}
-  ~Caller() { callers_->fetch_sub(1); }
-  Caller(const Caller&) = delete;
-  Caller& operator=(const Caller&) = delete;
-  int others() const { return others_; }
+  explicit Busy(std::atomic<int>* count) : count_(count) { count_->fetch_add(1); }
+  ~Busy() { count_->fetch_sub(1); }
+  Busy(const Busy&) = delete;
+  Busy& operator=(const Busy&) = delete;
 
  private:
-  std::atomic<int>* const callers_;
-  const int others_;
+  std::atomic<int>* const count_;
 };
 
 }  // namespace
 
-void Barrier::wait() {
+void Barrier::wait(int threads) {
   const unsigned generation = generation_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     generation_.store(generation + 1, std::memory_order_release);
     return;
@@ -62,17 +60,45 @@ void Barrier::wait() {
   }
 }
 
-struct ThreadPool::State {
-  std::atomic<int> callers{0};
-  std::mutex in_use;  // held by the caller that has the workers
+struct ThreadPool::Job {
+  const std::function<void(int, int)>* body;
+  int threads;
+  std::atomic<int> running;  // workers that have not finished
+};
 
-  std::mutex mutex;  // guards what follows
+struct ThreadPool::Worker {
+  std::mutex mutex;
   std::condition_variable wake;
-  std::atomic<unsigned> job{0};  // bumped for every run
-  const std::function<void(int, int)>* body = nullptr;
-  int threads = 1;  // of the current run
-  int workers = 0;  // started
-  std::atomic<int> running{0};
+  std::atomic<Job*> job{nullptr};
+  int thread = 0;  // its number in the job
+
+  void start(Job* next, int number) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      thread = number;
+      job.store(next, std::memory_order_release);
+    }
+    wake.notify_one();
+  }
+
+  void work() {
+    for (;;) {
+      for (int spins = 0; spins < kSpins && !job.load(std::memory_order_acquire); ++spins) pause();
+      if (!job.load(std::memory_order_acquire)) {
+        std::unique_lock<std::mutex> lock(mutex);
+        wake.wait(lock, [&] { return job.load(std::memory_order_relaxed) != nullptr; });
+      }
+      Job* mine = job.exchange(nullptr, std::memory_order_acq_rel);
+      (*mine->body)(thread, mine->threads);
+      mine->running.fetch_sub(1, std::memory_order_acq_rel);  // from here on both may be gone on to other jobs
+    }
+  }
+};
+
+struct ThreadPool::State {
+  std::atomic<int> busy{0};  // threads at work: callers and workers
+  std::mutex mutex;          // guards what follows
+  std::vector<Worker*> idle;
 };
 
 ThreadPool::ThreadPool() : cores_(default_threads()), state_(new State) {
@@ -85,62 +111,48 @@ ThreadPool& ThreadPool::shared() {
   return *pool;
 }
 
-void ThreadPool::worker(int index, unsigned seen) {
+// Workers for a caller that may use `threads` threads, itself one of them and already counted as busy.
+std::vector<ThreadPool::Worker*> ThreadPool::hire(int threads) {
   State& state = *state_;
-  for (;;) {
-    for (int spins = 0; spins < kSpins && state.job.load(std::memory_order_acquire) == seen; ++spins) pause();
-    const std::function<void(int, int)>* body = nullptr;
-    int threads = 1;
-    {
-      std::unique_lock<std::mutex> lock(state.mutex);
-      state.wake.wait(lock, [&] { return state.job.load(std::memory_order_relaxed) != seen; });
-      seen = state.job.load(std::memory_order_relaxed);
-      body = state.body;
-      threads = state.threads;
-    }
-    if (index >= threads) continue;
-    (*body)(index, threads);
-    state.running.fetch_sub(1, std::memory_order_acq_rel);
-  }
-}
-
-void ThreadPool::grow(int workers) {
-  State& state = *state_;
-  for (; state.workers < workers; ++state.workers) {
-    const int index = state.workers + 1;
-    const unsigned seen = state.job.load();
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  const int count = std::clamp(std::max(threads, cores_) - state.busy, 0, threads - 1);
+  while (static_cast<int>(state.idle.size()) < count) {
+    auto* worker = new Worker;
     try {
-      std::thread([this, index, seen] { worker(index, seen); }).detach();
+      std::thread([worker] { worker->work(); }).detach();
     } catch (const std::system_error& error) {
-      throw InputError("expected to start " + std::to_string(workers) + " threads, got \"" + error.what() +
-                       "\" at number " + std::to_string(index) + " - at num_threads");
+      delete worker;
+      throw InputError("expected to start " + std::to_string(count) + " threads, got \"" + error.what() +
+                       "\" at number " + std::to_string(state.idle.size() + 1) + " - at num_threads");
     }
+    state.idle.push_back(worker);
   }
+  state.busy += count;
+  const auto first = state.idle.end() - count;  // those that ran last: they may still be awake
+  std::vector<Worker*> hired(first, state.idle.end());
+  state.idle.erase(first, state.idle.end());
+  return hired;
 }
 
 void ThreadPool::run(int threads, const std::function<void(int, int)>& body) {
   State& state = *state_;
-  const Caller caller(&state.callers);
-  if (threads <= 1 || caller.others() + threads > std::max(threads, cores_)) return body(0, 1);
-  const std::unique_lock<std::mutex> in_use(state.in_use, std::try_to_lock);
-  if (!in_use.owns_lock()) return body(0, 1);
-  grow(threads - 1);
-  {
-    const std::lock_guard<std::mutex> lock(state.mutex);
-    state.body = &body;
-    state.threads = threads;
-    state.running.store(threads - 1, std::memory_order_relaxed);
-    state.job.fetch_add(1, std::memory_order_release);
-  }
-  state.wake.notify_all();
-  body(0, threads);
-  for (int spins = 0; state.running.load(std::memory_order_acquire) != 0; ++spins) {
+  const Busy caller(&state.busy);
+  if (threads <= 1) return body(0, 1);
+  const std::vector<Worker*> workers = hire(threads);
+  const int count = static_cast<int>(workers.size());
+  Job job = {&body, count + 1, {count}};
+  for (int i = 0; i < count; ++i) workers[i]->start(&job, i + 1);
+  body(0, count + 1);
+  for (int spins = 0; job.running.load(std::memory_order_acquire) != 0; ++spins) {
     if (spins < kSpins) {
       pause();
     } else {
       sched_yield();
     }
   }
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  state.idle.insert(state.idle.end(), workers.begin(), workers.end());
+  state.busy -= count;
 }
 
 }  // namespace qdeploy

@@ -128,8 +128,8 @@ class Model:
         if not len(taps):
             return self._run(images)[0]
         ids = self._tap_ids(taps)
-        output, _, tapped = self._run(images, ids.values())
-        return output, dict(zip(ids, tapped, strict=True))
+        output, _, tapped = self._run(images, taps=ids.values())
+        return output, {name: array for name, (_, array) in zip(ids, tapped, strict=True)}
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
@@ -151,14 +151,14 @@ class Model:
         return [{**step, "microseconds": s * 1e6} for step, s in zip(plan, np.median(seconds, axis=0), strict=True)]
 
     def _run(self, images, taps=(), want_classes=False, step_seconds=None):
-        """Output, classes (or None) and the activations `taps`."""
+        """Output, classes (or None) and pairs of the activations `taps` and what they hold."""
         images = self._checked(images)
         n = len(images)
         output = self._empty(n, self._output)
         classes = np.empty(n, np.int64) if want_classes else None
-        tapped = [self._empty(n, activation) for activation in taps]
+        tapped = [(activation, self._empty(n, activation)) for activation in taps]
         if n:
-            self._session.run(images, output, classes, list(zip(taps, tapped, strict=True)), step_seconds)
+            self._session.run(images, output, classes, tapped, step_seconds)
         return output, classes, tapped
 
     def _checked(self, images: np.ndarray) -> np.ndarray:

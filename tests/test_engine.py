@@ -300,7 +300,7 @@ import os, shutil, threading, timeit, qdeploy
 seconds = min(timeit.repeat(lambda: qdeploy.load_int_model("whole.safetensors", 1), number=1, repeat=5))
 for i in range(20):
     shutil.copy("whole.safetensors", "m.safetensors")
-    cutter = threading.Timer(i / 20 * seconds, os.truncate, ("m.safetensors", 4096))
+    cutter = threading.Timer(i / 40 * seconds, os.truncate, ("m.safetensors", 4096))
     cutter.start()
     try:
         qdeploy.load_int_model("m.safetensors", 1)
