@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,13 +55,15 @@ def rounds(benchmark) -> Callable[[int], int]:
 
 
 @pytest.fixture
-def progress(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture) -> Callable[[str], None]:
-    """Shows on a terminal how far this benchmark is."""
+def progress(request: pytest.FixtureRequest, capfd: pytest.CaptureFixture) -> Iterator[Callable[[str], None]]:
+    """Shows on a terminal, after what pytest printed, how far this benchmark is."""
 
-    def show(text: str) -> None:
+    def write(text: str) -> None:
         with capfd.disabled():
             if sys.stderr.isatty():
-                print(f"\r\x1b[K{request.node.name}: {text}", end="", file=sys.stderr, flush=True)
+                print(text, end="", file=sys.stderr, flush=True)
 
-    yield show
-    show("done")
+    save, restore = "\x1b7", "\x1b8\x1b[K"  # the cursor
+    write(save)
+    yield lambda text: write(f"{restore} {request.node.name}: {text}")
+    write(restore)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 ALL = tuple(peers.RUNTIMES)
+TORCH = "torch eager float32"
+AGREES = {TORCH: 0.95}  # least correlation with our logits; torch has the weights before they were rounded to 7 bits
 
 
 def measure(
@@ -42,19 +44,21 @@ def measure(
 ) -> dict:
     """The report of `qdeploy.peers.measure` on normal noise.
 
-    `torch_net` adds torch eager. `peers_run`: the file of the network that the peers run, where it is another one.
-    AssertionError where a peer computes another network: the correlation with our logits must be above 0.99.
+    `torch_net` adds torch eager on the float network. `peers_run`: the file of the network that the peers run, where it
+    is another one. AssertionError where a peer computes another network: see AGREES.
     """
     graph = format.load(peers_run or path)
     x = np.random.default_rng(0).standard_normal((batch, *graph.input_shape)).astype(np.float32)
     others, absent = peers.contestants(graph, x.shape, threads, precisions, runtimes)
     if torch_net is not None:
-        others["torch eager float32"] = torch_eager(torch_net, threads)
+        others[TORCH] = torch_eager(torch_net, threads)
     model = qdeploy.load_int_model(path, num_threads=threads)
     same = qdeploy.load_int_model(peers_run, num_threads=threads) if peers_run else model
     agreement = {name: peers.correlation(same(x), run(x)) for name, run in others.items()}
     for name, correlation in agreement.items():
-        assert correlation > 0.99, f"{name} computes another network: correlation {correlation:.3f} with qdeploy"
+        assert correlation > AGREES.get(name, 0.99), (
+            f"{name} computes another network: correlation {correlation:.3f} with qdeploy"
+        )
     macs = sum(step["macs"] for step in same.plan(batch))
     report = peers.measure(model, x, others, rounds, peer_macs=macs, calls=calls, progress=progress)
     for row in report["results"][1:]:

@@ -33,8 +33,9 @@ def enough_cpus(request) -> None:
 
 @THREADS
 def test_resnet50(benchmark, results, networks, rounds, progress, threads):
+    progress("exporting")
     path = networks.exported("resnet50")
-    report = measure(path, threads, rounds(12), torch_net=float_net("resnet50"), progress=progress)
+    report = measure(path, threads, rounds(20), torch_net=float_net("resnet50"), progress=progress)
     key = f"resnet50/{threads}"
     results.report(f"ResNet-50, {threads} thread(s)", report, {name: f"{key}/{name}" for name in RUNTIMES})
     results.best_float32(report, times_faster=f"{key}/float32")
@@ -49,7 +50,7 @@ def test_ensemble_of_five_against_one_float32(benchmark, results, networks, roun
     """EoQ: five 7-bit networks in one file, one call."""
     path, single = networks.ensemble_of("resnet50", 5), networks.exported("resnet50")
     options = {"precisions": ("float32",), "torch_net": float_net("resnet50"), "peers_run": single}
-    report = measure(path, threads, rounds(10), progress=progress, **options)
+    report = measure(path, threads, rounds(15), progress=progress, **options)
     names = {name: f"eoq/{threads}/{name}" for name in ("onnxruntime float32", "torch eager float32")}
     results.report(f"An ensemble of 5 ResNet-50 against one in FP32, {threads} thread(s)", report, names)
     results.best_float32(report, ratio=f"eoq/{threads}/best")
@@ -59,8 +60,9 @@ def test_ensemble_of_five_against_one_float32(benchmark, results, networks, roun
 @THREADS
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(benchmark, results, networks, rounds, progress, name, threads):
+    progress("exporting")
     path = networks.exported(name)
-    report = measure(path, threads, rounds(10), precisions=INT8, progress=progress)
+    report = measure(path, threads, rounds(15), precisions=INT8, progress=progress)
     names = {runtime: f"{name}/{threads}/{runtime}" for runtime in RUNTIMES}
     results.report(f"{ZOO[name]}, {threads} thread(s)", report, names)
     ratios = [results.figures.get(f"{net}/{threads}/openvino int8") for net in ZOO]
@@ -74,7 +76,7 @@ def test_zoo(benchmark, results, networks, rounds, progress, name, threads):
 def test_batch(benchmark, results, networks, rounds, progress, batch, threads):
     path = networks.exported("resnet50")
     options = {"batch": batch, "calls": 2, "precisions": INT8, "runtimes": ("openvino",)}
-    report = measure(path, threads, rounds(6), progress=progress, **options)
+    report = measure(path, threads, rounds(8), progress=progress, **options)
     results.report(f"ResNet-50, batch {batch}, {threads} threads", report, {"openvino int8": f"batch/{batch}"})
     run_alone(benchmark, path, threads, batch=batch)
 
@@ -97,12 +99,13 @@ def restricted(benchmark, networks, rounds, progress, bits: int, isa: str, onedn
     """Ours and OpenVINO on one thread with the instructions of `isa` alone; our bits are those of the scalar code."""
     if isa not in _engine.isas():
         pytest.skip(f"this CPU has no {isa}")
+    progress("exporting")
     path = networks.exported("resnet50", bits)
     x = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
     logits = [qdeploy.load_int_model(path, isa=name)(x).tobytes() for name in (isa, "scalar")]
     assert logits[0] == logits[1], f"{isa} and scalar give different bits"
     progress(f"in a process of its own with ONEDNN_MAX_CPU_ISA={onednn_isa}")
     precisions = ("float32", "int8") if bits == 7 else INT8
-    report = measure_restricted(path, isa, onednn_isa, rounds(10), precisions)
+    report = measure_restricted(path, isa, onednn_isa, rounds(12), precisions)
     run_alone(benchmark, path, 1, isa)
     return report
