@@ -1,81 +1,26 @@
-// How many multiply-accumulates a core can do at best: loops of nothing but the instructions that a kernel is made of,
-// on registers, with 12 independent accumulators to hide their latency. In assembly, so that this file needs no -m
-// flags.
+// How many multiply-accumulates a core can do at best: the loops of isa/peak_loops.cc, timed.
 #include "peak.h"
 
 #include <chrono>
 
 #include "cpu.h"
+#include "isa/peak_loops.h"
 
 namespace qdeploy {
 namespace {
-
-constexpr int kAccumulators = 12;
-
-struct Loop {
-  const char *isa, *precision;
-  int macs_per_step;
-  void (*run)(long steps);
-};
-
-#if defined(__x86_64__)
-
-// STEP(acc) is one step on the accumulator of that number; register 15 is zero, 14 is free.
-#define REPEAT(STEP) STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11)
-#define ZERO(n) "vpxor %%xmm" #n ", %%xmm" #n ", %%xmm" #n "\n\t"
-#define LOOP(name, STEP)                                                                                        \
-  void name(long steps) {                                                                                       \
-    asm volatile(REPEAT(ZERO) ZERO(14) ZERO(15) "1:\n\t" REPEAT(STEP) "dec %0\n\tjnz 1b\n\tvzeroupper"          \
-                 : "+r"(steps)::"xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
-                   "xmm10", "xmm11", "xmm14", "xmm15", "cc");                                                   \
-  }
-
-#define FMA(v, n) "vfmadd231ps %%" v "15, %%" v "15, %%" v #n "\n\t"
-#define DOT_YMM(n) "%{vex%} vpdpbusd %%ymm15, %%ymm15, %%ymm" #n "\n\t"
-#define DOT_ZMM(n) "vpdpbusd %%zmm15, %%zmm15, %%zmm" #n "\n\t"
-// Without VNNI the kernel for codes of which eight sums fit s16 is the fastest one: 8 vpmaddubsw, 7 vpaddw, vpmaddwd
-// and vpaddd, here with sums in seven registers, so that none waits for another.
-#define PRODUCT(v) "vpmaddubsw %%" v "15, %%" v "15, %%" v "14\n\t"
-#define PRODUCT_SUM(v, n) PRODUCT(v) "vpaddw %%" v "14, %%" v #n ", %%" v #n "\n\t"
-#define SEVEN(v, STEP) STEP(v, 0) STEP(v, 1) STEP(v, 2) STEP(v, 3) STEP(v, 4) STEP(v, 5) STEP(v, 6)
-#define WIDEN(v) "vpmaddwd %%" v "15, %%" v "14, %%" v "14\n\t"
-#define MADD(v, n) SEVEN(v, PRODUCT_SUM) PRODUCT(v) WIDEN(v) "vpaddd %%" v "14, %%" v #n ", %%" v #n "\n\t"
-#define FMA_YMM(n) FMA("ymm", n)
-#define FMA_ZMM(n) FMA("zmm", n)
-#define MADD_YMM(n) MADD("ymm", n)
-#define MADD_ZMM(n) MADD("zmm", n)
-
-LOOP(fma_ymm, FMA_YMM)
-LOOP(fma_zmm, FMA_ZMM)
-LOOP(madd_ymm, MADD_YMM)
-LOOP(madd_zmm, MADD_ZMM)
-LOOP(dot_ymm, DOT_YMM)
-LOOP(dot_zmm, DOT_ZMM)
-
-constexpr Loop kLoops[] = {
-    {"avx2", "float32", 8, fma_ymm},        {"avx2", "int8", 256, madd_ymm},     {"avxvnni", "float32", 8, fma_ymm},
-    {"avxvnni", "int8", 32, dot_ymm},       {"avx512", "float32", 16, fma_zmm},  {"avx512", "int8", 512, madd_zmm},
-    {"avx512vnni", "float32", 16, fma_zmm}, {"avx512vnni", "int8", 64, dot_zmm},
-};
-
-#else
-
-constexpr Loop kLoops[] = {{"", "", 0, nullptr}};
-
-#endif
 
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 // Of the fastest slice: one in which the machine was disturbed does not count.
-double best_gmacs(const Loop& loop, double seconds) {
+double best_gmacs(const PeakLoop& loop, double seconds) {
   constexpr long kSteps = 2000;
   double best = 0;
   for (const auto begin = Clock::now(); seconds_since(begin) < seconds;) {
     const auto slice = Clock::now();
     loop.run(kSteps);
-    const double gmacs = 1e-9 * kSteps * kAccumulators * loop.macs_per_step / seconds_since(slice);
+    const double gmacs = 1e-9 * kSteps * kPeakAccumulators * loop.macs_per_step / seconds_since(slice);
     if (gmacs > best) best = gmacs;
   }
   return best;
@@ -85,8 +30,8 @@ double best_gmacs(const Loop& loop, double seconds) {
 
 std::optional<double> peak_gmacs(const std::string& isa, const std::string& precision, double seconds) {
   const std::string known = kernels_for(isa).isa;
-  for (const Loop& loop : kLoops) {
-    if (known == loop.isa && precision == loop.precision) return best_gmacs(loop, seconds);
+  for (const PeakLoop* loop = kPeakLoops; loop->isa; ++loop) {
+    if (known == loop->isa && precision == loop->precision) return best_gmacs(*loop, seconds);
   }
   return std::nullopt;
 }
