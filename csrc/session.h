@@ -46,9 +46,9 @@ class Session {
   // Threads that run `batch` images: as many as the session has, but at most one for every macs_per_thread.
   int threads_for(int64_t batch) const;
 
-  // Below twice this a second thread saves less than waking it (about 10 us when it sleeps) and meeting it after every
-  // layer costs: 4 million MACs are 15 us with AVX512-VNNI, 55 with AVX2. Tests lower it to run small networks on many
-  // threads.
+  // A second thread saves at most half of a call and costs its wake-up and a meeting after every layer: calls below
+  // twice this run alone. 4 million MACs are 15 us with AVX512-VNNI and 55 with AVX2. Tests lower it to run small
+  // networks on many threads.
   static std::atomic<int64_t> macs_per_thread;
 
   // How many of a batch run in one chunk.
