@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 import qdeploy
 from qdeploy import format
 from qdeploy.demo import MODEL
@@ -61,6 +63,21 @@ class Networks:
     def exported(self, name: str, bits: int = 7) -> Path:
         path = self.folder / f"{name}_{bits}.safetensors"
         return path if path.exists() else _export(name, bits, path)
+
+    def full_range(self, name: str, bits: int) -> Path:
+        """The network with codes that fill their bits: the worst case without VNNI, as no sum of them fits 16 bits."""
+        path = self.folder / f"{name}_{bits}_full.safetensors"
+        graph = format.load(self.exported(name, bits))
+        rng = np.random.default_rng(0)
+        for node in graph.members[0].nodes:
+            if "weight" not in node.constants:
+                continue
+            codes, most = node.constants["weight"], 2 ** (node.bits - 1) - 1
+            full = rng.integers(-most, most + 1, codes.shape, np.int8)
+            node.constants["weight"] = full
+            node.constants["multiplier"] = (node.constants["multiplier"] * codes.std() / full.std()).astype(np.float32)
+        format.save(graph, path)
+        return path
 
     def ensemble_of(self, name: str, count: int) -> Path:
         """Copies of one network: each packs its own weights, so they cost as much as different ones."""
