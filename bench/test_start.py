@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -65,7 +66,10 @@ def run_process(program: str, path: Path) -> tuple[float, float]:
     """Milliseconds from the start to the end of `program`, and the most memory that was resident, in MiB."""
     start = time.monotonic()
     command = [sys.executable, "-c", BEGIN + program + END, path]
-    end, kib = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    # A user's process finds compiled modules; the first round writes them where they are missing.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    end, kib = done.stdout.split()
     return (float(end) - start) * 1e3, int(kib) / 1024
 
 
