@@ -207,6 +207,30 @@ def test_batches_in_any_order_on_one_model(network):
         assert_same(model(x[:n]), expected[:n], n)
 
 
+def test_large_batches(path):
+    """More images than run together, of two members whose first layers run image by image and whose last ones do not,
+    with a residual, a skipped layer and a result of the first part that the second part reads twice."""
+    rng = np.random.default_rng(0)
+    members = []
+    for name in ("a", "b"):
+        builder = Builder(rng, (3, 20, 20), (0.02, 110))
+        x = builder.conv2d(0, 16, (3, 3), padding=(1, 1, 1, 1), bits=7)
+        x = builder.conv2d(x, 16, (3, 3), padding=(1, 1, 1, 1), bits=7, residual=x)
+        wide = builder.max_pool2d(x, (4, 4), (4, 4), (0, 0, 0, 0))
+        y = builder.conv2d(wide, 64, (3, 3), padding=(1, 1, 1, 1), bits=7)
+        y = builder.conv2d(y, 16, (3, 3), padding=(1, 1, 1, 1), bits=7, residual=wide)
+        z = builder.concat([y, builder.table(wide, quantization=builder.quantization(y))])
+        z = builder.conv2d(z, 96, (5, 5), bits=7)
+        builder.linear(builder.reshape(z, (96,)), 10, dtype="f32")
+        members.append(builder.member(name))
+    graph = Graph(members, "logits")
+    save(graph, path)
+    x = batch(graph, 150, rng)
+    expected = reference.run(graph, x)
+    for threads in (1, 2, 3):
+        assert_same(qdeploy.load_int_model(path, threads)(x), expected, threads)
+
+
 def test_inputs_of_any_memory_layout(network):
     model, graph, x = network
     expected = reference.run(graph, x)

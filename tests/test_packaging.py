@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT, tree, ignore=ignored)
     python(f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})", cwd=tree)
     (sdist,) = folder.glob("*.tar.gz")
-    shutil.unpack_archive(sdist, folder, filter="data")
+    with tarfile.open(sdist) as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later have it
+        archive.extractall(folder)
     (folder / sdist.name.removesuffix(".tar.gz")).rename(folder / "source")
     python(f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})", cwd=folder / "source")
     return folder
