@@ -195,9 +195,8 @@ std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t
   return tiles;
 }
 
-}  // namespace
-
-Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
+// Everything but the tiles.
+Plan plan_arena(const Program& program, int64_t batch, bool keep_all) {
   Plan plan;
   plan.batch = batch;
   plan.passes = passes_of(program, batch);
@@ -212,6 +211,13 @@ Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
   }
   plan.offset.resize(bytes.size());
   plan.arena_bytes = place(bytes, life, owner, &plan.offset);
+  return plan;
+}
+
+}  // namespace
+
+Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
+  Plan plan = plan_arena(program, batch, keep_all);
   for (const Pass& pass : plan.passes) {
     for (size_t s = pass.begin; s < pass.end; ++s) {
       const Step& step = program.steps[s];
@@ -221,5 +227,7 @@ Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
   }
   return plan;
 }
+
+size_t arena_bytes(const Program& program, int64_t batch) { return plan_arena(program, batch, false).arena_bytes; }
 
 }  // namespace qdeploy

@@ -28,4 +28,7 @@ struct Plan {
 // keep_all: every activation has memory of its own, so that each can be read after the run (taps).
 Plan make_plan(const Program& program, int64_t batch, bool keep_all);
 
+// Of make_plan(program, batch, false), without its tiles.
+size_t arena_bytes(const Program& program, int64_t batch);
+
 }  // namespace qdeploy

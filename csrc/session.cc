@@ -38,11 +38,11 @@ int checked_threads(int threads) {
 // Images that run together: 8 MB of activations more than one image needs stay in the last-level cache.
 int64_t chunk_for(const Program& program) {
   constexpr int64_t kMost = 64;
-  const size_t most = make_plan(program, 1, false).arena_bytes + (size_t{8} << 20);
+  const size_t most = arena_bytes(program, 1) + (size_t{8} << 20);
   int64_t largest = 1;
   for (const Activation& a : program.activations) largest = std::max(largest, a.image_pitch);
   int64_t chunk = std::min(kMost, (int64_t{1} << 31) / largest);  // ConvTile holds 32-bit offsets
-  while (chunk > 1 && make_plan(program, chunk, false).arena_bytes > most) chunk /= 2;
+  while (chunk > 1 && arena_bytes(program, chunk) > most) chunk /= 2;
   return std::max<int64_t>(1, chunk);
 }
 
@@ -54,7 +54,8 @@ double seconds_now() {
 
 Session::Session(const ModelFile& file, int threads, const std::string& isa)
     : kernels_(kernels_for(isa)), threads_(checked_threads(threads)), program_(load_program(file, kernels_, threads_)) {
-  const size_t image = plan(1, false)->arena_bytes;
+  registry();
+  const size_t image = arena_bytes(program_, 1);
   if (image > physical_memory()) {
     throw ModelError("expected activations that fit this machine's memory, got " + std::to_string(image) +
                      " bytes an image - at " + file.path());

@@ -21,7 +21,7 @@
 // 98, 51; K = 64: 53, 58, 62, 63, 40, where the output rule and the start of a pixel pair cost 35 cycles a pixel. Zen 5
 // at 4.28 GHz, K = 1024, and its limit of two multiplications a cycle: 135 (137), 175 (183), 198 (219), 209 (243), and
 // 8 bits 110 (137), where a weight vector serves both pixels from a register (as memory operand: 99). At 4 to 6 bits
-// that, with 3 pixels x 2 vectors, gains nothing: the bare instructions of 4 bits reach 214 (peak.cc).
+// that, with 3 pixels x 2 vectors, gains nothing: the bare instructions of 4 bits reach 214 (peak_loops.cc).
 //
 // The multiply-add operations are asm volatile: with intrinsics GCC 12 hoists the vpmaddubsw of a whole block and
 // spills.

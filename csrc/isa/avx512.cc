@@ -12,9 +12,9 @@
 //      8         -         s16 weights: 2 vpmaddwd, 2 vpaddd                  2    / 4       226 (274)  (VNNI: 1 / 1)
 //
 // The rates are of one core of Zen 5 at 4.28 GHz, the limits two multiplications a cycle there; the additions take some
-// of their slots: the bare instructions of eight sums reach 433 (peak.cc). Intel has two ports for all of them (0 and
-// 5), so "all" counts. A layer goes to the kernel of the fewest bits that its codes
-// allow, not those of its file: ConvKernel::s16_steps.
+// of their slots: the bare instructions of eight sums reach 433 (peak_loops.cc). Intel has two ports for all of them (0
+// and 5), so "all" counts. A layer goes to the kernel of the fewest bits that its codes allow, not those of its file:
+// ConvKernel::s16_steps.
 //
 // Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]: one vector is 16 channels x 4.
 //               s16x2: w[taps][k/2][32][2].
