@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,9 +75,11 @@ def test_quota_of_cgroups(tmp_path, tree):
 
 
 def run_python(code: str, folder: Path) -> dict:
-    """What `code` prints as JSON, in a process whose threads are its own."""
+    """What `code` prints as JSON, in a process whose threads are its own: numpy's BLAS would start one for each core,
+    which spin for 70 ms after the import."""
     command = [sys.executable, "-c", "import json, os, time\nimport numpy as np\nimport qdeploy\n" + code]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=environment)
     return json.loads(result.stdout)
 
 
