@@ -23,7 +23,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("results")
+    if path is not None and not path.parent.is_dir():  # now, not after ten minutes
+        raise pytest.UsageError(f"expected a file in a folder that exists, got {path} - at --results")
     config.stash[RESULTS] = Results()
+    # After Ctrl-C pytest-benchmark warns of the test that was cut short, and warnings are errors here.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
