@@ -32,8 +32,10 @@ EXTRAS = {
     "onnx": ("onnx",),
     "bench": ("onnxruntime", "openvino", "pytest-benchmark"),
 }
-CPU_FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8")
-CPU_FLAGS += ("asimd", "asimddp", "i8mm")  # aarch64
+CPU_FLAGS = (
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8"),
+    *("asimd", "asimddp", "i8mm"),  # aarch64
+)
 
 
 def main(argv: list[str] | None = None) -> int:
