@@ -15,6 +15,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from networks import Networks  # noqa: E402
 from results import Results  # noqa: E402
 
+from qdeploy import cli  # noqa: E402
+
 RESULTS = pytest.StashKey[Results]()
 
 
@@ -33,12 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results, path = config.stash[RESULTS], config.getoption("results")
-    if not results.figures:
+    if not results.reports:
         return
     for section in [*results.sections(), results.summary()]:
         terminalreporter.write_line("\n" + section)
     if path is not None:
-        results.save(path)
+        results.save(path, cli.doctor())
         terminalreporter.write_line(f"\nwritten to {path}")
 
 

@@ -6,12 +6,16 @@ import json
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from targets import TARGETS
 
-from qdeploy import cli, peers
+from qdeploy import peers
 from qdeploy.columns import columns
+
+if TYPE_CHECKING:
+    import gpu_cases
 
 
 @dataclass
@@ -45,13 +49,23 @@ class Results:
         if best and times_faster:
             self.figure(times_faster, 1 / best["ratio"], best["ratio_spread"] / best["ratio"] ** 2)
 
+    def gpu_report(self, report: gpu_cases.Report) -> None:
+        """Keep what a case of gpu_cases.py found."""
+        for key, (value, spread) in report.figures.items():
+            self.figure(key, value, spread)
+        self.absent |= report.absent
+        self.reports[report.title], self.tables[report.title] = {"results": report.rows}, str(report)
+
     def sections(self) -> list[str]:
         """The tables, in the order of the run."""
         return [f"{title}\n{table}" for title, table in self.tables.items()]
 
-    def summary(self) -> str:
+    def summary(self, prefix: str = "") -> str:
+        """The targets whose keys begin with `prefix`, and what was measured."""
         rows = []
         for key, target in TARGETS.items():
+            if not key.startswith(prefix):
+                continue
             value, spread = self.figures.get(key, (None, None))
             if value is None:
                 note = self.absent.get(key, "not measured")
@@ -63,18 +77,19 @@ class Results:
             rows.append(row | {"+-": _in_unit(spread, target.unit), "": note})
         return columns(rows)
 
-    def save(self, path: Path) -> None:
-        """JSON of everything, with the date, the machine and the versions."""
+    def save(self, path: Path, machine: dict, prefix: str = "") -> None:
+        """JSON of everything, with the date, the machine and the targets whose keys begin with `prefix`."""
         figures = []
         for key, (value, spread) in self.figures.items():
             target = TARGETS[key]
             about = {"key": key, "what": target.what, "target": target.bound, "at_least": target.at_least}
             figures.append(about | {"unit": target.unit, "value": value, "spread": spread, "met": target.met(value)})
+        missing = [key for key in TARGETS if key.startswith(prefix) and key not in self.figures]
         document = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": cli.doctor(),
+            "machine": machine,
             "figures": figures,
-            "not_measured": {key: self.absent.get(key) for key in TARGETS if key not in self.figures},
+            "not_measured": {key: self.absent.get(key) for key in missing},
             "reports": self.reports,
         }
         path.write_text(json.dumps(document, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -75,3 +76,84 @@ TARGETS |= {
     "memory": Target("peak memory of that process", 65, "MiB"),
     "overhead": Target("a call of a tiny net / onnxruntime", 0.3),
 }
+
+
+# ---- On a GPU: the cases of gpu_cases.py ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LsqCase:
+    """A tensor, the axis along which slices have steps of their own (-1: one step), and its type."""
+
+    shape: tuple[int, ...]
+    axis: int = -1
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        steps = "one step" if self.axis == -1 else f"steps along axis {self.axis}"
+        return f"{list(self.shape)} {self.dtype} {steps}"
+
+    @property
+    def name(self) -> str:
+        axis = "" if self.axis == -1 else f"/axis{self.axis}"
+        return f"{'x'.join(map(str, self.shape))}{axis}/{self.dtype}"
+
+    @property
+    def key(self) -> str:
+        return f"gpu/lsq/{self.name}"
+
+    @property
+    def bandwidth_bound(self) -> bool:
+        """Larger than any L2: what is left of the time is moving bytes."""
+        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2) >= 64e6
+
+
+# Activations of ResNet-50, weights of BERT and ViT and their vocabularies, and the shapes of published measurements
+# (FlagGems pull requests 5540 to 5544: a Triton kernel against ATen on an H20).
+LSQ = (
+    LsqCase((32, 256, 56, 56)),
+    LsqCase((32, 256, 56, 56), dtype="bfloat16"),
+    LsqCase((50_000, 768)),
+    LsqCase((50_000, 768), dtype="bfloat16"),
+    LsqCase((4096, 4096)),
+    LsqCase((4096, 1024)),
+    LsqCase((3072, 768)),
+    LsqCase((4096, 4096), 0),
+    LsqCase((512, 512, 3, 3), 0),
+    LsqCase((2048, 1024, 1, 1), 0),
+    LsqCase((16, 128, 64, 60), 1),
+    LsqCase((16, 128, 64, 60), 1, "bfloat16"),
+    LsqCase((256, 512, 32), 1),
+)
+ENSEMBLE = ((65536, 345), (1024, 1000), (512, 100_000))  # images, classes
+INT8_BATCHES = (1, 32, 256)
+EOQ_MEMBERS = 5
+
+for case in LSQ:
+    if case.bandwidth_bound:
+        for phase in ("forward", "backward"):
+            TARGETS[f"{case.key}/{phase}"] = Target(f"LSQ {phase} {case}, share of the copy rate", 0.92, "%", True)
+    if case.axis != -1:
+        for peer, bound in (("ATen", 1.5), ("eager", 3.0), ("torch.compile", 1.0)):
+            TARGETS[f"{case.key}/{peer}"] = Target(f"LSQ {case}, times faster than {peer}", bound, "x", True)
+for peer, bound in (("eager", 10.0), ("torch.compile", 4.0)):
+    name = f"LSQ of ResNet-50's 53 weights, times faster than {peer}"
+    TARGETS[f"gpu/weights/{peer}"] = Target(name, bound, "x", True)
+    TARGETS[f"gpu/weights/{peer}/graph"] = Target(f"the same, both as a CUDA graph ({peer})", None, "x", True)
+for images, classes in ENSEMBLE:
+    for rule in ("logits", "probs"):
+        key, name = f"gpu/ensemble/{images}x{classes}/{rule}", f"ensemble average [5, {images}, {classes}] {rule}"
+        bound = 0.90 if classes == 345 else None
+        TARGETS[key] = Target(f"{name}, share of the copy rate", bound, "%", True)
+        TARGETS[f"{key}/torch.compile"] = Target(f"{name}, times faster than torch.compile", None, "x", True)
+for name in ("qdeploy", "qdeploy, inputs too", "eager", "qdeploy, torch.compile"):
+    bound = 1.03 if name == "qdeploy" else None
+    TARGETS[f"gpu/qat/{name}"] = Target(f"step of ResNet-50 with LSQ ({name}) / without", bound)
+for batch in INT8_BATCHES:
+    name, bound = f"GPU: INT8 ResNet-50 b{batch}, times faster than", {1: 1.3, 256: 1.5}.get(batch)
+    TARGETS[f"gpu/int8/{batch}/fp16 graph"] = Target(f"{name} FP16 channels last, CUDA graph", bound, "x", True)
+    TARGETS[f"gpu/int8/{batch}/best fp16"] = Target(f"{name} the best FP16", None, "x", True)
+    TARGETS[f"gpu/int8/{batch}/fp32"] = Target(f"{name} FP32 eager", 8.0 if batch == 1 else None, "x", True)
+    name = f"GPU: EoQ of 5 ResNet-50 b{batch}, times faster than"
+    TARGETS[f"gpu/int8/{batch}/ensemble"] = Target(f"{name} 5 in FP16, CUDA graph", None, "x", True)
+    TARGETS[f"gpu/int8/{batch}/ensemble fp32"] = Target(f"{name} one in FP32 eager", None, "x", True)

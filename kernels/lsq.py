@@ -11,16 +11,38 @@ The bounds are inside: where min-max or MSE initialization puts the largest weig
 its gradient. Everything is computed in float32 whatever the type of the value; the sum of dL/ds runs in float64,
 because its terms cancel (|r - x| <= 1/2 with either sign).
 
-This file is the definition in plain PyTorch, for any device. `lsq` and its gradient are opaque custom operators, so a
-network exported by torch.export holds exactly one `torch.ops.qdeploy.lsq.default` node per quantizer.
+This file is the definition in plain PyTorch. On a GPU the kernels of `triton_lsq.py` compute the same bits. `lsq` and
+its gradient are opaque custom operators, so a network exported by torch.export holds exactly one
+`torch.ops.qdeploy.lsq.default` node per quantizer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from qdeploy.errors import InputError
+
+# qmin, qmax and grad_scale of many values
+Constants = tuple[Sequence[int], Sequence[int], Sequence[float]]
+
+
+def on_gpu(value: Tensor) -> bool:
+    return value.is_cuda
+
+
+def _kernels() -> ModuleType:
+    """The Triton kernels, imported where a GPU needs them: on a CPU there may be no Triton."""
+    try:
+        from qdeploy.kernels import triton_lsq
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "expected triton for a network on a GPU, got none: pip install 'qdeploy[train]' - at qdeploy::lsq"
+        ) from error
+    return triton_lsq
 
 
 def _aligned(step: Tensor, value: Tensor, axis: int) -> Tensor:
@@ -57,6 +79,9 @@ def lsq(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale
     Raises:
         InputError: the steps do not fit the value and the axis.
     """
+    if on_gpu(value):
+        _aligned(step, value, axis)
+        return _kernels().forward(value, step, qmin, qmax, axis)
     codes, s = _rounded(value, step, qmin, qmax, axis)
     return codes.mul_(s).to(value.dtype)
 
@@ -73,6 +98,8 @@ def lsq_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `lsq` for `value` and `step`, given that of its result."""
     s = _aligned(step, value, axis)
+    if on_gpu(value):
+        return _kernels().backward(grad, value, step, qmin, qmax, axis, grad_scale)
     x = value.float() / s
     inside = (x >= qmin) & (x <= qmax)
     grad_value = torch.where(inside, grad, 0)
@@ -99,7 +126,132 @@ def _backward(ctx, grad: Tensor):
     return *lsq_backward(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None
 
 
+def _refuse(ctx, *grads: Tensor):
+    raise InputError("expected one differentiation, got a second one of its gradients - at qdeploy::lsq")
+
+
 lsq.register_autograd(_backward, setup_context=_save)
+lsq_backward.register_autograd(_refuse)
+
+
+View = tuple[Sequence[int], Sequence[int], int]
+
+
+def flat_views(values: Sequence[Tensor]) -> tuple[list[View], int]:
+    """Shape, strides and first element of each value in one flat buffer, on 128 bytes of float32; and its elements."""
+    views, size = [], 0
+    for value in values:
+        views.append((value.shape, value.stride(), size))
+        size += (value.numel() + 31) // 32 * 32
+    return views, size
+
+
+@torch.library.custom_op("qdeploy::lsq_many", mutates_args=())
+def _lsq_many(
+    values: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    qmins: Sequence[int],
+    qmaxs: Sequence[int],
+    grad_scales: Sequence[float],
+) -> Tensor:
+    """`lsq_many` in a flat buffer."""
+    return _kernels().forward_many(values, steps, (qmins, qmaxs, grad_scales))
+
+
+@_lsq_many.register_fake
+def _(values, steps, qmins, qmaxs, grad_scales) -> Tensor:
+    return values[0].new_empty(flat_views(values)[1])
+
+
+@torch.library.custom_op("qdeploy::lsq_many_backward", mutates_args=())
+def _lsq_many_backward(
+    grads: Sequence[Tensor],
+    values: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    qmins: Sequence[int],
+    qmaxs: Sequence[int],
+    grad_scales: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of values and of steps in two flat buffers, the second without gaps."""
+    return _kernels().backward_many(grads, values, steps, (qmins, qmaxs, grad_scales))
+
+
+@_lsq_many_backward.register_fake
+def _(grads, values, steps, qmins, qmaxs, grad_scales) -> tuple[Tensor, Tensor]:
+    return values[0].new_empty(flat_views(values)[1]), values[0].new_empty(sum(step.numel() for step in steps))
+
+
+_lsq_many_backward.register_autograd(_refuse)
+
+
+class _LsqMany(torch.autograd.Function):
+    """`lsq_many` on a GPU. Its operators are for torch.compile and to refuse a second differentiation; calling them in
+    other cases would cost 0.1 ms for 53 weights."""
+
+    @staticmethod
+    def forward(ctx, constants: Constants, *tensors: Tensor) -> tuple[Tensor, ...]:
+        values, steps = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        ctx.constants = constants
+        ctx.save_for_backward(*tensors)
+        if torch.compiler.is_compiling():
+            flat = _lsq_many(values, steps, *constants)
+        else:
+            flat = _kernels().forward_many(values, steps, constants)
+        return tuple([flat.as_strided(*view) for view in flat_views(values)[0]])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        values, steps = tensors[: len(grads)], tensors[len(grads) :]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            of_values, of_steps = _lsq_many_backward(grads, values, steps, *ctx.constants)
+        else:
+            of_values, of_steps = _kernels().backward_many(grads, values, steps, ctx.constants)
+        of_values = [of_values.as_strided(*view) for view in flat_views(values)[0]]
+        of_steps = of_steps.split([step.numel() for step in steps])
+        of_steps = [grad if step.dim() else grad.reshape(()) for grad, step in zip(of_steps, steps, strict=True)]
+        return None, *of_values, *of_steps
+
+
+def lsq_many(
+    values: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    ranges: Sequence[tuple[int, int]],
+    grad_scales: Sequence[float],
+) -> list[Tensor]:
+    """`lsq` of many values; on a GPU in one launch, and two for all gradients.
+
+    The one launch is for float32 on one device, contiguous or channels_last; other lists are quantized one by one.
+
+    Args:
+        values: the weights of a network, say.
+        steps: for each value one step, shape [], or one for each slice along its axis 0.
+        ranges: qmin and qmax of each.
+        grad_scales: the factor on the gradient of the steps of each.
+
+    Raises:
+        InputError: steps that do not fit their value.
+    """
+    if _one_launch(values, steps):
+        qmins, qmaxs = zip(*ranges, strict=True)
+        return list(_LsqMany.apply((qmins, qmaxs, tuple(grad_scales)), *values, *steps))
+    arguments = zip(values, steps, ranges, grad_scales, strict=True)
+    return [lsq(v, s, qmin, qmax, 0 if s.dim() else -1, scale) for v, s, (qmin, qmax), scale in arguments]
+
+
+def _one_launch(values: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
+    """Are there values, all float32 on one GPU, each slice with a step of its own one row of memory?"""
+    if not values or not on_gpu(values[0]):
+        return False
+    tensors = [*values, *steps]
+    return (
+        {tensor.dtype for tensor in tensors} == {torch.float32}
+        and {tensor.device for tensor in tensors} == {values[0].device}
+        and all([s.dim() == 0 or s.shape == v.shape[:1] for v, s in zip(values, steps, strict=True)])
+        and all([v.is_contiguous() or v.is_contiguous(memory_format=torch.channels_last) for v in values])
+        and all([s.is_contiguous() for s in steps])
+        and all([0 < v.numel() < 2**31 for v in values])
+    )
 
 
 @torch.no_grad()

@@ -219,31 +219,16 @@ def _show_bench(report: Report) -> None:
 
 
 def verify(args: argparse.Namespace) -> Report:
-    """The engine on every instruction set of this CPU, on 1 and 2 threads, against the numpy reference, bit for bit."""
+    """The engine against the numpy reference, bit for bit: every instruction set of this CPU, or a GPU."""
     import qdeploy
-    from qdeploy import _engine, format, reference
+    from qdeploy import format, verification
 
     graph = format.load(args.file)
-    model = qdeploy.load_int_model(args.file, isa="scalar")
-    nodes = [(f"{m.name}/" if graph.combine else "") + node.name for m in graph.members for node in m.nodes]
-    inputs = {"f32": _random_input(model, args.batch)}
+    inputs = {"f32": _random_input(qdeploy.load_int_model(args.file, isa="scalar"), args.batch)}
     if graph.preprocess is not None:
         channels, height, width = graph.input_shape
         inputs["u8"] = np.random.default_rng(0).integers(0, 256, (args.batch, height, width, channels), np.uint8)
-    rows = []
-    for kind, x in inputs.items():
-        _progress(f"numpy reference, {kind} input")
-        output, taps = reference.run(graph, x, taps=nodes)
-        for isa in _engine.isas():
-            for threads in (1, 2):
-                _progress(f"{isa}, {threads} thread(s), {kind} input")
-                model = qdeploy.load_int_model(args.file, num_threads=threads, isa=isa)
-                got = {"output": model(x), **model(x, taps=nodes)[1]}
-                wrong = [
-                    name for name, want in {"output": output, **taps}.items() if want.tobytes() != got[name].tobytes()
-                ]
-                row = {"input": kind, "isa": isa, "threads": threads, "compared": len(got), "different": len(wrong)}
-                rows.append(row | {"first": next((name for name in nodes if name in wrong), *wrong[:1] or [None])})
+    rows = verification.verify(args.file, inputs, args.device, _progress)
     return {"file": str(args.file), "equal": all(row["different"] == 0 for row in rows), "runs": rows}
 
 
@@ -480,6 +465,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help=text)
     added = command(verify, _show_verify, file=True)
     added.add_argument("--batch", type=_positive, default=2)
+    added.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
     from qdeploy.training.command import add_arguments  # imports no torch
 
     add_arguments(command(train, _show_train))

@@ -83,12 +83,31 @@ def save(graph: Graph, path: str | os.PathLike) -> None:
 
 def load(path: str | os.PathLike) -> Graph:
     """Read a model file. Raises ModelError, naming place and file, for whatever docs/format.md does not allow."""
+    return parse(read(path), path)
+
+
+def parse(content: bytes, path: str | os.PathLike) -> Graph:
+    """The graph in the content of a model file; `path` is for errors alone. Raises as `load`."""
     try:
-        graph = _parse(_read(path))
+        graph = _parse(content)
         validate(graph)
     except ModelError as error:
         raise ModelError(f"{error} in {os.fspath(path)}") from None
     return graph
+
+
+def read(path: str | os.PathLike) -> bytes:
+    """The content of a regular file. Raises ModelError, naming it."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or device would block or never end
+            raise ModelError(f"expected a regular file, got something else - at the path in {os.fspath(path)}")
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, ModelError):
+            raise
+        reason = getattr(error, "strerror", error)
+        raise ModelError(f"expected a readable file, got: {reason} - at the path in {os.fspath(path)}") from None
 
 
 def _dump(document: object) -> str:
@@ -165,18 +184,6 @@ def _write(path: str | os.PathLike, parts: list) -> None:
         size = sum(len(part) for part in parts)
         reason = error.strerror or error
         raise ModelError(f"expected to write {size} bytes, got: {reason} - at {os.fspath(path)}") from error
-
-
-def _read(path: str | os.PathLike) -> bytes:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or device would block or never end
-            raise ModelError("expected a regular file, got something else - at the path")
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"expected a readable file, got: {getattr(error, 'strerror', error)} - at the path") from None
 
 
 def _expect(condition: bool, expected: str, got: object, at: str) -> None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import _engine
 from .errors import InputError, ModelError
 
+if TYPE_CHECKING:
+    from .gpu import GpuModel
+
 _DTYPES = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
 
 
-def load_int_model(path: str | os.PathLike, num_threads: int | None = None, isa: str | None = None) -> Model:
+def load_int_model(
+    path: str | os.PathLike, num_threads: int | None = None, isa: str | None = None, device: str = "cpu"
+) -> Model | GpuModel:
     """Load a model file; an ensemble loads the same way.
 
     path: a file written by `qdeploy.export` (docs/format.md). It is data: nothing in it is executed or followed, and
@@ -24,9 +30,24 @@ def load_int_model(path: str | os.PathLike, num_threads: int | None = None, isa:
         already keep the cores busy. The bits never depend on it.
     isa: one of the instruction sets that `qdeploy doctor` lists; None takes QDEPLOY_ISA or the best. All give the same
         bits.
-    Raises ModelError for a file that cannot be run, InputError for the other two.
+    device: "cpu", or "cuda" or "cuda:N" for a `qdeploy.gpu.GpuModel`, which takes and returns torch tensors, needs
+        PyTorch and Triton, and gives the same bits.
+    Raises ModelError for a file that cannot be run, InputError for the other three.
     """
+    if str(device) != "cpu":
+        return _load_on_gpu(path, device, num_threads, isa)
     return Model(_engine.Session(os.fspath(path), _threads(num_threads), isa or ""), Path(path), num_threads, isa)
+
+
+def _load_on_gpu(path: str | os.PathLike, device: str, num_threads: int | None, isa: str | None) -> GpuModel:
+    if num_threads is not None or isa is not None:
+        raise InputError(f"expected num_threads and isa with device 'cpu' only, got {device!r} - at load_int_model")
+    try:
+        from . import gpu
+    except ModuleNotFoundError as error:
+        needed = "PyTorch and Triton for a model on a GPU (pip install 'qdeploy[train]')"
+        raise InputError(f"expected {needed}, got no module {error.name!r} - at device") from None
+    return gpu.load(path, device)
 
 
 def _threads(num_threads: int | None) -> int:

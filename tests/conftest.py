@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from qdeploy import _engine
+
+os.environ["TRITON_INTERPRET"] = "1"  # before any test imports triton, which reads it then
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qdeploy.errors import InputError
-from qdeploy.kernels.lsq import lsq, lsq_codes
+from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many
 
 RANGES = {
     "signed": lambda b: (-(2 ** (b - 1)), 2 ** (b - 1) - 1),
@@ -118,6 +118,24 @@ def test_steps_that_do_not_fit_are_an_error(step, axis, text):
         lsq(torch.ones(4, 5), step, -8, 7, axis, 1.0)
     with pytest.raises(InputError, match=text):
         lsq_codes(torch.ones(4, 5), step, -8, 7, axis)
+
+
+def test_second_differentiation_is_refused():
+    value, step = torch.randn(4, 6, requires_grad=True), torch.full((4,), 0.1, requires_grad=True)
+    out = lsq(value, step, -8, 7, 0, 1.0)
+    grads = torch.autograd.grad(out.square().sum(), (value, step), create_graph=True)
+    for grad in grads:
+        with pytest.raises(InputError, match="expected one differentiation, got a second one .* - at qdeploy::lsq"):
+            grad.sum().backward(retain_graph=True)
+
+
+def test_many_values_are_quantized_one_by_one():
+    values = [torch.randn(4, 3, 2), torch.randn(5).bfloat16(), torch.randn(2, 3)]
+    steps = [torch.full((4,), 0.1), torch.tensor(0.3), torch.tensor(0.2)]
+    found = lsq_many(values, steps, [(-8, 7), (0, 15), (-2, 1)], [1.0, 0.5, 0.1])
+    assert torch.equal(found[0], lsq(values[0], steps[0], -8, 7, 0, 1.0))
+    assert torch.equal(found[1], lsq(values[1], steps[1], 0, 15, -1, 0.5))
+    assert torch.equal(found[2], lsq(values[2], steps[2], -2, 1, -1, 0.1))
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((), -1), ((1,), -1), ((4,), 0), ((3,), 1)])

@@ -1,14 +1,17 @@
 """Attaching quantizers to networks."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from qdeploy.errors import InputError
-from qdeploy.kernels.lsq import lsq, lsq_codes
+from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many
+from qdeploy.training import quantize as quantize_module
 from qdeploy.training.models import MODELS, randomize_
 from qdeploy.training.quantize import (
     MIN_STEP,
@@ -171,6 +174,169 @@ def test_steps_train_and_stay_positive():
         assert id(parameter) in grouped
         assert not torch.equal(old, parameter)
     assert all(moments[key] is optimizer.state[p]["exp_avg"] for p in net.parameters() if (key := id(p)) in moments)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Takes the CPU for a GPU; tells how many weights each launch quantized, and how many layers one by one."""
+    seen = {"together": [], "alone": 0}
+
+    def together(values, *rest):
+        seen["together"].append(len(values))
+        return lsq_many(values, *rest)
+
+    def alone(*args):
+        seen["alone"] += 1
+        return lsq(*args)
+
+    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
+    monkeypatch.setattr(quantize_module, "lsq_many", together)
+    monkeypatch.setattr(quantize_module, "lsq", alone)
+    return seen
+
+
+def gradients(net, x):
+    return torch.autograd.grad(net(x).square().sum(), [p for p in net.parameters() if p.requires_grad])
+
+
+def test_a_gpu_quantizes_all_weights_in_one_launch(launches, monkeypatch):
+    net, x = Zoo(), torch.randn(2, 3, 6, 6)
+    quantize_(net, {"stem": 4, "left": 3, "right": 3})
+    quantize_(net, {"shared": 5, "line": 8}, per_channel=False)
+    net.stem.parametrizations.weight.original.requires_grad_(False)
+    quantizers(net)["shared.weight"].step.requires_grad_(False)
+    launches["alone"] = 0
+    found = gradients(net, x)
+    assert launches == {"together": [4], "alone": 0}  # tied weights are one, the shared layer runs twice
+    copied = copy.deepcopy(net)
+    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: False)
+    for a, b in zip(found, gradients(net, x), strict=True):
+        assert torch.equal(a, b)
+    assert launches == {"together": [4], "alone": 6}
+    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+        assert not torch.equal(copied(x), net(x))
+    assert launches == {"together": [4, 4, 4], "alone": 6}
+    assert net.state_dict().keys() == copied.state_dict().keys() and "prepared" not in str(net.state_dict().keys())
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_a_layer_alone_quantizes_by_itself(launches, error):
+    net, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2)), torch.randn(4, 3)
+    quantize_(net, 4)
+    expected = net[0](x)
+    if error is not None:  # in the middle of the network: no result of the launch survives an update of the weights
+
+        def fail(module, args):
+            raise error
+
+        net[1].register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            net(x)
+        with torch.no_grad():
+            net[0].parametrizations.weight.original.mul_(2)
+            net[0].parametrizations.weight[0].step.mul_(2)
+        expected = (expected - net[0].bias) * 2 + net[0].bias
+    launches["alone"] = 0
+    torch.testing.assert_close(net[0](x), expected)
+    assert launches["alone"] == 1
+
+
+def test_gradients_enabled_inside_no_grad(launches):
+    net, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2)), torch.randn(4, 3)
+    quantize_(net, 4)
+
+    def enable(module, args):
+        torch.set_grad_enabled(True)
+
+    net[1].register_forward_pre_hook(enable)
+    with torch.no_grad():
+        out = net(x)
+    out.sum().backward()
+    assert net[1].parametrizations.weight.original.grad is not None
+    assert net[0].parametrizations.weight.original.grad is None
+
+
+def test_half_precision_weights_go_one_by_one(launches):
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    quantize_(net, 4)
+    launches["alone"] = 0
+    net.bfloat16()(torch.randn(4, 3).bfloat16())
+    assert launches == {"together": [], "alone": 2}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_run_twice_alike(launches, monkeypatch, reentrant):
+    class Checkpointed(Zoo):
+        def forward(self, x):
+            x = checkpoint(lambda x: torch.tanh(self.shared(torch.tanh(self.stem(x)))), x, use_reentrant=reentrant)
+            return self.head(self.line(self.left(x).flatten(2)).mean(2))
+
+    net, x = Checkpointed(), torch.randn(2, 3, 6, 6, requires_grad=True)
+    quantize_(net, {"stem": 7, "shared": 7, "left": 7, "line": 7})
+    launches["alone"] = 0
+    net(x).sum().backward()
+    found = {name: p.grad for name, p in net.named_parameters()}
+    assert launches == {"together": [4], "alone": 4}  # two layers, two times
+    net.zero_grad()
+    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: False)
+    net(x).sum().backward()
+    for name, parameter in net.named_parameters():
+        assert found[name] is parameter.grad is None or torch.equal(found[name], parameter.grad)
+
+
+def test_threads_do_not_share_a_launch(launches):
+    """Nor the autograd graph behind it."""
+    net, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.randn(4, 3)
+    quantize_(net, skip=[])
+    launches["alone"] = 0
+    other = []
+
+    def call_from_thread(module, args):
+        thread = threading.Thread(target=lambda: other.append(net[1](x)))
+        thread.start()
+        thread.join()
+
+    net[0].register_forward_pre_hook(call_from_thread)
+    net(x).sum().backward()
+    other[0].sum().backward()
+    assert launches == {"together": [2], "alone": 1}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")  # inside torch's own tracing
+def test_launch_is_compiled_and_not_exported(monkeypatch):
+    net, x = Zoo(), torch.randn(2, 3, 6, 6)
+    quantize_(net)
+    expected = gradients(net, x)
+    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for a, b in zip(gradients(compiled, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    monkeypatch.setattr(quantize_module, "lsq_many", None)
+    for strict in (False, True):
+        exported = torch.export.export(net.eval(), (x,), strict=strict)
+        assert len([n for n in exported.graph.nodes if n.target == torch.ops.qdeploy.lsq.default]) == 6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch's own tracing
+def test_a_compiled_layer_is_compiled_once(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    net, x = Zoo(), torch.randn(2, 3, 6, 6)
+    quantize_(net)
+    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
+    net.stem = torch.compile(net.stem, backend=backend)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for _ in range(3):
+        net(x).square().sum().backward()
+        optimizer.step()
+    assert len(graphs) == 1
 
 
 def test_initial_steps_of_gaussian_weights():

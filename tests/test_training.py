@@ -17,7 +17,9 @@ from PIL import Image
 from torch import nn
 
 import qdeploy
+from qdeploy import reference
 from qdeploy.errors import InputError
+from qdeploy.kernels import ensemble
 from qdeploy.kernels.ensemble import combine
 from qdeploy.training import command, trainer
 from qdeploy.training.algorithms import ALGORITHMS, ERM, QTDoG
@@ -119,6 +121,38 @@ def test_votes_that_tie_follow_the_mean_logit():
     logits = torch.tensor([[[5.0, 0.0, 4.0]], [[0.0, 6.0, 5.5]]])  # one vote each for 0 and 1, none for 2
     assert combine(logits, "vote")[1].tolist() == [1]
     assert combine(logits, "logits")[1].tolist() == [2]
+
+
+@pytest.mark.parametrize("rule", ["logits", "probs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_ensemble_is_judged_with_the_bits_of_its_file(dtype, rule, monkeypatch):
+    monkeypatch.setattr(ensemble, "ELEMENTS_PER_PIECE", 3 * 7)  # 50 rows of 7 in many pieces, the last one short
+    logits = torch.randn(5, 50, 7, generator=torch.Generator().manual_seed(0)).mul_(9).to(dtype).requires_grad_()
+    expected, scores = reference.combine(list(logits.detach().float().numpy()), rule)
+    found, classes = combine(logits, rule)
+    assert np.array_equal(found.numpy().view(np.int32), expected.view(np.int32))
+    assert np.array_equal(classes.numpy(), scores.argmax(-1))
+
+
+@pytest.mark.parametrize("rule", ["logits", "probs"])
+def test_logits_that_are_not_finite_spoil_their_image_alone(rule):
+    logits = torch.zeros(2, 6, 3)
+    logits[0, 0, 2] = torch.nan
+    logits[1, 1, 0] = torch.inf
+    logits[:, 2] = torch.inf
+    logits[0, 3] = -torch.inf
+    logits[:, 4, 1] = -torch.inf  # a class that cannot be
+    found, classes = combine(logits, rule)
+    assert found.isnan().all(1).tolist() == [True] * 4 + [False] * 2
+    assert found[4].tolist() == [0.5, 0, 0.5] and found[5].unique().numel() == 1
+    assert classes[4:].tolist() == [0, 0] and ((classes >= 0) & (classes < 3)).all()
+
+
+def test_what_is_no_output_of_an_ensemble_is_refused():
+    with pytest.raises(InputError, match=r"expected \[M, N, K\] with M and K > 0, got \[5, 3\]"):
+        combine(torch.zeros(5, 3), "logits")
+    with pytest.raises(InputError, match="expected float32, bfloat16 or float16, got torch.float64"):
+        combine(torch.zeros(2, 5, 3, dtype=torch.float64), "probs")
 
 
 # --- Algorithms ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,10 @@
 A weight is quantized by a parametrization (torch.nn.utils.parametrize): the module keeps its Parameter object, so the
 moments an optimizer holds for it survive, and `module.weight` becomes the fake-quantized value. An input is quantized
 by a forward pre-hook. torch.export sees both as `qdeploy::lsq` nodes in front of the layer's own operator.
+
+On a GPU a forward pre-hook of the network quantizes its float32 weights together, in one launch (`lsq_many`), and the
+quantizers hand out the results; a forward hook takes them away. The gradients of all these weights come together too,
+when that of the first layer is there.
 """
 
 from __future__ import annotations
@@ -10,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qdeploy.errors import InputError
-from qdeploy.kernels.lsq import lsq, lsq_codes
+from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
 
 # The layers whose `weight` is quantized; axis 0 of each is its output channel. Add a class here to have it quantized.
 WEIGHT_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -25,8 +30,32 @@ CALIBRATION_BATCHES = 4
 SAMPLES_PER_BATCH = 65536
 
 
+@dataclass
+class _Prepared:
+    """The result of one quantizer in the launch for the whole network, and what it is the result of."""
+
+    result: Tensor
+    value: Tensor
+    state: tuple  # of `_state`; empty in a trace of torch.compile, which would compile anew for every version
+    traced: bool
+
+    def serves(self, value: Tensor, step: Tensor) -> bool:
+        if torch.compiler.is_compiling():
+            return self.traced and self.value is value
+        # Activation checkpointing puts hooks on saved tensors. It runs a layer a second time, outside the network's
+        # forward pass, and expects as many saved tensors: the first time, too, the layer has to quantize by itself.
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        return not hooked and self.value is value and self.state == _state(value, step)
+
+
+def _state(*tensors: Tensor) -> tuple:
+    return get_ident(), torch.is_grad_enabled(), *[None if t.is_inference() else t._version for t in tensors]
+
+
 class Quantizer(nn.Module):
     """LSQ with its own step sizes: one float32 step (shape []), or one for each slice along axis 0 (shape [C])."""
+
+    prepared: _Prepared | None = None  # during a forward pass of the network
 
     def __init__(self, step: Tensor, qmin: int, qmax: int, grad_scale: float):
         super().__init__()
@@ -42,6 +71,9 @@ class Quantizer(nn.Module):
         return (self.qmax - self.qmin).bit_length()
 
     def forward(self, value: Tensor) -> Tensor:
+        prepared = self.prepared
+        if prepared is not None and prepared.serves(value, self.step):
+            return prepared.result
         return lsq(value, self.step, self.qmin, self.qmax, self.axis, self.grad_scale)
 
     def codes(self, value: Tensor) -> Tensor:
@@ -108,6 +140,7 @@ def quantize_(
         if key not in by_weight:
             by_weight[key] = _make_weight_quantizer(layer.weight.detach(), bits, per_channel, init, grad_scale)
         parametrize.register_parametrization(layer, "weight", by_weight[key])
+    _quantize_together(net)
     if activation_bits is not None:
         _check_bits(activation_bits, "activations")
         if calibration is None:
@@ -278,6 +311,44 @@ def _least_squares_step(rows: Tensor, largest: Tensor, qmin: int, qmax: int) -> 
         to_left = left_error < right_error
         low, high = torch.where(to_left, low, left), torch.where(to_left, right, high)
     return best
+
+
+def _quantize_together(net: nn.Module) -> None:
+    """Has the weights of `net` quantized in one launch in every forward pass on a GPU."""
+    if not hasattr(net, "_quantized_weights"):
+        net.register_forward_pre_hook(_prepare_weights)
+        net.register_forward_hook(_forget_weights, always_call=True)
+    weights = {}
+    for module in net.modules():
+        quantizer = _weight_quantizer(module)
+        if quantizer is not None and module.parametrizations.weight[0] is quantizer:
+            weights[quantizer] = module.parametrizations.weight
+    net._quantized_weights = list(weights.items())  # an attribute, so that a copy of the network has its own
+
+
+def _prepare_weights(net: nn.Module, args: tuple) -> None:
+    if torch.compiler.is_exporting():
+        return
+    by_device: dict[torch.device, list[tuple[Quantizer, Tensor]]] = {}
+    for quantizer, weight in net._quantized_weights:
+        value = weight.original
+        # Replicas of nn.DataParallel and torch.func have plain tensors or subclasses, without an address of their own.
+        if type(value) is nn.Parameter and on_gpu(value) and value.dtype == torch.float32:
+            by_device.setdefault(value.device, []).append((quantizer, value))
+    traced = torch.compiler.is_compiling()
+    for pairs in by_device.values():
+        made, values = zip(*pairs, strict=True)
+        ranges, scales = [(q.qmin, q.qmax) for q in made], [q.grad_scale for q in made]
+        results = lsq_many(values, [q.step for q in made], ranges, scales)
+        for quantizer, value, result in zip(made, values, results, strict=True):
+            state = () if traced else _state(value, quantizer.step)
+            quantizer.prepared = _Prepared(result, value, state, traced)
+
+
+def _forget_weights(net: nn.Module, args: tuple, output: object) -> None:
+    for quantizer, _ in net._quantized_weights:
+        if quantizer.prepared is not None:  # torch.export reports every assignment
+            quantizer.prepared = None
 
 
 def _quantize_input(module: nn.Module, args: tuple) -> tuple:

@@ -1,0 +1,98 @@
+"""Tile shapes of the int8 matrix products, and a file that remembers which one was fastest for a shape on a GPU.
+
+No tile changes a bit of a result, so choosing by time is safe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+CTAS_TO_FILL = 108  # multiprocessors of an A100; an H100 has 132
+
+
+class Tile(NamedTuple):
+    """BLOCK_M * BLOCK_N / (32 * num_warps) <= 64: more accumulators a thread spill with a residual."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Largest first.
+TILES = (
+    Tile(128, 128, 128, 8, 3),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 64, 64, 4, 4),
+    Tile(64, 64, 128, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+    Tile(128, 32, 32, 4, 4),
+    Tile(32, 64, 128, 4, 4),
+    Tile(32, 64, 64, 4, 4),
+    Tile(64, 32, 32, 4, 4),
+    Tile(32, 32, 128, 4, 4),
+    Tile(32, 32, 64, 4, 4),
+    Tile(32, 32, 32, 4, 4),
+    Tile(16, 32, 128, 4, 4),
+    Tile(16, 32, 32, 4, 4),
+)
+
+
+def fitting(rows: int, k_unit: int) -> list[Tile]:
+    """The tiles that divide `rows` (of weights, in a superblock) and `k_unit` (PackedConv), largest first."""
+    return [tile for tile in TILES if rows % tile.block_n == 0 and k_unit % tile.block_k == 0]
+
+
+def default(pixels: int, rows: int, superblocks: int, k_unit: int) -> Tile:
+    """The largest tile that still gives every multiprocessor work, or else the one that gives most of them some."""
+
+    def ctas(tile: Tile) -> int:
+        return -(-pixels // tile.block_m) * superblocks * rows // tile.block_n
+
+    candidates = fitting(rows, k_unit)
+    return next((tile for tile in candidates if ctas(tile) >= CTAS_TO_FILL), max(candidates, key=ctas))
+
+
+class TunedTiles:
+    """The fastest tiles by key, kept in `$XDG_CACHE_HOME/qdeploy/int8_tiles.json` (`~/.cache` without that variable).
+
+    The file is a cache: one that is missing, damaged or of other tiles counts as empty.
+    """
+
+    def __init__(self, device: str) -> None:
+        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self._path = Path(folder) / "qdeploy" / "int8_tiles.json"
+        self._device = device
+
+    def get(self, key: str) -> Tile | None:
+        """The tile that was fastest for `key` on this device, or None."""
+        value = self._read().get(self._device, {}).get(key)
+        return next((tile for tile in TILES if list(tile) == value), None)
+
+    def tune(self, key: str, candidates: list[Tile], milliseconds: Callable[[Tile], float]) -> Tile:
+        """Times the candidates, keeps the fastest for `key` and returns it."""
+        best = min(candidates, key=milliseconds)
+        document = self._read()
+        document.setdefault(self._device, {})[key] = list(best)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+        try:
+            temporary.write_text(json.dumps(document, indent=1, sort_keys=True))
+            temporary.replace(self._path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return best
+
+    def _read(self) -> dict:
+        with suppress(OSError, ValueError):
+            document = json.loads(self._path.read_text())
+            if isinstance(document, dict) and all(isinstance(tiles, dict) for tiles in document.values()):
+                return document
+        return {}

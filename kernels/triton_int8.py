@@ -1,0 +1,474 @@
+"""The integer arithmetic of docs/format.md section 4 on a GPU: the bits of the CPU engine and of qdeploy/reference.py.
+
+An activation is uint8 [N, H, W, stride]: NHWC with `channel_stride` bytes a pixel, so that loads of 16 bytes are
+aligned. What lies in the bytes after the last channel does not matter: their weights are 0.
+
+Convolutions, linear layers, groups and depthwise are one implicit matrix product on the int8 tensor cores, pixels [M]
+by outputs [N] over taps and channels [K]:
+
+    acc[m, n] = sum_k (q[m, k] - 128) * w[n, k]  +  (128 - zero_point) * sum_k w[n, k]
+
+Tensor cores take signed bytes of both sides; q - 128 is q with its top bit flipped, and the second term is a constant
+of the output. Padding counts as q = zero_point, so it takes part in both sums and drops out. Integer sums are exact in
+any order, so no tile shape can change a bit; the output rule is one conversion and one or two fma in float32.
+
+Groups: as many groups as fill 32 input channels form a superblock, whose weights are block-diagonal (ResNeXt's 4
+channels a group: 8 groups; depthwise: 32). The zeros cost products that tensor cores have to spare.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qdeploy.kernels.int8_tiles import Tile
+from qdeploy.kernels.int8_weights import PackedConv
+from qdeploy.kernels.triton_math import clamp, round_to_u8
+
+
+@triton.jit
+def _conv_kernel(
+    x_ptr,  # u8 [N, H, W, x_stride]
+    w_ptr,  # s8 [rows, w_stride]
+    compensation_ptr,  # i32 [rows]
+    multiplier_ptr,  # f32 [rows]
+    bias_ptr,  # f32 [rows]
+    residual_ptr,  # u8 [M, residual_stride]
+    out_ptr,  # u8 or f32 [M, out_stride]
+    M,
+    H,
+    W,
+    OH,
+    OW,
+    x_stride,
+    w_stride,
+    residual_stride,
+    out_stride,
+    stride_h,
+    stride_w,
+    top,
+    left,
+    dilation_h,
+    dilation_w,
+    k_blocks,  # K tiles of one tap; FLAT: of all taps
+    x_superblock,  # channels from one superblock's first input to the next one's
+    out_superblock,  # outputs of a superblock
+    outputs,  # of all
+    tiles_n,  # tiles of a superblock
+    grid_n,  # tiles of all superblocks
+    residual_multiplier,
+    low,
+    high,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    FLAT: tl.constexpr,  # x_stride where it is below a K tile, else 0
+    POINTWISE: tl.constexpr,  # 1x1, stride 1, no padding: pixel m of the output is pixel m of x
+    PADDED: tl.constexpr,
+    FILL: tl.constexpr,  # the code that padding stands for
+    RESIDUAL: tl.constexpr,
+    CODES: tl.constexpr,  # the output is u8
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """This program computes BLOCK_M pixels of BLOCK_N outputs."""
+    pid = tl.program_id(0)
+    pid_n = pid % grid_n  # neighbours share the pixels: they are read from DRAM once
+    offs_m = (pid // grid_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    m = tl.minimum(offs_m, M - 1)  # rows past the end repeat the last one: no mask in the loop
+    superblock = pid_n // tiles_n
+    rows = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+
+    if POINTWISE:
+        x_pixel = m
+    else:
+        line = m // OW
+        h0 = line % OH * stride_h - top
+        w0 = m % OW * stride_w - left
+        x_pixel = (line // OH * H + h0) * W + w0
+    w_ptrs = w_ptr + rows[:, None] * w_stride + offs_k[None, :]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    if FLAT:
+        x_offs = x_pixel * FLAT
+        for step in range(k_blocks):
+            k = step * BLOCK_K + offs_k
+            tap = k // FLAT
+            h = tap // KW * dilation_h
+            w = tap % KW * dilation_w
+            inside = (h0[:, None] + h[None, :] >= 0) & (h0[:, None] + h[None, :] < H) & (tap < KH * KW)[None, :]
+            inside &= (w0[:, None] + w[None, :] >= 0) & (w0[:, None] + w[None, :] < W)
+            offs = x_offs[:, None] + ((h * W + w) * FLAT + k % FLAT)[None, :]
+            a = tl.load(x_ptr + offs, mask=inside, other=FILL)
+            b = tl.load(w_ptrs + step * BLOCK_K)
+            acc = tl.dot((a ^ 0x80).to(tl.int8, bitcast=True), tl.trans(b), acc, out_dtype=tl.int32)
+    else:
+        x_offs = x_pixel * x_stride + superblock * x_superblock
+        for step in range(KH * KW * k_blocks):
+            tap = step // k_blocks
+            h = tap // KW * dilation_h
+            w = tap % KW * dilation_w
+            offs = (x_offs + ((h * W + w) * x_stride + (step % k_blocks) * BLOCK_K))[:, None] + offs_k[None, :]
+            if PADDED:
+                inside = (h0 + h >= 0) & (h0 + h < H) & (w0 + w >= 0) & (w0 + w < W)
+                a = tl.load(x_ptr + offs, mask=inside[:, None], other=FILL)
+            else:
+                a = tl.load(x_ptr + offs)
+            b = tl.load(w_ptrs + step * BLOCK_K)
+            acc = tl.dot((a ^ 0x80).to(tl.int8, bitcast=True), tl.trans(b), acc, out_dtype=tl.int32)
+
+    acc += tl.load(compensation_ptr + rows)[None, :]
+    multiplier = tl.broadcast_to(tl.load(multiplier_ptr + rows)[None, :], (BLOCK_M, BLOCK_N))
+    bias = tl.broadcast_to(tl.load(bias_ptr + rows)[None, :], (BLOCK_M, BLOCK_N))
+    result = tl.fma(acc.to(tl.float32), multiplier, bias)
+    local = pid_n % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    channel = superblock * out_superblock + local
+    mask = mask_m[:, None] & ((local < out_superblock) & (channel < outputs))[None, :]
+    if RESIDUAL:
+        q = tl.load(residual_ptr + m[:, None] * residual_stride + channel[None, :], mask=mask, other=0)
+        factor = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + residual_multiplier
+        result = tl.fma(q.to(tl.float32), factor, result)
+    if CODES:
+        result = round_to_u8(clamp(result, low, high))
+    tl.store(out_ptr + m[:, None] * out_stride + channel[None, :], result, mask=mask)
+
+
+@triton.jit
+def _offsets(channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The pixels and channels of this program; programs of the same pixels follow each other."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    pid = tl.program_id(0)
+    return pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P), pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,  # f32 [N, C, HW]
+    out_ptr,  # u8 [N * HW, STRIDE]
+    bad_ptr,  # i32 [1]
+    pixels,
+    HW,
+    C,
+    inverse_scale,
+    zero_point,
+    STRIDE: tl.constexpr,  # a number known to the compiler, or a pixel of 4 bytes takes 4 stores
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """This program quantizes BLOCK_P pixels of BLOCK_C channels, and sets `bad` where a number is not finite."""
+    pixel, channel = _offsets(STRIDE, BLOCK_P, BLOCK_C)
+    mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    offs = (pixel // HW * C * HW + pixel % HW)[:, None] + (channel * HW)[None, :]
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    bad = tl.max(tl.max(((x != x) | (tl.abs(x) > 3.4028234663852886e38)).to(tl.int32), 1), 0)
+    if bad != 0:
+        tl.store(bad_ptr, 1)
+    scale = tl.zeros((BLOCK_P, BLOCK_C), tl.float32) + inverse_scale
+    q = tl.fma(x, scale, tl.zeros((BLOCK_P, BLOCK_C), tl.float32) + zero_point)
+    codes = round_to_u8(clamp(q, 0.0, 255.0))
+    inside = (pixel < pixels)[:, None] & (channel < STRIDE)[None, :]
+    tl.store(out_ptr + pixel[:, None] * STRIDE + channel[None, :], codes, mask=inside)
+
+
+@triton.jit
+def _lookup_kernel(
+    x_ptr,  # u8 [pixels, x_stride]
+    table_ptr,  # u8 or f32, [256] or [C, 256]
+    out_ptr,  # of the table's type, [pixels, out_stride]
+    pixels,
+    C,
+    x_stride,
+    out_stride,
+    table_stride,  # 0: one table for all channels
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """This program maps BLOCK_P pixels of BLOCK_C channels through a table."""
+    pixel, channel = _offsets(C, BLOCK_P, BLOCK_C)
+    mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    q = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=mask, other=0)
+    value = tl.load(table_ptr + (channel * table_stride)[None, :] + q.to(tl.int32), mask=mask, other=0)
+    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], value, mask=mask)
+
+
+@triton.jit
+def _add_kernel(
+    a_ptr,  # u8 [pixels, a_stride]
+    b_ptr,  # u8 [pixels, b_stride]
+    out_ptr,  # u8 or f32 [pixels, out_stride]
+    pixels,
+    C,
+    a_stride,
+    b_stride,
+    out_stride,
+    a_multiplier,
+    b_multiplier,
+    bias,
+    low,
+    high,
+    CODES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """This program adds BLOCK_P pixels of BLOCK_C channels."""
+    pixel, channel = _offsets(C, BLOCK_P, BLOCK_C)
+    mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    a = tl.load(a_ptr + pixel[:, None] * a_stride + channel[None, :], mask=mask, other=0).to(tl.float32)
+    b = tl.load(b_ptr + pixel[:, None] * b_stride + channel[None, :], mask=mask, other=0).to(tl.float32)
+    zeros = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    result = tl.fma(a, zeros + a_multiplier, tl.fma(b, zeros + b_multiplier, zeros + bias))
+    if CODES:
+        result = round_to_u8(clamp(result, low, high))
+    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], result, mask=mask)
+
+
+@triton.jit
+def _pool_kernel(
+    x_ptr,  # u8 [N, H, W, x_stride]
+    multiplier_ptr,  # f32 [1] or [KH * KW]; not read by max
+    out_ptr,  # u8 or f32 [pixels, out_stride]
+    pixels,
+    C,
+    H,
+    W,
+    OH,
+    OW,
+    x_stride,
+    out_stride,
+    KW,
+    taps,
+    stride_h,
+    stride_w,
+    top,
+    left,
+    dilation_h,
+    dilation_w,
+    zero_point,
+    bias,
+    low,
+    high,
+    MAX: tl.constexpr,
+    BY_COUNT: tl.constexpr,  # one multiplier for each number of real elements
+    CODES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """This program pools BLOCK_P windows of BLOCK_C channels, BLOCK_T elements of each window at a time."""
+    pixel, channel = _offsets(C, BLOCK_P, BLOCK_C)
+    line = pixel // OW
+    h0 = (line % OH * stride_h - top)[:, None]
+    w0 = (pixel % OW * stride_w - left)[:, None]
+    image = (line // OH * H)[:, None]
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.int32)
+    count = tl.zeros((BLOCK_P,), tl.int32)
+    for first in range(0, taps, BLOCK_T):
+        tap = (first + tl.arange(0, BLOCK_T))[None, :]
+        h = h0 + tap // KW * dilation_h
+        w = w0 + tap % KW * dilation_w
+        real = (tap < taps) & (h >= 0) & (h < H) & (w >= 0) & (w < W) & (pixel < pixels)[:, None]
+        offs = (((image + h) * W + w) * x_stride)[:, :, None] + channel[None, None, :]
+        q = tl.load(x_ptr + offs, mask=real[:, :, None] & (channel < C)[None, None, :], other=0).to(tl.int32)
+        if MAX:
+            total = tl.maximum(total, tl.max(q, 1))
+        else:
+            total += tl.sum(q, 1)
+            count += tl.sum(real.to(tl.int32), 1)
+    mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    if MAX:
+        result = total.to(tl.uint8)
+    else:
+        if BY_COUNT:
+            multiplier = tl.load(multiplier_ptr + tl.maximum(count - 1, 0))
+        else:
+            multiplier = tl.zeros((BLOCK_P,), tl.float32) + tl.load(multiplier_ptr)
+        acc = (total - (count * zero_point)[:, None]).to(tl.float32)
+        zeros = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        result = tl.fma(acc, tl.broadcast_to(multiplier[:, None], (BLOCK_P, BLOCK_C)), zeros + bias)
+        if CODES:
+            result = round_to_u8(clamp(result, low, high))
+    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], result, mask=mask)
+
+
+def conv(
+    x: Tensor,
+    packed: PackedConv,
+    out: Tensor,
+    tile: Tile,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    clamp: tuple[int, int] = (0, 255),
+    residual: Tensor | None = None,
+    residual_multiplier: float = 0.0,
+) -> None:
+    """Convolution or linear layer (then H = W = 1) with its output rule.
+
+    x: u8 [N, H, W, stride]; out: u8 (clamped) or f32 [N, OH, OW, stride]; residual: u8 [N, OH, OW, stride] or None.
+    padding: top, left, bottom, right.
+    """
+    n, h, w, x_stride = x.shape
+    _, oh, ow, out_stride = out.shape
+    k = packed.codes.shape[1]
+    tiles_n = packed.rows_per_superblock // tile.block_n
+    grid_n = tiles_n * packed.superblocks
+    plain = (packed.kh, packed.kw, *stride, *padding) == (1, 1, 1, 1, 0, 0, 0, 0)
+    pixels = n * oh * ow
+    _conv_kernel[(triton.cdiv(pixels, tile.block_m) * grid_n,)](
+        x,
+        packed.codes,
+        packed.compensation,
+        packed.multiplier,
+        packed.bias,
+        x if residual is None else residual,
+        out,
+        pixels,
+        h,
+        w,
+        oh,
+        ow,
+        x_stride,
+        k,
+        0 if residual is None else residual.shape[3],
+        out_stride,
+        *stride,
+        *padding[:2],
+        *dilation,
+        k // tile.block_k if packed.flat else k // (packed.kh * packed.kw * tile.block_k),
+        packed.inputs_per_superblock,
+        packed.outputs_per_superblock,
+        packed.outputs,
+        tiles_n,
+        grid_n,
+        residual_multiplier,
+        float(clamp[0]),
+        float(clamp[1]),
+        KH=packed.kh,
+        KW=packed.kw,
+        FLAT=x_stride if packed.flat else 0,
+        POINTWISE=plain and not packed.flat,
+        PADDED=any(padding),
+        FILL=packed.zero_point if any(padding) else 0,
+        RESIDUAL=residual is not None,
+        CODES=out.dtype.itemsize == 1,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        enable_fp_fusion=False,
+    )
+
+
+def quantize(x: Tensor, out: Tensor, scale: float, zero_point: int, bad: Tensor) -> None:
+    """f32 [N, C, H, W] or [N, F] to codes, u8 [N, H, W, stride]; sets bad (i32 [1]) where x has NaN or infinity."""
+    n, h, w, stride = out.shape
+    grid, blocks = _elementwise(n * h * w, stride)
+    inverse = torch.tensor(1.0) / torch.tensor(scale, dtype=torch.float32)  # one f32 division
+    _quantize_kernel[grid](
+        x, out, bad, n * h * w, h * w, x.shape[1], inverse.item(), float(zero_point), STRIDE=stride, **blocks
+    )
+
+
+def lookup(x: Tensor, table: Tensor, out: Tensor, channels: int) -> None:
+    """out = table[x] for the first `channels` of u8 [N, H, W, stride]; table [256], or [channels, 256]: one each."""
+    n, h, w, x_stride = x.shape
+    grid, blocks = _elementwise(n * h * w, channels)
+    table_stride = 256 if table.dim() == 2 else 0
+    _lookup_kernel[grid](x, table, out, n * h * w, channels, x_stride, out.shape[3], table_stride, **blocks)
+
+
+def add(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    channels: int,
+    multipliers: tuple[float, float],
+    bias: float,
+    clamp: tuple[int, int],
+) -> None:
+    """The sum of two u8 [N, H, W, stride] under the output rule."""
+    n, h, w, out_stride = out.shape
+    grid, blocks = _elementwise(n * h * w, channels)
+    _add_kernel[grid](
+        a,
+        b,
+        out,
+        n * h * w,
+        channels,
+        a.shape[3],
+        b.shape[3],
+        out_stride,
+        *multipliers,
+        bias,
+        float(clamp[0]),
+        float(clamp[1]),
+        CODES=out.dtype.itemsize == 1,
+        **blocks,
+    )
+
+
+def pool(
+    x: Tensor,
+    out: Tensor,
+    channels: int,
+    *,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int] = (1, 1),
+    multiplier: Tensor | None = None,
+    zero_point: int = 0,
+    bias: float = 0.0,
+    clamp: tuple[int, int] = (0, 255),
+) -> None:
+    """Maximum of the codes (multiplier None), or their average under the output rule; shapes as for `conv`."""
+    n, oh, ow, out_stride = out.shape
+    _, h, w, x_stride = x.shape
+    taps = kernel[0] * kernel[1]
+    block_t = min(triton.next_power_of_2(taps), 32)
+    block_c = min(triton.next_power_of_2(channels), 64)
+    block_p = max(1, 4096 // (block_t * block_c))
+    grid = (triton.cdiv(n * oh * ow, block_p) * triton.cdiv(channels, block_c),)
+    _pool_kernel[grid](
+        x,
+        x if multiplier is None else multiplier,
+        out,
+        n * oh * ow,
+        channels,
+        h,
+        w,
+        oh,
+        ow,
+        x_stride,
+        out_stride,
+        kernel[1],
+        taps,
+        *stride,
+        *padding[:2],
+        *dilation,
+        zero_point,
+        bias,
+        float(clamp[0]),
+        float(clamp[1]),
+        MAX=multiplier is None,
+        BY_COUNT=multiplier is not None and multiplier.numel() > 1,
+        CODES=out.dtype.itemsize == 1,
+        BLOCK_P=block_p,
+        BLOCK_T=block_t,
+        BLOCK_C=block_c,
+        enable_fp_fusion=False,
+    )
+
+
+def _elementwise(pixels: int, channels: int) -> tuple[tuple[int], dict]:
+    """Grid and blocks of 4096 elements: 32 bytes for each thread of 4 warps."""
+    block_c = min(triton.next_power_of_2(channels), 128)
+    block_p = 4096 // block_c
+    grid = (triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),)
+    return grid, {"BLOCK_P": block_p, "BLOCK_C": block_c, "enable_fp_fusion": False}

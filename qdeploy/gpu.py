@@ -1,0 +1,367 @@
+"""A model file on an NVIDIA GPU: the same graph, the same bits as on a CPU. Needs PyTorch and Triton.
+
+`qdeploy.load_int_model(path, device="cuda")` gives a `GpuModel`: torch tensors of that device in and out, one CUDA
+graph for each number of images.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from qdeploy import format
+from qdeploy.calibrate import progress
+from qdeploy.errors import InputError
+from qdeploy.gpu_program import Conv, Program, Step, as_array
+from qdeploy.graph import Tensor as Activation
+from qdeploy.kernels import triton_ensemble
+
+MAX_GRAPHS = 8  # batch sizes whose launches are kept; the one used longest ago goes
+MAX_OFFSET = 2**31  # elements: offsets in the kernels are 32 bits
+SMALL_BATCH = 16  # up to here one network leaves multiprocessors idle, and the members of an ensemble run side by side
+
+
+def load(path: str | os.PathLike, device: str | torch.device = "cuda") -> GpuModel:
+    """Load a model file onto a GPU of compute capability 8.0 or newer.
+
+    Raises ModelError for a file that cannot be run, InputError for a device that is not there.
+    """
+    return GpuModel(format.read(path), Path(path), _checked_device(device))
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"expected cpu, cuda or cuda:N, got {device!r} - at device") from None
+    if device.type != "cuda":
+        raise InputError(f"expected cpu, cuda or cuda:N, got {device} - at device")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise InputError("expected a CUDA GPU that PyTorch can use, got none - at device")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= count:
+        raise InputError(f"expected cuda:0 to cuda:{count - 1}, got {device} - at device")
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        raise InputError(f"expected compute capability 8.0 or newer, got {capability[0]}.{capability[1]} - at device")
+    return torch.device("cuda", index)
+
+
+Visit = Callable[[Step, list[Tensor], Tensor], None]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The launches for one number of images, from the codes of every member to what `_forward` returns."""
+
+    codes: list[Tensor]
+    graph: torch.cuda.CUDAGraph
+    results: tuple[Tensor, ...]
+
+
+class GpuModel:
+    """An int8 network or ensemble on a GPU. Any number of threads may call it; their calls take turns."""
+
+    def __init__(self, content: bytes, path: Path, device: torch.device):
+        graph = format.parse(content, path)
+        self._content, self._path, self.device = content, path, device
+        self._graph = graph
+        self._programs = [Program(member, device) for member in graph.members]
+        self._images_per_chunk = max(1, (MAX_OFFSET - 1) // max(p.largest for p in self._programs))
+        self._captured: OrderedDict[int, _Captured] = OrderedDict()
+        self._lock = threading.Lock()
+        self._done: torch.cuda.Event | None = None
+        # One for all graphs: they never run at once, so what is free after one is free for the next.
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    # ---- Description ----------------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> list[dict]:
+        """One entry: `shape` (without the batch), `layouts` accepted, and `scale`, `zero_point` of the codes inside."""
+        entry = self._graph.members[0].tensors[0]
+        layouts = ["f32 NCHW" if len(entry.shape) == 3 else "f32 [N, F]"]
+        if self._graph.preprocess:
+            layouts.append("u8 NHWC")
+        return [_described(entry) | {"layouts": layouts}]
+
+    @property
+    def outputs(self) -> list[dict]:
+        """One entry: `shape` (without the batch), `dtype` and, for u8 codes, `scale` and `zero_point`."""
+        return [_described(self._graph.members[0].output)]
+
+    @property
+    def members(self) -> list[str]:
+        """Names of the networks in the file; more than one for an ensemble."""
+        return [member.name for member in self._graph.members]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, where the file has them, else empty."""
+        return list(self._graph.classes or [])
+
+    @property
+    def weight_bits(self) -> dict[str, int]:
+        """Bits of the weight codes in the file, by node (of an ensemble: "member/node")."""
+        return {name: step.node.bits for name, step in self._steps().items() if step.node.bits}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the model file in bytes."""
+        return len(self._content)
+
+    def __repr__(self) -> str:
+        networks = f"{len(self.members)} member(s), input {self.inputs[0]['shape']}"
+        return f"<qdeploy.GpuModel {self._path.name}: {networks}, {self.device}>"
+
+    # ---- Running --------------------------------------------------------------------------------------------------
+
+    def __call__(self, images: Tensor, taps: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Run a batch of any size.
+
+        images: on this device, float32 [N, C, H, W] (or [N, F]), or, where the file has `preprocess`, uint8
+            [N, H, W, C]. float32 images are checked for NaN and infinity, which waits for the GPU; uint8 ones are not,
+            and the call returns as soon as the work is queued on the current stream.
+        taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
+        Returns new tensors on this device, as `qdeploy.Model` returns arrays.
+        Raises InputError for any other dtype, shape or device, NaN or infinity, or an unknown tap.
+        """
+        if not len(taps):
+            return self._run(images)[0]
+        unknown = [name for name in taps if name not in self._steps()]
+        if unknown:
+            raise InputError(f"expected the name of a node, as `plan` lists them, got {unknown[0]!r} - at taps")
+        return self._run_tapped(images, taps)
+
+    def predict(self, images: Tensor) -> Tensor:
+        """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
+        if len(self.outputs[0]["shape"]) != 1:
+            shape = self.outputs[0]["shape"]
+            raise InputError(f"expected a model with one score per class, got output {shape} - at predict")
+        output, classes = self._run(images)
+        return output.argmax(-1) if classes is None else classes
+
+    def plan(self, batch: int = 1) -> list[dict]:
+        """What runs each node for `batch` images: kernel, tile of a convolution, bits of the weights, MACs."""
+        total = max(1, sum(step.macs for step in self._steps().values()))
+        rows = []
+        for program in self._programs:
+            for step in program.steps:
+                node, tile = step.node, step.tile(batch) if isinstance(step, Conv) else None
+                rows.append(
+                    {
+                        "member": program.member.name,
+                        "name": node.name,
+                        "op": node.op,
+                        "kernel": "int8 tensor cores" if tile else step.kernel,
+                        "tile": "x".join(map(str, tile[:3])) if tile else "",
+                        "bits": node.bits or 0,
+                        "macs": step.macs * batch,
+                        "share_of_macs": step.macs / total,
+                        "residual": isinstance(step, Conv) and len(step.inputs) > 1,
+                    }
+                )
+        return rows
+
+    def profile(self, images: Tensor) -> list[dict]:
+        """The plan with `microseconds` per node: each node by itself, replayed from a CUDA graph, median."""
+        times = []
+
+        def measure(step: Step, inputs: list[Tensor], output: Tensor) -> None:
+            times.append(_milliseconds(lambda: step.launch(inputs, output)) * 1e3)
+
+        self._visit(images, measure)
+        return [row | {"microseconds": t} for row, t in zip(self.plan(len(images)), times, strict=True)]
+
+    def tune(self, images: Tensor) -> None:
+        """Finds the fastest tiles for so many images, on these images, and keeps them on disk (TunedTiles).
+
+        Takes minutes the first time, as every tile is compiled; stopped half way, it goes on from where it was.
+        """
+        convolutions = sum(isinstance(step, Conv) for step in self._steps().values())
+        with progress("tuning", convolutions) as advance:
+
+            def tune(step: Step, inputs: list[Tensor], output: Tensor) -> None:
+                if isinstance(step, Conv):
+                    step.tune(inputs, _milliseconds)
+                    advance()
+
+            self._visit(images, tune)
+        with self._lock:
+            self._wait()
+            self._captured.clear()
+
+    def _run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output, and the classes of an ensemble."""
+        self._check(images)
+        with self._context():
+            results = [self._run_chunk(chunk) for chunk in images.contiguous().split(self._images_per_chunk)]
+            output, *classes = (torch.cat(parts) for parts in zip(*results, strict=True))
+        return output, classes[0] if classes else None
+
+    def _run_chunk(self, images: Tensor) -> tuple[Tensor, ...]:
+        if not len(images):
+            return self._nothing()
+        if self.device.type == "cuda":
+            return self._replay(images)
+        codes = [program.empty_codes(len(images)) for program in self._programs]  # in Triton's interpreter
+        self._quantize(images, codes)()
+        return self._forward(codes)
+
+    def _replay(self, images: Tensor) -> tuple[Tensor, ...]:
+        with self._lock:
+            stream = torch.cuda.current_stream()
+            if self._done is not None:  # of the last call, maybe on another stream: it has the same memory
+                stream.wait_event(self._done)
+            captured = self._captured_for(len(images))
+            check = self._quantize(images, captured.codes)
+            captured.graph.replay()
+            results = tuple(result.clone() for result in captured.results)
+            self._done = stream.record_event()
+        check()
+        return results
+
+    def _quantize(self, images: Tensor, codes: list[Tensor]) -> Callable[[], None]:
+        """Queues the quantization; the function it returns waits for it and raises InputError at NaN or infinity."""
+        bad = torch.zeros(1, dtype=torch.int32, device=self.device)
+        for program, target in zip(self._programs, codes, strict=True):
+            program.quantize(images, target, bad)
+
+        def check() -> None:
+            if images.dtype == torch.float32 and bad.item():
+                raise InputError("expected finite numbers, got NaN or infinity - at the input")
+
+        return check
+
+    def _forward(self, codes: list[Tensor], visit: Visit | None = None) -> tuple[Tensor, ...]:
+        """The output; of an ensemble probabilities and classes."""
+        outputs = self._run_members(codes, visit)
+        arrays = [as_array(o, member.output) for o, member in zip(outputs, self._graph.members, strict=True)]
+        if self._graph.combine is None:
+            return (arrays[0],)
+        return triton_ensemble.average(torch.stack(arrays), self._graph.combine)
+
+    def _run_members(self, codes: list[Tensor], visit: Visit | None) -> list[Tensor]:
+        """The output of every member; in a graph of few images they run side by side."""
+        pairs = list(zip(self._programs, codes, strict=True))
+        few = len(pairs) > 1 and len(codes[0]) <= SMALL_BATCH
+        if not few or self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            return [program.run(member, visit) for program, member in pairs]
+        main, outputs = torch.cuda.current_stream(), []
+        for program, member in pairs:
+            side = torch.cuda.Stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                outputs.append(program.run(member))
+            main.wait_stream(side)
+        return outputs
+
+    def _captured_for(self, n: int) -> _Captured:
+        if n in self._captured:
+            self._captured.move_to_end(n)
+            return self._captured[n]
+        codes = [program.empty_codes(n) for program in self._programs]
+        self._forward(codes)  # compiles the kernels, which a capture cannot
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            results = self._forward(codes)
+        self._captured[n] = _Captured(codes, graph, results)
+        if len(self._captured) > MAX_GRAPHS:
+            self._wait()
+            self._captured.popitem(last=False)
+        return self._captured[n]
+
+    def _wait(self) -> None:
+        """For the last replay: a graph must not go while it runs."""
+        if self._done is not None:
+            self._done.synchronize()
+
+    def _run_tapped(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        names = {step: name for name, step in self._steps().items()}
+        tapped = {}
+
+        def keep(step: Step, inputs: list[Tensor], output: Tensor) -> None:
+            tapped[names[step]] = as_array(output, step.output).contiguous()
+
+        output = self._visit(images, keep)[0]
+        return output, {name: tapped[name] for name in taps}
+
+    def _visit(self, images: Tensor, visit: Visit) -> tuple[Tensor, ...]:
+        """Runs one step after the other without a graph; `visit` sees each with its inputs and output."""
+        self._check(images)
+        images = images.contiguous()
+        with self._context():
+            codes = [program.empty_codes(len(images)) for program in self._programs]
+            self._quantize(images, codes)()
+            return self._forward(codes, visit)
+
+    def _nothing(self) -> tuple[Tensor, ...]:
+        output = self._graph.members[0].output
+        dtype = torch.float32 if output.dtype == "f32" else torch.uint8
+        empty = torch.empty((0, *output.shape), dtype=dtype, device=self.device)
+        if self._graph.combine is None:
+            return (empty,)
+        return empty, torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def _context(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        if self.device.type == "cuda":
+            stack.enter_context(torch.cuda.device(self.device))
+        return stack
+
+    def _check(self, images: Tensor) -> None:
+        shape = self._graph.input_shape
+        accepted = {torch.float32: shape}
+        if self._graph.preprocess:
+            accepted[torch.uint8] = (*shape[1:], shape[0])
+        if not isinstance(images, Tensor):
+            raise InputError(f"expected a tensor on {self.device}, got {type(images).__name__} - at the input")
+        if images.device != self.device:
+            raise InputError(f"expected a tensor on {self.device}, got one on {images.device} - at the input")
+        if images.dim() == 0 or accepted.get(images.dtype) != tuple(images.shape[1:]):
+            layouts = (f"{_short(dtype)} [N, {', '.join(map(str, size))}]" for dtype, size in accepted.items())
+            got = f"{_short(images.dtype)} {list(images.shape)}"
+            raise InputError(f"expected {' or '.join(layouts)}, got {got} - at the input")
+
+    def _steps(self) -> dict[str, Step]:
+        """Every step by the name of its node, in an ensemble "member/node"."""
+        prefix = "{}/" if len(self._programs) > 1 else ""
+        return {
+            prefix.format(program.member.name) + step.node.name: step
+            for program in self._programs
+            for step in program.steps
+        }
+
+    # ---- Pickle ---------------------------------------------------------------------------------------------------
+
+    def __reduce__(self):
+        return _restore, (self._content, self._path, str(self.device))
+
+
+def _restore(content: bytes, path: Path, device: str) -> GpuModel:
+    return GpuModel(content, path, _checked_device(device))
+
+
+def _described(entry: Activation) -> dict:
+    keys = ("name", "shape", "dtype", "scale", "zero_point")
+    return {key: getattr(entry, key) for key in keys}
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _milliseconds(launch: Callable[[], None]) -> float:
+    """Of one launch, replayed from a CUDA graph: without gaps, its inputs where the launch before left them."""
+    return triton.testing.do_bench_cudagraph(launch, rep=20, return_mode="median")

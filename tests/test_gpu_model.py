@@ -1,0 +1,355 @@
+"""Whole models on the kernels for GPUs, in Triton's interpreter, against qdeploy/reference.py bit for bit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("interpreter", reason="the kernels for GPUs need Triton", exc_type=ImportError)
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_graphs import Builder, batch, ensembles, generators, graphs
+from test_engine import LAYERS
+
+import qdeploy
+from qdeploy import cli, format, gpu, reference
+from qdeploy.errors import InputError, ModelError
+from qdeploy.graph import Graph
+from qdeploy.kernels import int8_tiles, int8_weights
+from qdeploy.kernels.int8_tiles import TILES, TunedTiles
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(monkeypatch) -> None:
+    """The interpreter takes its time by the program."""
+    monkeypatch.setattr(int8_tiles, "CTAS_TO_FILL", 1)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "qdeploy" / "int8_tiles.json"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models") / "model.safetensors"
+
+
+def load(graph: Graph, path: Path) -> gpu.GpuModel:
+    format.save(graph, path)
+    return gpu.GpuModel(format.read(path), path, CPU)
+
+
+def assert_same(found: torch.Tensor, expected: np.ndarray, what: str = "output") -> None:
+    assert (found.numpy().dtype, found.shape) == (expected.dtype, expected.shape), what
+    assert found.numpy().tobytes() == expected.tobytes(), what
+
+
+def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path) -> None:
+    """Every activation, the output and the classes."""
+    output, scores, tapped = reference.run_all(graph, x)
+    model = load(graph, path)
+    found, found_taps = model(torch.from_numpy(x), taps=list(tapped))
+    for name, expected in tapped.items():
+        assert_same(found_taps[name], expected, name)
+    assert_same(found, output)
+    if graph.combine:
+        assert np.array_equal(model.predict(torch.from_numpy(x)).numpy(), scores.argmax(axis=1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.one_of(graphs(), graphs(), graphs(), ensembles()), generators())
+def test_random_graphs(path, graph, rng):
+    dtype = np.uint8 if graph.preprocess and rng.integers(2) else np.float32
+    assert_equals_reference(graph, batch(graph, int(rng.integers(0, 4)), rng, dtype), path)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_real_networks(path, layer):
+    (c, h, w), conv = LAYERS[layer]
+    builder = Builder(np.random.default_rng(0), (c, min(h, 9), min(w, 11)), (0.25, 128))
+    x = builder.conv2d(0, bits=8, **conv)
+    builder.add(x, builder.conv2d(0, bits=3, residual=x, **conv))
+    graph = Graph([builder.member()])
+    assert_equals_reference(graph, batch(graph, 2, np.random.default_rng(1)), path)
+
+
+def test_largest_accumulators(path, monkeypatch):
+    """255 * 128 * K is just below 2^31, and q - 128 at its ends."""
+    monkeypatch.setattr(int8_tiles, "default", lambda *shape: int8_tiles.Tile(16, 32, 128, 4, 4))
+    k = 513 * 128
+    builder = Builder(np.random.default_rng(0), (k,), (1.0, 0))
+    builder.linear(0, 3, bits=8, dtype="f32")
+    weight = builder.nodes[0].constants["weight"]
+    weight[0], weight[1] = -128, 127
+    graph = Graph([builder.member()])
+    x = np.stack([np.full(k, 255, np.float32), 255 * (np.arange(k) % 2).astype(np.float32)])
+    assert_same(load(graph, path)(torch.from_numpy(x)), reference.run(graph, x))
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_no_tile_changes_a_bit(path, tile, monkeypatch):
+    builder = Builder(np.random.default_rng(0), (128, 3, 4), (0.25, 3))
+    builder.conv2d(0, 128, (2, 3), padding=(1, 0, 1, 2))
+    graph = Graph([builder.member()])
+    x = batch(graph, 2, np.random.default_rng(1))
+    monkeypatch.setattr(int8_tiles, "default", lambda *shape: tile)
+    assert_same(load(graph, path)(torch.from_numpy(x)), reference.run(graph, x))
+
+
+def small_ensemble(rule: str = "logits") -> Graph:
+    members = []
+    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.25, 0.5, 1.0]}
+    for seed in range(2):
+        builder = Builder(np.random.default_rng(seed), (3, 6, 5), (0.02, 120))
+        x = builder.conv2d(0, 20, (3, 3), padding=(1, 1, 1, 1))
+        x = builder.avg_pool2d(x, (6, 5), (1, 1), (0, 0, 0, 0))
+        builder.linear(builder.reshape(x, (20,)), 4, dtype="f32")
+        members.append(builder.member(f"member{seed}", preprocess))
+    return Graph(members, rule, preprocess, list("abcd"))
+
+
+@pytest.fixture
+def model(tmp_path) -> gpu.GpuModel:
+    return load(small_ensemble(), tmp_path / "model.safetensors")
+
+
+def images(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, 3, 6, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def test_an_image_has_the_same_bits_in_any_batch_and_chunk(model):
+    x = images(5)
+    whole = model(x)
+    assert torch.equal(torch.cat([model(x[i : i + 1]) for i in range(5)]), whole)
+    model._images_per_chunk = 2
+    assert torch.equal(model(x), whole)
+    assert model(x[:0]).shape == (0, 4) and model.predict(x[:0]).shape == (0,)
+    assert torch.equal(model.predict(x), whole.argmax(1))
+
+
+class FakeGraph:
+    """Stands in for a CUDA graph: a replay runs what was captured again, on the memory it was captured with."""
+
+    live = 0
+
+    def __init__(self):
+        FakeGraph.live += 1
+
+    def __del__(self):
+        FakeGraph.live -= 1
+
+    def replay(self):
+        for static, new in zip(self.results, self.forward(self.codes), strict=True):
+            static.copy_(new)
+
+
+def test_graphs_by_number_of_images(model, monkeypatch):
+    """What a GPU does but for the launches: static memory, one graph a batch size, the oldest dropped."""
+    capturing = []
+    forward = model._forward
+
+    @contextmanager
+    def capture(graph, **options):
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    def recorded(codes, visit=None):
+        results = forward(codes, visit)
+        if capturing:
+            capturing[-1].codes, capturing[-1].forward, capturing[-1].results = codes, forward, results
+        return results
+
+    stream = SimpleNamespace(wait_event=lambda event: None, record_event=lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(model, "_forward", recorded)
+    monkeypatch.setattr(gpu, "MAX_GRAPHS", 2)
+    expected = {n: model(images(n, seed=n)) for n in (1, 2, 3)}
+    first = model._replay(images(1, seed=1))[0]
+    for n in (2, 3, 1):
+        found = model._replay(images(n, seed=n))
+        assert torch.equal(found[0], expected[n]) and torch.equal(found[1], expected[n].argmax(1))
+        assert FakeGraph.live <= 2
+    model._replay(images(1, seed=2))
+    assert torch.equal(first, expected[1])  # results do not change with later calls
+    bad = images(1)
+    bad[0, 0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match="expected finite numbers"):
+        model._replay(bad)
+    assert torch.equal(model._replay(images(1, seed=1))[0], expected[1])
+
+
+def test_images_of_any_memory_layout(model):
+    x = images(3)
+    assert torch.equal(model(x.to(memory_format=torch.channels_last)), model(x))
+    assert torch.equal(model(x.flip(0).flip(0)[::1]), model(x))
+
+
+def test_raw_images(model, tmp_path):
+    raw = np.random.default_rng(0).integers(0, 256, (3, 6, 5, 3), np.uint8)
+    assert_same(model(torch.from_numpy(raw)), qdeploy.load_int_model(tmp_path / "model.safetensors")(raw))
+
+
+def test_description_is_that_of_the_model_on_a_cpu(model, tmp_path):
+    other = qdeploy.load_int_model(tmp_path / "model.safetensors")
+    for key in ("inputs", "outputs", "members", "classes", "weight_bits", "nbytes"):
+        assert getattr(model, key) == getattr(other, key), key
+    mine, theirs = model.plan(3), other.plan(3)
+    for ours, row in zip(mine, theirs, strict=True):
+        assert {key: ours[key] for key in ("member", "name", "op", "bits", "macs", "share_of_macs")} == {
+            key: row[key] for key in ("member", "name", "op", "bits", "macs", "share_of_macs")
+        }
+    assert mine[0]["tile"] and "tensor cores" in mine[0]["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (np.zeros((1, 3, 6, 5), np.float32), "expected a tensor on cpu, got ndarray - at the input"),
+        (
+            torch.zeros(1, 3, 5, 6),
+            r"expected float32 \[N, 3, 6, 5\] or uint8 \[N, 6, 5, 3\], got float32 \[1, 3, 5, 6\]",
+        ),
+        (torch.zeros(1, 3, 6, 5, dtype=torch.float16), r"got float16 \[1, 3, 6, 5\] - at the input"),
+        (torch.tensor(1.0), r"got float32 \[\] - at the input"),
+        (torch.zeros(1, 3, 6, 5, device="meta"), "expected a tensor on cpu, got one on meta - at the input"),
+    ],
+)
+def test_inputs_that_do_not_fit(model, x, text):
+    with pytest.raises(InputError, match=text):
+        model(x)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_anywhere(model, bad):
+    for position in (0, 17, 89, 3 * 90 - 1):
+        x = images(3)
+        x.view(-1)[position] = bad
+        with pytest.raises(InputError, match="expected finite numbers, got NaN or infinity - at the input"):
+            model(x)
+    assert torch.isfinite(model(images(3).sign() * 3e38)).all()  # only the product overflows
+
+
+def test_unknown_tap(model):
+    with pytest.raises(InputError, match="expected the name of a node, as `plan` lists them, got 'conv' - at taps"):
+        model(images(1), taps=["conv"])
+
+
+def test_predict_needs_scores(tmp_path):
+    builder = Builder(np.random.default_rng(0), (3, 4, 4), (0.1, 0))
+    builder.conv2d(0, 5)
+    with pytest.raises(InputError, match="expected a model with one score per class, got output"):
+        load(Graph([builder.member()]), tmp_path / "net.safetensors").predict(torch.zeros(1, 3, 4, 4))
+
+
+def test_groups_that_would_fill_the_memory_are_an_error():
+    weight = np.zeros((80_001, 33, 1, 1), np.int8)
+    constants = np.zeros(80_001, np.float32)
+    with pytest.raises(ModelError, match="expected weights that take less than 2\\^31 bytes on a GPU, got"):
+        int8_weights.pack_conv(weight, 80_001 // 3, constants, constants, 0, CPU)
+
+
+def test_devices_that_are_not_there(model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(InputError, match="expected num_threads and isa with device 'cpu' only, got 'cuda'"):
+        qdeploy.load_int_model(path, num_threads=2, device="cuda")
+    for device in ("gpu", "cpu:0"):
+        with pytest.raises(InputError, match=f"expected cpu, cuda or cuda:N, got '?{device}"):
+            qdeploy.load_int_model(path, device=device)
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="expected a CUDA GPU that PyTorch can use, got none - at device"):
+            qdeploy.load_int_model(path, device="cuda")
+
+
+def test_verify_on_a_gpu(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "_checked_device", lambda device: CPU)
+    path = str(tmp_path / "model.safetensors")
+    assert cli.main(["verify", path, "--batch", "1", "--device", "cuda", "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [(row["input"], row["isa"], row["different"]) for row in runs] == [("f32", "cuda", 0), ("u8", "cuda", 0)]
+    assert runs[0]["compared"] == 1 + len(model.plan())
+
+
+def test_without_torch_the_error_says_what_to_install(model, tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import qdeploy\n"
+        "try:\n    qdeploy.load_int_model(sys.argv[1], device='cuda')\n"
+        "except qdeploy.InputError as error:\n    print(error)"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.safetensors"], capture_output=True, text=True, check=True
+    )
+    assert (
+        "expected PyTorch and Triton for a model on a GPU (pip install 'qdeploy[train]'), got no module" in child.stdout
+    )
+
+
+def test_pickle_carries_the_file(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_checked_device", torch.device)
+    content = pickle.dumps(model)
+    (tmp_path / "model.safetensors").unlink()
+    assert torch.equal(pickle.loads(content)(images(2)), model(images(2)))
+
+
+# ---- Tiles ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 10**6),
+    st.sampled_from([32, 64, 128, 192, 512]),
+    st.integers(1, 40),
+    st.sampled_from([32, 64, 96, 512]),
+)
+def test_default_tiles_fit(pixels, rows, superblocks, k_unit):
+    tile = int8_tiles.default(pixels, rows, superblocks, k_unit)
+    assert rows % tile.block_n == 0 and k_unit % tile.block_k == 0
+    assert tile.block_m * tile.block_n <= 64 * 32 * tile.num_warps  # what spills otherwise
+
+
+def test_tuning_is_kept_on_disk(model, tmp_path, own_cache, monkeypatch):
+    """Each shape takes the tile that was fastest, now and in the next process; another batch is another shape."""
+    x, wanted = images(3), TILES[-2:]
+    times = iter(range(1000, 0, -1))  # the last is the fastest
+    expected = model(x)
+    monkeypatch.setattr(gpu, "_milliseconds", lambda launch: (launch(), next(times))[1])
+    model.tune(x)
+    tiles = [row["tile"] for row in model.plan(3) if row["tile"]]
+    assert set(tiles) == {"x".join(map(str, tile[:3])) for tile in wanted[1:]}
+    assert torch.equal(model(x), expected)
+    again = load(small_ensemble(), tmp_path / "model.safetensors")
+    assert [row["tile"] for row in again.plan(3) if row["tile"]] == tiles
+    assert [row["tile"] for row in again.plan(64) if row["tile"]] != tiles
+    own_cache.write_text("{damaged")
+    assert load(small_ensemble(), tmp_path / "model.safetensors").plan(3)
+
+
+def test_profile_times_every_node(model, monkeypatch):
+    monkeypatch.setattr(gpu, "_milliseconds", lambda launch: (launch(), 0.25)[1])
+    rows = model.profile(images(2))
+    assert [row["name"] for row in rows] == [row["name"] for row in model.plan(2)]
+    assert {row["microseconds"] for row in rows} == {250.0}
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"cpu": 3}', '{"cpu": {"key": [1, 2]}}', '{"cpu": {"key": "x"}}'])
+def test_a_damaged_cache_counts_as_empty(own_cache, content):
+    own_cache.parent.mkdir()
+    own_cache.write_text(content)
+    tiles = TunedTiles("cpu")
+    assert tiles.get("key") is None
+    assert tiles.tune("key", list(TILES), lambda tile: -tile.block_k) == tiles.get("key") == TILES[0]
