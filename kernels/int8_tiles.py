@@ -76,8 +76,8 @@ class TunedTiles:
         value = self._read().get(self._device, {}).get(key)
         return next((tile for tile in TILES if list(tile) == value), None)
 
-    def tune(self, key: str, candidates: list[Tile], milliseconds: Callable[[Tile], float]) -> Tile:
-        """Times the candidates, keeps the fastest for `key` and returns it."""
+    def tune(self, key: str, candidates: list[Tile], milliseconds: Callable[[Tile], float]) -> None:
+        """Times the candidates and keeps the fastest for `key`."""
         best = min(candidates, key=milliseconds)
         document = self._read()
         document.setdefault(self._device, {})[key] = list(best)
@@ -88,7 +88,6 @@ class TunedTiles:
             temporary.replace(self._path)
         finally:
             temporary.unlink(missing_ok=True)
-        return best
 
     def _read(self) -> dict:
         with suppress(OSError, ValueError):

@@ -187,22 +187,18 @@ def _normalise_kernel(
     tl.store(probabilities_ptr + row * K + offs_k, mean * share, mask)
 
 
-def average(
-    logits: Tensor, rule: str, probabilities: Tensor | None = None, classes: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def average(logits: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     """Combines the members of an ensemble, with the bits of `qdeploy.reference.combine`.
 
     Args:
         logits: [E, N, K] float32, bfloat16 or float16, computed in float32. The classes lie side by side, else a copy
             is made; members and images may have any stride.
         rule: "logits", softmax of the mean logit, or "probs", mean of the softmaxes.
-        probabilities: where to write, contiguous float32 [N, K]; made if None.
-        classes: where to write, contiguous int64 [N]; made if None.
 
     Returns:
-        The probabilities, and the class of the largest mean logit or mean probability, the first of equals. An image
-        with a NaN, a +inf or nothing but -inf in what the softmax sees has NaN for all its probabilities and any class
-        of 0..K-1. Another -inf is the logit of a class with probability 0.
+        The probabilities, float32 [N, K], and the class of the largest mean logit or mean probability, the first of
+        equals, int64 [N]. An image with a NaN, a +inf or nothing but -inf in what the softmax sees has NaN for all its
+        probabilities and any class of 0..K-1. Another -inf is the logit of a class with probability 0.
 
     Raises:
         InputError: another rule, shape or type.
@@ -213,8 +209,8 @@ def average(
     if logits.stride(2) != 1:
         logits = logits.contiguous()
     _, rows, k = logits.shape
-    probabilities = _output(probabilities, (rows, k), torch.float32, logits.device)
-    classes = _output(classes, (rows,), torch.int64, logits.device)
+    probabilities = torch.empty(rows, k, dtype=torch.float32, device=logits.device)
+    classes = torch.empty(rows, dtype=torch.int64, device=logits.device)
     with torch.cuda.device_of(logits):
         launch = _average_in_registers if k <= IN_REGISTERS else _average_in_chunks
         launch(logits, rule, probabilities, classes)
@@ -225,17 +221,6 @@ def _strides(logits: Tensor) -> tuple[int, int, int]:
     """Of members and rows, and the power of two, at most 16 bytes of elements, that divides every row's offset."""
     stride_e, stride_n, _ = logits.stride()
     return stride_e, stride_n, math.gcd(stride_e, stride_n, logits.shape[2], 16 // logits.element_size())
-
-
-def _output(given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if given is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    if (given.shape, given.dtype, given.device) != (shape, dtype, device) or not given.is_contiguous():
-        raise InputError(
-            f"expected a contiguous output, {dtype} {list(shape)} on {device}, got {given.dtype} {list(given.shape)} "
-            f"of strides {list(given.stride())} on {given.device} - at ensemble average"
-        )
-    return given
 
 
 def _average_in_registers(logits: Tensor, rule: str, probabilities: Tensor, classes: Tensor) -> None:

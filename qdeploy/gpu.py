@@ -186,7 +186,8 @@ class GpuModel:
     def tune(self, images: Tensor) -> None:
         """Finds the fastest tiles for so many images, on these images, and keeps them on disk (TunedTiles).
 
-        Takes minutes the first time, as every tile is compiled; stopped half way, it goes on from where it was.
+        It compiles every tile, which takes minutes. Shapes that the file has are not timed again, so that it goes on
+        where it was stopped.
         """
         convolutions = sum(isinstance(step, Conv) for step in self._steps().values())
         with progress("tuning", convolutions) as advance:
@@ -364,4 +365,4 @@ def _short(dtype: torch.dtype) -> str:
 
 def _milliseconds(launch: Callable[[], None]) -> float:
     """Of one launch, replayed from a CUDA graph: without gaps, its inputs where the launch before left them."""
-    return triton.testing.do_bench_cudagraph(launch, rep=20, return_mode="median")
+    return triton.testing.do_bench_cudagraph(launch, rep=5, return_mode="median")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 from qdeploy.errors import ModelError
@@ -107,13 +108,16 @@ class Conv(Step):
         return self._tiles[n]
 
     def tune(self, values: Sequence[Tensor], milliseconds: Callable[[Callable], float]) -> None:
+        """Times the tiles for so many images, unless this shape has been tuned before."""
         n, out = len(values[0]), empty(self.output, len(values[0]), self.device)
 
         def time(tile: Tile) -> float:
             return milliseconds(lambda: self.launch_with(tile, values, out))
 
-        candidates = int8_tiles.fitting(self._packed.rows_per_superblock, self._packed.k_unit)
-        self._tiles[n] = self._tuned.tune(self._key(n), candidates, time)
+        if self._tuned.get(self._key(n)) is None:
+            candidates = int8_tiles.fitting(self._packed.rows_per_superblock, self._packed.k_unit)
+            self._tuned.tune(self._key(n), candidates, time)
+        self._tiles.pop(n, None)
 
     @property
     def macs(self) -> int:
@@ -263,4 +267,6 @@ def _step(node: Node, inputs: list[Activation], output: Activation, device: torc
 
 
 def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """What the fastest tile depends on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name}, Triton {triton.__version__}"
