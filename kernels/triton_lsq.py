@@ -357,7 +357,7 @@ class Tables:
     """What the kernels read about one list of tensors: rows of facts, and by program a tensor and its first piece."""
 
     def __init__(self, values: Sequence[Tensor], steps: Sequence[Tensor], constants: Constants):
-        facts, self.blocks, self.row_blocks = [], [], []
+        facts, blocks, row_blocks = [], [], []
         self.steps = self.partials = 0
         views, self.size = flat_views(values)
         for i, (value, step, *range_, scale, view) in enumerate(zip(values, steps, *constants, views, strict=True)):
@@ -369,14 +369,14 @@ class Tables:
                 [value.data_ptr(), step.data_ptr(), rows, length, aligned, *range_, view[2]]
                 + [self.steps, self.partials, partials, _bits(scale)]
             )
-            self.blocks += [(i, piece) for piece in range(0, pieces, count)]
-            self.row_blocks += [(i, row) for row in range(0, rows, 16)]
+            blocks += [(i, piece) for piece in range(0, pieces, count)]
+            row_blocks += [(i, row) for row in range(0, rows, 16)]
             self.steps += rows
             self.partials += rows * partials
         device = values[0].device
         self.facts = _upload(facts, torch.int64, device)
-        self.blocks = _upload(self.blocks, torch.int32, device)
-        self.row_blocks = _upload(self.row_blocks, torch.int32, device)
+        self.blocks = _upload(blocks, torch.int32, device)
+        self.row_blocks = _upload(row_blocks, torch.int32, device)
 
 
 _tables: dict[tuple, Tables | Tensor] = {}  # the ones used last, oldest first
@@ -409,7 +409,7 @@ def _cached(key: tuple, make: Callable[[], Tables | Tensor], device: torch.devic
     if known is not None or not _capturing():  # a table made in a capture is empty until the graph runs
         _tables[key] = table
         if len(_tables) > 16:
-            del _tables[next(iter(_tables))]
+            _tables.pop(next(iter(_tables)), None)  # another thread may have been here
     return table
 
 
