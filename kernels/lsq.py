@@ -20,11 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qdeploy.errors import InputError
+
+if TYPE_CHECKING:
+    from qdeploy.kernels.triton_lsq import Tables
 
 # qmin, qmax and grad_scale of many values
 Constants = tuple[Sequence[int], Sequence[int], Sequence[float]]
@@ -155,7 +159,8 @@ def _lsq_many(
     grad_scales: Sequence[float],
 ) -> Tensor:
     """`lsq_many` in a flat buffer."""
-    return _kernels().forward_many(values, steps, (qmins, qmaxs, grad_scales))
+    kernels = _kernels()
+    return kernels.forward_many(kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales))))
 
 
 @_lsq_many.register_fake
@@ -173,7 +178,9 @@ def _lsq_many_backward(
     grad_scales: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """The gradients of values and of steps in two flat buffers, the second without gaps."""
-    return _kernels().backward_many(grads, values, steps, (qmins, qmaxs, grad_scales))
+    kernels = _kernels()
+    tables = kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales)))
+    return kernels.backward_many(grads, values, tables)
 
 
 @_lsq_many_backward.register_fake
@@ -185,32 +192,39 @@ _lsq_many_backward.register_autograd(_refuse)
 
 
 class _LsqMany(torch.autograd.Function):
-    """`lsq_many` on a GPU. Its operators are for torch.compile and to refuse a second differentiation; calling them in
-    other cases would cost 0.1 ms for 53 weights."""
+    """`lsq_many` on a GPU. The operators are for torch.compile (then `tables` is None) and to refuse a second
+    differentiation; otherwise the kernels are called past them, which saves 0.1 ms for 53 weights."""
 
     @staticmethod
-    def forward(ctx, constants: Constants, *tensors: Tensor) -> tuple[Tensor, ...]:
-        values, steps = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        ctx.constants = constants
+    def forward(ctx, tables: Tables | None, constants: Constants, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.tables, ctx.constants = tables, constants
         ctx.save_for_backward(*tensors)
-        if torch.compiler.is_compiling():
-            flat = _lsq_many(values, steps, *constants)
+        if tables is None:
+            values, steps = _halves(tensors)
+            flat, views = _lsq_many(values, steps, *constants), flat_views(values)[0]
         else:
-            flat = _kernels().forward_many(values, steps, constants)
-        return tuple([flat.as_strided(*view) for view in flat_views(values)[0]])
+            flat, views = _kernels().forward_many(tables), tables.views
+        return tuple([flat.as_strided(*view) for view in views])
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        values, steps = tensors[: len(grads)], tensors[len(grads) :]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        tensors, tables = ctx.saved_tensors, ctx.tables
+        values, steps = _halves(tensors)
+        if tables is None or torch.is_grad_enabled() or not tables.point_to(tensors):
             of_values, of_steps = _lsq_many_backward(grads, values, steps, *ctx.constants)
+            views = flat_views(values)[0]
         else:
-            of_values, of_steps = _kernels().backward_many(grads, values, steps, ctx.constants)
-        of_values = [of_values.as_strided(*view) for view in flat_views(values)[0]]
+            of_values, of_steps = _kernels().backward_many(grads, values, tables)
+            views = tables.views
+        of_values = [of_values.as_strided(*view) for view in views]
         of_steps = of_steps.split([step.numel() for step in steps])
         of_steps = [grad if step.dim() else grad.reshape(()) for grad, step in zip(of_steps, steps, strict=True)]
-        return None, *of_values, *of_steps
+        return None, None, *of_values, *of_steps
+
+
+def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Values and steps."""
+    return tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
 
 
 def lsq_many(
@@ -232,17 +246,18 @@ def lsq_many(
     Raises:
         InputError: steps that do not fit their value.
     """
-    if _one_launch(values, steps):
-        qmins, qmaxs = zip(*ranges, strict=True)
-        return list(_LsqMany.apply((qmins, qmaxs, tuple(grad_scales)), *values, *steps))
+    if values and on_gpu(values[0]):
+        constants = (*zip(*ranges, strict=True), tuple(grad_scales))
+        traced = torch.compiler.is_compiling()
+        tables = None if traced else _kernels().tables_of(values, steps, constants)
+        if tables is not None or (traced and one_launch(values, steps)):
+            return list(_LsqMany.apply(tables, constants, *values, *steps))
     arguments = zip(values, steps, ranges, grad_scales, strict=True)
     return [lsq(v, s, qmin, qmax, 0 if s.dim() else -1, scale) for v, s, (qmin, qmax), scale in arguments]
 
 
-def _one_launch(values: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
-    """Are there values, all float32 on one GPU, each slice with a step of its own one row of memory?"""
-    if not values or not on_gpu(values[0]):
-        return False
+def one_launch(values: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
+    """Are all float32 on one device, each slice with a step of its own one row of memory?"""
     tensors = [*values, *steps]
     return (
         {tensor.dtype for tensor in tensors} == {torch.float32}

@@ -75,7 +75,7 @@ def average_variants() -> dict[str, Variant]:
 
 
 def lsq_variants() -> dict[str, Variant]:
-    from qdeploy.kernels.triton_lsq import backward, backward_many, forward, forward_many
+    from qdeploy.kernels.triton_lsq import Tables, backward, backward_many, forward, forward_many
 
     found = {}
     for name, shape, axis, dtype, wide in [
@@ -92,10 +92,10 @@ def lsq_variants() -> dict[str, Variant]:
         )
     values = [torch.empty(64, 3, 7, 7), torch.empty(512, 512, 3, 3), torch.empty(512, 512, 3, 3)]
     steps = [torch.empty(64), torch.empty(512), torch.empty(1)]
-    constants = [-64] * 3, [63] * 3, [0.1] * 3
-    found["lsq_many"] = Variant(partial(forward_many, values, steps, constants), {"_forward_many": WIDE})
+    tables = Tables(values, steps, ([-64] * 3, [63] * 3, [0.1] * 3))
+    found["lsq_many"] = Variant(partial(forward_many, tables), {"_forward_many": WIDE})
     found["lsq_many backward"] = Variant(
-        partial(backward_many, values, values, steps, constants), {"_backward_many": WIDE, "_sum_partials_many": ()}
+        partial(backward_many, values, values, tables), {"_backward_many": WIDE, "_sum_partials_many": ()}
     )
     return found
 
