@@ -69,7 +69,7 @@ def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path) -> None:
         assert np.array_equal(model.predict(torch.from_numpy(x)).numpy(), scores.argmax(axis=1))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.one_of(graphs(), graphs(), graphs(), ensembles()), generators())
 def test_random_graphs(path, graph, rng):
     dtype = np.uint8 if graph.preprocess and rng.integers(2) else np.float32
