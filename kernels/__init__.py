@@ -1,1 +1,1 @@
-"""Operations for PyTorch; each is one custom operator, so that torch.export and torch.compile keep it whole."""
+"""Operations on torch tensors. `triton_*.py` are their kernels for GPUs and the only modules that import Triton."""

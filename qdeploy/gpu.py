@@ -207,7 +207,7 @@ class GpuModel:
         self._check(images)
         with self._context():
             results = [self._run_chunk(chunk) for chunk in images.contiguous().split(self._images_per_chunk)]
-            output, *classes = (torch.cat(parts) for parts in zip(*results, strict=True))
+            output, *classes = results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
         return output, classes[0] if classes else None
 
     def _run_chunk(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -259,11 +259,12 @@ class GpuModel:
         if not few or self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             return [program.run(member, visit) for program, member in pairs]
         main, outputs = torch.cuda.current_stream(), []
-        for program, member in pairs:
-            side = torch.cuda.Stream()
+        streams = [torch.cuda.Stream() for _ in pairs]
+        for side, (program, member) in zip(streams, pairs, strict=True):
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 outputs.append(program.run(member))
+        for side in streams:  # not in the loop above: the next member would wait for this one
             main.wait_stream(side)
         return outputs
 

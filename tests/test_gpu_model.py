@@ -6,7 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -195,6 +195,32 @@ def test_graphs_by_number_of_images(model, monkeypatch):
     with pytest.raises(InputError, match="expected finite numbers"):
         model._replay(bad)
     assert torch.equal(model._replay(images(1, seed=1))[0], expected[1])
+
+
+def test_members_run_side_by_side_in_a_graph(model, monkeypatch):
+    """Each on a stream of its own that waits for the main one alone; the main one waits for all of them at the end."""
+    log, made = [], iter(("first", "second"))
+
+    class Stream:
+        def __init__(self, name=None):
+            self.name = name or next(made)
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    main = Stream("main")
+    codes = [program.empty_codes(1).fill_(5) for program in model._programs]
+    expected = model._run_members(codes, None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    model.device = SimpleNamespace(type="cuda")
+    found = model._run_members(codes, None)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    forks, joins = log[:2], log[2:]
+    assert forks == ["first waits for main", "second waits for main"]
+    assert joins == ["main waits for first", "main waits for second"]
 
 
 def test_images_of_any_memory_layout(model):
