@@ -150,7 +150,11 @@ def flat_views(values: Sequence[Tensor]) -> tuple[list[View], int]:
     return views, size
 
 
-@torch.library.custom_op("qdeploy::lsq_many", mutates_args=())
+# The tables of triton_lsq.py outlive a call, which CUDA graphs of torch.compile do not allow to memory of their pool.
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("qdeploy::lsq_many", mutates_args=(), tags=_UNSAFE)
 def _lsq_many(
     values: Sequence[Tensor],
     steps: Sequence[Tensor],
@@ -168,7 +172,7 @@ def _(values, steps, qmins, qmaxs, grad_scales) -> Tensor:
     return values[0].new_empty(flat_views(values)[1])
 
 
-@torch.library.custom_op("qdeploy::lsq_many_backward", mutates_args=())
+@torch.library.custom_op("qdeploy::lsq_many_backward", mutates_args=(), tags=_UNSAFE)
 def _lsq_many_backward(
     grads: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -198,6 +202,7 @@ class _LsqMany(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tables: Tables | None, constants: Constants, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.tables, ctx.constants = tables, constants
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         if tables is None:
             values, steps = _halves(tensors)
@@ -207,9 +212,10 @@ class _LsqMany(torch.autograd.Function):
         return tuple([flat.as_strided(*view) for view in views])
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *found: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, tables = ctx.saved_tensors, ctx.tables
         values, steps = _halves(tensors)
+        grads = [torch.zeros_like(value) if grad is None else grad for grad, value in zip(found, values, strict=True)]
         if tables is None or torch.is_grad_enabled() or not tables.point_to(tensors):
             of_values, of_steps = _lsq_many_backward(grads, values, steps, *ctx.constants)
             views = flat_views(values)[0]
@@ -219,7 +225,9 @@ class _LsqMany(torch.autograd.Function):
         of_values = [of_values.as_strided(*view) for view in views]
         of_steps = of_steps.split([step.numel() for step in steps])
         of_steps = [grad if step.dim() else grad.reshape(()) for grad, step in zip(of_steps, steps, strict=True)]
-        return None, None, *of_values, *of_steps
+        # A weight that the network did not use has no gradient, not one of zeros, which weight decay would add to.
+        used = [grad is not None for grad in found] * 2
+        return None, None, *[grad if use else None for grad, use in zip([*of_values, *of_steps], used, strict=True)]
 
 
 def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -18,7 +18,7 @@ channels a group: 8 groups; depthwise: 32). The zeros cost products that tensor 
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -369,9 +369,9 @@ def quantize(x: Tensor, out: Tensor, scale: float, zero_point: int, bad: Tensor)
     """f32 [N, C, H, W] or [N, F] to codes, u8 [N, H, W, stride]; sets bad (i32 [1]) where x has NaN or infinity."""
     n, h, w, stride = out.shape
     grid, blocks = _elementwise(n * h * w, stride)
-    inverse = torch.tensor(1.0) / torch.tensor(scale, dtype=torch.float32)  # one f32 division
+    inverse = float(np.float32(1) / np.float32(scale))  # one f32 division
     _quantize_kernel[grid](
-        x, out, bad, n * h * w, h * w, x.shape[1], inverse.item(), float(zero_point), STRIDE=stride, **blocks
+        x, out, bad, n * h * w, h * w, x.shape[1], inverse, float(zero_point), STRIDE=stride, **blocks
     )
 
 

@@ -404,8 +404,9 @@ def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([tensor.data_ptr() for tensor in tensors])
 
 
+MAX_TABLES = 64  # 0.1 MB each for ResNet-50
 _tables: dict[tuple, Tables | Tensor] = {}  # the ones used last, oldest first
-_of_graphs: list[Tables | Tensor] = []  # what a captured CUDA graph reads whenever it runs
+_of_graphs: list[Tables | Tensor] = []  # what a captured CUDA graph reads whenever it runs; kept for ever
 
 
 def _capturing() -> bool:
@@ -414,7 +415,7 @@ def _capturing() -> bool:
 
 def _upload(rows: list, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table on the device, by a copy that the host does not wait for."""
-    host = torch.tensor(rows, dtype=dtype)
+    host = torch.tensor(rows, dtype=dtype, device="cpu")  # whatever the default device
     if device.type == "cpu":
         return host
     host = host.pin_memory()
@@ -440,7 +441,7 @@ def _cached(
         _of_graphs.append(table)
     if known is not None or not _capturing():  # a table made in a capture is empty until the graph runs
         _tables[key] = table
-        if len(_tables) > 16:
+        if len(_tables) > MAX_TABLES:
             _tables.pop(next(iter(_tables)), None)  # another thread may have been here
     return table
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
-import triton
 from torch import Tensor
 
 from qdeploy import format
@@ -25,8 +25,9 @@ from qdeploy.gpu_program import Conv, Program, Step, as_array
 from qdeploy.graph import Tensor as Activation
 from qdeploy.kernels import triton_ensemble
 
-MAX_GRAPHS = 8  # batch sizes whose launches are kept; the one used longest ago goes
+MAX_GRAPHS = 8  # batch sizes whose launches are kept; the one used longest ago goes, and takes seconds to come back
 MAX_OFFSET = 2**31  # elements: offsets in the kernels are 32 bits
+LAUNCHES_TIMED, ROUNDS_TIMED = 20, 10
 SMALL_BATCH = 16  # up to here one network leaves multiprocessors idle, and the members of an ensemble run side by side
 
 
@@ -70,9 +71,13 @@ class _Captured:
 
 
 class GpuModel:
-    """An int8 network or ensemble on a GPU. Any number of threads may call it; their calls take turns."""
+    """An int8 network or ensemble on a GPU. Any number of threads may call it; their calls take turns.
+
+    The first call with a number of images compiles and captures: meanwhile no other thread may synchronize the GPU.
+    """
 
     def __init__(self, content: bytes, path: Path, device: torch.device):
+        self._done: torch.cuda.Event | None = None  # of the last replay
         graph = format.parse(content, path)
         self._content, self._path, self.device = content, path, device
         self._graph = graph
@@ -80,9 +85,14 @@ class GpuModel:
         self._images_per_chunk = max(1, (MAX_OFFSET - 1) // max(p.largest for p in self._programs))
         self._captured: OrderedDict[int, _Captured] = OrderedDict()
         self._lock = threading.Lock()
-        self._done: torch.cuda.Event | None = None
-        # One for all graphs: they never run at once, so what is free after one is free for the next.
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._pool = None
+        # To capture on: the main one, then one for each member. Memory of a graph belongs to the stream that took it.
+        count = 1 + len(self._programs) if device.type == "cuda" else 0
+        with self._context():
+            self._streams = [torch.cuda.Stream() for _ in range(count)]
+
+    def __del__(self):
+        self._wait()  # the graphs and their memory must not go while one runs
 
     # ---- Description ----------------------------------------------------------------------------------------------
 
@@ -220,6 +230,8 @@ class GpuModel:
         return self._forward(codes)
 
     def _replay(self, images: Tensor) -> tuple[Tensor, ...]:
+        if torch.cuda.is_current_stream_capturing():
+            raise InputError("expected a call outside of a CUDA graph, as a model replays its own - at the model")
         with self._lock:
             stream = torch.cuda.current_stream()
             if self._done is not None:  # of the last call, maybe on another stream: it has the same memory
@@ -258,13 +270,12 @@ class GpuModel:
         few = len(pairs) > 1 and len(codes[0]) <= SMALL_BATCH
         if not few or self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             return [program.run(member, visit) for program, member in pairs]
-        main, outputs = torch.cuda.current_stream(), []
-        streams = [torch.cuda.Stream() for _ in pairs]
-        for side, (program, member) in zip(streams, pairs, strict=True):
+        (main, *sides), outputs = self._streams, []
+        for side, (program, member) in zip(sides, pairs, strict=True):
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 outputs.append(program.run(member))
-        for side in streams:  # not in the loop above: the next member would wait for this one
+        for side in sides:  # not in the loop above: the next member would wait for this one
             main.wait_stream(side)
         return outputs
 
@@ -274,8 +285,10 @@ class GpuModel:
             return self._captured[n]
         codes = [program.empty_codes(n) for program in self._programs]
         self._forward(codes)  # compiles the kernels, which a capture cannot
+        if not self._captured:  # a pool is gone with the last graph that used it
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with _capture(graph, self._streams[0], self._pool):
             results = self._forward(codes)
         self._captured[n] = _Captured(codes, graph, results)
         if len(self._captured) > MAX_GRAPHS:
@@ -284,7 +297,7 @@ class GpuModel:
         return self._captured[n]
 
     def _wait(self) -> None:
-        """For the last replay: a graph must not go while it runs."""
+        """For the last replay."""
         if self._done is not None:
             self._done.synchronize()
 
@@ -364,6 +377,31 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_capture_lock = threading.Lock()
+
+
+@contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple | None = None) -> Iterator[None]:
+    """Records what is launched on the current device. One at a time in the process: beginning a capture synchronizes
+    the device, which another thread's capture does not survive. PyTorch's default stream for captures is of the GPU
+    that captured first, so it has to be given."""
+    with _capture_lock, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        yield
+
+
 def _milliseconds(launch: Callable[[], None]) -> float:
     """Of one launch, replayed from a CUDA graph: without gaps, its inputs where the launch before left them."""
-    return triton.testing.do_bench_cudagraph(launch, rep=5, return_mode="median")
+    launch()  # compiles it
+    graph = torch.cuda.CUDAGraph()
+    with _capture(graph, torch.cuda.Stream()):
+        for _ in range(LAUNCHES_TIMED):
+            launch()
+    times = []
+    for _ in range(ROUNDS_TIMED):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / LAUNCHES_TIMED)
+    return median(times)

@@ -174,6 +174,9 @@ def test_graphs_by_number_of_images(model, monkeypatch):
             capturing[-1].codes, capturing[-1].forward, capturing[-1].results = codes, forward, results
         return results
 
+    model._streams = [None]
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
     stream = SimpleNamespace(
         wait_event=lambda event: None, record_event=lambda: SimpleNamespace(synchronize=lambda: None)
     )
@@ -199,28 +202,27 @@ def test_graphs_by_number_of_images(model, monkeypatch):
 
 def test_members_run_side_by_side_in_a_graph(model, monkeypatch):
     """Each on a stream of its own that waits for the main one alone; the main one waits for all of them at the end."""
-    log, made = [], iter(("first", "second"))
+    log = []
 
     class Stream:
-        def __init__(self, name=None):
-            self.name = name or next(made)
+        def __init__(self, name):
+            self.name = name
 
         def wait_stream(self, other):
             log.append(f"{self.name} waits for {other.name}")
 
-    main = Stream("main")
     codes = [program.empty_codes(1).fill_(5) for program in model._programs]
     expected = model._run_members(codes, None)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    model.device = SimpleNamespace(type="cuda")
+    model.device, model._streams = SimpleNamespace(type="cuda"), [Stream("main"), Stream("first"), Stream("second")]
     found = model._run_members(codes, None)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     forks, joins = log[:2], log[2:]
     assert forks == ["first waits for main", "second waits for main"]
     assert joins == ["main waits for first", "main waits for second"]
+    with pytest.raises(InputError, match="expected a call outside of a CUDA graph, as a model replays its own"):
+        model._replay(images(1))
 
 
 def test_images_of_any_memory_layout(model):

@@ -259,6 +259,19 @@ def test_gradients_enabled_inside_no_grad(launches):
     assert net[0].parametrizations.weight.original.grad is None
 
 
+def test_frozen_layers_stay_without_gradients(launches):
+    """Else the whole network before a trained head would keep its activations, and run backward for nothing."""
+    net, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2)), torch.randn(4, 3)
+    quantize_(net, skip=[])
+    net[0].requires_grad_(False)
+    seen = []
+    net[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    net(x).sum().backward()
+    assert sorted(launches["together"]) == [1, 2]
+    assert not seen[0].requires_grad
+    assert all(parameter.grad is not None for parameter in net[1].parameters())
+
+
 def test_half_precision_weights_go_one_by_one(launches):
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
     quantize_(net, 4)

@@ -256,9 +256,9 @@ def test_tables_follow_the_weights():
         steps[2].data = torch.full((5,), 0.7)
         second = lsq_many(values, steps, ranges, scales)
         third = lsq_many(values, steps, [(-4, 3)] * 3, scales)
-        for i in range(20):
+        for i in range(triton_lsq.MAX_TABLES + 4):
             lsq_many([torch.randn(3, 4)], [torch.tensor(1.0)], [(-i - 1, i)], [1.0])
-    assert len(triton_lsq._tables) == 16
+    assert len(triton_lsq._tables) <= triton_lsq.MAX_TABLES
     assert torch.equal(first[0], lsq(values[0], steps[0], -8, 7, 0, 1.0))
     assert torch.equal(second[1], lsq(values[1], steps[1], -64, 63, -1, 1.0))
     assert torch.equal(second[2], lsq(values[2], steps[2], -2, 1, 0, 1.0))
@@ -300,6 +300,16 @@ def test_what_does_not_fit_goes_one_by_one(change):
         steps[2] = torch.ones(4)
         with pytest.raises(InputError, match=r"axis 0 of a value of shape \[5, 3\], got shape \[4\]"):
             lsq_many(values, steps, ranges, scales)
+
+
+def test_weights_without_use_have_no_gradient():
+    values, steps, ranges, scales = three_weights()
+    with as_on_gpu():
+        outputs = lsq_many(values, steps, ranges, scales)
+        found = torch.autograd.grad(outputs[1].sum(), values + steps, allow_unused=True)
+    assert [grad is None for grad in found] == [True, False, True] * 2
+    expected = torch.autograd.grad(lsq(values[1], steps[1], -64, 63, -1, 0.5).sum(), [values[1], steps[1]])
+    torch.testing.assert_close([found[1], found[4]], list(expected), rtol=1.2e-7, atol=0)
 
 
 def test_second_differentiation_is_refused():

@@ -329,17 +329,20 @@ def _quantize_together(net: nn.Module) -> None:
 def _prepare_weights(net: nn.Module, args: tuple) -> None:
     if torch.compiler.is_exporting():
         return
-    by_device: dict[torch.device, list[tuple[Quantizer, Tensor]]] = {}
+    groups: dict[tuple[torch.device, bool], list[tuple[Quantizer, Tensor]]] = {}
     for quantizer, weight in net._quantized_weights:
         value = weight.original
         # Replicas of nn.DataParallel and torch.func have plain tensors or subclasses, without an address of their own.
         if type(value) is nn.Parameter and on_gpu(value) and value.dtype == torch.float32:
-            by_device.setdefault(value.device, []).append((quantizer, value))
+            # Frozen weights apart: among others their results would require a gradient, and so all activations.
+            trains = torch.is_grad_enabled() and (value.requires_grad or quantizer.step.requires_grad)
+            groups.setdefault((value.device, trains), []).append((quantizer, value))
     traced = torch.compiler.is_compiling()
-    for pairs in by_device.values():
+    for (_, trains), pairs in groups.items():
         made, values = zip(*pairs, strict=True)
         ranges, scales = [(q.qmin, q.qmax) for q in made], [q.grad_scale for q in made]
-        results = lsq_many(values, [q.step for q in made], ranges, scales)
+        with torch.set_grad_enabled(trains):
+            results = lsq_many(values, [q.step for q in made], ranges, scales)
         for quantizer, value, result in zip(made, values, results, strict=True):
             state = () if traced else _state(value, quantizer.step)
             quantizer.prepared = _Prepared(result, value, state, traced)
@@ -364,7 +367,8 @@ class _Observed:
 
     def add(self, value: Tensor, generator: torch.Generator) -> None:
         flat = value.detach().float().flatten()
-        picks = torch.randint(flat.numel(), (min(flat.numel(), SAMPLES_PER_BATCH),), generator=generator)
+        count = min(flat.numel(), SAMPLES_PER_BATCH)
+        picks = torch.randint(flat.numel(), (count,), generator=generator, device="cpu")  # where the generator is
         self.samples += [flat[picks.to(flat.device)], flat.amin()[None], flat.amax()[None]]
         self.features = value[0].numel()
 
