@@ -1,4 +1,4 @@
-"""The weights of a convolution or linear layer, laid out for the int8 tensor cores (kernels/triton_int8.py)."""
+"""The weights of a convolution or linear layer, laid out for the int8 tensor cores (kernels/triton_int8_conv.py)."""
 
 from __future__ import annotations
 

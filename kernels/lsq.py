@@ -19,6 +19,7 @@ its gradient are opaque custom operators, so a network exported by torch.export 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -28,25 +29,26 @@ from torch import Tensor
 from qdeploy.errors import InputError
 
 if TYPE_CHECKING:
-    from qdeploy.kernels.triton_lsq import Tables
+    from qdeploy.kernels.triton_lsq_many import Tables
 
 # qmin, qmax and grad_scale of many values
 Constants = tuple[Sequence[int], Sequence[int], Sequence[float]]
+
+ONE, MANY = "triton_lsq", "triton_lsq_many"  # modules with kernels
 
 
 def on_gpu(value: Tensor) -> bool:
     return value.is_cuda
 
 
-def _kernels() -> ModuleType:
+def _kernels(module: str) -> ModuleType:
     """The Triton kernels, imported where a GPU needs them: on a CPU there may be no Triton."""
     try:
-        from qdeploy.kernels import triton_lsq
+        return import_module(f"qdeploy.kernels.{module}")
     except ModuleNotFoundError as error:
         raise InputError(
             "expected triton for a network on a GPU, got none: pip install 'qdeploy[train]' - at qdeploy::lsq"
         ) from error
-    return triton_lsq
 
 
 def _aligned(step: Tensor, value: Tensor, axis: int) -> Tensor:
@@ -85,7 +87,7 @@ def lsq(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale
     """
     if on_gpu(value):
         _aligned(step, value, axis)
-        return _kernels().forward(value, step, qmin, qmax, axis)
+        return _kernels(ONE).forward(value, step, qmin, qmax, axis)
     codes, s = _rounded(value, step, qmin, qmax, axis)
     return codes.mul_(s).to(value.dtype)
 
@@ -103,7 +105,7 @@ def lsq_backward(
     """Gradients of `lsq` for `value` and `step`, given that of its result."""
     s = _aligned(step, value, axis)
     if on_gpu(value):
-        return _kernels().backward(grad, value, step, qmin, qmax, axis, grad_scale)
+        return _kernels(ONE).backward(grad, value, step, qmin, qmax, axis, grad_scale)
     x = value.float() / s
     inside = (x >= qmin) & (x <= qmax)
     grad_value = torch.where(inside, grad, 0)
@@ -150,7 +152,7 @@ def flat_views(values: Sequence[Tensor]) -> tuple[list[View], int]:
     return views, size
 
 
-# The tables of triton_lsq.py outlive a call, which CUDA graphs of torch.compile do not allow to memory of their pool.
+# The tables of triton_lsq_many.py outlive a call, which memory of a CUDA graph of torch.compile may not.
 _UNSAFE = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -163,7 +165,7 @@ def _lsq_many(
     grad_scales: Sequence[float],
 ) -> Tensor:
     """`lsq_many` in a flat buffer."""
-    kernels = _kernels()
+    kernels = _kernels(MANY)
     return kernels.forward_many(kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales))))
 
 
@@ -182,7 +184,7 @@ def _lsq_many_backward(
     grad_scales: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """The gradients of values and of steps in two flat buffers, the second without gaps."""
-    kernels = _kernels()
+    kernels = _kernels(MANY)
     tables = kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales)))
     return kernels.backward_many(grads, values, tables)
 
@@ -208,7 +210,7 @@ class _LsqMany(torch.autograd.Function):
             values, steps = _halves(tensors)
             flat, views = _lsq_many(values, steps, *constants), flat_views(values)[0]
         else:
-            flat, views = _kernels().forward_many(tables), tables.views
+            flat, views = _kernels(MANY).forward_many(tables), tables.views
         return tuple([flat.as_strided(*view) for view in views])
 
     @staticmethod
@@ -220,7 +222,7 @@ class _LsqMany(torch.autograd.Function):
             of_values, of_steps = _lsq_many_backward(grads, values, steps, *ctx.constants)
             views = flat_views(values)[0]
         else:
-            of_values, of_steps = _kernels().backward_many(grads, values, tables)
+            of_values, of_steps = _kernels(MANY).backward_many(grads, values, tables)
             views = tables.views
         of_values = [of_values.as_strided(*view) for view in views]
         of_steps = of_steps.split([step.numel() for step in steps])
@@ -257,7 +259,7 @@ def lsq_many(
     if values and on_gpu(values[0]):
         constants = (*zip(*ranges, strict=True), tuple(grad_scales))
         traced = torch.compiler.is_compiling()
-        tables = None if traced else _kernels().tables_of(values, steps, constants)
+        tables = None if traced else _kernels(MANY).tables_of(values, steps, constants)
         if tables is not None or (traced and one_launch(values, steps)):
             return list(_LsqMany.apply(tables, constants, *values, *steps))
     arguments = zip(values, steps, ranges, grad_scales, strict=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from qdeploy.errors import ModelError
 from qdeploy.graph import Member, Node
 from qdeploy.graph import Tensor as Activation
-from qdeploy.kernels import int8_tiles, triton_int8
+from qdeploy.kernels import int8_tiles, triton_int8, triton_int8_conv
 from qdeploy.kernels.int8_tiles import Tile, TunedTiles
 from qdeploy.kernels.int8_weights import channel_stride, pack_conv
 
@@ -97,7 +97,7 @@ class Conv(Step):
         residual = values[1] if len(values) > 1 else None
         factor = self.node.attributes.get("residual_multiplier", 0.0)
         options = {"clamp": self.clamp, "residual": residual, "residual_multiplier": float(np.float32(factor))}
-        triton_int8.conv(values[0], self._packed, out, tile, **self._window, **options)
+        triton_int8_conv.conv(values[0], self._packed, out, tile, **self._window, **options)
 
     def tile(self, n: int) -> Tile:
         """The fastest tile for `n` images, where this GPU has been tuned for them; else one chosen by rule."""

@@ -75,7 +75,8 @@ def average_variants() -> dict[str, Variant]:
 
 
 def lsq_variants() -> dict[str, Variant]:
-    from qdeploy.kernels.triton_lsq import Tables, backward, backward_many, forward, forward_many
+    from qdeploy.kernels.triton_lsq import backward, forward
+    from qdeploy.kernels.triton_lsq_many import Tables, backward_many, forward_many
 
     found = {}
     for name, shape, axis, dtype, wide in [
@@ -101,7 +102,7 @@ def lsq_variants() -> dict[str, Variant]:
 
 
 def int8_variants() -> dict[str, Variant]:
-    from qdeploy.kernels import triton_int8
+    from qdeploy.kernels import triton_int8, triton_int8_conv
     from qdeploy.kernels.int8_tiles import TILES, Tile, default
     from qdeploy.kernels.int8_weights import channel_stride, pack_conv
 
@@ -126,7 +127,7 @@ def int8_variants() -> dict[str, Variant]:
         tile = tile or default(out[..., 0].numel(), packed.rows_per_superblock, packed.superblocks, packed.k_unit)
         options = {"residual": out, "residual_multiplier": 0.5} if residual else {}
         launch = partial(
-            triton_int8.conv, x, packed, out, tile, stride=(stride,) * 2, padding=(kernel // 2,) * 4, **options
+            triton_int8_conv.conv, x, packed, out, tile, stride=(stride,) * 2, padding=(kernel // 2,) * 4, **options
         )
         return Variant(launch, {"_conv_kernel": ("tensor_cores", *has)})
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 import qdeploy.kernels
 from qdeploy.errors import InputError
 from qdeploy.kernels import lsq as definition
-from qdeploy.kernels import triton_lsq
+from qdeploy.kernels import triton_lsq, triton_lsq_many
 from qdeploy.kernels.lsq import lsq, lsq_many
 
 # numpy reports what the interpreter computes with infinities and NaN
@@ -247,18 +247,18 @@ def test_tables_follow_the_weights():
     values, steps, ranges, scales = three_weights()
     with as_on_gpu():
         lsq_many(values, steps, ranges, scales)
-        tables = list(triton_lsq._tables.values())
+        tables = list(triton_lsq_many._tables.values())
         with torch.no_grad():
             values[0].add_(1)  # in place: the tables still hold
         first = lsq_many(values, steps, ranges, scales)
-        assert all(a is b for a, b in zip(tables, triton_lsq._tables.values(), strict=True))
+        assert all(a is b for a, b in zip(tables, triton_lsq_many._tables.values(), strict=True))
         values[1].data = torch.randn(6, 64)
         steps[2].data = torch.full((5,), 0.7)
         second = lsq_many(values, steps, ranges, scales)
         third = lsq_many(values, steps, [(-4, 3)] * 3, scales)
-        for i in range(triton_lsq.MAX_TABLES + 4):
+        for i in range(triton_lsq_many.MAX_TABLES + 4):
             lsq_many([torch.randn(3, 4)], [torch.tensor(1.0)], [(-i - 1, i)], [1.0])
-    assert len(triton_lsq._tables) <= triton_lsq.MAX_TABLES
+    assert len(triton_lsq_many._tables) <= triton_lsq_many.MAX_TABLES
     assert torch.equal(first[0], lsq(values[0], steps[0], -8, 7, 0, 1.0))
     assert torch.equal(second[1], lsq(values[1], steps[1], -64, 63, -1, 1.0))
     assert torch.equal(second[2], lsq(values[2], steps[2], -2, 1, 0, 1.0))
@@ -292,7 +292,7 @@ def test_what_does_not_fit_goes_one_by_one(change):
     values, steps, ranges, scales = three_weights()
     values[1] = {"half": values[1].bfloat16(), "transposed": values[1].t(), "empty": values[1][:0]}[change].detach()
     expected = lsq_many(values, steps, ranges, scales)
-    with as_on_gpu(), mock.patch.object(triton_lsq, "forward_many", side_effect=AssertionError):
+    with as_on_gpu(), mock.patch.object(triton_lsq_many, "forward_many", side_effect=AssertionError):
         found = lsq_many(values, steps, ranges, scales)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with as_on_gpu():
