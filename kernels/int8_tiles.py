@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from qdeploy.errors import InputError
+
 CTAS_TO_FILL = 108  # multiprocessors of an A100; an H100 has 132
 
 
@@ -77,17 +79,21 @@ class TunedTiles:
         return next((tile for tile in TILES if list(tile) == value), None)
 
     def tune(self, key: str, candidates: list[Tile], milliseconds: Callable[[Tile], float]) -> None:
-        """Times the candidates and keeps the fastest for `key`."""
+        """Times the candidates and keeps the fastest for `key`. Raises InputError where the file cannot be written."""
         best = min(candidates, key=milliseconds)
         document = self._read()
         document.setdefault(self._device, {})[key] = list(best)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(document, indent=1, sort_keys=True))
             temporary.replace(self._path)
+        except OSError as error:
+            reason = f"got: {error.strerror} (XDG_CACHE_HOME moves it)"
+            raise InputError(f"expected to write {self._path}, {reason} - at the tuned tiles") from None
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
     def _read(self) -> dict:
         with suppress(OSError, ValueError):

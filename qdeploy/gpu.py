@@ -25,7 +25,7 @@ from qdeploy.gpu_program import Conv, Program, Step, as_array
 from qdeploy.graph import Tensor as Activation
 from qdeploy.kernels import triton_ensemble
 
-MAX_GRAPHS = 8  # batch sizes whose launches are kept; the one used longest ago goes, and takes seconds to come back
+MAX_GRAPHS = 8  # batch sizes whose launches are kept; the one used longest ago goes
 MAX_OFFSET = 2**31  # elements: offsets in the kernels are 32 bits
 LAUNCHES_TIMED, ROUNDS_TIMED = 20, 10
 SMALL_BATCH = 16  # up to here one network leaves multiprocessors idle, and the members of an ensemble run side by side
@@ -197,7 +197,7 @@ class GpuModel:
         """Finds the fastest tiles for so many images, on these images, and keeps them on disk (TunedTiles).
 
         It compiles every tile, which takes minutes. Shapes that the file has are not timed again, so that it goes on
-        where it was stopped.
+        where it was stopped. Raises InputError where the file cannot be written.
         """
         convolutions = sum(isinstance(step, Conv) for step in self._steps().values())
         with progress("tuning", convolutions) as advance:
@@ -314,6 +314,9 @@ class GpuModel:
     def _visit(self, images: Tensor, visit: Visit) -> tuple[Tensor, ...]:
         """Runs one step after the other without a graph; `visit` sees each with its inputs and output."""
         self._check(images)
+        if len(images) > self._images_per_chunk:
+            limit = f"at most {self._images_per_chunk} images with taps, to profile or to tune"
+            raise InputError(f"expected {limit}, got {len(images)} - at the input")
         images = images.contiguous()
         with self._context():
             codes = [program.empty_codes(len(images)) for program in self._programs]

@@ -9,6 +9,7 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -276,6 +277,15 @@ def test_nan_and_infinity_anywhere(model, bad):
     assert torch.isfinite(model(images(3).sign() * 3e38)).all()  # only the product overflows
 
 
+def test_taps_of_more_images_than_offsets_reach(model):
+    model._images_per_chunk = 2
+    text = "expected at most 2 images with taps, to profile or to tune, got 3 - at the input"
+    with pytest.raises(InputError, match=text):
+        model(images(3), taps=["member0/conv2d.0"])
+    with pytest.raises(InputError, match=text):
+        model.tune(images(3))
+
+
 def test_unknown_tap(model):
     with pytest.raises(InputError, match="expected the name of a node, as `plan` lists them, got 'conv' - at taps"):
         model(images(1), taps=["conv"])
@@ -348,7 +358,8 @@ def test_pickle_carries_the_file(model, tmp_path, monkeypatch):
     st.sampled_from([32, 64, 96, 512]),
 )
 def test_default_tiles_fit(pixels, rows, superblocks, k_unit):
-    tile = int8_tiles.default(pixels, rows, superblocks, k_unit)
+    with patch.object(int8_tiles, "CTAS_TO_FILL", 108):
+        tile = int8_tiles.default(pixels, rows, superblocks, k_unit)
     assert rows % tile.block_n == 0 and k_unit % tile.block_k == 0
     assert tile.block_m * tile.block_n <= 64 * 32 * tile.num_warps  # what spills otherwise
 
@@ -383,6 +394,12 @@ def test_profile_times_every_node(model, monkeypatch):
     rows = model.profile(images(2))
     assert [row["name"] for row in rows] == [row["name"] for row in model.plan(2)]
     assert {row["microseconds"] for row in rows} == {250.0}
+
+
+def test_a_cache_that_cannot_be_written(own_cache):
+    own_cache.parent.write_text("a file where the folder should be")
+    with pytest.raises(InputError, match=r"expected to write .*int8_tiles.json, got: .* - at the tuned tiles"):
+        TunedTiles("cpu").tune("key", list(TILES), lambda tile: tile.block_k)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"cpu": 3}', '{"cpu": {"key": [1, 2]}}', '{"cpu": {"key": "x"}}'])
