@@ -12,6 +12,7 @@ from torch import Tensor
 from qdeploy.errors import ModelError
 
 K_STEP = 32  # bytes of K in one tensor-core instruction (mma.m16n8k32)
+LONGEST_K_TILE = 128
 
 
 def channel_stride(channels: int) -> int:
@@ -40,7 +41,7 @@ class PackedConv:
     inputs_per_superblock: int
     outputs_per_superblock: int
     outputs: int
-    zero_point: int  # of the input
+    padding: Tensor  # u8 [LONGEST_K_TILE]: the zero-point of the input
 
     @property
     def rows_per_superblock(self) -> int:
@@ -100,7 +101,7 @@ def pack_conv(
         inputs_per_superblock=block_inputs,
         outputs_per_superblock=block_outputs,
         outputs=outputs,
-        zero_point=zero_point,
+        padding=torch.full((LONGEST_K_TILE,), zero_point, dtype=torch.uint8, device=device),
     )
 
 

@@ -26,8 +26,15 @@ from qdeploy.kernels.triton_math import clamp, round_to_u8
 
 
 @triton.jit
+def _inside(h, w, H, W):
+    """As unsigned numbers, negative ones are beyond the end too."""
+    return (h.to(tl.uint32) < tl.cast(H, tl.uint32)) & (w.to(tl.uint32) < tl.cast(W, tl.uint32))
+
+
+@triton.jit
 def _conv_kernel(
     x_ptr,  # u8 [N, H, W, x_stride]
+    padding_ptr,  # u8 [BLOCK_K]: what is read beside the image
     w_ptr,  # s8 [rows, w_stride]
     compensation_ptr,  # i32 [rows]
     multiplier_ptr,  # f32 [rows]
@@ -63,7 +70,6 @@ def _conv_kernel(
     FLAT: tl.constexpr,  # x_stride where it is below a K tile, else 0
     POINTWISE: tl.constexpr,  # 1x1, stride 1, no padding: pixel m of the output is pixel m of x
     PADDED: tl.constexpr,
-    FILL: tl.constexpr,  # the code that padding stands for
     RESIDUAL: tl.constexpr,
     CODES: tl.constexpr,  # the output is u8
     BLOCK_M: tl.constexpr,
@@ -97,10 +103,9 @@ def _conv_kernel(
             tap = k // FLAT
             h = tap // KW * dilation_h
             w = tap % KW * dilation_w
-            inside = (h0[:, None] + h[None, :] >= 0) & (h0[:, None] + h[None, :] < H) & (tap < KH * KW)[None, :]
-            inside &= (w0[:, None] + w[None, :] >= 0) & (w0[:, None] + w[None, :] < W)
+            inside = _inside(h0[:, None] + h[None, :], w0[:, None] + w[None, :], H, W)
             offs = x_offs[:, None] + ((h * W + w) * FLAT + k % FLAT)[None, :]
-            a = tl.load(x_ptr + offs, mask=inside, other=FILL)
+            a = tl.load(tl.where(inside, x_ptr + offs, padding_ptr + (k % FLAT)[None, :]))
             b = tl.load(w_ptrs + step * BLOCK_K)
             acc = tl.dot((a ^ 0x80).to(tl.int8, bitcast=True), tl.trans(b), acc, out_dtype=tl.int32)
     else:
@@ -110,11 +115,11 @@ def _conv_kernel(
             h = tap // KW * dilation_h
             w = tap % KW * dilation_w
             offs = (x_offs + ((h * W + w) * x_stride + (step % k_blocks) * BLOCK_K))[:, None] + offs_k[None, :]
+            x_ptrs = x_ptr + offs
             if PADDED:
-                inside = (h0 + h >= 0) & (h0 + h < H) & (w0 + w >= 0) & (w0 + w < W)
-                a = tl.load(x_ptr + offs, mask=inside[:, None], other=FILL)
-            else:
-                a = tl.load(x_ptr + offs)
+                inside = _inside(h0 + h, w0 + w, H, W)
+                x_ptrs = tl.where(inside[:, None], x_ptrs, padding_ptr + offs_k[None, :])
+            a = tl.load(x_ptrs)
             b = tl.load(w_ptrs + step * BLOCK_K)
             acc = tl.dot((a ^ 0x80).to(tl.int8, bitcast=True), tl.trans(b), acc, out_dtype=tl.int32)
 
@@ -161,6 +166,7 @@ def conv(
     pixels = n * oh * ow
     _conv_kernel[(triton.cdiv(pixels, tile.block_m) * grid_n,)](
         x,
+        packed.padding,
         packed.codes,
         packed.compensation,
         packed.multiplier,
@@ -193,7 +199,6 @@ def conv(
         FLAT=x_stride if packed.flat else 0,
         POINTWISE=plain and not packed.flat,
         PADDED=any(padding),
-        FILL=packed.zero_point if any(padding) else 0,
         RESIDUAL=residual is not None,
         CODES=out.dtype.itemsize == 1,
         BLOCK_M=tile.block_m,

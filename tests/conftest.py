@@ -8,7 +8,7 @@ import pytest
 
 from qdeploy import _engine
 
-os.environ["TRITON_INTERPRET"] = "1"  # before any test imports triton, which reads it then
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test imports triton, which reads it then
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("interpreter", reason="the kernels of the GPU need Triton", exc_type=ImportError)
+pytest.importorskip("triton_on_cpu", reason="the kernels of the GPU need Triton", exc_type=ImportError)
 import torch
 from torch import nn
 

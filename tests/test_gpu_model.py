@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-pytest.importorskip("interpreter", reason="the kernels for GPUs need Triton", exc_type=ImportError)
+pytest.importorskip("triton_on_cpu", reason="the kernels for GPUs need Triton", exc_type=ImportError)
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

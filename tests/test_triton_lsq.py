@@ -4,7 +4,7 @@ import math
 import sys
 from unittest import mock
 
-import interpreter  # noqa: F401  before the kernels
+import triton_on_cpu  # noqa: F401  before the kernels
 import numpy as np
 import pytest
 import torch
