@@ -166,7 +166,7 @@ def _lsq_many(
 ) -> Tensor:
     """`lsq_many` in a flat buffer."""
     kernels = _kernels(MANY)
-    return kernels.forward_many(kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales))))
+    return kernels.forward_many(kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales))))[0]
 
 
 @_lsq_many.register_fake
@@ -186,7 +186,8 @@ def _lsq_many_backward(
     """The gradients of values and of steps in two flat buffers, the second without gaps."""
     kernels = _kernels(MANY)
     tables = kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales)))
-    return kernels.backward_many(grads, values, tables)
+    counters = torch.zeros(tables.groups, dtype=torch.int32, device=tables.device)
+    return kernels.backward_many(grads, values, tables, counters)
 
 
 @_lsq_many_backward.register_fake
@@ -210,7 +211,7 @@ class _LsqMany(torch.autograd.Function):
             values, steps = _halves(tensors)
             flat, views = _lsq_many(values, steps, *constants), flat_views(values)[0]
         else:
-            flat, views = _kernels(MANY).forward_many(tables), tables.views
+            (flat, ctx.counters), views = _kernels(MANY).forward_many(tables), tables.views
         return tuple([flat.as_strided(*view) for view in views])
 
     @staticmethod
@@ -222,7 +223,7 @@ class _LsqMany(torch.autograd.Function):
             of_values, of_steps = _lsq_many_backward(grads, values, steps, *ctx.constants)
             views = flat_views(values)[0]
         else:
-            of_values, of_steps = _kernels(MANY).backward_many(grads, values, tables)
+            of_values, of_steps = _kernels(MANY).backward_many(grads, values, tables, ctx.counters)
             views = tables.views
         of_values = [of_values.as_strided(*view) for view in views]
         of_steps = of_steps.split([step.numel() for step in steps])
@@ -243,7 +244,7 @@ def lsq_many(
     ranges: Sequence[tuple[int, int]],
     grad_scales: Sequence[float],
 ) -> list[Tensor]:
-    """`lsq` of many values; on a GPU in one launch, and two for all gradients.
+    """`lsq` of many values; on a GPU in one launch, and in another all gradients.
 
     The one launch is for float32 on one device, contiguous or channels_last; other lists are quantized one by one.
 

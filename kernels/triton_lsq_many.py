@@ -1,8 +1,14 @@
-"""LSQ of all weights of a network in one launch on a GPU, and of all their gradients in two: `lsq_many` of lsq.py.
+"""LSQ of all weights of a network in one launch on a GPU, and all their gradients in another: `lsq_many` of lsq.py.
 
 A weight is cut into pieces of up to 64 elements of a row; tables on the device tell each program its tensor and its
 first piece. The arithmetic is that of triton_lsq.py, with its bits. Tables are made again only where a weight or a
 gradient has moved: results lie in one buffer, so they need no addresses.
+
+The programs of a few rows form a group. In the backward pass each writes its partial sums and counts itself; the one
+that finds all others of its group counted adds the partial sums up, in an order that the shapes alone decide. What
+makes it see them, in the terms of PTX ISA 8.7 section 8: a barrier orders all stores of a program before its one
+`atom.acq_rel.gpu`, which releases them and acquires those of the programs before it, and another barrier orders this
+before the loads, which pass by the first-level cache (.cg).
 """
 
 from __future__ import annotations
@@ -31,19 +37,28 @@ QMAX = tl.constexpr(6)
 START = tl.constexpr(7)  # first element in the flat buffer of values
 STEP_START = tl.constexpr(8)  # the same of steps
 PARTIAL_START = tl.constexpr(9)  # the same of partial sums
-PARTIALS = tl.constexpr(10)  # partial sums of a row
-SCALE = tl.constexpr(11)  # bits of the float64 factor on the gradient of the steps
-FACTS = tl.constexpr(12)
+GROUP_ROWS = tl.constexpr(10)  # rows whose programs form a group
+GROUP_START = tl.constexpr(11)  # first group of the tensor among all
+SCALE = tl.constexpr(12)  # bits of the float64 factor on the gradient of the steps
+FACTS = tl.constexpr(13)
 
 
 @triton.jit
-def _pieces(facts, first, VEC: tl.constexpr, COUNT: tl.constexpr):
+def _group(facts, first):
+    """The group of the program that begins with piece `first`: its number in the tensor, first row and end."""
+    rows = tl.load(facts + GROUP_ROWS).to(tl.int32)
+    number = first // (rows * tl.cdiv(tl.load(facts + LENGTH).to(tl.int32), PIECE))
+    return number, number * rows, tl.minimum((number + 1) * rows, tl.load(facts + ROWS).to(tl.int32))
+
+
+@triton.jit
+def _pieces(facts, first, end_row, VEC: tl.constexpr, COUNT: tl.constexpr):
     """Offsets of COUNT pieces of a tensor from piece `first`, mask, values, steps and range."""
     length = tl.load(facts + LENGTH).to(tl.int32) // VEC * VEC  # shows the compiler that rows begin on 16 bytes
     per_row = tl.cdiv(length, PIECE)
     piece = first + tl.arange(0, COUNT)[:, None]
     row, col = piece // per_row, piece % per_row * PIECE + tl.arange(0, PIECE)[None, :]
-    inside = row < tl.load(facts + ROWS).to(tl.int32)
+    inside = row < end_row
     offs, mask = row * length + col, inside & (col < length)
     # A hint counts where it stands right on the cast: on the result of a function, loads have 4 bytes.
     value_ptr = tl.multiple_of(tl.load(facts + VALUE).to(tl.pointer_type(tl.float32)), 4 * VEC)
@@ -55,102 +70,127 @@ def _pieces(facts, first, VEC: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _forward_pieces(facts, first, out_ptr, VEC: tl.constexpr, COUNT: tl.constexpr):
-    offs, mask, v, s, qmin, qmax = _pieces(facts, first, VEC, COUNT)
+def _forward_pieces(facts, first, out_ptr, counter_ptr, VEC: tl.constexpr, COUNT: tl.constexpr):
+    number, _, end_row = _group(facts, first)
+    tl.store(counter_ptr + tl.load(facts + GROUP_START) + number, 0)  # for the backward pass
+    offs, mask, v, s, qmin, qmax = _pieces(facts, first, end_row, VEC, COUNT)
     _, r = codes(v, s, qmin, qmax)
     tl.store(tl.multiple_of(out_ptr + tl.load(facts + START), 4 * VEC) + offs, r * s, mask=mask)
 
 
 @triton.jit
-def _backward_pieces(facts, first, grad, grad_value_ptr, partial_ptr, VEC: tl.constexpr, COUNT: tl.constexpr):
-    offs, mask, v, s, qmin, qmax = _pieces(facts, first, VEC, COUNT)
+def _backward_pieces(
+    facts,
+    first,
+    grad,
+    grad_value_ptr,
+    partial_ptr,
+    counter_ptr,
+    grad_step_ptr,
+    VEC: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    number, start_row, end_row = _group(facts, first)
+    offs, mask, v, s, qmin, qmax = _pieces(facts, first, end_row, VEC, COUNT)
     grad_ptr = tl.multiple_of(grad.to(tl.pointer_type(tl.float32)), 4 * VEC)
     g = tl.load(grad_ptr + offs, mask=mask, other=0.0, eviction_policy="evict_first")
     grad_v, terms = gradients(v, s, g, qmin, qmax)
     tl.store(tl.multiple_of(grad_value_ptr + tl.load(facts + START), 4 * VEC) + offs, grad_v, mask=mask)
-    partial_ptr += tl.load(facts + PARTIAL_START)
+
     sums = tl.sum(terms, 1)
-    if tl.load(facts + ROWS) == 1:
-        tl.store(partial_ptr + first // COUNT, tl.sum(sums, 0))
+    per_row = tl.cdiv(tl.load(facts + LENGTH).to(tl.int32), PIECE)
+    programs = tl.cdiv((end_row - start_row) * per_row, COUNT)
+    partial_ptr += tl.load(facts + PARTIAL_START)
+    one_row = tl.load(facts + GROUP_ROWS) == 1
+    if one_row:
+        tl.store(partial_ptr + start_row * programs + (first - start_row * per_row) // COUNT, tl.sum(sums, 0))
     else:
         piece = first + tl.arange(0, COUNT)
-        tl.store(partial_ptr + piece, sums, mask=piece < tl.load(facts + ROWS) * tl.load(facts + PARTIALS))
+        tl.store(partial_ptr + piece, sums, mask=piece < end_row * per_row)
+    counter_ptr += tl.load(facts + GROUP_START) + number
+    tl.debug_barrier()
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1:
+        tl.store(counter_ptr, 0)  # for another backward pass
+        if one_row:
+            _sum_rows(facts, start_row, end_row, programs, partial_ptr, grad_step_ptr, 1, 512)
+        else:
+            _sum_rows(facts, start_row, end_row, per_row, partial_ptr, grad_step_ptr, COUNT, 512 // COUNT)
 
 
 @triton.jit
-def _forward_many(facts_ptr, blocks_ptr, out_ptr):
-    """This program quantizes 32 pieces of one tensor, or 16 where 16-byte loads are not possible."""
-    block = blocks_ptr + 2 * tl.program_id(0)
-    facts, first = facts_ptr + tl.load(block) * FACTS, tl.load(block + 1)
-    if tl.load(facts + ALIGNED) != 0:
-        _forward_pieces(facts, first, out_ptr, 4, 32)
-    else:
-        _forward_pieces(facts, first, out_ptr, 1, 16)
-
-
-@triton.jit
-def _backward_many(facts_ptr, blocks_ptr, grads_ptr, grad_value_ptr, partial_ptr):
-    """This program takes 32 or 16 pieces of one tensor; it writes a partial sum for each, or one for a single step."""
-    block = blocks_ptr + 2 * tl.program_id(0)
-    tensor, first = tl.load(block), tl.load(block + 1)
-    facts, grad = facts_ptr + tensor * FACTS, tl.load(grads_ptr + tensor)
-    if tl.load(facts + ALIGNED) != 0:
-        _backward_pieces(facts, first, grad, grad_value_ptr, partial_ptr, 4, 32)
-    else:
-        _backward_pieces(facts, first, grad, grad_value_ptr, partial_ptr, 1, 16)
-
-
-@triton.jit
-def _sum_rows(facts, first, partial_ptr, grad_step_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    row = first + tl.arange(0, COUNT)
-    mask = row < tl.load(facts + ROWS)
-    partials = tl.load(facts + PARTIALS).to(tl.int32)
+def _sum_rows(
+    facts, start_row, end_row, partials, partial_ptr, grad_step_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The gradients of the steps of up to COUNT rows, each from so many partial sums."""
+    row = start_row + tl.arange(0, COUNT)
+    mask = row < end_row
     total = tl.zeros((COUNT, WIDTH), tl.float64)
     for start in range(0, partials, WIDTH):
         col = start + tl.arange(0, WIDTH)[None, :]
-        offs = tl.load(facts + PARTIAL_START) + row[:, None] * partials + col
-        total += tl.load(partial_ptr + offs, mask=mask[:, None] & (col < partials), other=0.0)
+        inside = mask[:, None] & (col < partials)
+        total += tl.load(partial_ptr + row[:, None] * partials + col, inside, other=0.0, cache_modifier=".cg")
     grad = tl.sum(total, 1) * float64_of_bits(tl.load(facts + SCALE))
     tl.store(grad_step_ptr + tl.load(facts + STEP_START) + row, grad.to(tl.float32), mask=mask)
 
 
 @triton.jit
-def _sum_partials_many(facts_ptr, blocks_ptr, partial_ptr, grad_step_ptr):
-    """This program sums the partials of the one step, or of 16 of the steps, of one tensor."""
+def _forward_many(facts_ptr, blocks_ptr, out_ptr, counter_ptr):
+    """This program quantizes 32 pieces of one tensor, or 16 where 16-byte loads are not possible."""
     block = blocks_ptr + 2 * tl.program_id(0)
     facts, first = facts_ptr + tl.load(block) * FACTS, tl.load(block + 1)
-    if tl.load(facts + ROWS) == 1:
-        _sum_rows(facts, first, partial_ptr, grad_step_ptr, 1, 1024)
+    if tl.load(facts + ALIGNED) != 0:
+        _forward_pieces(facts, first, out_ptr, counter_ptr, 4, 32)
     else:
-        _sum_rows(facts, first, partial_ptr, grad_step_ptr, 16, 64)
+        _forward_pieces(facts, first, out_ptr, counter_ptr, 1, 16)
+
+
+@triton.jit
+def _backward_many(facts_ptr, blocks_ptr, grads_ptr, grad_value_ptr, partial_ptr, counter_ptr, grad_step_ptr):
+    """This program takes 32 or 16 pieces of one tensor; it writes a partial sum for each, or one for a single row."""
+    block = blocks_ptr + 2 * tl.program_id(0)
+    tensor, first = tl.load(block), tl.load(block + 1)
+    facts, grad = facts_ptr + tensor * FACTS, tl.load(grads_ptr + tensor)
+    if tl.load(facts + ALIGNED) != 0:
+        _backward_pieces(facts, first, grad, grad_value_ptr, partial_ptr, counter_ptr, grad_step_ptr, 4, 32)
+    else:
+        _backward_pieces(facts, first, grad, grad_value_ptr, partial_ptr, counter_ptr, grad_step_ptr, 1, 16)
+
+
+def group_rows(rows: int, per_row: int, count: int) -> int:
+    """The fewest rows, a power of two up to `count`, whose programs waste at most a tenth of their `count` pieces."""
+    group = 1
+    while group < min(count, rows) and 10 * count * triton.cdiv(group * per_row, count) > 11 * group * per_row:
+        group *= 2
+    return group
 
 
 class Tables:
     """What the kernels read about one list of tensors: rows of facts, and by program a tensor and its first piece."""
 
     def __init__(self, values: Sequence[Tensor], steps: Sequence[Tensor], constants: Constants):
-        facts, blocks, row_blocks = [], [], []
-        self.steps = self.partials = 0
+        facts, blocks = [], []
+        self.steps = self.partials = self.groups = 0
         self.views, self.size = flat_views(values)
         for i, (value, step, *range_, scale, view) in enumerate(
             zip(values, steps, *constants, self.views, strict=True)
         ):
             rows, length = step.numel(), value.numel() // step.numel()
             aligned = length % 4 == 0 and value.data_ptr() % 16 == 0
-            count, pieces = 32 if aligned else 16, rows * triton.cdiv(length, PIECE.value)
-            partials = pieces // rows if rows > 1 else triton.cdiv(pieces, count)
+            count, per_row = 32 if aligned else 16, triton.cdiv(length, PIECE.value)
+            group = group_rows(rows, per_row, count)
             facts.append(
                 [value.data_ptr(), step.data_ptr(), rows, length, aligned, *range_, view[2]]
-                + [self.steps, self.partials, partials, bits_of_float64(scale)]
+                + [self.steps, self.partials, group, self.groups, bits_of_float64(scale)]
             )
-            blocks += [(i, piece) for piece in range(0, pieces, count)]
-            row_blocks += [(i, row) for row in range(0, rows, 16)]
+            for start in range(0, rows, group):
+                end = min(start + group, rows)
+                blocks += [(i, piece) for piece in range(start * per_row, end * per_row, count)]
             self.steps += rows
-            self.partials += rows * partials
+            self.partials += rows * (per_row if group > 1 else triton.cdiv(per_row, count))
+            self.groups += triton.cdiv(rows, group)
         self.device = values[0].device
         self.facts = _upload(facts, torch.int64, self.device)
         self.blocks = _upload(blocks, torch.int32, self.device)
-        self.row_blocks = _upload(row_blocks, torch.int32, self.device)
         self._constants = constants
         self._layouts = [(weakref.ref(value), value.shape, value.stride()) for value in values]
         self._addresses = _addresses((*values, *steps))
@@ -230,16 +270,19 @@ def tables_of(values: Sequence[Tensor], steps: Sequence[Tensor], constants: Cons
     )
 
 
-def forward_many(tables: Tables) -> Tensor:
-    """The flat buffer of `lsq_many`: 1-D grid of one program per 32 or 16 pieces."""
+def forward_many(tables: Tables) -> tuple[Tensor, Tensor]:
+    """The flat buffer of `lsq_many`, and counters for its backward pass: 1-D grid of one program per block."""
     with torch.cuda.device(tables.device.index if tables.device.type == "cuda" else -1):
         flat = torch.empty(tables.size, device=tables.device)
-        _forward_many[len(tables.blocks),](tables.facts, tables.blocks, flat, **OPTIONS)
-    return flat
+        counters = torch.empty(tables.groups, dtype=torch.int32, device=tables.device)
+        _forward_many[len(tables.blocks),](tables.facts, tables.blocks, flat, counters, **OPTIONS)
+    return flat, counters
 
 
-def backward_many(grads: Sequence[Tensor], values: Sequence[Tensor], tables: Tables) -> tuple[Tensor, Tensor]:
-    """The flat buffers of the gradients of values and of steps: one pass, then the sums of the partials."""
+def backward_many(
+    grads: Sequence[Tensor], values: Sequence[Tensor], tables: Tables, counters: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The flat buffers of the gradients of values and of steps. `counters` are zeros, int32 [groups], and stay so."""
     device = tables.device
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
         if _capturing():
@@ -252,6 +295,6 @@ def backward_many(grads: Sequence[Tensor], values: Sequence[Tensor], tables: Tab
         grads_table = _cached(addresses, lambda: _upload(addresses, torch.int64, device), device)
         grad_values, grad_steps = torch.empty(tables.size, device=device), torch.empty(tables.steps, device=device)
         partials = torch.empty(tables.partials, dtype=torch.float64, device=device)
-        _backward_many[len(tables.blocks),](tables.facts, tables.blocks, grads_table, grad_values, partials, **OPTIONS)
-        _sum_partials_many[len(tables.row_blocks),](tables.facts, tables.row_blocks, partials, grad_steps, **OPTIONS)
+        arguments = tables.facts, tables.blocks, grads_table, grad_values, partials, counters, grad_steps
+        _backward_many[len(tables.blocks),](*arguments, **OPTIONS)
     return grad_values, grad_steps

@@ -37,6 +37,7 @@ COUNTED = {  # column: the instruction in SASS
     "mufu": r"MUFU\.",
 }
 WIDE = ("loads16", "stores16")
+ORDERED = ("bar.sync", "atom.global.gpu.acq_rel.add.u32", "bar.sync")
 
 
 class Variant(NamedTuple):
@@ -96,7 +97,8 @@ def lsq_variants() -> dict[str, Variant]:
     tables = Tables(values, steps, ([-64] * 3, [63] * 3, [0.1] * 3))
     found["lsq_many"] = Variant(partial(forward_many, tables), {"_forward_many": WIDE})
     found["lsq_many backward"] = Variant(
-        partial(backward_many, values, values, tables), {"_backward_many": WIDE, "_sum_partials_many": ()}
+        partial(backward_many, values, values, tables, torch.zeros(tables.groups, dtype=torch.int32)),
+        {"_backward_many": WIDE},
     )
     return found
 
@@ -212,6 +214,9 @@ def _properties(kernel, target: int, tools: Path) -> dict:
     inexact = set(re.findall(r"\S*(?:\.ftz|div\.full|\.approx)\S*", kernel.asm["ptx"]))
     if kernel.metadata.enable_fp_fusion:
         inexact.add("a * b + c may be one rounding")
+    # What a program counts itself for is ordered before it by a barrier, what it then reads after it by another one.
+    memory = ["", *re.findall(r"bar\.sync|atom\.\S+|(?:st|ld)\.global|BB\w+:", kernel.asm["ptx"]), ""]
+    found = [three for three in zip(memory, memory[1:], memory[2:], strict=False) if three[1].startswith("atom")]
     return {
         "warps": warps,
         "registers": registers,
@@ -220,6 +225,7 @@ def _properties(kernel, target: int, tools: Path) -> dict:
         "occupancy": _occupancy(registers, warps, shared, target),
         **{column: len(re.findall(rf"\b{pattern}", sass)) for column, pattern in COUNTED.items()},
         "inexact": sorted(inexact),
+        "unordered": sorted(" ".join(three) for three in found if three != ORDERED),
     }
 
 
@@ -268,7 +274,7 @@ def main() -> None:
     if len(sys.argv) == 2:  # lines of JSON for one target
         return compile_variants(int(sys.argv[1]))
     rows = measure()
-    columns = [key for key in rows[0] if key not in ("inexact", "required")]
+    columns = [key for key in rows[0] if key not in ("inexact", "unordered", "required")]
     table = [columns, *([str(row[key]) for key in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:

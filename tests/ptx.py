@@ -545,7 +545,9 @@ def _cvt(run: _Launch, instruction: Instruction) -> None:
         return run.write(first, high << np.uint32(16) | low, "b32")
     (value,) = values
     if source[0] in "fb" and target[0] in "us":
-        rounded = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[modes.pop()](value.astype(np.float64))
+        rounded = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[modes.pop()](
+            value.astype(np.float64)
+        )
         limits = np.iinfo(dtype_of(target))
         if target.endswith("64"):
             raise PtxError("unknown here")

@@ -44,3 +44,8 @@ def test_every_kernel_has_a_variant(rows):
     sources = [path.read_text() for path in Path(qdeploy.kernels.__file__).parent.glob("triton_*.py")]
     launched = {name for source in sources for name in re.findall(r"^ +(\w+)\[.+\]\(", source, re.MULTILINE)}
     assert launched and launched == {row["kernel"] for row in rows}
+
+
+def test_counting_is_ordered(rows):
+    """A program that counts itself has a barrier before and after: kernels/triton_lsq_many.py says what for."""
+    assert violations(rows, lambda row: row["unordered"]) == []
