@@ -116,7 +116,7 @@ def _conv_kernel(
             w = tap % KW * dilation_w
             offs = (x_offs + ((h * W + w) * x_stride + (step % k_blocks) * BLOCK_K))[:, None] + offs_k[None, :]
             x_ptrs = x_ptr + offs
-            if PADDED:
+            if PADDED:  # an address and no mask: with another `other` than 0 each byte is selected by itself
                 inside = _inside(h0 + h, w0 + w, H, W)
                 x_ptrs = tl.where(inside[:, None], x_ptrs, padding_ptr + offs_k[None, :])
             a = tl.load(x_ptrs)

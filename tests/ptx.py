@@ -99,7 +99,7 @@ def _operand(text: str) -> Operand:
 
 
 class Memory:
-    """Memory of this process between the first and the last of `intervals` (start, end), and which of it may be used."""
+    """Memory of this process, of which `intervals` (start, end) may be used."""
 
     def __init__(self, intervals: Sequence[tuple[int, int]]):
         merged: list[tuple[int, int]] = []

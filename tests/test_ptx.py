@@ -34,7 +34,7 @@ WARP = np.arange(32)
 def run(
     body: str, read: np.ndarray, written: np.ndarray, *, blocks: int = 1, warps: int = 1, shared: int = 0, seed=None
 ):
-    """Runs `body`, for which %rd1 and %rd2 are the addresses of the arrays, %rd3 and %rd4 those of element %r1 of 4 bytes."""
+    """Runs `body`: %rd1 and %rd2 are the addresses of the arrays, %rd3 and %rd4 those of element %r1 of 4 bytes."""
     arrays = read, written
     addresses = [array.ctypes.data for array in arrays]
     memory = Memory([(start, start + array.nbytes) for start, array in zip(addresses, arrays, strict=True)])

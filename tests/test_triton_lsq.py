@@ -4,7 +4,6 @@ import math
 import sys
 from unittest import mock
 
-from triton_on_cpu import warps_in_any_order  # before the kernels
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_lsq import RANGES
 from torch.nn import functional
+from triton_on_cpu import warps_in_any_order  # before the kernels
 
 import qdeploy.kernels
 from qdeploy.errors import InputError

@@ -19,6 +19,7 @@ import torch
 import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import JITFunction, driver, interpreter
 
 from qdeploy.reference import fma32
@@ -66,6 +67,7 @@ def _emulate_a_gpu() -> None:
             get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
         )
     )
+    CUDABackend.make_cubin = lambda *args: b""  # the PTX is enough
     JITFunction.run = _launch
     gc.collect()
     gc.freeze()  # of what was there before the first tensor, gc.get_objects says nothing
