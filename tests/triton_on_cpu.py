@@ -43,9 +43,13 @@ def warps_in_any_order(seed: int) -> Iterator[None]:
 
 def _allocations() -> list[tuple[int, int]]:
     """Start and end of the memory of all tensors."""
-    found = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and t.device.type == "cpu"]
-    storages = [tensor.untyped_storage() for tensor in found]
-    return [(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages]
+    found = []
+    for tensor in gc.get_objects():
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
+            with contextlib.suppress(RuntimeError):  # those of a trace have no memory
+                storage = tensor.untyped_storage()
+                found.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    return found
 
 
 def _launch(self: JITFunction, *args, grid, warmup: bool, **kwargs) -> None:
