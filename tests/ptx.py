@@ -176,6 +176,7 @@ class _Launch:
         self.threads = np.arange(blocks * per_block)
         self.block = self.threads // per_block
         self.spaces = {"global": memory, "shared": Shared(blocks, shared)}
+        self.spaces["shared::cta"] = self.spaces["shared"]
         x, y, z = grid
         special = {
             "%tid.x": self.threads % per_block,
@@ -250,7 +251,7 @@ class _Launch:
 
     def address(self, space: str, operand: Address, width: int) -> np.ndarray:
         """Indices of an access of the threads `now` into the bytes of a space."""
-        base = self.read(operand.base, "u32" if space == "shared" else "u64").astype(np.int64) + operand.offset
+        base = self.read(operand.base, "u64" if space == "global" else "u32").astype(np.int64) + operand.offset
         base = np.broadcast_to(base, self.threads[self.now].shape)
         if (base % width).any():
             raise PtxError(f"address that is not a multiple of {width}")
