@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from qdeploy.errors import ModelError
+from qdeploy.kernels.int8_tiles import TILES
 
 K_STEP = 32  # bytes of K in one tensor-core instruction (mma.m16n8k32)
-LONGEST_K_TILE = 128
+LONGEST_K_TILE = max(tile.block_k for tile in TILES)
 
 
 def channel_stride(channels: int) -> int:

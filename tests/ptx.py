@@ -3,8 +3,7 @@
 It shows what no interpreter of the source can: which instructions the compiler chose (a division of 2 ulp, a contracted
 multiplication and addition), what it concluded from hints (an address that is not on 16 bytes is an error here, as on
 a GPU), and in which order warps may run. Every access outside of the memory that it was given is an error. The rest of
-the way, from PTX to the instructions of one chip, keeps the meaning of every instruction: PTX ISA 8.7, whose numbers of
-sections stand below.
+the way, from PTX to the instructions of one chip, keeps the meaning of every instruction, which the PTX ISA defines.
 
 It knows what Triton emits for the kernels of this project; another instruction is an error. What it cannot show:
 speed, and effects of weakly ordered memory, because its memory is sequentially consistent. Asynchronous copies arrive
@@ -45,7 +44,7 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """A parsed entry: basic blocks begin at the keys of `starts`."""
+    """A parsed entry; a label is a place in `code`."""
 
     code: tuple[Instruction, ...]
     labels: dict[str, int]
@@ -377,7 +376,7 @@ def wide(kind: str) -> str:
 
 
 def _extreme(number: Callable, bits: Callable) -> Callable:
-    """min or max: of a NaN and a number the number, and -0 is below 0 (9.7.3.11)."""
+    """min or max: of a NaN and a number the number, and -0 is below 0."""
 
     def of(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         if a.dtype.kind != "f":
@@ -399,7 +398,7 @@ def _quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _shift(a: np.ndarray, by: np.ndarray, shift: Callable) -> np.ndarray:
-    """By the width of the number or more, all bits go out (9.7.8.8, 9.7.8.9)."""
+    """By the width of the number or more, all bits go out."""
     last = 8 * a.dtype.itemsize - 1
     near = shift(a, np.minimum(by, last).astype(a.dtype))
     far = near if shift is np.right_shift and a.dtype.kind == "i" else np.zeros_like(near)
@@ -407,7 +406,7 @@ def _shift(a: np.ndarray, by: np.ndarray, shift: Callable) -> np.ndarray:
 
 
 def _field(a: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """bfe of a field that lies within the number (9.7.1.19)."""
+    """bfe of a field that lies within the number."""
     last = 8 * a.dtype.itemsize
     if ((start + length > last) | (length == 0)).any():
         raise PtxError("a field that is not in the number")
@@ -415,13 +414,13 @@ def _field(a: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def _inserted(a: np.ndarray, b: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """bfi: the lowest bits of a in the place of those of b (9.7.1.20)."""
+    """bfi: the lowest bits of a in the place of those of b."""
     mask = ((np.uint64(1) << length.astype(np.uint64)) - np.uint64(1)) << start.astype(np.uint64)
     return ((a.astype(np.uint64) << start.astype(np.uint64) & mask) | (b.astype(np.uint64) & ~mask)).astype(a.dtype)
 
 
 def _permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """prmt: any four of the eight bytes of b and a, or eight times the sign of one (9.7.8.7)."""
+    """prmt: any four of the eight bytes of b and a, or eight times the sign of one."""
     a, b, selector = np.broadcast_arrays(a, b, selector)
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.zeros(a.shape, np.uint32)
@@ -510,7 +509,7 @@ def _arithmetic(run: _Launch, instruction: Instruction) -> None:
     name, *rounding, kind = instruction.parts
     if rounding and rounding[0] in ("lo", "hi", "wide", "NaN"):
         name = f"{name}.{rounding.pop(0)}"
-    # Without .rn the assembler may contract a multiplication and an addition (9.7.3.3); .approx, .full, .ftz: inexact.
+    # Without .rn the assembler may contract a multiplication and an addition; .approx, .full, .ftz: inexact.
     exact = name in ("add", "sub", "mul", "fma", "div") and "f" in kind
     if rounding != ["rn"] * exact:
         raise PtxError("expected the rounding .rn" if exact else "unknown here")
@@ -537,7 +536,6 @@ def _mov(run: _Launch, instruction: Instruction) -> None:
 
 
 def _cvt(run: _Launch, instruction: Instruction) -> None:
-    """9.7.9.21."""
     _, *modes, target, source = instruction.parts
     first, *operands = instruction.operands
     values = [run.read(operand, source) for operand in operands]
@@ -599,7 +597,7 @@ def _atom(run: _Launch, instruction: Instruction) -> None:
 
 
 def _cp(run: _Launch, instruction: Instruction) -> None:
-    """cp.async: what lies beyond the size of the source is zeros; it arrives when it is waited for (9.7.9.25)."""
+    """cp.async: what lies beyond the size of the source is zeros; it arrives when it is waited for."""
     what = instruction.parts[2]
     if what == "commit_group":
         run.copies.append([])
@@ -627,7 +625,7 @@ def _cp(run: _Launch, instruction: Instruction) -> None:
 
 
 def _shfl(run: _Launch, instruction: Instruction) -> None:
-    """9.7.9.6, of whole warps."""
+    """Of whole warps."""
     mode = instruction.parts[2]
     target, source, operand, clamp, _ = instruction.operands
     lanes = np.arange(WARP)
@@ -641,7 +639,7 @@ def _shfl(run: _Launch, instruction: Instruction) -> None:
 
 
 def _redux(run: _Launch, instruction: Instruction) -> None:
-    """9.7.13.8, of whole warps."""
+    """Of whole warps."""
     *_, operation, kind = instruction.parts
     target, source, _ = instruction.operands
     warps = run.whole_warps()
@@ -653,7 +651,7 @@ def _redux(run: _Launch, instruction: Instruction) -> None:
 def _matrices(run: _Launch, instruction: Instruction, address: Address, count: int) -> np.ndarray:
     """Where the 4 bytes lie that each thread holds of each of `count` matrices of 8 rows of 16 bytes [count, threads].
 
-    Thread 8 i + r has the address of row r of matrix i; thread t holds bytes t % 4 * 4.. of row t // 4 (9.7.14.5.15).
+    Thread 8 i + r has the address of row r of matrix i; thread t holds bytes t % 4 * 4.. of row t // 4.
     """
     if "trans" in instruction.parts:
         raise PtxError("unknown here")
@@ -683,7 +681,7 @@ def _fragment(run: _Launch, registers: list[str]) -> np.ndarray:
 
 
 def _left(run: _Launch, registers: list[str]) -> np.ndarray:
-    """A of 16 x 32 s8 [warps, 16, 32]: lane (g, t) has rows g and g + 8, columns 4 t.. and 16 + 4 t.. (9.7.14.5.10)."""
+    """A of 16 x 32 s8 [warps, 16, 32]: lane (g, t) has rows g and g + 8, columns 4 t.. and 16 + 4 t..."""
     fragment = _fragment(run, registers).reshape(-1, 8, 4, 2, 2, 4)  # g, t, half of columns, half of rows, column
     return fragment.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 32)
 
@@ -700,7 +698,7 @@ def _accumulate(run: _Launch, registers: list[str], product: np.ndarray, before:
 
 
 def _mma(run: _Launch, instruction: Instruction) -> None:
-    """m16n8k32 of s8 with saturation (9.7.14.5.14)."""
+    """m16n8k32 of s8 with saturation."""
     if instruction.parts[1:] != ("sync", "aligned", "m16n8k32", "row", "col", "satfinite", "s32", "s8", "s8", "s32"):
         raise PtxError("unknown here")
     run.whole_warps()
@@ -715,7 +713,7 @@ def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _wgmma(run: _Launch, instruction: Instruction) -> None:
-    """wgmma of s8, A in registers: four warps have 16 rows each; B lies in shared memory (9.7.15.5)."""
+    """wgmma of s8, A in registers: four warps have 16 rows each; B lies in shared memory."""
     _, operation, _, _, shape, *kinds = instruction.parts
     n = int(re.fullmatch(r"m64n(\d+)k32", shape)[1])
     d, a, descriptor, scale = instruction.operands
@@ -730,7 +728,7 @@ def _wgmma(run: _Launch, instruction: Instruction) -> None:
 
 
 def _described(run: _Launch, descriptor: np.ndarray, threads: np.ndarray, rows: int) -> np.ndarray:
-    """The s8 [groups, rows, 32] in shared memory that a matrix descriptor means, K-major (9.7.15.5.1).
+    """The s8 [groups, rows, 32] in shared memory that a matrix descriptor means, K-major.
 
     Groups of 8 rows lie `stride` bytes apart; rows lie side by side, as long as the swizzle, which moves 16-byte units
     within a row by the row's number: bits 4.. of an address change by its bits 7...

@@ -96,7 +96,7 @@ $L__BB0_2:
 
 
 def test_product_of_bytes():
-    """Against the places of elements as PTX ISA 9.7.14.5.10 gives them."""
+    """Against the places of elements as the PTX ISA gives them for mma.m16n8k32."""
     rng = np.random.default_rng(0)
     a, b = rng.integers(-128, 128, (16, 32), np.int8), rng.integers(-128, 128, (32, 8), np.int8)
     words = np.zeros((6, 32, 4), np.int8)

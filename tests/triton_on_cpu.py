@@ -37,8 +37,10 @@ def warps_in_any_order(seed: int) -> Iterator[None]:
     """Compiled kernels run warp by warp in an order drawn from the seed, not all threads in step."""
     global _seed
     _seed = seed
-    yield
-    _seed = None
+    try:
+        yield
+    finally:
+        _seed = None
 
 
 def _allocations() -> list[tuple[int, int]]:
