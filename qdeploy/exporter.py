@@ -20,9 +20,10 @@ from qdeploy import format, reference
 from qdeploy.calibrate import OBSERVERS, Grid, Scales, batches, progress
 from qdeploy.errors import ExportError, InputError
 from qdeploy.fusion import fuse
-from qdeploy.graph import CLAMPED_OPS, Graph, Member, Node
+from qdeploy.graph import Graph, Member, Node
 from qdeploy.graph import Tensor as Activation
 from qdeploy.lowering import Layer, LearnedWeight, Network, checked_step, lower
+from qdeploy.ops import OPS
 from qdeploy.report import ExportReport, compare, images_to_compare
 
 CLASSIFIER_BITS = 8
@@ -277,7 +278,7 @@ def _member(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
         )
         if layer.op in EMIT:
             EMIT[layer.op](node, layer, [grids[x] for x in layer.inputs], grid, dtype == "f32")
-        if node.op in CLAMPED_OPS and dtype == "u8":
+        if OPS[node.op].requantized and dtype == "u8":
             node.attributes["clamp"] = [int(code) for code in grid.codes(np.array([layer.low, layer.high]))]
         nodes.append(node)
     return Member(name, tensors, nodes)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import stat
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
 from qdeploy.errors import ModelError
-from qdeploy.graph import CONSTANTS, Graph, Member, Node, Tensor, validate
+from qdeploy.graph import Graph, Member, Node, Tensor
+from qdeploy.ops import OPS
+from qdeploy.validate import validate
 
-FORMAT_VERSION = 1
+RELEASES = {1: "0.1.0", 2: "0.1.0"}  # of each format version: the first qdeploy that reads it
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_DEPTH = 16
-_DTYPES = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+Json = dict[str, Any]
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -41,9 +46,9 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
         raise ModelError(f"expected zeros in the {unused} unused bits of the last byte, got {int(packed[-1]):#04x}")
     stream = np.zeros((-(-count // 8), bits), np.uint8)
     stream.reshape(-1)[:size] = packed
-    words = np.zeros((len(stream), 8), np.uint8)
-    words[:, :bits] = stream
-    words = words.view("<u8").reshape(-1)
+    padded = np.zeros((len(stream), 8), np.uint8)
+    padded[:, :bits] = stream
+    words = padded.view("<u8").reshape(-1)
     codes = np.empty((len(words), 8), np.uint8)
     for i in range(8):
         codes[:, i] = (words >> np.uint64(i * bits)).astype(np.uint8)
@@ -51,9 +56,10 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return (codes.view(np.int8) >> np.int8(8 - bits)).reshape(-1)[:count]
 
 
-def save(graph: Graph, path: str | os.PathLike) -> None:
+def save(graph: Graph, path: str | os.PathLike[str]) -> None:
     """Validate `graph` and write it as a model file: an older file at `path` stays until the whole new one is on disk.
 
+    The file carries the lowest format version that holds its ops.
     Raises ModelError for an invalid graph, a path that is no regular file, or a write that failed (a full disk).
     """
     validate(graph)
@@ -67,8 +73,7 @@ def save(graph: Graph, path: str | os.PathLike) -> None:
         "members": members,
     }
     ordered = sorted(tensors.items(), key=lambda item: item[1].dtype != np.float32)  # stable: F32 first
-    metadata = {"format": "qdeploy", "format_version": str(FORMAT_VERSION), "graph": _dump(document)}
-    header: dict[str, object] = {"__metadata__": metadata}
+    header: dict[str, object] = {"__metadata__": _version_keys(lowest_version(graph)) | {"graph": _dump(document)}}
     begin = 0
     for name, array in ordered:
         dtype = "F32" if array.dtype == np.float32 else "U8"
@@ -81,22 +86,34 @@ def save(graph: Graph, path: str | os.PathLike) -> None:
     _write(path, [len(text).to_bytes(8, "little"), text, *(_bytes(array) for _, array in ordered)])
 
 
-def load(path: str | os.PathLike) -> Graph:
+def lowest_version(graph: Graph) -> int:
+    """The lowest format version that holds the ops of `graph`."""
+    return max(OPS[node.op].version for member in graph.members for node in member.nodes)
+
+
+def _version_keys(version: int) -> dict[str, str]:
+    """What says in a file how to read it; `requires` tells readers that are too old what they need."""
+    keys = {"format": "qdeploy", "format_version": str(version)}
+    return keys if version == 1 else keys | {"requires": RELEASES[version]}
+
+
+def load(path: str | os.PathLike[str]) -> Graph:
     """Read a model file. Raises ModelError, naming place and file, for whatever docs/format.md does not allow."""
     return parse(read(path), path)
 
 
-def parse(content: bytes, path: str | os.PathLike) -> Graph:
+def parse(content: bytes, path: str | os.PathLike[str]) -> Graph:
     """The graph in the content of a model file; `path` is for errors alone. Raises as `load`."""
     try:
-        graph = _parse(content)
+        graph, version = _parse(content)
         validate(graph)
+        _check_version(graph, version)
     except ModelError as error:
         raise ModelError(f"{error} in {os.fspath(path)}") from None
     return graph
 
 
-def read(path: str | os.PathLike) -> bytes:
+def read(path: str | os.PathLike[str]) -> bytes:
     """The content of a regular file. Raises ModelError, naming it."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or device would block or never end
@@ -120,25 +137,26 @@ def _number(value: float) -> float:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array, _DTYPES["F32"] if array.dtype == np.float32 else np.uint8)).cast("B")
+    return np.ascontiguousarray(array, _DTYPES["F32"] if array.dtype == np.float32 else np.uint8).data.cast("B")
 
 
-def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> dict:
+def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> Json:
     """The member as JSON; adds its constants to `tensors` under the names that the JSON uses."""
 
     def constant(name: str, array: np.ndarray) -> str:
         tensors[f"{index}/{name}"] = array
         return f"{index}/{name}"
 
-    def node_json(node: Node) -> dict:
+    def node_json(node: Node) -> Json:
         result = {"op": node.op, "name": node.name, "inputs": [int(i) for i in node.inputs], "output": int(node.output)}
         for key, array in node.constants.items():
-            if key == "weight":
+            if key == "weight" and node.bits is not None:
                 codes = constant(f"{node.name}/codes", pack_codes(array, node.bits))
                 result[key] = {"codes": codes, "shape": list(array.shape), "bits": int(node.bits)}
             else:
                 result[key] = constant(f"{node.name}/{key}", array)
-        return result | {key: _attribute_json(key, value) for key, value in node.attributes.items()}
+        types = OPS[node.op].attribute_types(node, member.tensors[node.output])
+        return result | {key: _attribute_json(value, types[key]) for key, value in node.attributes.items()}
 
     table = member.preprocess_table
     return {
@@ -158,12 +176,12 @@ def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> 
     }
 
 
-def _attribute_json(key: str, value: object) -> object:
-    convert = _number if key in ("multipliers", "bias", "residual_multiplier") else int
+def _attribute_json(value: Any, kind: type) -> Any:
+    convert = _number if kind is float else int
     return convert(value) if np.ndim(value) == 0 else [convert(v) for v in value]
 
 
-def _write(path: str | os.PathLike, parts: list) -> None:
+def _write(path: str | os.PathLike[str], parts: list[bytes | memoryview]) -> None:
     target = os.path.realpath(path)
     temporary = os.path.join(os.path.dirname(target), f".qdeploy-{secrets.token_hex(4)}.tmp")
     try:
@@ -191,7 +209,7 @@ def _expect(condition: bool, expected: str, got: object, at: str) -> None:
         raise ModelError(f"expected {expected}, got {str(got)[:100]} - at {at}")
 
 
-def _parse(data: bytes) -> Graph:
+def _parse(data: bytes) -> tuple[Graph, int]:
     length = int.from_bytes(data[:8], "little")
     limit = min(len(data) - 8, MAX_HEADER_BYTES)
     good = 2 <= length <= limit and length % 8 == 0
@@ -202,17 +220,39 @@ def _parse(data: bytes) -> Graph:
     kind = metadata.get("format") if isinstance(metadata, dict) else None
     _expect(kind == "qdeploy", "metadata with format 'qdeploy'", repr(kind), "__metadata__")
     _expect(all(isinstance(v, str) for v in metadata.values()), "strings", "other values", "__metadata__")
-    version = metadata.get("format_version", "none")
-    newer = ", of a newer qdeploy" if version[:9].isdecimal() and int(version[:9]) > FORMAT_VERSION else ""
-    _expect(version == str(FORMAT_VERSION), f"format_version '{FORMAT_VERSION}'", f"{version!r}{newer}", "__metadata__")
+    version = _version(metadata)
     tensors = _container(header, memoryview(data)[8 + length :])
     document = _json(_field(metadata, "graph", str, "__metadata__").encode("utf-8", "surrogatepass"), "the graph")
     _expect(isinstance(document, dict), "an object", type(document).__name__, "the graph")
-    return _graph(document, tensors)
+    return _graph(document, tensors), version
 
 
-def _json(text: bytes, at: str) -> object:
-    def unique(pairs: list[tuple[str, object]]) -> dict:
+def _version(metadata: dict[str, str]) -> int:
+    """The format version of a file, which must be one of ours. Of a newer one the error says which qdeploy it needs."""
+    text = metadata.get("format_version", "none")
+    expected, at = f"format_version 1 to {max(RELEASES)}", "__metadata__"
+    _expect(re.fullmatch("[1-9][0-9]{0,8}", text) is not None, expected, f"`{text[:60]}`", at)
+    version, needed = int(text), metadata.get("requires", "")
+    if version > max(RELEASES):
+        release = f"qdeploy {needed} or newer" if re.fullmatch("[0-9.]{1,20}", needed) else "a newer qdeploy"
+        _expect(False, expected, f"{version}, which needs {release}", at)
+    _expect(version == 1 or "requires" in metadata, "the key `requires` from format_version 2 on", "none", at)
+    return version
+
+
+def _check_version(graph: Graph, version: int) -> None:
+    """A file carries the lowest version that holds its ops: docs/format.md section 1."""
+    for member in graph.members:
+        for node in member.nodes:
+            needed = OPS[node.op].version
+            at = f"node '{node.name}' of member '{member.name}'"
+            _expect(needed <= version, f"format version {needed} for the op `{node.op}`", version, at)
+    lowest = lowest_version(graph)
+    _expect(lowest == version, f"format version {lowest}, the lowest that holds the ops", version, "the graph")
+
+
+def _json(text: bytes, at: str) -> Any:
+    def unique(pairs: list[tuple[str, object]]) -> Json:
         _expect(len(dict(pairs)) == len(pairs), "keys that differ", "one twice", at)
         return dict(pairs)
 
@@ -237,37 +277,38 @@ def _json(text: bytes, at: str) -> object:
     return document
 
 
-def _field(document: dict, key: str, kind: type, at: str) -> object:
+def _field(document: Json, key: str, kind: type, at: str) -> Any:
     value = document.get(key)
     good = isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
     _expect(good, f"'{key}' to be of type {kind.__name__}", "none" if value is None else repr(value), at)
     return value
 
 
-def _keys(document: dict, keys: tuple[str, ...], at: str) -> None:
+def _keys(document: Json, keys: tuple[str, ...], at: str) -> None:
     _expect(set(document) == set(keys), f"the keys {', '.join(keys)}", ", ".join(document), at)
 
 
-def _objects(document: dict, key: str, at: str) -> list[dict]:
+def _objects(document: Json, key: str, at: str) -> list[Json]:
     values = _field(document, key, list, at)
     _expect(all(isinstance(value, dict) for value in values), f"objects in '{key}'", "something else", at)
     return values
 
 
-def _shape(document: dict, at: str) -> tuple[int, ...]:
+def _shape(document: Json, at: str) -> tuple[int, ...]:
     values = _field(document, "shape", list, at)
     _expect(all(type(d) is int and d >= 0 for d in values), "a shape of integers", values, at)
     return tuple(values)
 
 
-def _container(header: dict, data: memoryview) -> dict[str, np.ndarray]:
+def _container(header: Json, data: memoryview) -> dict[str, np.ndarray]:
     """The arrays of the container, by name, as views of `data`."""
     tensors, spans = {}, []
     for name, entry in header.items():
         at = f"tensor '{name[:100]}'"
         _expect(isinstance(entry, dict), "an object", entry, at)
-        dtype = _DTYPES.get(_field(entry, "dtype", str, at))
-        _expect(dtype is not None, f"dtype {' or '.join(_DTYPES)}", entry["dtype"], at)
+        kind = _field(entry, "dtype", str, at)
+        _expect(kind in _DTYPES, f"dtype {' or '.join(_DTYPES)}", kind, at)
+        dtype = _DTYPES[kind]
         shape = _shape(entry, at)
         offsets = _field(entry, "data_offsets", list, at)
         good = len(offsets) == 2 and all(type(o) is int for o in offsets)
@@ -285,7 +326,7 @@ def _container(header: dict, data: memoryview) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _graph(document: dict, tensors: dict[str, np.ndarray]) -> Graph:
+def _graph(document: Json, tensors: dict[str, np.ndarray]) -> Graph:
     _keys(document, ("input", "combine", "classes", "members"), "the graph")
     members = [_member(member, tensors) for member in _objects(document, "members", "the graph")]
     entry = _field(document, "input", dict, "the graph")
@@ -301,7 +342,7 @@ def _graph(document: dict, tensors: dict[str, np.ndarray]) -> Graph:
     return Graph(members, document["combine"], preprocess, classes)
 
 
-def _member(document: dict, tensors: dict[str, np.ndarray]) -> Member:
+def _member(document: Json, tensors: dict[str, np.ndarray]) -> Member:
     name = _field(document, "name", str, "a member")
     at = f"member '{name[:100]}'"
     _keys(document, ("name", "preprocess_table", "tensors", "nodes"), at)
@@ -312,19 +353,19 @@ def _member(document: dict, tensors: dict[str, np.ndarray]) -> Member:
     return Member(name, activations, [_node(entry, tensors, at) for entry in _objects(document, "nodes", at)], table)
 
 
-def _activation(document: dict, at: str) -> Tensor:
+def _activation(document: Json, at: str) -> Tensor:
     _keys(document, ("name", "dtype", "shape", "scale", "zero_point"), f"a tensor of {at}")
     name, dtype = (_field(document, key, str, at) for key in ("name", "dtype"))
     return Tensor(name, _shape(document, at), dtype, document["scale"], document["zero_point"])
 
 
-def _node(document: dict, tensors: dict[str, np.ndarray], at: str) -> Node:
+def _node(document: Json, tensors: dict[str, np.ndarray], at: str) -> Node:
     entry = dict(document)
     name = _field(entry, "name", str, f"a node of {at}")
     at = f"node '{name[:100]}' of {at}"
     op = _field(entry, "op", str, at)
     node = Node(op, name, _field(entry, "inputs", list, at), _field(entry, "output", int, at))
-    for key in CONSTANTS.get(op, ()):
+    for key in OPS[op].constants if op in OPS else ():  # `validate` refuses other ops
         if key != "weight":
             node.constants[key] = _constant(entry, key, tensors, at)
             del entry[key]
@@ -344,7 +385,7 @@ def _node(document: dict, tensors: dict[str, np.ndarray], at: str) -> Node:
     return node
 
 
-def _constant(document: dict, key: str, tensors: dict[str, np.ndarray], at: str) -> np.ndarray:
+def _constant(document: Json, key: str, tensors: dict[str, np.ndarray], at: str) -> np.ndarray:
     name = _field(document, key, str, at)
     _expect(name in tensors, f"'{key}' to name a tensor of the file", name, at)
     return tensors[name]

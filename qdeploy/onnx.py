@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,14 +58,14 @@ class _Writer:
         self.initializers: list[onnx.TensorProto] = []
         self.nbytes = 0  # of the initializers
 
-    def add(self, op: str, inputs: list[str], **attributes: object) -> str:
+    def add(self, op: str, inputs: list[str], **attributes: Any) -> str:
         from onnx import helper
 
         output = f"v{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
-    def constant(self, value: np.ndarray) -> str:
+    def constant(self, value: np.ndarray | np.generic) -> str:
         from onnx import numpy_helper
 
         name = f"c{len(self.initializers)}"
@@ -78,7 +79,7 @@ class _Writer:
         for node in member.nodes:
             inputs = [(values[i], member.tensors[i]) for i in node.inputs]
             output = member.tensors[node.output]
-            value = _OPS[node.op](self, node, inputs, output)
+            value = OPS[node.op](self, node, inputs, output)
             if len(output.shape) == 1 and len(inputs[0][1].shape) == 3 and node.op != "reshape":
                 value = self.add("Flatten", [value], axis=1)  # scores [C, 1, 1] that the file declares as [C]
             values[node.output] = self.activation(value, output)
@@ -226,7 +227,7 @@ def _reshape(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str
     return writer.add("Reshape", [inputs[0][0], writer.constant(np.array([-1, *output.shape], np.int64))])
 
 
-_OPS = {
+OPS: dict[str, Callable[[_Writer, Node, Inputs, Tensor], str]] = {
     "conv2d": _weighted,
     "linear": _weighted,
     "add": _add,

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from qdeploy.errors import InputError
-from qdeploy.graph import CLAMPED_OPS, Graph, Member, Node, Tensor
+from qdeploy.graph import Graph, Member, Node, Tensor
+
+Numbers = np.ndarray | np.float32
 
 
 def run(graph: Graph, x: np.ndarray, taps: Sequence[str] = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -65,22 +67,22 @@ def check_input(graph: Graph, x: np.ndarray) -> None:
 
 def run_member(member: Member, x: np.ndarray) -> dict[int, np.ndarray]:
     """Every activation of the member, by tensor id."""
-    if x.dtype == np.uint8:
-        channels = [table[x[..., c]] for c, table in enumerate(member.preprocess_table)]
-        values = {0: np.stack(channels, axis=1)}
+    table = member.preprocess_table
+    if x.dtype == np.uint8 and table is not None:
+        values = {0: np.stack([row[x[..., c]] for c, row in enumerate(table)], axis=1)}
     else:
         values = {0: quantize(x, member.tensors[0])}
     for node in member.nodes:
         inputs = [member.tensors[i] for i in node.inputs]
         output = member.tensors[node.output]
         result = OPS[node.op](node, [values[i] for i in node.inputs], inputs, output)
-        if node.op in CLAMPED_OPS and output.dtype == "u8":
+        if "clamp" in node.attributes:
             result = np.clip(np.rint(result), *node.attributes["clamp"]).astype(np.uint8)
         values[node.output] = result.reshape(len(x), *output.shape)  # f32 [C, 1, 1] may be declared [C]
     return values
 
 
-def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+def fma32(a: Numbers, b: Numbers, c: Numbers) -> np.ndarray:
     """a*b + c in f32 with ONE rounding, for f32 arrays (or f32 scalars) that broadcast.
 
     The product of two f32 is exact in f64. The f64 sum is rounded to odd: where it is inexact (its error `e` is exact
@@ -105,7 +107,7 @@ def quantize(x: np.ndarray, tensor: Tensor) -> np.ndarray:
     return np.clip(np.rint(fma32(x, inverse, np.float32(tensor.zero_point))), 0, 255).astype(np.uint8)
 
 
-def preprocess_table(preprocess: dict, tensor: Tensor) -> np.ndarray:
+def preprocess_table(preprocess: dict[str, list[float]], tensor: Tensor) -> np.ndarray:
     """The u8 [C, 256] table from pixel values to the codes of the input `tensor`; row c is channel c."""
     mean, std = (np.asarray(preprocess[key], np.float32)[:, None] for key in ("mean", "std"))
     return quantize((np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std, tensor)
@@ -121,14 +123,14 @@ def windows(x: np.ndarray, node: Node, kernel: tuple[int, int], dilation: tuple[
     return views[:, :, ::sh, ::sw, ::dh, ::dw]
 
 
-def requantize(acc: np.ndarray, node: Node, residual: np.ndarray | None) -> np.ndarray:
+def requantize(acc: np.ndarray, node: Node, residual: list[np.ndarray]) -> np.ndarray:
     """r = fma(float(acc), m, b), then with a residual r = fma(float(residual), m_res, r). Channels are axis 1."""
     shape = (-1, *[1] * (acc.ndim - 2))
     m, b = (node.constants[key].reshape(shape) for key in ("multiplier", "bias"))
     r = fma32(to_f32(acc), m, b)
-    if residual is None:
-        return r
-    return fma32(residual.reshape(acc.shape).astype(np.float32), np.float32(node.attributes["residual_multiplier"]), r)
+    for q in residual:  # one or none
+        r = fma32(q.reshape(acc.shape).astype(np.float32), np.float32(node.attributes["residual_multiplier"]), r)
+    return r
 
 
 def to_f32(acc: np.ndarray) -> np.ndarray:
@@ -150,12 +152,12 @@ def conv2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: T
     columns = view.reshape(groups, n * oh * ow, depth * kh * kw)
     acc = columns @ weight.reshape(groups, -1, depth * kh * kw).astype(np.float64).transpose(0, 2, 1)
     acc = acc.reshape(groups, n, oh, ow, out_channels // groups).transpose(1, 0, 4, 2, 3)
-    return requantize(acc.reshape(n, out_channels, oh, ow), node, *values[1:] or [None])
+    return requantize(acc.reshape(n, out_channels, oh, ow), node, values[1:])
 
 
 def linear(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
     acc = (values[0].astype(np.float64) - inputs[0].zero_point) @ node.constants["weight"].T.astype(np.float64)
-    return requantize(acc, node, *values[1:] or [None])
+    return requantize(acc, node, values[1:])
 
 
 def add(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
@@ -226,7 +228,7 @@ def exp32(d: np.ndarray) -> np.ndarray:
     in_range = np.maximum(d, np.float32(-87))
     n = np.rint(in_range * log2_e)
     f = fma32(n, -ln2_low, fma32(n, -ln2_high, in_range))
-    result = np.float32(1 / 720)
+    result: Numbers = np.float32(1 / 720)
     for coefficient in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1, 1):
         result = fma32(result, f, np.float32(coefficient))
     return np.where(d < -87, np.float32(0), np.ldexp(result, n.astype(np.int32)))

@@ -13,7 +13,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from qdeploy import reference
-from qdeploy.graph import Graph, Member, Node, Tensor, output_shape
+from qdeploy.graph import Graph, Member, Node, Tensor
+from qdeploy.ops import OPS
 
 Quantization = tuple[float, int]  # scale and zero point
 MAX_MACS = 3_000_000  # of one drawn node and image
@@ -132,7 +133,7 @@ class Builder:
         if clamp and dtype == "u8":
             attributes["clamp"] = clamp
         node = Node(op, f"{op}.{len(self.nodes)}", inputs, len(self.tensors), attributes, constants, bits)
-        shape = shape or output_shape(node, [self.shape(i) for i in inputs])
+        shape = shape or OPS[op].shape(node, [self.shape(i) for i in inputs])
         shape = shape[:1] if flat else shape
         scale, zero_point = quantization or (float(np.float32(self.rng.uniform(0.001, 0.1))), self._zero_point())
         tensor = Tensor(f"t{len(self.tensors)}", shape, dtype, scale, zero_point)

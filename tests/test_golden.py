@@ -55,4 +55,4 @@ def test_bits_of_an_old_file(version):
 
 
 if __name__ == "__main__":
-    write(DATA / f"v{format.FORMAT_VERSION}")
+    write(DATA / f"v{max(format.RELEASES)}")
