@@ -307,7 +307,7 @@ BAD_FILES = {  # name: function of the bytes of a good file, what both messages 
     "a deep header": (lambda data: container(b'{"a":' + b"[" * 2**20), "expected"),
     "a foreign safetensors file": (lambda data: safetensors.numpy.save(FOREIGN), "expected"),
     "a file of another tool": (lambda data: safetensors.numpy.save(FOREIGN, {"format": "pt"}), "expected"),
-    "a newer version": (edited(lambda header: header["__metadata__"].update(format_version="2")), "newer"),
+    "a newer version": (edited(lambda header: header["__metadata__"].update(format_version="3")), "newer"),
     "version 1.0": (edited(lambda header: header["__metadata__"].update(format_version="1.0")), "format_version"),
     "a version that is a number": (edited(lambda header: header["__metadata__"].update(format_version=1)), "expected"),
     "no graph": (edited(lambda header: header["__metadata__"].pop("graph")), "graph"),
