@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from qdeploy.columns import columns, percent
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.graph import Member
+from qdeploy.terminal import columns, percent
 
 if TYPE_CHECKING:
     from qdeploy.model import Model

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdeploy import _engine
-from qdeploy.columns import columns, percent
 from qdeploy.errors import InputError
 from qdeploy.graph import Graph
 from qdeploy.onnx import to_onnx
+from qdeploy.terminal import columns, percent
 
 if TYPE_CHECKING:
     from qdeploy.model import Model

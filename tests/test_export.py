@@ -17,7 +17,7 @@ from torch import nn
 
 import qdeploy
 from qdeploy import ExportError, InputError, ModelError, export, export_ensemble, format, reference
-from qdeploy.calibrate import Histogram, grid_of_range, progress
+from qdeploy.exporter.calibrate import Histogram, grid_of_range, progress
 from qdeploy.kernels.lsq import lsq_codes
 from qdeploy.training import quantize_, quantizers
 

@@ -55,7 +55,8 @@ def wheel(built: Path) -> Path:
 def test_wheel_contents(wheel: Path):
     assert wheel.stat().st_size < 3_000_000
     names = zipfile.ZipFile(wheel).namelist()
-    packages = {"qdeploy": "qdeploy", "qdeploy/kernels": "kernels", "qdeploy/training": "training"}
+    packages = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/gpu")}
+    packages |= {f"qdeploy/{name}": name for name in ("kernels", "training")}
     for package, folder in packages.items():
         installed = {name for name in names if Path(name).parent == Path(package) and name.endswith(".py")}
         assert installed == {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}

@@ -20,7 +20,7 @@ from qdeploy.errors import ExportError, InputError
 if TYPE_CHECKING:
     from torch import Tensor, fx
 
-    from qdeploy.lowering import Layer, Network
+    from qdeploy.exporter.lowering import Layer, Network
 
 ONE_GRID = ("max_pool2d", "reshape", "concat")  # operations whose output codes are input codes
 OBSERVERS = ("minmax", "percentile", "mse")

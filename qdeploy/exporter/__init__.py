@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy import format, reference
-from qdeploy.calibrate import OBSERVERS, Grid, Scales, batches, progress
 from qdeploy.errors import ExportError, InputError
-from qdeploy.fusion import fuse
+from qdeploy.exporter.calibrate import OBSERVERS, Grid, Scales, batches, progress
+from qdeploy.exporter.fusion import fuse
+from qdeploy.exporter.lowering import Layer, LearnedWeight, Network, checked_step, lower
+from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.graph import Graph, Member, Node
 from qdeploy.graph import Tensor as Activation
-from qdeploy.lowering import Layer, LearnedWeight, Network, checked_step, lower
 from qdeploy.ops import OPS
-from qdeploy.report import ExportReport, compare, images_to_compare
 
 CLASSIFIER_BITS = 8
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from qdeploy import reference
-from qdeploy.calibrate import ONE_GRID, Grid
+from qdeploy.exporter.calibrate import ONE_GRID, Grid
+from qdeploy.exporter.lowering import Layer, LearnedWeight, Network
 from qdeploy.graph import Graph
 from qdeploy.graph import Tensor as Activation
-from qdeploy.lowering import Layer, LearnedWeight, Network
 from qdeploy.model import load_int_model
 
 REPORT_MACS = 16e9  # in all: an integer and a float run of so many take seconds

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from qdeploy import format
-from qdeploy.calibrate import progress
 from qdeploy.errors import InputError
-from qdeploy.gpu_program import Conv, Program, Step, as_array
+from qdeploy.exporter.calibrate import progress
+from qdeploy.gpu.program import Conv, Program, Step, as_array
 from qdeploy.graph import Tensor as Activation
 from qdeploy.kernels import triton_ensemble
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
-from qdeploy.lowering import Layer, Network, elementwise
+from qdeploy.exporter.lowering import Layer, Network, elementwise
 
 FLOAT_OUTPUT = ("conv2d", "linear", "add", "avg_pool2d", "table")  # operations that may write f32
 

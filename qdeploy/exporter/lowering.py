@@ -1,9 +1,9 @@
-"""From a PyTorch network to the layers of the engine, still in real numbers; qdeploy/exporter.py makes them integers.
+"""From a PyTorch network to the layers of the engine, still in real numbers; qdeploy/exporter makes them integers.
 
     trace      torch.export of the network in eval mode
     LOWERING   one function for each ATen operator that the engine can express; any other is an ExportError
 
-qdeploy/fusion.py then makes few layers of the many.
+fusion.py then makes few layers of the many.
 
 What a layer computes is `clamp(linear part, low, high)`. The linear part of conv2d and linear is
 `scale[c] * (weight * x)[c] + shift[c] + residual * inputs[1]`: BatchNorm goes into scale and shift (float64), never
@@ -25,8 +25,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 import qdeploy.kernels.lsq  # noqa: F401  (registers the operator qdeploy::lsq)
-from qdeploy.calibrate import Grid
 from qdeploy.errors import ExportError
+from qdeploy.exporter.calibrate import Grid
 
 aten = torch.ops.aten
 SUPPORTED = (
