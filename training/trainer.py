@@ -27,9 +27,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
+from qdeploy.files import atomic_file
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
 from qdeploy.training.config import Config, difference
-from qdeploy.training.domains import Benchmark, atomic_file
+from qdeploy.training.domains import Benchmark
 from qdeploy.training.models import MODELS
 from qdeploy.training.quantize import quantizable_layers
 
@@ -313,6 +314,7 @@ def _load(path: Path) -> dict:
 def _write_log(directory: Path, records: list[dict], fabric: Fabric) -> None:
     """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
     if fabric.is_global_zero:
+        directory.mkdir(parents=True, exist_ok=True)
         with atomic_file(directory / LOG) as file:
             file.writelines(json.dumps(record).encode() + b"\n" for record in records)
 
