@@ -21,7 +21,7 @@ import numpy as np
 
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.graph import Member
-from qdeploy.terminal import columns, percent
+from qdeploy.terminal import columns, percent, status
 
 if TYPE_CHECKING:
     from qdeploy.model import Model
@@ -162,7 +162,7 @@ def profile(args: argparse.Namespace) -> Report:
 
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
     x = _random_input(model, args.batch)
-    found = peers.measure(model, x, {}, args.rounds, progress=_progress)
+    found = peers.measure(model, x, {}, args.rounds, progress=status)
     nodes = model.profile(x, args.rounds)
     total = sum(node["microseconds"] for node in nodes)
     peak = found["peak_gmacs"]["int8"]
@@ -203,9 +203,9 @@ def bench(args: argparse.Namespace) -> Report:
     x = _image_like_input(model, args.batch)
     others, absent = {}, {}
     if args.peers:
-        _progress("a first run of each peer, in a child process")
+        status("a first run of each peer, in a child process")
         others, absent = peers.contestants(format.load(args.file), x.shape, model.num_threads)
-    report = peers.measure(model, x, others, args.rounds, progress=_progress)
+    report = peers.measure(model, x, others, args.rounds, progress=status)
     for row in report["results"][1:]:
         row["correlation"] = peers.correlation(model(x), others[row["runtime"]](x))
     return report | {"absent": absent}
@@ -214,7 +214,7 @@ def bench(args: argparse.Namespace) -> Report:
 def _show_bench(report: Report) -> None:
     from qdeploy import peers
 
-    _clear_progress()
+    status()
     print(_setting(report) + peers.text(report))
 
 
@@ -228,7 +228,7 @@ def verify(args: argparse.Namespace) -> Report:
     if graph.preprocess is not None:
         channels, height, width = graph.input_shape
         inputs["u8"] = np.random.default_rng(0).integers(0, 256, (args.batch, height, width, channels), np.uint8)
-    rows = verification.verify(args.file, inputs, args.device, _progress)
+    rows = verification.verify(args.file, inputs, args.device, status)
     return {"file": str(args.file), "equal": all(row["different"] == 0 for row in rows), "runs": rows}
 
 
@@ -377,20 +377,9 @@ def _image_like_input(model: Model, batch: int) -> np.ndarray:
     return ((codes - entry["zero_point"]) * entry["scale"]).astype(np.float32)
 
 
-def _progress(text: str) -> None:
-    """One line on the terminal that the next one overwrites; nothing where stderr is a file."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def _print_rows(rows: list[dict]) -> None:
-    _clear_progress()
+    status()
     print(columns(rows))
-
-
-def _clear_progress() -> None:
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _require(extra: str, *modules: str) -> None:

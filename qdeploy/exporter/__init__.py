@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from qdeploy import format, reference
 from qdeploy.errors import ExportError, InputError
-from qdeploy.exporter.calibrate import OBSERVERS, Grid, Scales, batches, progress
+from qdeploy.exporter.calibrate import OBSERVERS, Grid, Scales, batches
 from qdeploy.exporter.fusion import fuse
 from qdeploy.exporter.lowering import Layer, LearnedWeight, Network, checked_step, lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.graph import Graph, Member, Node
 from qdeploy.graph import Tensor as Activation
 from qdeploy.ops import OPS
+from qdeploy.terminal import progress
 
 CLASSIFIER_BITS = 8
 

@@ -7,9 +7,7 @@ side.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -266,28 +264,3 @@ def _split(calibration: object, batch_size: int) -> Iterable[object]:
             f"expected an array [N, ...] or an iterable of batches, got {type(calibration).__name__} - at calibration"
         )
     return calibration
-
-
-@contextmanager
-def progress(text: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """Yields a function to call once per batch; on a terminal it draws a bar (rich) or a counter, elsewhere nothing."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        done = 0
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            print(f"\r{text}: batch {done}{f' of {total}' if total else ''}", end="", file=sys.stderr, flush=True)
-
-        yield count
-        print(file=sys.stderr)
-        return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)
