@@ -20,18 +20,14 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 
 from qdeploy.errors import InputError, QdeployError
-from qdeploy.graph import Member
+from qdeploy.graph import COMBINE, Member
 from qdeploy.terminal import columns, percent, status
 
 if TYPE_CHECKING:
     from qdeploy.model import Model
 
 Report = dict
-EXTRAS = {
-    "train": ("torch", "triton", "lightning-fabric", "rich", "pillow", "safetensors"),
-    "onnx": ("onnx",),
-    "bench": ("onnxruntime", "openvino", "pytest-benchmark"),
-}
+EXTRAS = ("train", "onnx", "bench")  # "test" is for those who change qdeploy
 CPU_FLAGS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8"),
     *("asimd", "asimddp", "i8mm"),  # aarch64
@@ -242,7 +238,7 @@ def doctor(args: argparse.Namespace | None = None) -> Report:
     from qdeploy import _engine
 
     cpu, flags = _cpu()
-    packages = dict.fromkeys(name for names in EXTRAS.values() for name in names)
+    packages = dict.fromkeys(name for names in _extras().values() for name in names)
     return {
         "qdeploy": metadata.version("qdeploy"),
         "python": platform.python_version(),
@@ -266,6 +262,16 @@ def _cpu() -> tuple[str, list[str]]:
     return fields.get("model name", platform.machine()), fields.get("flags", fields.get("Features", "")).split()
 
 
+def _extras() -> dict[str, list[str]]:
+    """The packages that come with each of EXTRAS."""
+    packages: dict[str, list[str]] = {extra: [] for extra in EXTRAS}
+    for requirement in metadata.requires("qdeploy") or []:
+        name, extra = re.match(r"[\w-]+", requirement), re.search(r"extra == .(\w+)", requirement)
+        if name and extra and extra[1] in packages:
+            packages[extra[1]].append(name[0])
+    return packages
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -280,7 +286,7 @@ def _show_doctor(report: Report) -> None:
     print(f"ISAs     {' '.join(report['isas'])}: {report['isas'][-1]} by default{forced}")
     affinity = f"{report['cpus_by_affinity']} of {report['cpus']} CPUs by affinity"
     print(f"threads  {report['default_threads']} by default; {affinity}")
-    for extra, names in EXTRAS.items():
+    for extra, names in _extras().items():
         found = [f"{name} {report['packages'][name] or '-'}" for name in names]
         missing = any(report["packages"][name] is None for name in names)
         print(f"[{extra}]".ljust(9) + ", ".join(found) + (f"   pip install 'qdeploy[{extra}]'" if missing else ""))
@@ -302,44 +308,14 @@ def _show_train(report: Report) -> None:
 
 def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file; two or more make an ensemble."""
-    configs = [_config_of_run(run) for run in args.runs]
+    from qdeploy.training import command  # imports no torch
+
+    config = command.common_config(args.runs)
     if not args.out.parent.is_dir():
         raise InputError(f"expected a folder to write {args.out.name} in, got none - at {args.out.parent}")
     _require("train", "torch", "lightning_fabric", "rich", "PIL")
-    import qdeploy
-    from qdeploy.training import trainer
-    from qdeploy.training.config import Config, difference
-    from qdeploy.training.domains import load_benchmark
-
-    first = Config(**configs[0])
-    for run, config in zip(args.runs[1:], configs[1:], strict=True):
-        found = difference(config | {"seed": first.seed}, first)
-        if found is not None:
-            raise InputError(f"expected runs that differ in their seed alone, {found} - at {run}")
-    names = first.domains.split(",") if first.domains else None
-    benchmark = load_benchmark(first.data, names, first.image_size)
-    nets = [trainer.load_trained(run, benchmark) for run in args.runs]
-    images = trainer.calibration_images(first, benchmark, args.images)
-    options = {
-        "calibration": images.split(64),
-        "observer": args.observer,
-        "preprocess": {"mean": benchmark.mean, "std": benchmark.std},
-        "classes": benchmark.classes,
-    }
-    if len(nets) == 1:
-        report = qdeploy.export(nets[0], images[:2], args.out, **options)
-    else:
-        report = qdeploy.export_ensemble(nets, images[:2], args.out, combine=args.combine, **options)
+    report = command.export_runs(args.runs, config, args.out, args.combine, args.observer, args.images)
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
-
-
-def _config_of_run(run: Path) -> dict:
-    path = run / "done.json"
-    if not path.is_file():
-        raise InputError(
-            f"expected the folder of a finished run (OUT/seed0 of `qdeploy train`), got no done.json - at {run}"
-        )
-    return json.loads(path.read_text())["config"]
 
 
 def _show_export(report: Report) -> None:
@@ -435,11 +411,9 @@ def _parser() -> argparse.ArgumentParser:
     added = command(export, _show_export)
     added.add_argument("runs", nargs="+", type=Path, help="folders of finished runs: OUT/seed0 of `qdeploy train`")
     added.add_argument("--out", type=Path, required=True, help="the model file")
-    rules = ("logits", "probs")
-    added.add_argument("--combine", choices=rules, default="logits", help="rule of an ensemble (default: logits)")
-    observers = ("minmax", "percentile", "mse")
-    text = "how the ranges of activations follow from the calibration images (default: minmax)"
-    added.add_argument("--observer", choices=observers, default="minmax", help=text)
+    added.add_argument("--combine", choices=COMBINE, default="logits", help="rule of an ensemble (default: logits)")
+    text = "how the ranges of activations follow from the calibration images: minmax (default), percentile or mse"
+    added.add_argument("--observer", default="minmax", help=text)
     text = "calibration images of each source domain (default: 128)"
     added.add_argument("--images", type=_positive, default=128, help=text)
     added = command(plan, _show_plan, file=True, threads=True)
