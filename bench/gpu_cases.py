@@ -24,10 +24,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qdeploy import format, reference
-from qdeploy.columns import columns, percent
 from qdeploy.graph import Graph
 from qdeploy.kernels.ensemble import combine
 from qdeploy.kernels.lsq import lsq, lsq_backward, lsq_many
+from qdeploy.terminal import columns, percent
 from qdeploy.training import project_steps_, quantize_, quantizers
 
 QMIN, QMAX = -64, 63

@@ -30,7 +30,7 @@ IMAGES = 4  # that calibrate a network
 @cache
 def float_net(name: str) -> Module:
     """Freshly initialized, with running statistics as after ten batches of `images_for`: float32 and integers then
-    agree closely, while `randomize_` gives a network that amplifies the rounding."""
+    agree closely, while a network with random statistics amplifies the rounding."""
     import torch
     from torch import nn
 

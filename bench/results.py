@@ -12,7 +12,7 @@ import numpy as np
 from targets import TARGETS
 
 from qdeploy import peers
-from qdeploy.columns import columns
+from qdeploy.terminal import columns
 
 if TYPE_CHECKING:
     import gpu_cases

@@ -13,8 +13,8 @@ import pytest
 from measure import measure, run_alone
 
 from qdeploy import format
-from qdeploy.columns import columns
 from qdeploy.onnx import to_onnx
+from qdeploy.terminal import columns
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own warnings are theirs
 

@@ -6,14 +6,12 @@ No tile changes a bit of a result, so choosing by time is safe.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from qdeploy.errors import InputError
+from qdeploy.files import atomic_file, cache_folder
 
 CTAS_TO_FILL = 108  # multiprocessors of an A100; an H100 has 132
 
@@ -63,14 +61,13 @@ def default(pixels: int, rows: int, superblocks: int, k_unit: int) -> Tile:
 
 
 class TunedTiles:
-    """The fastest tiles by key, kept in `$XDG_CACHE_HOME/qdeploy/int8_tiles.json` (`~/.cache` without that variable).
+    """The fastest tiles by key, kept in int8_tiles.json of the cache folder.
 
     The file is a cache: one that is missing, damaged or of other tiles counts as empty.
     """
 
     def __init__(self, device: str) -> None:
-        folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self._path = Path(folder) / "qdeploy" / "int8_tiles.json"
+        self._path = cache_folder() / "int8_tiles.json"
         self._device = device
 
     def get(self, key: str) -> Tile | None:
@@ -83,17 +80,13 @@ class TunedTiles:
         best = min(candidates, key=milliseconds)
         document = self._read()
         document.setdefault(self._device, {})[key] = list(best)
-        temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(document, indent=1, sort_keys=True))
-            temporary.replace(self._path)
+            with atomic_file(self._path) as file:
+                file.write(json.dumps(document, indent=1, sort_keys=True).encode())
         except OSError as error:
-            reason = f"got: {error.strerror} (XDG_CACHE_HOME moves it)"
+            reason = f"got: {error.strerror or error} (XDG_CACHE_HOME moves it)"
             raise InputError(f"expected to write {self._path}, {reason} - at the tuned tiles") from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     def _read(self) -> dict:
         with suppress(OSError, ValueError):

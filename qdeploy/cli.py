@@ -19,19 +19,15 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from qdeploy.columns import columns, percent
 from qdeploy.errors import InputError, QdeployError
-from qdeploy.graph import Member
+from qdeploy.graph import COMBINE, Member
+from qdeploy.terminal import columns, percent, status
 
 if TYPE_CHECKING:
     from qdeploy.model import Model
 
 Report = dict
-EXTRAS = {
-    "train": ("torch", "triton", "lightning-fabric", "rich", "pillow", "safetensors"),
-    "onnx": ("onnx",),
-    "bench": ("onnxruntime", "openvino", "pytest-benchmark"),
-}
+EXTRAS = ("train", "onnx", "bench")  # "test" is for those who change qdeploy
 CPU_FLAGS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8"),
     *("asimd", "asimddp", "i8mm"),  # aarch64
@@ -162,7 +158,7 @@ def profile(args: argparse.Namespace) -> Report:
 
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
     x = _random_input(model, args.batch)
-    found = peers.measure(model, x, {}, args.rounds, progress=_progress)
+    found = peers.measure(model, x, {}, args.rounds, progress=status)
     nodes = model.profile(x, args.rounds)
     total = sum(node["microseconds"] for node in nodes)
     peak = found["peak_gmacs"]["int8"]
@@ -203,9 +199,9 @@ def bench(args: argparse.Namespace) -> Report:
     x = _image_like_input(model, args.batch)
     others, absent = {}, {}
     if args.peers:
-        _progress("a first run of each peer, in a child process")
+        status("a first run of each peer, in a child process")
         others, absent = peers.contestants(format.load(args.file), x.shape, model.num_threads)
-    report = peers.measure(model, x, others, args.rounds, progress=_progress)
+    report = peers.measure(model, x, others, args.rounds, progress=status)
     for row in report["results"][1:]:
         row["correlation"] = peers.correlation(model(x), others[row["runtime"]](x))
     return report | {"absent": absent}
@@ -214,7 +210,7 @@ def bench(args: argparse.Namespace) -> Report:
 def _show_bench(report: Report) -> None:
     from qdeploy import peers
 
-    _clear_progress()
+    status()
     print(_setting(report) + peers.text(report))
 
 
@@ -228,7 +224,7 @@ def verify(args: argparse.Namespace) -> Report:
     if graph.preprocess is not None:
         channels, height, width = graph.input_shape
         inputs["u8"] = np.random.default_rng(0).integers(0, 256, (args.batch, height, width, channels), np.uint8)
-    rows = verification.verify(args.file, inputs, args.device, _progress)
+    rows = verification.verify(args.file, inputs, args.device, status)
     return {"file": str(args.file), "equal": all(row["different"] == 0 for row in rows), "runs": rows}
 
 
@@ -242,7 +238,7 @@ def doctor(args: argparse.Namespace | None = None) -> Report:
     from qdeploy import _engine
 
     cpu, flags = _cpu()
-    packages = dict.fromkeys(name for names in EXTRAS.values() for name in names)
+    packages = dict.fromkeys(name for names in _extras().values() for name in names)
     return {
         "qdeploy": metadata.version("qdeploy"),
         "python": platform.python_version(),
@@ -266,6 +262,16 @@ def _cpu() -> tuple[str, list[str]]:
     return fields.get("model name", platform.machine()), fields.get("flags", fields.get("Features", "")).split()
 
 
+def _extras() -> dict[str, list[str]]:
+    """The packages that come with each of EXTRAS."""
+    packages: dict[str, list[str]] = {extra: [] for extra in EXTRAS}
+    for requirement in metadata.requires("qdeploy") or []:
+        name, extra = re.match(r"[\w-]+", requirement), re.search(r"extra == .(\w+)", requirement)
+        if name and extra and extra[1] in packages:
+            packages[extra[1]].append(name[0])
+    return packages
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -280,7 +286,7 @@ def _show_doctor(report: Report) -> None:
     print(f"ISAs     {' '.join(report['isas'])}: {report['isas'][-1]} by default{forced}")
     affinity = f"{report['cpus_by_affinity']} of {report['cpus']} CPUs by affinity"
     print(f"threads  {report['default_threads']} by default; {affinity}")
-    for extra, names in EXTRAS.items():
+    for extra, names in _extras().items():
         found = [f"{name} {report['packages'][name] or '-'}" for name in names]
         missing = any(report["packages"][name] is None for name in names)
         print(f"[{extra}]".ljust(9) + ", ".join(found) + (f"   pip install 'qdeploy[{extra}]'" if missing else ""))
@@ -302,44 +308,14 @@ def _show_train(report: Report) -> None:
 
 def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file; two or more make an ensemble."""
-    configs = [_config_of_run(run) for run in args.runs]
+    from qdeploy.training import command  # imports no torch
+
+    config = command.common_config(args.runs)
     if not args.out.parent.is_dir():
         raise InputError(f"expected a folder to write {args.out.name} in, got none - at {args.out.parent}")
     _require("train", "torch", "lightning_fabric", "rich", "PIL")
-    import qdeploy
-    from qdeploy.training import trainer
-    from qdeploy.training.config import Config, difference
-    from qdeploy.training.domains import load_benchmark
-
-    first = Config(**configs[0])
-    for run, config in zip(args.runs[1:], configs[1:], strict=True):
-        found = difference(config | {"seed": first.seed}, first)
-        if found is not None:
-            raise InputError(f"expected runs that differ in their seed alone, {found} - at {run}")
-    names = first.domains.split(",") if first.domains else None
-    benchmark = load_benchmark(first.data, names, first.image_size)
-    nets = [trainer.load_trained(run, benchmark) for run in args.runs]
-    images = trainer.calibration_images(first, benchmark, args.images)
-    options = {
-        "calibration": images.split(64),
-        "observer": args.observer,
-        "preprocess": {"mean": benchmark.mean, "std": benchmark.std},
-        "classes": benchmark.classes,
-    }
-    if len(nets) == 1:
-        report = qdeploy.export(nets[0], images[:2], args.out, **options)
-    else:
-        report = qdeploy.export_ensemble(nets, images[:2], args.out, combine=args.combine, **options)
+    report = command.export_runs(args.runs, config, args.out, args.combine, args.observer, args.images)
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
-
-
-def _config_of_run(run: Path) -> dict:
-    path = run / "done.json"
-    if not path.is_file():
-        raise InputError(
-            f"expected the folder of a finished run (OUT/seed0 of `qdeploy train`), got no done.json - at {run}"
-        )
-    return json.loads(path.read_text())["config"]
 
 
 def _show_export(report: Report) -> None:
@@ -377,20 +353,9 @@ def _image_like_input(model: Model, batch: int) -> np.ndarray:
     return ((codes - entry["zero_point"]) * entry["scale"]).astype(np.float32)
 
 
-def _progress(text: str) -> None:
-    """One line on the terminal that the next one overwrites; nothing where stderr is a file."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def _print_rows(rows: list[dict]) -> None:
-    _clear_progress()
+    status()
     print(columns(rows))
-
-
-def _clear_progress() -> None:
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _require(extra: str, *modules: str) -> None:
@@ -446,11 +411,9 @@ def _parser() -> argparse.ArgumentParser:
     added = command(export, _show_export)
     added.add_argument("runs", nargs="+", type=Path, help="folders of finished runs: OUT/seed0 of `qdeploy train`")
     added.add_argument("--out", type=Path, required=True, help="the model file")
-    rules = ("logits", "probs")
-    added.add_argument("--combine", choices=rules, default="logits", help="rule of an ensemble (default: logits)")
-    observers = ("minmax", "percentile", "mse")
-    text = "how the ranges of activations follow from the calibration images (default: minmax)"
-    added.add_argument("--observer", choices=observers, default="minmax", help=text)
+    added.add_argument("--combine", choices=COMBINE, default="logits", help="rule of an ensemble (default: logits)")
+    text = "how the ranges of activations follow from the calibration images: minmax (default), percentile or mse"
+    added.add_argument("--observer", default="minmax", help=text)
     text = "calibration images of each source domain (default: 128)"
     added.add_argument("--images", type=_positive, default=128, help=text)
     added = command(plan, _show_plan, file=True, threads=True)

@@ -6,9 +6,7 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from qdeploy.checks import (
     shape_text,
 )
 from qdeploy.errors import ModelError
+from qdeploy.files import atomic_file
 from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Graph, Member, Node, Tensor
 from qdeploy.ops import OPS
 from qdeploy.validate import member_at, node_at, validate
@@ -195,23 +194,10 @@ def _attribute_json(value: Any, kind: type) -> Any:
 
 
 def _write(path: str | os.PathLike[str], parts: list[bytes | memoryview]) -> None:
-    target = os.path.realpath(path)
-    temporary = os.path.join(os.path.dirname(target), f".qdeploy-{secrets.token_hex(4)}.tmp")
     try:
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise OSError("something that is not a regular file")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with open(descriptor, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException as error:
-        with suppress(OSError):
-            os.unlink(temporary)
-        if not isinstance(error, OSError):
-            raise
+        with atomic_file(path) as file:
+            file.writelines(parts)
+    except OSError as error:
         size = sum(len(part) for part in parts)
         reason = error.strerror or error
         raise ModelError(f"expected to write {size} bytes, got: {reason} - at {os.fspath(path)}") from error

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdeploy import _engine
-from qdeploy.columns import columns, percent
 from qdeploy.errors import InputError
 from qdeploy.graph import Graph
 from qdeploy.onnx import to_onnx
+from qdeploy.terminal import Status, columns, percent
 
 if TYPE_CHECKING:
     from qdeploy.model import Model
@@ -154,7 +154,7 @@ class Timing:
 def alternate(
     runs: dict[str, Callable[[], object]],
     rounds: int,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Status = lambda text: None,
     speed: Callable[[], float] = lambda: 1.0,
     calls: int = CALLS_PER_TURN,
 ) -> dict[str, Timing]:
@@ -196,7 +196,7 @@ def measure(
     *,
     peer_macs: int | None = None,
     calls: int = CALLS_PER_TURN,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Status = lambda text: None,
 ) -> dict:
     """Times of `model` and `others` ("openvino int8": run) on the images `x`, in turns.
 

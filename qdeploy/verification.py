@@ -10,14 +10,13 @@ import numpy as np
 
 import qdeploy
 from qdeploy import _engine, format, reference
+from qdeploy.terminal import Status
 
 if TYPE_CHECKING:
     from qdeploy.gpu import GpuModel
 
-Progress = Callable[[str], None]
 
-
-def verify(path: str | os.PathLike, inputs: dict[str, np.ndarray], device: str, progress: Progress) -> list[dict]:
+def verify(path: str | os.PathLike, inputs: dict[str, np.ndarray], device: str, progress: Status) -> list[dict]:
     """One row for each of `inputs` (by kind) and each instruction set and thread count, or the one GPU, `device`.
 
     A row counts what was compared and what was different, and names the first node that was.

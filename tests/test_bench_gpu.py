@@ -17,7 +17,7 @@ pytest.importorskip("triton_on_cpu", reason="the kernels of the GPU need Triton"
 import torch
 from torch import nn
 
-import qdeploy.gpu
+import qdeploy.gpu.model
 from qdeploy import format, reference
 from qdeploy.training import quantize_
 
@@ -76,8 +76,8 @@ def small(tmp_path):
 @pytest.fixture
 def on_cpu(monkeypatch, tmp_path):
     """Models for a GPU run in the interpreter; every tile takes the same time."""
-    monkeypatch.setattr(qdeploy.gpu, "_checked_device", torch.device)
-    monkeypatch.setattr(qdeploy.gpu, "_milliseconds", lambda launch: launch() or 1.0)
+    monkeypatch.setattr(qdeploy.gpu.model, "_checked_device", torch.device)
+    monkeypatch.setattr(qdeploy.gpu.model, "_milliseconds", lambda launch: launch() or 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 

@@ -17,8 +17,10 @@ from torch import nn
 
 import qdeploy
 from qdeploy import ExportError, InputError, ModelError, export, export_ensemble, format, reference
-from qdeploy.calibrate import Histogram, grid_of_range, progress
+from qdeploy.exporter.calibrate import Histogram
+from qdeploy.exporter.grid import grid_of_range
 from qdeploy.kernels.lsq import lsq_codes
+from qdeploy.terminal import progress
 from qdeploy.training import quantize_, quantizers
 
 torch.set_num_threads(1)

@@ -22,8 +22,9 @@ from random_graphs import Builder, batch, ensembles, generators, graphs
 from test_engine import LAYERS
 
 import qdeploy
-from qdeploy import cli, format, gpu, reference
+from qdeploy import cli, format, reference
 from qdeploy.errors import InputError, ModelError
+from qdeploy.gpu import model as gpu
 from qdeploy.graph import Graph
 from qdeploy.kernels import int8_tiles, int8_weights
 from qdeploy.kernels.int8_tiles import TILES, TunedTiles

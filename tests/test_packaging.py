@@ -1,5 +1,6 @@
 """What is built, and what it needs: the source distribution, the wheel made from it, and an import without torch."""
 
+import ast
 import json
 import re
 import shutil
@@ -55,7 +56,8 @@ def wheel(built: Path) -> Path:
 def test_wheel_contents(wheel: Path):
     assert wheel.stat().st_size < 3_000_000
     names = zipfile.ZipFile(wheel).namelist()
-    packages = {"qdeploy": "qdeploy", "qdeploy/kernels": "kernels", "qdeploy/training": "training"}
+    packages = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/gpu")}
+    packages |= {f"qdeploy/{name}": name for name in ("kernels", "training")}
     for package, folder in packages.items():
         installed = {name for name in names if Path(name).parent == Path(package) and name.endswith(".py")}
         assert installed == {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
@@ -78,6 +80,32 @@ def test_import_loads_nothing_optional():
     ).split()
     assert "numpy" in loaded
     assert not set(OPTIONAL) & set(loaded)
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """What an import of this module of qdeploy imports: not what stands in functions and in `if TYPE_CHECKING:`."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ["qdeploy"] if node.level else []
+            module = ".".join(package + [node.module] * bool(node.module))
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+        elif not isinstance(node, ast.FunctionDef) and not _for_types(node):
+            found |= imported(node)
+    return found
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def test_only_the_rooms_exporter_and_gpu_need_more_than_numpy():
+    rooms = ("qdeploy.exporter", "qdeploy.gpu", "qdeploy.kernels")
+    for path in (ROOT / "qdeploy").glob("*.py"):
+        found = imported(ast.parse(path.read_text()))
+        assert [name for name in found if name.partition(".")[0] in OPTIONAL or name.startswith(rooms)] == [], path.name
 
 
 def test_import_without_anything_optional():

@@ -528,8 +528,8 @@ def test_progress_bar_on_a_terminal(monkeypatch, fabric, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "160")
     with trainer._progress(SMALL, 2, fabric) as show:
-        show(2, None)
-        show(3, {"step": 3, "quantized": True, "loss": 1.0, "validation": 0.5, "test": 0.25})
+        show(None)
+        show({"step": 3, "quantized": True, "loss": 1.0, "validation": 0.5, "test": 0.25})
     assert "seed 0 step 3 7 bit loss 1.0000 validation 0.5000 debug1 0.2500" in capsys.readouterr().err.replace(
         "\n", ""
     )

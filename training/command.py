@@ -1,4 +1,6 @@
-"""`qdeploy train`: the runs of several seeds, their table, and the model file of the ensemble."""
+"""`qdeploy train`: the runs of several seeds, their table, and the model file of the ensemble;
+`qdeploy export`: such a file of finished runs.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,19 @@ import json
 import statistics
 import sys
 import typing
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qdeploy.errors import InputError
-from qdeploy.training.config import Config, resolve
+from qdeploy.training.config import Config, difference, resolve
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from qdeploy.exporter import ExportReport
     from qdeploy.training.domains import Benchmark
 
 
@@ -49,11 +53,9 @@ def main(args: argparse.Namespace) -> dict:
     config = resolve(Config(**{setting.name: getattr(args, setting.name) for setting in fields(Config)}))
     from lightning_fabric import Fabric
 
-    from qdeploy.training.domains import load_benchmark
     from qdeploy.training.trainer import Interrupted, evaluation_sets, run
 
-    names = config.domains.split(",") if config.domains else None
-    benchmark = load_benchmark(config.data, names, config.image_size)
+    benchmark = _benchmark(config)
     if len(benchmark.domains) < 2:
         raise InputError(f"expected two or more domains, got {len(benchmark.domains)} - at --domains")
     evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
@@ -130,17 +132,69 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
     return found
 
 
-def _export(nets: list[nn.Module], config: Config, benchmark: Benchmark, path: Path) -> None:
-    from qdeploy import export, export_ensemble
+def common_config(runs: Sequence[Path]) -> Config:
+    """The settings of finished runs, with the seed of the first. Raises InputError where they differ in more than the
+    seed, or a folder holds no finished run."""
+    configs = [_config_of_run(run) for run in runs]
+    first = Config(**configs[0])
+    for run, config in zip(runs[1:], configs[1:], strict=True):
+        found = difference(config | {"seed": first.seed}, first)
+        if found is not None:
+            raise InputError(f"expected runs that differ in their seed alone, {found} - at {run}")
+    return first
+
+
+def _config_of_run(run: Path) -> dict[str, Any]:
+    path = run / "done.json"
+    if not path.is_file():
+        raise InputError(
+            f"expected the folder of a finished run (OUT/seed0 of `qdeploy train`), got no done.json - at {run}"
+        )
+    return json.loads(path.read_text())["config"]
+
+
+def export_runs(
+    runs: Sequence[Path], config: Config, path: Path, combine: str, observer: str, images: int
+) -> ExportReport:
+    """Writes the networks of finished runs with the settings `config` as one model file; two or more are an ensemble.
+
+    combine, observer: as for `qdeploy.export_ensemble`. images: of each source domain, for calibration.
+    """
+    from qdeploy.training.trainer import load_trained
+
+    benchmark = _benchmark(config)
+    nets = [load_trained(run, benchmark) for run in runs]
+    return _export(nets, config, benchmark, path, combine, observer, images)
+
+
+def _export(
+    nets: Sequence[nn.Module],
+    config: Config,
+    benchmark: Benchmark,
+    path: Path,
+    combine: str = "logits",
+    observer: str = "minmax",
+    images: int = 128,
+) -> ExportReport:
+    import qdeploy
     from qdeploy.training.trainer import calibration_images
 
-    images = calibration_images(config, benchmark, 128)
-    preprocess = {"mean": benchmark.mean, "std": benchmark.std}
-    common = {"calibration": images.split(64), "classes": benchmark.classes, "preprocess": preprocess}
+    shown = calibration_images(config, benchmark, images)
+    options: dict[str, Any] = {
+        "calibration": shown.split(64),
+        "observer": observer,
+        "preprocess": {"mean": benchmark.mean, "std": benchmark.std},
+        "classes": benchmark.classes,
+    }
     if len(nets) == 1:
-        export(nets[0], images[:2], path, **common)
-    else:
-        export_ensemble(nets, images[:2], path, combine="logits", **common)
+        return qdeploy.export(nets[0], shown[:2], path, **options)
+    return qdeploy.export_ensemble(nets, shown[:2], path, combine=combine, **options)
+
+
+def _benchmark(config: Config) -> Benchmark:
+    from qdeploy.training.domains import load_benchmark
+
+    return load_benchmark(config.data, config.domains.split(",") if config.domains else None, config.image_size)
 
 
 def _int8_classes(path: Path, benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:

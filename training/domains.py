@@ -17,18 +17,17 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qdeploy.errors import InputError
+from qdeploy.files import atomic_file, cache_folder
 
 PER_DOMAIN = 2000  # images kept of each Digits-DG source, so that the domains are balanced
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -348,14 +347,10 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def cache_directory() -> Path:
-    """Where downloaded data is kept: $XDG_CACHE_HOME/qdeploy, else ~/.cache/qdeploy."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdeploy"
-
-
 def _load_digits(names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """u8 images [N, 1, 16, 16] and labels of each named domain, built on first use."""
-    cache = cache_directory() / "digits-dg-1"
+    cache = cache_folder() / "digits-dg-1"
+    cache.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not (cache / f"{name}.npz").exists()]
     with tempfile.TemporaryDirectory() as downloads:
         for count, name in enumerate(missing, 1):
@@ -418,19 +413,3 @@ def fetch(source: Source, directory: Path) -> Path:
     if found != source.sha256:
         raise InputError(f"expected sha256 {source.sha256}, got {found} - at {archive.name}")
     return archive
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file written beside `path` and renamed to it at the end: whenever this process dies, there is the old
-    file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -259,30 +259,3 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet121": DenseNet121,
     "nin": NiN,
 }
-
-
-@torch.no_grad()
-def randomize_(net: nn.Module, seed: int = 0, shape: tuple[int, ...] = (2, 3, 224, 224)) -> nn.Module:
-    """Gives a network weights as if trained, for measuring speed: random weights, BatchNorm gains in [0.5, 1.5] and
-    shifts, and running statistics that match the activations of a random batch of `shape`, so that nothing grows,
-    dies or saturates on the way. Returns the network in eval mode."""
-    devices = [] if next(net.parameters()).device.type == "cpu" else None
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        for module in net.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.normal_(module.bias, std=0.05)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, std=0.2)
-        norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-        momenta = [m.momentum for m in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = 1.0
-        net.train()(torch.randn(shape).to(next(net.parameters())))
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    return net.eval()

@@ -107,7 +107,6 @@ def quantize_(
     grad_scale: str = "tensor",
     skip: Iterable[str] | None = None,
     calibration: Iterable | None = None,
-    learn_activation_steps: bool = True,
 ) -> list[nn.Parameter]:
     """Quantizes the weights, and on request the inputs, of the convolutions and linear layers of any network, in place.
 
@@ -121,7 +120,6 @@ def quantize_(
         grad_scale: "tensor" 1/sqrt(numel(weight)*qmax), "channel" with the elements of one channel, "none" 1.
         skip: names of layers to leave alone. None leaves the classifier: the quantizable layer registered last.
         calibration: batches of inputs, or (inputs, ...) tuples; required with `activation_bits`. The first 4 are used.
-        learn_activation_steps: False keeps the steps of inputs as calibrated.
 
     Returns:
         The trainable steps, in order; `step_group` makes an optimizer group of them.
@@ -146,7 +144,7 @@ def quantize_(
         if calibration is None:
             raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
         targets = {name: layer for name, (layer, _) in layers.items()}
-        _attach_input_quantizers(net, targets, activation_bits, init, grad_scale, calibration, learn_activation_steps)
+        _attach_input_quantizers(net, targets, activation_bits, init, grad_scale, calibration)
     return step_parameters(net)
 
 
@@ -380,7 +378,6 @@ def _attach_input_quantizers(
     init: str,
     grad_scale: str,
     calibration: Iterable,
-    learn: bool,
 ) -> None:
     observed, group_of = _observe(net, layers, calibration)
     made: dict[str, Quantizer] = {}
@@ -393,7 +390,6 @@ def _attach_input_quantizers(
             step = initial_step(values[None], qmin, qmax, init)[0]
             # Features of one sample, not of the batch (LSQ section 2.2): the scale does not change with the batch.
             made[group] = Quantizer(step, qmin, qmax, training_scale(seen.features, seen.features, qmax, grad_scale))
-            made[group].step.requires_grad_(learn)
         layer.input_quantizer = made[group]
         layer.register_forward_pre_hook(_quantize_input)
 

@@ -27,9 +27,11 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
+from qdeploy.files import atomic_file
+from qdeploy.terminal import progress
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
 from qdeploy.training.config import Config, difference
-from qdeploy.training.domains import Benchmark, atomic_file
+from qdeploy.training.domains import Benchmark
 from qdeploy.training.models import MODELS
 from qdeploy.training.quantize import quantizable_layers
 
@@ -238,7 +240,7 @@ def _train(
                 if select(state.records, _first_eligible(config)) is record:
                     state.best = {key: value.detach().clone() for key, value in algorithm.net.state_dict().items()}
                 _append_log(directory, record, fabric)
-            show(step, record)
+            show(record)
             signum = _agreed(signals, fabric)
             if record or signum:
                 _checkpoint(directory, config, algorithm, state, fabric)
@@ -313,6 +315,7 @@ def _load(path: Path) -> dict:
 def _write_log(directory: Path, records: list[dict], fabric: Fabric) -> None:
     """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
     if fabric.is_global_zero:
+        directory.mkdir(parents=True, exist_ok=True)
         with atomic_file(directory / LOG) as file:
             file.writelines(json.dumps(record).encode() + b"\n" for record in records)
 
@@ -355,7 +358,7 @@ def _agreed(signals: list[int], fabric: Fabric) -> int:
 
 
 @contextmanager
-def _progress(config: Config, start: int, fabric: Fabric) -> Iterator[Callable[[int, dict | None], None]]:
+def _progress(config: Config, start: int, fabric: Fabric) -> Iterator[Callable[[dict | None], None]]:
     """A progress bar on a terminal, else one line for each evaluation, on standard error."""
 
     def line(record: dict) -> str:
@@ -364,23 +367,9 @@ def _progress(config: Config, start: int, fabric: Fabric) -> Iterator[Callable[[
         return f"{text} validation {record['validation']:.4f} {config.test_domain} {record['test']:.4f}"
 
     if not fabric.is_global_zero:
-        yield lambda step, record: None
+        yield lambda record: None
     elif not sys.stderr.isatty():
-        yield lambda step, record: print(line(record), file=sys.stderr, flush=True) if record else None
+        yield lambda record: print(line(record), file=sys.stderr, flush=True) if record else None
     else:
-        from rich import progress
-        from rich.console import Console
-
-        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn())
-        times = (progress.TextColumn("{task.fields[rate]}"), progress.TimeRemainingColumn())
-        with progress.Progress(*columns, *times, console=Console(stderr=True)) as bar:
-            task = bar.add_task(f"seed {config.seed}", total=config.steps, completed=start, rate="")
-            began = time.perf_counter()
-
-            def show(step: int, record: dict | None) -> None:
-                rate = f"{(step + 1 - start) / (time.perf_counter() - began):.1f} updates/s"
-                bar.update(task, completed=step + 1, rate=rate)
-                if record:
-                    bar.update(task, description=line(record))
-
-            yield show
+        with progress(f"seed {config.seed}", config.steps, start, keep=True) as advance:
+            yield lambda record: advance(line(record) if record else None)

@@ -1,70 +1,20 @@
-"""Ranges of activations from calibration data: one pass, a streaming histogram per tensor, and the u8 grid of a range.
-
-A grid is the map between u8 codes and real numbers, `real = scale * (code - zero_point)`. Real 0 is always exact: it
-is what padding and ReLU produce. A tensor that is never negative gets zero point 0 and all 256 codes for its positive
-side.
-"""
+"""Grids of activations from calibration data: one pass, a streaming histogram per tensor, and what follows from it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor, fx
 
 from qdeploy.errors import ExportError, InputError
+from qdeploy.exporter.grid import Grid, grid_of_range
+from qdeploy.exporter.layers import Layer, Network, Quantize
+from qdeploy.terminal import progress
 
-if TYPE_CHECKING:
-    from torch import Tensor, fx
-
-    from qdeploy.lowering import Layer, Network
-
-ONE_GRID = ("max_pool2d", "reshape", "concat")  # operations whose output codes are input codes
 OBSERVERS = ("minmax", "percentile", "mse")
 PERCENTILE = 99.99  # of the elements on each side of zero stay inside the range
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The codes of one tensor; `low` and `high` are the codes it may take (a 4-bit activation has 0..15)."""
-
-    scale: float  # an f32 greater than 0
-    zero_point: int
-    low: int = 0
-    high: int = 255
-
-    def codes(self, real: np.ndarray) -> np.ndarray:
-        """Nearest codes of `real`, in float64 and clamped: what tables of the file are made of."""
-        return np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, self.low, self.high)
-
-    def real(self, codes: np.ndarray) -> np.ndarray:
-        """The real numbers (float64) that `codes` stand for."""
-        return self.scale * (np.asarray(codes, np.float64) - self.zero_point)
-
-    def covers(self, low: float, high: float) -> bool:
-        """Whether every real number from `low` to `high` is at most half a step away from a code."""
-        half = self.scale / 2
-        return self.real(self.low) - half <= low and high <= self.real(self.high) + half
-
-
-def grid_of_range(low: float, high: float) -> Grid:
-    """The finest grid that holds [low, high] and 0. All zeros (a dead layer) get scale 1: any grid is exact."""
-    low, high = min(float(low), 0.0), max(float(high), 0.0)
-    if high - low < 1e-20:
-        return Grid(1.0, 0)
-    exact = -low / (high - low) * 255
-    step, zero_point = min((_least_step(low, high, z), z) for z in (int(exact), min(int(exact) + 1, 255)))
-    return Grid(float(np.float32(step)), zero_point)
-
-
-def _least_step(low: float, high: float, zero_point: int) -> float:
-    """The least step with which both ends have a code; on a side without codes the end is within half a step of 0."""
-    below = -low / zero_point if zero_point else 2 * -low
-    above = high / (255 - zero_point) if zero_point < 255 else 2 * high
-    return max(below, above)
 
 
 @dataclass
@@ -134,7 +84,7 @@ class Scales:
         self.network, self.observer = network, observer
         self.group: dict[Layer, list[Layer]] = {x: [x] for x in network.layers if x is not network.output}
         for layer in self.group:
-            for source in layer.inputs if layer.op in ONE_GRID else ():
+            for source in layer.inputs if layer.same_grid else ():
                 if self.group[source] is not self.group[layer]:
                     merged = self.group[source] + self.group[layer]
                     self.group |= dict.fromkeys(merged, merged)
@@ -151,7 +101,7 @@ class Scales:
         return [x for x in self.network.layers if x not in group and any(source in group for source in x.inputs)]
 
     def _learned(self, group: list[Layer]) -> list[Grid]:
-        grids = [layer.grid for layer in (*_sources(group), *self._readers(group)) if layer.op == "quantize"]
+        grids = [layer.grid for layer in (*_sources(group), *self._readers(group)) if isinstance(layer, Quantize)]
         if self.network.layers[0] in group:  # nothing clamps the input's codes
             grids = [replace(grid, low=0, high=255) for grid in grids]
         return list(dict.fromkeys(grids))
@@ -159,7 +109,7 @@ class Scales:
     def _only_learned_grid(self, group: list[Layer]) -> Grid | None:
         grids = self._learned(group)
         sides = (_sources(group), self._readers(group))
-        decided = any(side and all(layer.op == "quantize" for layer in side) for side in sides)
+        decided = any(side and all(isinstance(layer, Quantize) for layer in side) for side in sides)
         return grids[0] if len(grids) == 1 and decided else None
 
     def missing(self) -> list[str]:
@@ -190,7 +140,7 @@ class Scales:
 
 def _sources(group: list[Layer]) -> list[Layer]:
     """The layers that make the group's values; the others only pass them on."""
-    return [layer for layer in group if layer.op not in ONE_GRID]
+    return [layer for layer in group if not layer.same_grid]
 
 
 def _adder(layer: Layer, histogram: Histogram) -> Callable[[np.ndarray], None]:
@@ -218,6 +168,43 @@ def _finer_grid(learned: Grid, low: float, high: float) -> Grid | None:
     if fraction == 1 and (learned.low, learned.high) == (0, 255) and learned.covers(low, high):
         return learned
     return replace(calibrated, scale=float(np.float32(learned.scale / fraction)))
+
+
+# ---- Calibration data ---------------------------------------------------------------------------------------------
+
+
+def observe(
+    scales: list[Scales],
+    calibration: object,
+    example: np.ndarray,
+    preprocess: Mapping[str, list[float]] | None,
+    count: int,
+) -> np.ndarray:
+    """Shows all calibration data to all networks, once; returns the first `count` images, f32, for the report.
+
+    Without data these are of the example, f32 [N, ...]. Raises InputError for data that do not fit it or are missing.
+    """
+    missing = [name for scale in scales for name in scale.missing()]
+    if calibration is None:
+        if missing:
+            names = ", ".join(missing[:3]) + ("..." if len(missing) > 3 else "")
+            expected = f"calibration data for {len(missing)} tensors without a learned quantizer ({names})"
+            raise InputError(f"expected {expected}, got none - at export")
+        return example[:count]
+    kept: list[np.ndarray] = []
+    total = len(calibration) if isinstance(calibration, Sized) and not hasattr(calibration, "ndim") else None
+    with progress("calibrating", total) as advance:
+        for batch in batches(calibration, example.shape[1:], _pixels_to_float(preprocess) if preprocess else None):
+            for scale in scales:
+                scale.observe(batch)
+            kept += [batch] if sum(map(len, kept)) < count else []
+            advance()
+    return np.concatenate(kept)[:count]
+
+
+def _pixels_to_float(preprocess: Mapping[str, list[float]]) -> Callable[[np.ndarray], np.ndarray]:
+    mean, std = (np.asarray(preprocess[key], np.float32) for key in ("mean", "std"))
+    return lambda images: ((images.astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
 
 
 def batches(
@@ -266,28 +253,3 @@ def _split(calibration: object, batch_size: int) -> Iterable[object]:
             f"expected an array [N, ...] or an iterable of batches, got {type(calibration).__name__} - at calibration"
         )
     return calibration
-
-
-@contextmanager
-def progress(text: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """Yields a function to call once per batch; on a terminal it draws a bar (rich) or a counter, elsewhere nothing."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        done = 0
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            print(f"\r{text}: batch {done}{f' of {total}' if total else ''}", end="", file=sys.stderr, flush=True)
-
-        yield count
-        print(file=sys.stderr)
-        return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda: bar.advance(task)

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from qdeploy import format
-from qdeploy.calibrate import progress
 from qdeploy.errors import InputError
-from qdeploy.gpu_program import Conv, Program, Step, as_array
+from qdeploy.gpu.program import Conv, Program, Step, as_array
 from qdeploy.graph import Tensor as Activation
 from qdeploy.kernels import triton_ensemble
+from qdeploy.terminal import progress
 
 MAX_GRAPHS = 8  # batch sizes whose launches are kept; the one used longest ago goes
 MAX_OFFSET = 2**31  # elements: offsets in the kernels are 32 bits

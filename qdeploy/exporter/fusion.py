@@ -8,13 +8,29 @@ expressed by one that is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from qdeploy.lowering import Layer, Network, elementwise
-
-FLOAT_OUTPUT = ("conv2d", "linear", "add", "avg_pool2d", "table")  # operations that may write f32
+from qdeploy.exporter.layers import (
+    Add,
+    Affine,
+    AvgPool2d,
+    Clamp,
+    Codes,
+    Conv2d,
+    Function,
+    Layer,
+    MaxPool2d,
+    Network,
+    Pad,
+    Reshape,
+    Scaled,
+    Table,
+    Weighted,
+    elementwise,
+)
+from qdeploy.ops import OPS
 
 
 def fuse(network: Network) -> Network:
@@ -33,7 +49,7 @@ def fuse(network: Network) -> Network:
 def _make_names_unique(network: Network) -> None:
     """Of a module used twice, or of two operators, the second is name#2. A reshape leaves the plain name to others."""
     taken: dict[str, int] = {}
-    for layer in sorted(network.layers, key=lambda layer: layer.op == "reshape"):
+    for layer in sorted(network.layers, key=lambda layer: isinstance(layer, Reshape)):
         taken[layer.name] = count = taken.get(layer.name, 0) + 1
         layer.name = layer.name if count == 1 else f"{layer.name}#{count}"
 
@@ -46,41 +62,41 @@ def _remove_unused(network: Network) -> None:
     network.layers = [layer for layer in network.layers if layer in needed]
 
 
-def _fold_affine(network: Network, affine: Layer) -> bool:
+def _fold_affine(network: Network, affine: Affine) -> bool:
     """Into the layer before it, if nothing else reads that one; into add and average pools only if it is uniform."""
     x = affine.inputs[0]
-    if network.only_user(x) is not affine or x.clamped:
+    if network.only_user(x) is not affine or x.clamped or not isinstance(x, (Scaled, Add)):
         return False
-    if x.op in ("conv2d", "linear", "affine"):
-        if len(x.inputs) == 2 and np.ptp(affine.scale):
+    if isinstance(x, (Add, AvgPool2d)) and not affine.uniform:
+        return False
+    if isinstance(x, Weighted):
+        if len(x.inputs) == 2 and np.ptp(affine.scale):  # a residual has one factor for all channels
             return False
         x.residual *= affine.scale[0]
-    elif not (x.op in ("add", "avg_pool2d") and affine.uniform):
-        return False
-    elif x.op == "add":
-        x.factors = (x.factors[0] * affine.scale[0], x.factors[1] * affine.scale[0])
     size = len(x.shift)
     x.shift = x.shift * affine.scale[:size] + affine.shift[:size]
-    if x.scale is not None:
+    if isinstance(x, Add):
+        x.factors = (x.factors[0] * affine.scale[0], x.factors[1] * affine.scale[0])
+    else:
         x.scale = x.scale * affine.scale[:size]
     x.value = affine.value
     network.replace(affine, x)
     return True
 
 
-def _fold_pad(network: Network, conv: Layer) -> bool:
+def _fold_pad(network: Network, conv: Conv2d) -> bool:
     pad = conv.inputs[0]
-    if pad.op != "pad":
+    if not isinstance(pad, Pad):
         return False
     conv.inputs[0] = pad.inputs[0]
-    conv.window["padding"] = [a + b for a, b in zip(conv.window["padding"], pad.window["padding"], strict=True)]
+    conv.window["padding"] = [a + b for a, b in zip(conv.window["padding"], pad.padding, strict=True)]
     return True
 
 
-def _fold_factor(network: Network, add: Layer) -> bool:
+def _fold_factor(network: Network, add: Add) -> bool:
     """A uniform affine map of an operand is a factor of the addition."""
     for i, x in enumerate(add.inputs):
-        if x.uniform and not x.clamped:
+        if isinstance(x, Affine) and x.uniform and not x.clamped:
             factors = list(add.factors)
             add.shift = add.shift + factors[i] * x.shift[0]
             factors[i] *= float(x.scale[0])
@@ -90,11 +106,10 @@ def _fold_factor(network: Network, add: Layer) -> bool:
     return False
 
 
-def _fuse_add(network: Network, add: Layer) -> bool:
+def _fuse_add(network: Network, add: Add) -> bool:
     """The convolution whose result only the addition reads adds by itself, before anything is rounded to 8 bits."""
     for i, conv in enumerate(add.inputs):
-        plain = conv.op in ("conv2d", "linear") and len(conv.inputs) == 1 and not conv.clamped
-        if plain and network.only_user(conv) is add:
+        if isinstance(conv, Weighted) and _is_plain(conv) and network.only_user(conv) is add:
             factor, residual = add.factors[i], add.inputs[1 - i]
             conv.scale, conv.shift = conv.scale * factor, conv.shift * factor + add.shift
             conv.residual, conv.value, conv.low, conv.high = add.factors[1 - i], add.value, add.low, add.high
@@ -106,11 +121,15 @@ def _fuse_add(network: Network, add: Layer) -> bool:
     return False
 
 
-def _fuse_clamp(network: Network, clamp: Layer) -> bool:
+def _is_plain(layer: Layer) -> bool:
+    return len(layer.inputs) == 1 and not layer.clamped
+
+
+def _fuse_clamp(network: Network, clamp: Clamp) -> bool:
     x = clamp.inputs[0]
     if network.only_user(x) is not clamp:
         return False
-    if x.op in ("max_pool2d", "reshape") and network.only_user(x.inputs[0]) is x:
+    if isinstance(x, (MaxPool2d, Reshape)) and network.only_user(x.inputs[0]) is x:
         # A clamp of the larger tensor is free once it is in the layer before; pool and clamp commute, both being
         # monotonic.
         clamp.inputs, clamp.shape, clamp.value = x.inputs, x.inputs[0].shape, x.inputs[0].value
@@ -122,7 +141,7 @@ def _fuse_clamp(network: Network, clamp: Layer) -> bool:
         network.output = x if network.output is clamp else network.output
         x.inputs = [clamp]
         return True
-    if x.op not in ("conv2d", "linear", "add", "avg_pool2d", "affine", "clamp"):
+    if not isinstance(x, (Scaled, Add, Clamp)):
         return False
     x.low, x.high = (float(np.clip(bound, clamp.low, clamp.high)) for bound in (x.low, x.high))
     network.replace(clamp, x)
@@ -133,23 +152,26 @@ def _merge_table(network: Network, layer: Layer) -> bool:
     """A function of a function is one table, when nothing else reads the inner one."""
     x = layer.inputs[0]
     inner, outer = elementwise(x), elementwise(layer)
-    if "table" not in (x.op, layer.op) or inner is None or outer is None or network.only_user(x) is not layer:
+    if not isinstance(x, Table) and not isinstance(layer, Table):
         return False
-    _become_table(layer, lambda v: outer(inner(v)))
-    layer.inputs = x.inputs
+    if inner is None or outer is None or network.only_user(x) is not layer:
+        return False
+    network.replace(layer, _table(layer, lambda v: outer(inner(v)), x.inputs))
     network.layers.remove(x)
     return True
 
 
-def _become_table(layer: Layer, function: Callable[[Tensor], Tensor]) -> None:
-    layer.op, layer.function = "table", function
+def _table(layer: Layer, function: Function, inputs: list[Layer]) -> Table:
+    """In place of `layer`."""
+    return Table(layer.name, inputs, layer.shape, layer.value, layer.low, layer.high, function=function)
 
 
-def _merge_slices(network: Network, layer: Layer) -> bool:
+def _merge_slices(network: Network, layer: MaxPool2d) -> bool:
     """x[:, :, ::2, ::2] arrives as two slices."""
     x = layer.inputs[0]
-    both = x.op == "max_pool2d" and x.window["kernel"] == layer.window["kernel"] == [1, 1]
-    if not both or network.only_user(x) is not layer:
+    if not isinstance(x, MaxPool2d) or network.only_user(x) is not layer:
+        return False
+    if not x.window["kernel"] == layer.window["kernel"] == [1, 1]:
         return False
     layer.window["stride"] = [a * b for a, b in zip(x.window["stride"], layer.window["stride"], strict=True)]
     layer.inputs = x.inputs
@@ -157,9 +179,9 @@ def _merge_slices(network: Network, layer: Layer) -> bool:
     return True
 
 
-def _merge_reshape(network: Network, reshape: Layer) -> bool:
+def _merge_reshape(network: Network, reshape: Reshape) -> bool:
     x = reshape.inputs[0]
-    if x.op == "reshape":
+    if isinstance(x, Reshape):
         reshape.inputs = x.inputs
         return True
     if x.shape == reshape.shape:
@@ -172,7 +194,7 @@ def _rewrite(network: Network, layer: Layer) -> bool:
     return layer in network.layers and any(rule(network, layer) for rule in REWRITES.get(layer.op, ()))
 
 
-REWRITES: dict[str, tuple[Callable[[Network, Layer], bool], ...]] = {
+REWRITES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
     "affine": (_fold_affine, _merge_table),
     "conv2d": (_fold_pad,),
     "add": (_fold_factor, _fuse_add),
@@ -183,57 +205,75 @@ REWRITES: dict[str, tuple[Callable[[Network, Layer], bool], ...]] = {
 }
 
 
-def _express_affine(network: Network, layer: Layer) -> None:
+def _express_function(network: Network, layer: Layer) -> None:
+    function = elementwise(layer)
+    assert function is not None  # of a clamp and of a uniform affine map
+    network.replace(layer, _table(layer, function, layer.inputs))
+
+
+def _express_affine(network: Network, layer: Affine) -> None:
     """A table where it is one function; else a 1x1 depthwise convolution, whose multipliers do it."""
     if layer.uniform:
-        return _become_table(layer, elementwise(layer))
-    _become_depthwise(layer, [0] * 4)
-    if len(layer.shape) != 3:
-        shape, image = layer.shape, (*layer.shape, *[1] * (3 - len(layer.shape)))
-        before = Layer("reshape", layer.name, layer.inputs, image, layer.inputs[0].value)
-        after = Layer("reshape", layer.name, [layer], shape, layer.value)
-        position = network.layers.index(layer)
-        for user in network.users(layer):
-            user.inputs = [after if x is layer else x for x in user.inputs]
-        network.output = after if network.output is layer else network.output
-        layer.inputs, layer.shape = [before], image
-        network.layers[position : position + 1] = [before, layer, after]
+        _express_function(network, layer)
+        return
+    conv = _depthwise(layer, layer.scale, layer.shift, [0] * 4)
+    if len(layer.shape) == 3:
+        network.replace(layer, conv)
+        return
+    conv.shape = (*layer.shape, *[1] * (3 - len(layer.shape)))
+    before = Reshape(layer.name, layer.inputs, conv.shape, layer.inputs[0].value)
+    after = Reshape(layer.name, [conv], layer.shape, layer.value)
+    conv.inputs = [before]
+    network.replace(layer, after)
+    place = network.layers.index(after)
+    network.layers[place:place] = [before, conv]
 
 
-def _express_clamp(network: Network, layer: Layer) -> None:
-    _become_table(layer, elementwise(layer))
-
-
-def _express_pad(network: Network, layer: Layer) -> None:
-    layer.scale, layer.shift = np.ones(layer.shape[0]), np.zeros(layer.shape[0])
-    _become_depthwise(layer, layer.window["padding"])
-
-
-def _become_depthwise(layer: Layer, padding: list[int]) -> None:
-    """The 1x1 depthwise convolution by the code 1: with scale and shift it is exactly an affine map per channel."""
+def _express_pad(network: Network, layer: Pad) -> None:
     channels = layer.shape[0]
-    layer.op, layer.codes, layer.bits = "conv2d", np.ones((channels, 1, 1, 1), np.int8), 2
-    layer.window = {"stride": [1, 1], "padding": padding, "dilation": [1, 1], "groups": channels}
+    network.replace(layer, _depthwise(layer, np.ones(channels), np.zeros(channels), layer.padding))
 
 
-EXPRESSED = {"affine": _express_affine, "clamp": _express_clamp, "pad": _express_pad}
+def _depthwise(layer: Layer, scale: np.ndarray, shift: np.ndarray, padding: list[int]) -> Conv2d:
+    """In place of `layer` the 1x1 depthwise convolution by the code 1: with scale and shift it is exactly an affine map
+    per channel."""
+    channels = layer.shape[0]
+    return Conv2d(
+        *(layer.name, layer.inputs, layer.shape, layer.value, layer.low, layer.high),
+        weight=Codes(np.ones((channels, 1, 1, 1), np.int8), 2),
+        scale=scale,
+        shift=shift,
+        window={"stride": [1, 1], "padding": padding, "dilation": [1, 1], "groups": channels},
+    )
+
+
+EXPRESSED: dict[str, Callable[[Network, Any], None]] = {
+    "affine": _express_affine,
+    "clamp": _express_function,
+    "pad": _express_pad,
+}
 
 
 def _end_in_float(network: Network) -> None:
     """Makes the last layer one that writes f32; what ends in codes gets a table from codes to real numbers."""
     output = network.output
-    if output.op == "reshape":
+    if isinstance(output, Reshape):
         source = output.inputs[0]
         if _may_flatten(source) and network.only_user(source) is output and output.shape == source.shape[:1]:
             source.shape = output.shape  # [C, 1, 1] may be written as [C]
             network.replace(output, source)
             output = source
-    if output.op in FLOAT_OUTPUT and (output.op == "table" or not output.clamped):
+    if _may_be_f32(output):
         return
-    table = Layer("table", "output", [output], output.shape, network.trace.output, function=lambda v: v)
+    table = Table("output", [output], output.shape, network.trace.output, function=lambda v: v)
     network.layers.append(table)
     network.output = table
 
 
+def _may_be_f32(layer: Layer) -> bool:
+    """An f32 output is not clamped: of a table the entries are."""
+    return layer.op in OPS and OPS[layer.op].may_be_f32 and not (OPS[layer.op].requantized and layer.clamped)
+
+
 def _may_flatten(layer: Layer) -> bool:
-    return layer.op in ("conv2d", "avg_pool2d") and len(layer.inputs) == 1 and not layer.clamped
+    return layer.op in OPS and OPS[layer.op].may_be_flat and _is_plain(layer)

@@ -1,144 +1,51 @@
-"""From a PyTorch network to the layers of the engine, still in real numbers; qdeploy/exporter.py makes them integers.
-
-    trace      torch.export of the network in eval mode
-    LOWERING   one function for each ATen operator that the engine can express; any other is an ExportError
-
-qdeploy/fusion.py then makes few layers of the many.
-
-What a layer computes is `clamp(linear part, low, high)`. The linear part of conv2d and linear is
-`scale[c] * (weight * x)[c] + shift[c] + residual * inputs[1]`: BatchNorm goes into scale and shift (float64), never
-into the weight.
+"""From a trace to layers: LOWERING has one function for each ATen operator that the engine can express; any other is an
+ExportError. fusion.py then makes few layers of the many.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-import qdeploy.kernels.lsq  # noqa: F401  (registers the operator qdeploy::lsq)
-from qdeploy.calibrate import Grid
 from qdeploy.errors import ExportError
+from qdeploy.exporter.grid import Grid
+from qdeploy.exporter.layers import (
+    Add,
+    Affine,
+    AvgPool2d,
+    Clamp,
+    Concat,
+    Conv2d,
+    Function,
+    Input,
+    Layer,
+    LearnedWeight,
+    Linear,
+    MaxPool2d,
+    Network,
+    Pad,
+    Quantize,
+    Reshape,
+    Table,
+    checked_step,
+    elementwise,
+)
+from qdeploy.exporter.trace import Trace, trace
 
 aten = torch.ops.aten
+L = TypeVar("L", bound=Layer)
 SUPPORTED = (
     "conv2d, linear, BatchNorm, ReLU and other functions of one tensor, add, concatenation of channels, max and "
     "average pools, reshape, padding by 0"
 )
-
-
-@dataclass(frozen=True)
-class LearnedWeight:
-    """A weight and its LSQ quantizer, as the node qdeploy::lsq names them."""
-
-    value: Tensor
-    step: Tensor
-    qmin: int
-    qmax: int
-
-
-@dataclass(eq=False)
-class Layer:
-    """One operation in real numbers; `op` is one of docs/format.md, or input, affine, clamp, pad or quantize."""
-
-    op: str
-    name: str  # of the module; unique once the network is lowered
-    inputs: list[Layer]
-    shape: tuple[int, ...]  # without the batch
-    value: fx.Node  # of the trace: its output, clamped to [low, high], is this layer's
-    low: float = -math.inf
-    high: float = math.inf
-    weight: LearnedWeight | Tensor | None = None  # conv2d, linear
-    codes: np.ndarray | None = None  # int8: the weight once quantized
-    bits: int | None = None  # of the codes
-    scale: np.ndarray | None = None  # float64 [channels]: conv2d, linear, affine
-    shift: np.ndarray | None = None
-    residual: float = 1.0  # factor of inputs[1] of conv2d, linear
-    factors: tuple[float, float] = (1.0, 1.0)  # add
-    window: dict[str, Any] = field(default_factory=dict)  # kernel, stride... as in docs/format.md
-    divisors: np.ndarray | None = None  # avg_pool2d: [1], or by number of real elements in the window
-    function: Callable[[Tensor], Tensor] | None = None  # table: elementwise, float64 to float64
-    grid: Grid | None = None  # quantize: the learned quantizer
-
-    @property
-    def clamped(self) -> bool:
-        return (self.low, self.high) != (-math.inf, math.inf)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Of conv2d and linear; else ()."""
-        weight = self.weight.value if isinstance(self.weight, LearnedWeight) else self.weight
-        weight = self.codes if weight is None else weight
-        return () if weight is None else tuple(weight.shape)
-
-    @property
-    def uniform(self) -> bool:
-        """An affine map with one scale and one shift for the whole tensor."""
-        return self.op == "affine" and np.ptp(self.scale) == 0 and np.ptp(self.shift) == 0
-
-
-@dataclass
-class Trace:
-    """The network as a graph of ATen operators, and the value of every node that does not depend on the input."""
-
-    module: fx.GraphModule
-    constants: dict[fx.Node, Any]
-    output: fx.Node
-    batch: Any  # the symbol of the batch size
-    shape: tuple[int, ...]  # of the input, without the batch
-
-    def run(self, images: np.ndarray, observe: dict[fx.Node, Callable[[Tensor], None]]) -> None:
-        """Runs the fake-quant network in float32 on `images` and hands the value of each node in `observe` to its
-        function.
-
-        The function must copy what it keeps: an in-place operator may follow.
-        """
-        with torch.no_grad():
-            _Observed(self.module, observe).run(torch.from_numpy(images.copy()), initial_env=dict(self.constants))
-
-
-class _Observed(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, observe: dict[fx.Node, Callable[[Tensor], None]]):
-        super().__init__(module)
-        self.observe = observe
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.observe:
-            self.observe[n](result)
-        return result
-
-
-@dataclass
-class Network:
-    """The layers in execution order; layers[0] is the input."""
-
-    trace: Trace
-    layers: list[Layer]
-    output: Layer
-
-    def users(self, layer: Layer) -> list[Layer]:
-        return [user for user in self.layers if layer in user.inputs]
-
-    def only_user(self, layer: Layer) -> Layer | None:
-        users = self.users(layer)
-        return users[0] if len(users) == 1 and layer is not self.output and users[0].inputs.count(layer) == 1 else None
-
-    def replace(self, old: Layer, new: Layer) -> None:
-        """Everything that read `old` reads `new`; `old` is removed."""
-        for user in self.users(old):
-            if user is not new:
-                user.inputs = [new if x is old else x for x in user.inputs]
-        self.output = new if self.output is old else self.output
-        self.layers.remove(old)
 
 
 def lower(net: nn.Module, example: Tensor) -> Network:
@@ -147,91 +54,7 @@ def lower(net: nn.Module, example: Tensor) -> Network:
     The network is traced in eval mode and left as it was. Raises ExportError naming the module for what the engine
     lacks.
     """
-    return _lowered(_trace(net, example))
-
-
-# --- trace
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def _trace(net: nn.Module, example: Tensor) -> Trace:
-    for name, parameter in net.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise ExportError(f"expected float32 parameters (call net.float()), got {parameter.dtype} - at {name}")
-    modes = {module: module.training for module in net.modules()}
-    device = next((p.device for p in net.parameters()), example.device)
-    pair = example[:1].expand(2, *example.shape[1:]).contiguous().to(device)  # a batch of 1 would become a constant
-    net.eval()
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # deprecations inside torch.export itself
-            program = torch.export.export(net, (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-            if _reads_stale_alias(program.graph):
-                program = program.run_decompositions({})  # every operator functional; as slow as two traces
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "Constraints violated" in reason:
-            reason = "a batch size fixed in the code (write x.shape[0], not len(x) or a number)"
-        raise ExportError(
-            f"expected a network that torch.export traces for any batch size, got {reason} - at {type(net).__name__}"
-        ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return _constants_folded(program)
-
-
-def _reads_stale_alias(graph: fx.Graph) -> bool:
-    """Whether an in-place operator changes a tensor that is read later under another name, as a view made before.
-
-    Where the tensor itself is read later, the trace already names the operator's result.
-    """
-    position = {node: i for i, node in enumerate(graph.nodes)}
-    storage: dict[fx.Node, fx.Node] = {}  # the node that made the memory of each node
-    for node in graph.nodes:
-        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        schema = getattr(node.target, "_schema", None)
-        aliases = schema is not None and bool(schema.returns) and schema.returns[0].alias_info is not None
-        aliases = aliases or "dropout" in str(node.target)  # in eval mode it returns its argument
-        storage[node] = storage.get(source, source) if aliases and source is not None else node
-        if schema is not None and schema.is_mutable:
-            others = [other for other, made in storage.items() if made is storage[node] and other is not node]
-            if any(position[user] > position[node] for other in others for user in other.users):
-                return True
-    return False
-
-
-def _constants_folded(program: torch.export.ExportedProgram) -> Trace:
-    tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
-    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    constants: dict[fx.Node, Any] = {}
-    inputs = []
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            spec = specs[node.name]
-            if spec.target is None:
-                inputs.append(node)
-            else:
-                constants[node] = tensors[spec.target].detach().cpu()
-        elif node.op == "call_function" and all(source in constants for source in node.all_input_nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: constants[n])
-            if "device" in kwargs:
-                kwargs = {**kwargs, "device": torch.device("cpu")}
-            if node.target._schema.is_mutable:
-                args = (args[0].clone(), *args[1:])
-            with torch.no_grad():
-                constants[node] = node.target(*args, **kwargs)
-    results = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    if len(inputs) != 1 or len(results) != 1 or not isinstance(results[0], fx.Node):
-        raise ExportError(
-            f"expected one input and one output tensor, got {len(inputs)} and {len(results)} - at the network's forward"
-        )
-    shape = inputs[0].meta["val"].shape
-    return Trace(program.graph_module, constants, results[0], shape[0], tuple(shape[1:]))
-
-
-# --- lowering: ATen operator -> layer
-# ---------------------------------------------------------------------------------------
+    return _lowered(trace(net, example))
 
 
 @dataclass
@@ -273,11 +96,11 @@ class Site:
             )
         return tuple(shape[1:])
 
-    def fail(self, expected: str, got: str) -> None:
+    def fail(self, expected: str, got: str) -> NoReturn:
         raise ExportError(f"expected {expected}, got {got} - at module {self.module} (aten.{self.operator})")
 
-    def layer(self, op: str, inputs: list[Layer], shape: tuple[int, ...] | None = None, **fields: Any) -> Layer:
-        layer = Layer(op, self.module, inputs, self.shape if shape is None else shape, self.node, **fields)
+    def layer(self, kind: type[L], inputs: list[Layer], shape: tuple[int, ...] | None = None, **fields: Any) -> L:
+        layer = kind(self.module, inputs, self.shape if shape is None else shape, self.node, **fields)
         self.layers.append(layer)
         return layer
 
@@ -295,7 +118,7 @@ def _lowered(trace: Trace) -> Network:
         if node in trace.constants:
             values[node] = _constant(node, trace)
         elif node.op == "placeholder":
-            values[node] = Layer("input", "input", [], trace.shape, node)
+            values[node] = Input("input", [], trace.shape, node)
             layers.append(values[node])
         elif node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
@@ -348,18 +171,7 @@ def _quantize(site: Site, x: Layer, step: Tensor, qmin: int, qmax: int, axis: in
     if qmax - qmin > 255 or qmin > 0:
         site.fail("an activation quantizer of at most 8 bits that holds 0", f"codes {qmin}..{qmax}")
     scale = checked_step(step, f"{site.module} (input quantizer)")[0]
-    return site.layer("quantize", [x], grid=Grid(float(scale), -qmin, 0, qmax - qmin))
-
-
-def checked_step(step: Tensor, where: str) -> np.ndarray:
-    """The steps as float64; ExportError where one is not positive and finite, or all are 1.0: never initialized."""
-    steps = step.detach().cpu().reshape(-1).numpy()
-    wrong = np.flatnonzero(~(np.isfinite(steps) & (steps > 0)))
-    if len(wrong):
-        raise ExportError(f"expected positive finite steps, got {steps[wrong[0]]} for channel {wrong[0]} - at {where}")
-    if (steps == 1).all():
-        raise ExportError(f"expected trained steps, got 1.0 for all as if never initialized - at {where}")
-    return steps.astype(np.float64)
+    return site.layer(Quantize, [x], grid=Grid(float(scale), -qmin, 0, qmax - qmin))
 
 
 def _pairs(value: Any) -> list[int]:
@@ -385,21 +197,22 @@ def _conv2d(
     else:
         padding = [0, 0] * 2 if padding == "valid" else _pairs(padding) * 2
     window = {"stride": _pairs(stride), "padding": padding, "dilation": dilation, "groups": groups}
-    return _weighted(site, "conv2d", x, weight, bias, window)
+    return site.layer(Conv2d, [x], window=window, **_weighted(site, weight, bias))
 
 
 def _linear(site: Site, x: Layer, weight: Any, bias: Tensor | None = None) -> Layer:
     if len(x.shape) != 1:
         site.fail("linear on a tensor [N, F]", f"one on [N, {', '.join(map(str, x.shape))}]")
-    return _weighted(site, "linear", x, weight, bias, {})
+    return site.layer(Linear, [x], **_weighted(site, weight, bias))
 
 
-def _weighted(site: Site, op: str, x: Layer, weight: Any, bias: Tensor | None, window: dict) -> Layer:
+def _weighted(site: Site, weight: Any, bias: Tensor | None) -> dict[str, Any]:
+    """The fields that conv2d and linear share."""
     if not isinstance(weight, (LearnedWeight, Tensor)):
         site.fail("a weight that does not depend on the input", "one that does")
     channels = site.shape[0]
     shift = np.zeros(channels) if bias is None else _float64(bias)
-    return site.layer(op, [x], weight=weight, scale=np.ones(channels), shift=shift, window=window)
+    return {"weight": weight, "scale": np.ones(channels), "shift": shift}
 
 
 def _float64(tensor: Tensor) -> np.ndarray:
@@ -423,7 +236,7 @@ def _batch_norm(
     gamma = np.ones(x.shape[0]) if weight is None else _float64(weight)
     beta = np.zeros(x.shape[0]) if bias is None else _float64(bias)
     scale = gamma / np.sqrt(_float64(variance) + eps)
-    return site.layer("affine", [x], x.shape, scale=scale, shift=beta - _float64(mean) * scale)
+    return site.layer(Affine, [x], x.shape, scale=scale, shift=beta - _float64(mean) * scale)
 
 
 def _batch_norm_functional(
@@ -440,7 +253,7 @@ def _affine(site: Site, x: Layer, scale: Any, shift: Any) -> Layer:
             site.fail("a constant that is one number or one per channel", f"shape {list(tensor.shape)}")
         return np.broadcast_to(_float64(tensor).reshape(-1), x.shape[:1]).copy()
 
-    return site.layer("affine", [x], scale=per_channel(scale), shift=per_channel(shift))
+    return site.layer(Affine, [x], scale=per_channel(scale), shift=per_channel(shift))
 
 
 def _add(site: Site, a: Any, b: Any, alpha: float = 1) -> Layer:
@@ -452,7 +265,7 @@ def _add(site: Site, a: Any, b: Any, alpha: float = 1) -> Layer:
         return _table(site, a, b, alpha=alpha)
     if a.shape != b.shape:
         site.fail("two tensors of one shape", f"{list(a.shape)} and {list(b.shape)}")
-    return site.layer("add", [a, b], factors=(1.0, float(alpha)), shift=np.zeros(1))
+    return site.layer(Add, [a, b], factors=(1.0, float(alpha)))
 
 
 def _subtract(site: Site, a: Any, b: Any, alpha: float = 1) -> Layer:
@@ -481,7 +294,7 @@ def _negate(site: Site, x: Layer) -> Layer:
 
 def _clamp(site: Site, x: Layer, low: Any = None, high: Any = None) -> Layer:
     bounds = [default if v is None else float(v) for v, default in ((low, -math.inf), (high, math.inf))]
-    return site.layer("clamp", [x], low=min(bounds), high=bounds[1])
+    return site.layer(Clamp, [x], low=min(bounds), high=bounds[1])
 
 
 def _clamp_max(site: Site, x: Layer, high: Any) -> Layer:
@@ -513,7 +326,7 @@ def _table(site: Site, *args: Any, **kwargs: Any) -> Layer:
         )
     functions = [_path(root, a) if isinstance(a, Layer) else _scalar(site, a) for a in args]
     return site.layer(
-        "table", [root], function=lambda v: target(*(f(v) if callable(f) else f for f in functions), **kwargs)
+        Table, [root], function=lambda v: target(*(f(v) if callable(f) else f for f in functions), **kwargs)
     )
 
 
@@ -523,19 +336,6 @@ def _scalar(site: Site, constant: Any) -> Any:
             site.fail("one number for the whole tensor", f"a constant of shape {list(constant.shape)}")
         return constant.reshape(()).double() if constant.is_floating_point() else constant.reshape(())
     return constant
-
-
-def elementwise(layer: Layer) -> Callable[[Tensor], Tensor] | None:
-    """What the layer does to each element, where that is the same function everywhere."""
-    low, high = layer.low, layer.high  # values of now: a rewrite may change the layer later
-    if layer.op == "table":
-        return layer.function
-    if layer.op == "clamp":
-        return lambda v: v.clamp(low, high)
-    if layer.uniform:
-        scale, shift = float(layer.scale[0]), float(layer.shift[0])
-        return lambda v: (v * scale + shift).clamp(low, high)
-    return None
 
 
 def _ancestry(layer: Layer) -> list[Layer]:
@@ -551,7 +351,7 @@ def _ancestor(layers: list[Layer]) -> Layer | None:
     return next((layer for layer in chains[0] if all(layer in chain for chain in chains)), None)
 
 
-def _path(root: Layer, layer: Layer) -> Callable[[Tensor], Tensor]:
+def _path(root: Layer, layer: Layer) -> Function:
     """The function that leads from `root` to `layer`."""
     functions = [elementwise(step) for step in _ancestry(layer)[: _ancestry(layer).index(root)]]
 
@@ -564,7 +364,7 @@ def _path(root: Layer, layer: Layer) -> Callable[[Tensor], Tensor]:
 
 
 def _reshape(site: Site, x: Layer, *_: Any, **__: Any) -> Layer:
-    return x if site.shape == x.shape else site.layer("reshape", [x])
+    return x if site.shape == x.shape else site.layer(Reshape, [x])
 
 
 def _permute(site: Site, x: Layer, *dims: Any) -> Layer:
@@ -586,7 +386,7 @@ def _concat(site: Site, tensors: list, dim: int = 0) -> Layer:
         site.fail("concatenation along dimension 1", f"dimension {dim}")
     if not all(isinstance(x, Layer) for x in tensors):
         site.fail("concatenation of activations", "a constant")
-    return tensors[0] if len(tensors) == 1 else site.layer("concat", list(tensors))
+    return tensors[0] if len(tensors) == 1 else site.layer(Concat, list(tensors))
 
 
 def _pad(site: Site, x: Layer, padding: list[int], mode: str = "constant", value: float | None = None) -> Layer:
@@ -596,7 +396,7 @@ def _pad(site: Site, x: Layer, padding: list[int], mode: str = "constant", value
     left, right, top, bottom, *rest = [int(p) for p in padding] + [0] * (4 - len(padding))
     if any(rest) or min(left, right, top, bottom) < 0 or len(x.shape) != 3:
         site.fail("padding of height and width by 0 or more", f"{list(padding)} on {list(x.shape)}")
-    return site.layer("pad", [x], window={"padding": [top, left, bottom, right]})
+    return site.layer(Pad, [x], padding=[top, left, bottom, right])
 
 
 def _pool_window(site: Site, x: Layer, kernel: Any, stride: Any, padding: Any, dilation: Any) -> dict[str, list[int]]:
@@ -615,7 +415,7 @@ def _pool_window(site: Site, x: Layer, kernel: Any, stride: Any, padding: Any, d
 def _max_pool2d(
     site: Site, x: Layer, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil: bool = False
 ) -> Layer:
-    return site.layer("max_pool2d", [x], window=_pool_window(site, x, kernel, stride, padding, dilation))
+    return site.layer(MaxPool2d, [x], window=_pool_window(site, x, kernel, stride, padding, dilation))
 
 
 def _avg_pool2d(
@@ -645,14 +445,7 @@ def _avg_pool2d(
             "ceil_mode with count_include_pad; set one to False",
         )
     used = np.unique(divisors.numpy())
-    return site.layer(
-        "avg_pool2d",
-        [x],
-        window=window,
-        divisors=used if len(used) == 1 else by_count,
-        scale=np.ones(1),
-        shift=np.zeros(1),
-    )
+    return site.layer(AvgPool2d, [x], window=window, divisors=used if len(used) == 1 else by_count)
 
 
 def _adaptive_kernel(site: Site, x: Layer, size: Any) -> list[int] | None:
@@ -674,34 +467,35 @@ def _adaptive_max_pool2d(site: Site, x: Layer, size: Any) -> Layer:
     return x if kernel is None else _max_pool2d(site, x, kernel)
 
 
-def _reduce(site: Site, x: Layer, dims: Any, pool: str, divisor: float | None = None) -> Layer:
+def _reduce(site: Site, x: Layer, dims: Any, kind: type[MaxPool2d | AvgPool2d], divisor: float | None = None) -> Layer:
     """Maximum, or sum over `divisor` (None: mean), of height, width or both, or the length of [N, C, L]: one pool."""
     rank = len(x.shape) + 1
     reduced = {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]) if d is not None}
     if rank not in (3, 4) or not reduced or min(reduced) < 2:
         site.fail("a reduction over height, width or both", f"one over dimensions {sorted(reduced) or 'all'} of {rank}")
-    image = x if rank == 4 else site.layer("reshape", [x], (*x.shape, 1))
+    image = x if rank == 4 else site.layer(Reshape, [x], (*x.shape, 1))
     kernel = [image.shape[i - 1] if i in reduced else 1 for i in (2, 3)]
     shape = (x.shape[0], *(size // k for size, k in zip(image.shape[1:], kernel, strict=True)))
-    pooled = site.layer(pool, [image], shape, window={"kernel": kernel, "stride": kernel, "padding": [0] * 4})
-    if pool == "max_pool2d":
-        pooled.window["dilation"] = [1, 1]
+    window = {"kernel": kernel, "stride": kernel, "padding": [0] * 4}
+    pooled: Layer
+    if kind is MaxPool2d:
+        pooled = site.layer(MaxPool2d, [image], shape, window=window | {"dilation": [1, 1]})
     else:
-        pooled.scale, pooled.shift = np.ones(1), np.zeros(1)
-        pooled.divisors = np.array([divisor or float(math.prod(kernel))])
-    return pooled if site.shape == pooled.shape else site.layer("reshape", [pooled])
+        divisors = np.array([divisor or float(math.prod(kernel))])
+        pooled = site.layer(AvgPool2d, [image], shape, window=window, divisors=divisors)
+    return pooled if site.shape == pooled.shape else site.layer(Reshape, [pooled])
 
 
 def _mean(site: Site, x: Layer, dims: Any = None, keepdim: bool = False, **_: Any) -> Layer:
-    return _reduce(site, x, dims, "avg_pool2d")
+    return _reduce(site, x, dims, AvgPool2d)
 
 
 def _sum(site: Site, x: Layer, dims: Any = None, keepdim: bool = False, **_: Any) -> Layer:
-    return _reduce(site, x, dims, "avg_pool2d", divisor=1.0)
+    return _reduce(site, x, dims, AvgPool2d, divisor=1.0)
 
 
 def _maximum_over(site: Site, x: Layer, dims: Any = (), keepdim: bool = False) -> Layer:
-    return _reduce(site, x, dims, "max_pool2d")
+    return _reduce(site, x, dims, MaxPool2d)
 
 
 def _slice(
@@ -713,9 +507,8 @@ def _slice(
     if start or dim < 2 or len(x.shape) != 3 or site.shape[dim - 1] != -(-x.shape[dim - 1] // step):
         site.fail("x[..., ::step] of height or width", f"a slice of dimension {dim}")
     stride = [step if dim == 2 else 1, step if dim == 3 else 1]
-    return site.layer(
-        "max_pool2d", [x], window={"kernel": [1, 1], "stride": stride, "padding": [0] * 4, "dilation": [1, 1]}
-    )
+    window = {"kernel": [1, 1], "stride": stride, "padding": [0] * 4, "dilation": [1, 1]}
+    return site.layer(MaxPool2d, [x], window=window)
 
 
 RESHAPES = "view reshape flatten squeeze unsqueeze unflatten _unsafe_view"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from qdeploy import reference
-from qdeploy.calibrate import ONE_GRID, Grid
+from qdeploy.exporter.grid import Grid
+from qdeploy.exporter.layers import Input, Layer, Network, Weighted
 from qdeploy.graph import Graph
 from qdeploy.graph import Tensor as Activation
-from qdeploy.lowering import Layer, LearnedWeight, Network
 from qdeploy.model import load_int_model
 
 REPORT_MACS = 16e9  # in all: an integer and a float run of so many take seconds
@@ -98,19 +97,18 @@ class ExportReport:
         return f"{layer.member}/{layer.name}" if several else layer.name
 
 
-def _macs(layer: Layer) -> int:
-    return math.prod(layer.shape) * math.prod(layer.weight_shape[1:]) if layer.weight_shape else 0
-
-
 def images_to_compare(networks: list[Network]) -> int:
     """How many images `compare` should get: 2 to 256, fewer of large networks."""
-    macs = sum(_macs(layer) for network in networks for layer in network.layers)
+    macs = sum(layer.macs for network in networks for layer in network.layers if isinstance(layer, Weighted))
     return int(np.clip(REPORT_MACS / max(macs, 1), 2, REPORT_IMAGES))
 
 
 def compare(graph: Graph, networks: list[Network], path: str | os.PathLike, images: np.ndarray) -> ExportReport:
     """Runs the file written to `path` by the engine and the networks in float32 on f32 `images`."""
-    compared = [[layer for layer in network.layers if layer.op not in (*ONE_GRID, "input")] for network in networks]
+    compared = [
+        [layer for layer in network.layers if not layer.same_grid and not isinstance(layer, Input)]
+        for network in networks
+    ]
     prefixes = [f"{member.name}/" if graph.combine else "" for member in graph.members]
     taps = [prefix + layer.name for prefix, layers in zip(prefixes, compared, strict=True) for layer in layers]
     output, integers = load_int_model(path)(images, taps=taps)
@@ -143,11 +141,11 @@ def compare(graph: Graph, networks: list[Network], path: str | os.PathLike, imag
 
 
 def _row(member: str, layer: Layer, sqnr: float | None) -> LayerReport:
-    quantizer = ""
-    if layer.weight is not None:
-        quantizer = "learned" if isinstance(layer.weight, LearnedWeight) else "rounded"
-    weights = math.prod(layer.weight_shape) if layer.weight is not None else 0
-    return LayerReport(member, layer.name, layer.op, layer.bits, weights, _macs(layer), quantizer, sqnr)
+    if not isinstance(layer, Weighted):
+        return LayerReport(member, layer.name, layer.op, None, 0, 0, "", sqnr)
+    codes = layer.codes
+    weights = codes.values.size if codes.quantizer else 0
+    return LayerReport(member, layer.name, layer.op, codes.bits, weights, layer.macs, codes.quantizer, sqnr)
 
 
 def _float_values(network: Network, images: np.ndarray, layers: list[Layer]) -> dict[Layer, np.ndarray]:

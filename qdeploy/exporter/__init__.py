@@ -1,0 +1,166 @@
+"""`qdeploy.export`: a trained PyTorch network becomes an integer model file, exactly or not at all.
+
+The codes in the file are those of training: rint(clamp(w / step)) of the weight that LSQ trained. BatchNorm, biases
+and all scales go into one multiplier and one bias per channel, computed once in float64 (docs/format.md section 4 is
+the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass. Needs PyTorch.
+
+    trace -> lowering    torch.export, then one layer for each ATen operator (layers.py), in real numbers
+    fusion               few layers of the many, each an operation of the file
+    weights, calibrate   codes of the weights, grids (grid.py) of the activations
+    emit                 the integer graph
+    report               its engine beside the network
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qdeploy import format, reference
+from qdeploy.errors import InputError
+from qdeploy.exporter.calibrate import OBSERVERS, Scales, observe
+from qdeploy.exporter.emit import emit
+from qdeploy.exporter.fusion import fuse
+from qdeploy.exporter.lowering import lower
+from qdeploy.exporter.report import ExportReport, compare, images_to_compare
+from qdeploy.exporter.weights import quantize_weights
+from qdeploy.graph import COMBINE, Graph
+
+__all__ = ["ExportReport", "export", "export_ensemble"]
+
+
+def export(
+    net: nn.Module,
+    example: Tensor | np.ndarray,
+    path: str | os.PathLike[str],
+    calibration: object = None,
+    *,
+    fallback_bits: int | Mapping[str, int] | None = None,
+    observer: str = "minmax",
+    preprocess: Mapping[str, float | Sequence[float]] | None = None,
+    classes: Sequence[str] | None = None,
+) -> ExportReport:
+    """Writes `net` as an integer model file and returns how close the integers are to the network.
+
+    Args:
+        net: traced in eval mode by torch.export and left as it was. Weights carry LSQ quantizers
+            (`qdeploy.training.quantize_`).
+        example: float32 [N, C, H, W] or [N, F]; only its shape matters.
+        path: the file; one that exists is replaced when the new one is complete.
+        calibration: float32 inputs, an array [N, ...] or an iterable of batches or of (batch, ...) tuples, read once;
+            with `preprocess` also uint8 [N, H, W, C] images. May be None where every tensor between layers has a
+            learned quantizer.
+        fallback_bits: what weights without a learned quantizer may do. None: only the classifier (the last layer) is
+            rounded to 8 bits per channel, any other is an error. A number: all of them are rounded to it. A mapping
+            from module names: these are.
+        observer: "minmax", "percentile" (99.99) or "mse": how the range of a tensor without learned quantizer follows
+            from the data.
+        preprocess: {"mean": [C], "std": [C]} of the images in 0..1; the file then also takes raw uint8 [N, H, W, C]
+            images.
+        classes: names of the classes, one for each logit.
+
+    Raises:
+        ExportError: an operator the engine lacks, an unquantized weight, a bad step; names the module.
+        InputError: an example, calibration batch or option that does not fit.
+        ModelError: the file cannot be written.
+    """
+    options = _Options(fallback_bits, observer, preprocess, classes)
+    return _export({"net": net}, None, example, path, calibration, options)
+
+
+def export_ensemble(
+    nets: Sequence[nn.Module],
+    example: Tensor | np.ndarray,
+    path: str | os.PathLike[str],
+    calibration: object = None,
+    *,
+    combine: str = "logits",
+    fallback_bits: int | Mapping[str, int] | None = None,
+    observer: str = "minmax",
+    preprocess: Mapping[str, float | Sequence[float]] | None = None,
+    classes: Sequence[str] | None = None,
+) -> ExportReport:
+    """Writes two or more networks as one file whose output is the ensemble's probabilities; arguments as for `export`.
+
+    combine: "logits", softmax of the mean logit (QT-DoG equation 6), or "probs", mean of the members' softmax.
+    Members are named member0, member1... in order.
+    """
+    if combine not in COMBINE:
+        raise InputError(f"expected combine {' or '.join(COMBINE)}, got {combine!r} - at export_ensemble")
+    if len(nets) < 2:
+        raise InputError(f"expected two or more networks, got {len(nets)} - at export_ensemble")
+    members = {f"member{i}": net for i, net in enumerate(nets)}
+    options = _Options(fallback_bits, observer, preprocess, classes)
+    return _export(members, combine, example, path, calibration, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """As for `export`."""
+
+    fallback_bits: int | Mapping[str, int] | None
+    observer: str
+    preprocess: Mapping[str, float | Sequence[float]] | None
+    classes: Sequence[str] | None
+
+
+def _export(
+    nets: Mapping[str, nn.Module],
+    combine: str | None,
+    example: Tensor | np.ndarray,
+    path: str | os.PathLike[str],
+    calibration: object,
+    options: _Options,
+) -> ExportReport:
+    """`nets` by the name of the member that each becomes."""
+    if options.observer not in OBSERVERS:
+        raise InputError(f"expected observer {', '.join(OBSERVERS)}, got {options.observer!r} - at export")
+    example = _checked_example(example)
+    preprocess = _checked_preprocess(options.preprocess, tuple(example.shape[1:]))
+    networks = [fuse(lower(net, example)) for net in nets.values()]
+    for network in networks:
+        quantize_weights(network, options.fallback_bits)
+    scales = [Scales(network, options.observer) for network in networks]
+    images = observe(scales, calibration, example.numpy(), preprocess, images_to_compare(networks))
+    members = [emit(name, network, scale.grids()) for name, network, scale in zip(nets, networks, scales, strict=True)]
+    if preprocess is not None:
+        for member in members:
+            member.preprocess_table = reference.preprocess_table(preprocess, member.tensors[0])
+    classes = None if options.classes is None else [str(name) for name in options.classes]
+    graph = Graph(members, combine, preprocess, classes)
+    format.save(graph, path)
+    return compare(graph, networks, path, images)
+
+
+def _checked_example(example: Tensor | np.ndarray) -> Tensor:
+    example = torch.from_numpy(example) if isinstance(example, np.ndarray) else example
+    if not isinstance(example, Tensor):
+        raise InputError(f"expected an array or tensor, got {type(example).__name__} - at the example")
+    if example.dtype != torch.float32 or example.dim() not in (2, 4) or not example.numel():
+        got = f"{str(example.dtype).removeprefix('torch.')} {list(example.shape)}"
+        raise InputError(f"expected float32 [N, C, H, W] or [N, F] with N >= 1, got {got} - at the example")
+    return example.detach().cpu()
+
+
+def _checked_preprocess(
+    preprocess: Mapping[str, float | Sequence[float]] | None, shape: tuple[int, ...]
+) -> dict[str, list[float]] | None:
+    if preprocess is None:
+        return None
+    if set(preprocess) != {"mean", "std"} or len(shape) != 3:
+        got = f"{sorted(preprocess)} for inputs {list(shape)}"
+        raise InputError(f"expected mean and std, for inputs [C, H, W], got {got} - at preprocess")
+    values = {}
+    for key in ("mean", "std"):
+        numbers = np.asarray(preprocess[key], np.float64)
+        if numbers.size not in (1, shape[0]) or not np.isfinite(numbers).all():
+            raise InputError(f"expected 1 or {shape[0]} finite numbers, got {preprocess[key]} - at preprocess {key}")
+        values[key] = np.broadcast_to(numbers.reshape(-1), shape[:1]).tolist()
+    if min(values["std"]) <= 0:
+        raise InputError(f"expected numbers greater than 0, got {preprocess['std']} - at preprocess std")
+    return values

@@ -1,0 +1,147 @@
+"""From layers, their codes and their grids to the integer graph: EMIT has one function for each operation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from qdeploy.errors import ExportError
+from qdeploy.exporter.grid import Grid
+from qdeploy.exporter.layers import (
+    Add,
+    AvgPool2d,
+    Conv2d,
+    Input,
+    Layer,
+    MaxPool2d,
+    Network,
+    Quantize,
+    Table,
+    Weighted,
+)
+from qdeploy.graph import Member, Node
+from qdeploy.graph import Tensor as Activation
+from qdeploy.ops import OPS
+
+
+def emit(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
+    """The integer graph of one network, whose weights are codes; `grids` are those of all layers but the last."""
+    for layer in [layer for layer in network.layers if isinstance(layer, Quantize)]:
+        if grids[layer] == grids[layer.inputs[0]] == layer.grid:
+            network.replace(layer, layer.inputs[0])
+    grids = {**grids, network.output: Grid(1.0, 0)}
+    ids = {layer: i for i, layer in enumerate(network.layers)}
+    tensors, nodes = [], []
+    for layer in network.layers:
+        out, is_float = grids[layer], layer is network.output
+        dtype = "f32" if is_float else "u8"
+        tensors.append(Activation(layer.name, _engine_shape(layer), dtype, out.scale, out.zero_point))
+        if isinstance(layer, Input):
+            continue
+        op = "table" if isinstance(layer, Quantize) else layer.op
+        node = Node(op, layer.name, [ids[x] for x in layer.inputs], ids[layer])
+        EMIT[op](node, layer, [grids[x] for x in layer.inputs], out, is_float)
+        if OPS[op].requantized and not is_float:
+            node.attributes["clamp"] = [int(code) for code in out.codes(np.array([layer.low, layer.high]))]
+        nodes.append(node)
+    return Member(name, tensors, nodes)
+
+
+def _engine_shape(layer: Layer) -> tuple[int, ...]:
+    if len(layer.shape) > 3:
+        got = f"[N, {', '.join(map(str, layer.shape))}]"
+        raise ExportError(f"expected tensors [N, C, H, W] or [N, F] between operators, got {got} - at {layer.name}")
+    return (*layer.shape, 1) if len(layer.shape) == 2 else layer.shape
+
+
+def _f32(value: np.ndarray | float) -> np.ndarray:
+    """Rounds to f32; subnormal numbers, which some processors take for 0, become 0."""
+    value = np.asarray(value, np.float64)
+    with np.errstate(over="ignore"):  # infinity is refused by _check_bound
+        return np.where(np.abs(value) < 2.0**-126, 0.0, value).astype(np.float32)
+
+
+def _emit_weighted(node: Node, layer: Weighted, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    """r = fma(acc, m, b), with a residual fma(q_res, m_res, r), in steps of the output grid; its zero point is in b."""
+    multiplier = _f32(layer.scale * inputs[0].scale / out.scale)
+    bias = layer.shift / out.scale + out.zero_point
+    residual = 0.0
+    if len(inputs) == 2:
+        residual = float(_f32(layer.residual * inputs[1].scale / out.scale))
+        bias = bias - residual * inputs[1].zero_point
+        node.attributes["residual_multiplier"] = residual
+    if isinstance(layer, Conv2d):
+        node.attributes |= layer.window
+    codes = layer.codes.values
+    magnitude = np.abs(codes.reshape(len(codes), -1).astype(np.int64)).sum(1)
+    reach = 255 * magnitude * np.abs(multiplier, dtype=np.float64) + 255 * abs(residual)
+    if not is_float:  # what is dead or saturated whatever the input stays so with a bias within the format's bounds
+        bias = np.clip(bias, -1.01 * reach - 256, 1.01 * reach + 256)
+    node.bits = layer.codes.bits
+    node.constants = {"weight": codes, "multiplier": multiplier, "bias": _f32(bias)}
+    _check_bound(layer, reach + np.abs(bias), is_float)
+
+
+def _check_bound(layer: Layer, largest: np.ndarray, is_float: bool) -> None:
+    """docs/format.md, bounds that a reader checks; told here with the module's name."""
+    limit = 100 if is_float else 30
+    worst = int(np.argmax(largest))
+    if not largest[worst] < 2.0**limit:
+        raise ExportError(
+            f"expected results below 2^{limit} output steps, got up to {largest[worst]:.3g} in channel {worst} "
+            f"(a scale or BatchNorm far from its data) - at {layer.name}"
+        )
+
+
+def _emit_add(node: Node, layer: Add, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    multipliers = [float(_f32(f * grid.scale / out.scale)) for f, grid in zip(layer.factors, inputs, strict=True)]
+    bias = layer.shift[0] / out.scale + out.zero_point
+    bias -= sum(m * grid.zero_point for m, grid in zip(multipliers, inputs, strict=True))
+    node.attributes |= {"multipliers": multipliers, "bias": float(_f32(bias))}
+    _check_bound(layer, np.array([255 * sum(map(abs, multipliers)) + abs(bias)]), is_float)
+
+
+def _emit_avg_pool2d(node: Node, layer: AvgPool2d, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    bias = layer.shift[0] / out.scale + out.zero_point
+    multiplier = _f32(layer.scale[0] * inputs[0].scale / (layer.divisors * out.scale))
+    node.attributes |= layer.window | {"bias": float(_f32(bias))}
+    node.constants = {"multiplier": multiplier}
+    elements = math.prod(layer.window["kernel"])
+    counts = elements if multiplier.size == 1 else np.arange(1, elements + 1)
+    _check_bound(layer, 255 * counts * np.abs(multiplier, dtype=np.float64) + abs(bias), is_float)
+
+
+def _emit_max_pool2d(node: Node, layer: MaxPool2d, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    node.attributes |= layer.window
+
+
+def _emit_table(node: Node, layer: Table | Quantize, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    real = torch.from_numpy(inputs[0].real(np.arange(256)))
+    values = layer.function(real).double().broadcast_to(256).numpy()
+    used = values[inputs[0].low : inputs[0].high + 1]
+    if np.isnan(used).any() or is_float and np.isinf(used).any():
+        wrong = float(real[inputs[0].low :][~np.isfinite(used)][0])
+        expected = "a function that is finite on the range of its input"
+        raise ExportError(f"expected {expected}, got none at {wrong:.4g} - at {layer.name}")
+    values = np.nan_to_num(values) if is_float else np.where(np.isnan(values), 0, values)
+    node.constants = {"table": _f32(values) if is_float else out.codes(values).astype(np.uint8)}
+
+
+def _emit_move(node: Node, layer: Layer, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    """Inputs and shapes say it all."""
+
+
+EMIT: dict[str, Callable[[Node, Any, list[Grid], Grid, bool], None]] = {
+    "conv2d": _emit_weighted,
+    "linear": _emit_weighted,
+    "add": _emit_add,
+    "avg_pool2d": _emit_avg_pool2d,
+    "max_pool2d": _emit_max_pool2d,
+    "table": _emit_table,
+    "concat": _emit_move,
+    "reshape": _emit_move,
+}

@@ -1,0 +1,51 @@
+"""The u8 codes of a tensor: `real = scale * (code - zero_point)`.
+
+Real 0 is always exact: it is what padding and ReLU produce. A tensor that is never negative gets zero point 0 and all
+256 codes for its positive side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes of one tensor; `low` and `high` are the codes it may take (a 4-bit activation has 0..15)."""
+
+    scale: float  # an f32 greater than 0
+    zero_point: int
+    low: int = 0
+    high: int = 255
+
+    def codes(self, real: np.ndarray) -> np.ndarray:
+        """Nearest codes of `real`, in float64 and clamped: what tables of the file are made of."""
+        return np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, self.low, self.high)
+
+    def real(self, codes: np.ndarray) -> np.ndarray:
+        """The real numbers (float64) that `codes` stand for."""
+        return self.scale * (np.asarray(codes, np.float64) - self.zero_point)
+
+    def covers(self, low: float, high: float) -> bool:
+        """Whether every real number from `low` to `high` is at most half a step away from a code."""
+        half = self.scale / 2
+        return self.real(self.low) - half <= low and high <= self.real(self.high) + half
+
+
+def grid_of_range(low: float, high: float) -> Grid:
+    """The finest grid that holds [low, high] and 0. All zeros (a dead layer) get scale 1: any grid is exact."""
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if high - low < 1e-20:
+        return Grid(1.0, 0)
+    exact = -low / (high - low) * 255
+    step, zero_point = min((_least_step(low, high, z), z) for z in (int(exact), min(int(exact) + 1, 255)))
+    return Grid(float(np.float32(step)), zero_point)
+
+
+def _least_step(low: float, high: float, zero_point: int) -> float:
+    """The least step with which both ends have a code; on a side without codes the end is within half a step of 0."""
+    below = -low / zero_point if zero_point else 2 * -low
+    above = high / (255 - zero_point) if zero_point < 255 else 2 * high
+    return max(below, above)

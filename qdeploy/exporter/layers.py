@@ -1,0 +1,241 @@
+"""A network as layers, still in real numbers: the operations of docs/format.md, and those that rules make into them.
+
+What a layer computes is `clamp(linear part, low, high)`. BatchNorm goes into the float64 scale and shift of a linear
+part, never into the weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from qdeploy.errors import ExportError
+from qdeploy.exporter.grid import Grid
+from qdeploy.exporter.trace import Trace
+from qdeploy.ops import OPS
+
+Function = Callable[[Tensor], Tensor]  # elementwise, float64 to float64
+
+
+# ---- Weights ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LearnedWeight:
+    """A weight and its LSQ quantizer, as the node qdeploy::lsq names them."""
+
+    value: Tensor
+    step: Tensor
+    qmin: int
+    qmax: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized weight. `quantizer`: "learned", "rounded" (fallback_bits), or "" of a layer that a rule made."""
+
+    values: np.ndarray  # int8
+    bits: int
+    quantizer: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+def checked_step(step: Tensor, where: str) -> np.ndarray:
+    """The steps as float64; ExportError where one is not positive and finite, or all are 1.0: never initialized."""
+    steps = step.detach().cpu().reshape(-1).numpy()
+    wrong = np.flatnonzero(~(np.isfinite(steps) & (steps > 0)))
+    if len(wrong):
+        raise ExportError(f"expected positive finite steps, got {steps[wrong[0]]} for channel {wrong[0]} - at {where}")
+    if (steps == 1).all():
+        raise ExportError(f"expected trained steps, got 1.0 for all as if never initialized - at {where}")
+    return steps.astype(np.float64)
+
+
+# ---- Layers -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Layer:
+    """What all layers have. `op` is one of docs/format.md, or input, affine, clamp, pad or quantize."""
+
+    op: ClassVar[str]
+    name: str  # of the module; unique once the network is lowered
+    inputs: list[Layer]
+    shape: tuple[int, ...]  # without the batch
+    value: fx.Node  # of the trace: its output, clamped to [low, high], is this layer's
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def clamped(self) -> bool:
+        return (self.low, self.high) != (-math.inf, math.inf)
+
+    @property
+    def same_grid(self) -> bool:
+        """Its codes are codes of its inputs."""
+        return self.op in OPS and OPS[self.op].same_grid
+
+
+class Input(Layer):
+    op = "input"
+
+
+@dataclass(eq=False, kw_only=True)
+class Scaled(Layer):
+    """A linear part that ends in `scale[c] * ... + shift[c]`; float64 [channels], of a pool [1]."""
+
+    scale: np.ndarray
+    shift: np.ndarray
+
+
+@dataclass(eq=False, kw_only=True)
+class Weighted(Scaled):
+    """`scale[c] * (weight * x)[c] + shift[c]`, and with a second input `+ residual * inputs[1]`."""
+
+    weight: LearnedWeight | Tensor | Codes
+    residual: float = 1.0
+
+    @property
+    def codes(self) -> Codes:
+        """The weight, once weights.py has quantized it."""
+        assert isinstance(self.weight, Codes)
+        return self.weight
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        return math.prod(self.shape) * math.prod(self.weight.shape[1:])
+
+
+@dataclass(eq=False, kw_only=True)
+class Conv2d(Weighted):
+    op = "conv2d"
+    window: dict[str, Any]  # attributes as in docs/format.md, so for the pools
+
+
+class Linear(Weighted):
+    op = "linear"
+
+
+class Affine(Scaled):
+    """`scale[c] * x + shift[c]`: BatchNorm, constants."""
+
+    op = "affine"
+
+    @property
+    def uniform(self) -> bool:
+        """With one scale and one shift for the whole tensor."""
+        return bool(np.ptp(self.scale) == 0 and np.ptp(self.shift) == 0)
+
+
+@dataclass(eq=False, kw_only=True)
+class AvgPool2d(Scaled):
+    op = "avg_pool2d"
+    window: dict[str, Any]
+    divisors: np.ndarray  # [1], or by number of real elements in the window
+    scale: np.ndarray = field(default_factory=lambda: np.ones(1))
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+
+@dataclass(eq=False, kw_only=True)
+class MaxPool2d(Layer):
+    op = "max_pool2d"
+    window: dict[str, Any]
+
+
+@dataclass(eq=False, kw_only=True)
+class Add(Layer):
+    """`factors[0] * inputs[0] + factors[1] * inputs[1] + shift`."""
+
+    op = "add"
+    factors: tuple[float, float]
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+
+class Clamp(Layer):
+    op = "clamp"
+
+
+@dataclass(eq=False, kw_only=True)
+class Pad(Layer):
+    op = "pad"
+    padding: list[int]  # top, left, bottom, right; by 0
+
+
+class Concat(Layer):
+    op = "concat"
+
+
+class Reshape(Layer):
+    op = "reshape"
+
+
+@dataclass(eq=False, kw_only=True)
+class Table(Layer):
+    op = "table"
+    function: Function  # its clamp is in it
+
+
+@dataclass(eq=False, kw_only=True)
+class Quantize(Layer):
+    """A learned quantizer of an activation: nothing where its input has its grid, else a table."""
+
+    op = "quantize"
+    grid: Grid
+
+    def function(self, values: Tensor) -> Tensor:
+        return torch.from_numpy(self.grid.real(self.grid.codes(values.numpy())))
+
+
+def elementwise(layer: Layer) -> Function | None:
+    """What the layer does to each element, where that is the same function everywhere."""
+    low, high = layer.low, layer.high  # values of now: a rule may change the layer later
+    if isinstance(layer, Table):
+        return layer.function
+    if isinstance(layer, Clamp):
+        return lambda v: v.clamp(low, high)
+    if isinstance(layer, Affine) and layer.uniform:
+        scale, shift = float(layer.scale[0]), float(layer.shift[0])
+        return lambda v: (v * scale + shift).clamp(low, high)
+    return None
+
+
+# ---- Networks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Network:
+    """The layers in execution order; layers[0] is the input."""
+
+    trace: Trace
+    layers: list[Layer]
+    output: Layer
+
+    def users(self, layer: Layer) -> list[Layer]:
+        return [user for user in self.layers if layer in user.inputs]
+
+    def only_user(self, layer: Layer) -> Layer | None:
+        users = self.users(layer)
+        return users[0] if len(users) == 1 and layer is not self.output and users[0].inputs.count(layer) == 1 else None
+
+    def replace(self, old: Layer, new: Layer) -> None:
+        """Everything that read `old` reads `new`; `old` is removed, and `new` stands there unless it has a place."""
+        for user in self.users(old):
+            if user is not new:
+                user.inputs = [new if x is old else x for x in user.inputs]
+        self.output = new if self.output is old else self.output
+        place = self.layers.index(old)
+        self.layers[place : place + 1] = [] if new in self.layers else [new]

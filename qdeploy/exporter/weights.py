@@ -1,0 +1,98 @@
+"""From real weights to integer codes: those of training where there is a learned quantizer, else rounded ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from qdeploy.errors import ExportError, InputError
+from qdeploy.exporter.layers import Codes, LearnedWeight, Network, Weighted, checked_step
+
+CLASSIFIER_BITS = 8
+
+
+def quantize_weights(network: Network, fallback_bits: int | Mapping[str, int] | None) -> None:
+    """Turns every weight into codes and multiplies its step into the scale of its layer."""
+    layers = [layer for layer in network.layers if isinstance(layer, Weighted)]
+    fallback = _fallback(network, layers, fallback_bits)
+    for layer in layers:
+        if isinstance(layer.weight, LearnedWeight):
+            codes, step = _learned_codes(layer.weight, layer.name)
+        elif isinstance(layer.weight, Codes):
+            codes, step = layer.weight, np.ones(1)
+        elif layer in fallback:
+            codes, step = _rounded_codes(layer.weight, fallback[layer])
+        else:
+            expected = "a learned quantizer (quantize_) or fallback_bits for it"
+            raise ExportError(f"expected {expected}, got a float32 weight - at {layer.name}.weight")
+        layer.weight, layer.scale = codes, layer.scale * step
+        _check(layer, codes)
+
+
+def _check(layer: Weighted, codes: Codes) -> None:
+    finite = np.isfinite(layer.scale) & np.isfinite(layer.shift)
+    if not finite.all():
+        got = f"NaN or infinity in channel {int(np.argmin(finite))}"
+        raise ExportError(f"expected finite weights, bias and BatchNorm, got {got} - at {layer.name}")
+    depth, most = math.prod(codes.shape[1:]), (2**31 - 1) // (255 * 2 ** (codes.bits - 1))
+    if depth > most:  # docs/format.md, bounds: accumulators of 32 bits
+        expected = f"at most {most} weights of {codes.bits} bits per output channel"
+        raise ExportError(f"expected {expected}, got {depth} - at {layer.name}")
+
+
+def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray]:
+    """The codes and the steps, float64 [1] or [channels]."""
+    step = checked_step(learned.step, f"{name}.weight")
+    bits = max((-learned.qmin - 1).bit_length(), learned.qmax.bit_length()) + 1
+    if not 2 <= bits <= 8:
+        got = f"{learned.qmin}..{learned.qmax}"
+        raise ExportError(f"expected signed codes of 2 to 8 bits, got {got} - at {name}.weight")
+    value = learned.value.detach().cpu().numpy()
+    scaled = value / _per_channel(step, value.ndim).astype(np.float32)  # one f32 division, as in training
+    return Codes(np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8), bits, "learned"), step
+
+
+def _rounded_codes(weight: Tensor, bits: int) -> tuple[Codes, np.ndarray]:
+    """Round to nearest, the largest weight of each channel on the largest code; the steps are float64 [channels]."""
+    value = weight.detach().cpu().numpy().astype(np.float64)
+    largest = np.abs(value).reshape(len(value), -1).max(1)
+    step = np.where(largest > 0, largest, 1) / (2 ** (bits - 1) - 1)
+    return Codes(np.rint(value / _per_channel(step, value.ndim)).astype(np.int8), bits, "rounded"), step
+
+
+def _per_channel(step: np.ndarray, ndim: int) -> np.ndarray:
+    return step.reshape(-1, *[1] * (ndim - 1))
+
+
+def _fallback(network: Network, layers: list[Weighted], bits: int | Mapping[str, int] | None) -> dict[Weighted, int]:
+    """Of `layers` those that may do without a learned quantizer, and their bits."""
+    plain = [layer for layer in layers if isinstance(layer.weight, Tensor)]
+    classifier = _classifier(network)
+    result = {classifier: CLASSIFIER_BITS} if classifier in plain else {}
+    if isinstance(bits, Mapping):
+        for name, width in bits.items():
+            named = [layer for layer in plain if layer.name.split("#")[0] == name]
+            if not named:
+                names = ", ".join(layer.name for layer in plain) or "there is none"
+                expected = f"the name of a module with a float32 weight ({names})"
+                raise ExportError(f"expected {expected}, got {name!r} - at fallback_bits")
+            result |= dict.fromkeys(named, width)
+    elif bits is not None:
+        result = dict.fromkeys(plain, bits)
+    for width in result.values() if bits is None or isinstance(bits, Mapping) else [bits]:
+        if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= 8:
+            raise InputError(f"expected 2 to 8 bits, got {width!r} - at fallback_bits")
+    return result
+
+
+def _classifier(network: Network) -> Weighted | None:
+    """The layer that computes the logits: nothing with weights and nothing with two inputs comes after it."""
+    layer = network.output
+    while not isinstance(layer, Weighted) or isinstance(layer.weight, Codes):
+        if len(layer.inputs) != 1:
+            return None
+        layer = layer.inputs[0]
+    return layer

@@ -1,0 +1,89 @@
+"""What people see of a run: values in aligned columns, a line or a bar that shows progress."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+Status = Callable[[str], None]  # takes what goes on now, as `status` does
+
+
+class Advance(Protocol):
+    """Call it once per step; `text` replaces the one before."""
+
+    def __call__(self, text: str | None = None, /) -> None: ...
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Dictionaries as a table; the keys of the first are the header. Numbers to the right, texts to the left; None and
+    what a row has not are dashes."""
+    padded = []
+    for header in rows[0]:
+        cells = [_cell(row.get(header)) for row in rows]
+        width = max(map(len, [header, *cells]))
+        numbers = all(re.fullmatch(r"-|-?[\d,.]+(%|x| ms| MiB)?", cell) for cell in cells)
+        padded.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in [header, *cells]])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
+
+
+def percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, (list, tuple)):
+        return "x".join(str(v) for v in value)
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
+
+
+def status(text: str = "") -> None:
+    """One line on the terminal that the next one overwrites; nothing where stderr is a file. "" clears the line."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(text: str, total: int | None, done: int = 0, keep: bool = False) -> Iterator[Advance]:
+    """Yields what to call once per step of `total` (None: not known), after the first `done`.
+
+    On a terminal it draws a bar where there is rich, else a counter; nothing where stderr is a file. `keep`: the bar
+    stays when all is done.
+    """
+    if not sys.stderr.isatty():
+        yield lambda text=None: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        with _counter(text, total, done) as advance:
+            yield advance
+        return
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*shown, TimeRemainingColumn(), console=Console(stderr=True), transient=not keep) as bar:
+        task = bar.add_task(text, total=total, completed=done, rate="")
+        began, steps = time.perf_counter(), 0
+
+        def advance_bar(text: str | None = None, /) -> None:
+            nonlocal steps
+            steps += 1
+            bar.update(task, advance=1, description=text, rate=f"{steps / (time.perf_counter() - began):.1f}/s")
+
+        yield advance_bar
+
+
+@contextmanager
+def _counter(text: str, total: int | None, done: int) -> Iterator[Advance]:
+    def advance(new_text: str | None = None, /) -> None:
+        nonlocal text, done
+        text, done = new_text or text, done + 1
+        status(f"{text}: batch {done}{f' of {total}' if total else ''}")
+
+    yield advance
+    status()
