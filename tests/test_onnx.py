@@ -13,8 +13,8 @@ from qdeploy.graph import Graph, Tensor
 
 pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-from qdeploy.onnx import finer, to_onnx  # noqa: E402
-from qdeploy.peers import onnxruntime  # noqa: E402
+from qdeploy.onnx import finer, to_onnx
+from qdeploy.peers import onnxruntime
 
 
 def inputs_on_the_grid(tensor: Tensor, n: int) -> np.ndarray:
