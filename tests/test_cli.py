@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_graphs import Builder
+from builder import Builder
 
 import qdeploy
 from qdeploy import _engine, format

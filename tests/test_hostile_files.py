@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from random_graphs import Builder, batch
+from builder import Builder, batch
 
 import qdeploy
 from qdeploy import _engine, reference

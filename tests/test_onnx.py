@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from builder import Builder, Quantization
 from hypothesis import HealthCheck, assume, given, settings
-from random_graphs import Builder, Quantization, generators, graphs, quantizations
+from random_graphs import generators, graphs, quantizations
 
 import qdeploy
 from qdeploy import format, reference

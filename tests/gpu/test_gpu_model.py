@@ -16,9 +16,10 @@ import pytest
 
 pytest.importorskip("triton_on_cpu", reason="the kernels for GPUs need Triton", exc_type=ImportError)
 import torch
+from builder import Builder, batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_graphs import Builder, batch, ensembles, generators, graphs
+from random_graphs import ensembles, generators, graphs
 from test_engine import LAYERS
 
 import qdeploy
