@@ -71,7 +71,7 @@ bool check(const Kernels& scalar, const Kernels& kernels) {
 
 void bench(const Kernels& kernels) {
   constexpr int kN = 128, kPixels = 28;
-  Aligned<uint8_t> a(1 << 18, 7), c(kPixels * kN);
+  Aligned<uint8_t> a(1 << 20, 7), c(1 << 20);
   Aligned<int8_t> w(9 * kN, 1);
   Aligned<int32_t> comp(kN);
   Aligned<float> scale(kN, 0.01f), bias(kN, 1.f);

@@ -65,7 +65,7 @@ bool check(const Kernels& scalar, const Kernels& kernels) {
 
 void bench(const Kernels& kernels) {
   constexpr int kN = 128, kPixels = 28;
-  Aligned<uint8_t> a(1 << 18, 7), c(kPixels * kN);
+  Aligned<uint8_t> a(1 << 20, 7), c(1 << 20);
   const PoolParams window = {a.data(), 3, 3, 30 * kN, kN, kN, kPixels, kN, kN};
   const AvgPoolParams average = {{a.data(), 7, 7, 7 * 2048, 2048, 2048, 1, 0, 0}, 0, 0.02f, 0, 0, 255};
   const double max_pool = rate(9.0 * kN * kPixels * 20, [&] {
