@@ -23,8 +23,7 @@
 // 8 bits 110 (137), where a weight vector serves both pixels from a register (as memory operand: 99). At 4 to 6 bits
 // that, with 3 pixels x 2 vectors, gains nothing: the bare instructions of 4 bits reach 214 (peak_loops.cc).
 //
-// The multiply-add operations are asm volatile: with intrinsics GCC 12 hoists the vpmaddubsw of a whole block and
-// spills.
+// The multiply-add operations are asm volatile: with intrinsics GCC 12 hoists all vpmaddubsw of a block and spills.
 #include "avx2_conv.h"
 
 namespace qdeploy {
@@ -297,8 +296,7 @@ void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
 
 // ---- Input --------------------------------------------------------------------------------------------------------
 
-// The low byte of each lane is the code of one value. `not_finite` collects x - x, whose bits are 0 unless x is NaN or
-// infinite.
+// The low byte of each lane is the code of one value. `not_finite` collects x - x, whose bits are 0 for finite x alone.
 QD_INLINE __m256i quantize_f32x8(__m256 a_f32x8, const QuantizeParams& p, __m256& not_finite) {
   not_finite = _mm256_or_ps(not_finite, _mm256_sub_ps(a_f32x8, a_f32x8));
   const __m256 r_f32x8 = _mm256_fmadd_ps(a_f32x8, _mm256_set1_ps(p.inv_scale), _mm256_set1_ps(p.zero_point));

@@ -1,9 +1,14 @@
 // The definition of every kernel, in portable C++. The other instruction sets must equal these functions bit for bit.
 //
-//     conv, depthwise   acc = comp + sum a*w;                r = fma(float(acc), scale, bias) [, fma(residual, scale,
-//     r)] average pool      acc = sum a - zero_point*count;      r = fma(float(acc), scale, bias) add               r =
-//     fma(float(a), scale_a, fma(float(b), scale_b, bias)) u8 output         c = clamp(rint(r), qmin, qmax)       f32
-//     output  c = r
+//     conv, depthwise   acc = comp + sum a*w            r = fma(float(acc), scale, bias)
+//     with a residual                                   r = fma(float(residual), residual_scale, r)
+//     average pool      acc = sum a - zero_point*count  r = fma(float(acc), scale, bias)
+//     add                                               r = fma(float(a), scale_a, fma(float(b), scale_b, bias))
+//     u8 output                                         c = clamp(rint(r), qmin, qmax)
+//     f32 output                                        c = r
+//     input                                             c = clamp(rint(fma(a, inv_scale, zero_point)), 0, 255)
+//     maximum pool                                      c = max a
+//     table                                             c = table[a]
 //
 // fmaf rounds once with or without FMA hardware; that is what makes the results independent of the machine. No sum can
 // overflow int32: the loader bounds 255 * sum |w| of a channel, and comp only replaces a by a - zero_point.

@@ -300,8 +300,7 @@ bool check(const Kernels& scalar, const Kernels& kernels) {
 
 // ---- Benchmark -----------------------------------------------------------------------------------------------------
 
-// GMAC/s of `tiles` tiles of r x groups neighbouring pixels, a 1x1 convolution of `channels` outputs, panel after
-// panel.
+// GMAC/s of `tiles` tiles of r x groups neighbouring pixels: a 1x1 convolution of `channels` outputs by panels.
 double bench_case(const ConvKernel& kernel, int k, int r, int groups, int tiles, int channels, bool residual) {
   const int pixels = tiles * groups * r, n_panels = channels / kernel.nr;
   const size_t panel = panel_bytes(kernel, 1, k);
