@@ -15,7 +15,7 @@ namespace qdeploy {
 
 constexpr size_t kOverread = 64;
 
-// ---- Convolution and linear ---------------------------------------------------------------------------------------
+// ---- Convolution and linear -----------------------------------------------------------------------------------------
 //
 // One panel (nr output channels) times a list of tiles. A tile is `groups` groups of r pixels; the pixels of a group
 // lie at a constant stride, the groups anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
@@ -85,7 +85,7 @@ constexpr int32_t kMaxNr = 64;
 // with lanes below kGroupedWindow/4, w packed as s8x4, and everything else as above.
 constexpr int32_t kGroupedWindow = 32;
 
-// ---- Depthwise convolution ----------------------------------------------------------------------------------------
+// ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
 // `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over taps t of
 //     a[p*a_stride + tap_offset[t] + n] * w[t*w_stride + n]
@@ -107,7 +107,7 @@ struct DepthwiseParams {
 };
 using DepthwiseFn = void (*)(const DepthwiseParams* params, size_t pixels);
 
-// ---- Pools, elementwise, input ------------------------------------------------------------------------------------
+// ---- Pools, elementwise, input --------------------------------------------------------------------------------------
 //
 // A pool sees the part of each window that lies inside the image: rows x cols pixels of n channels. It writes `pixels`
 // neighbouring output pixels, whose windows lie a_stride apart.
@@ -154,7 +154,7 @@ struct QuantizeParams {
 };
 using QuantizeFn = bool (*)(const QuantizeParams* params);
 
-// ---- The table ----------------------------------------------------------------------------------------------------
+// ---- The table ------------------------------------------------------------------------------------------------------
 struct Kernels {
   const char* isa;
   ConvKernel conv[9];  // [b]: for weights whose codes all lie in [-2^(b-1), 2^(b-1)-1], b = 2..8; [0] and [1] unused

@@ -40,7 +40,7 @@ PEAK_SECONDS = 0.05
 TRIAL_SECONDS = 300
 
 
-# ---- The runtimes -------------------------------------------------------------------------------------------------
+# ---- The runtimes ----------------------------------------------------------------------------------------------------
 
 
 def onnxruntime(model: bytes | str, shape: Shape, threads: int) -> Run:
@@ -104,7 +104,7 @@ def _build(name: str, model: bytes | str, shape: Shape, threads: int) -> Run:
     return RUNTIMES[name.split()[0]](model, shape, threads)
 
 
-# ---- The trial in a child process ---------------------------------------------------------------------------------
+# ---- The trial in a child process ------------------------------------------------------------------------------------
 
 
 def faults(models: dict[str, bytes], shape: Shape, threads: int) -> dict[str, str]:
@@ -137,7 +137,7 @@ def trial(folder: str, names: list[str], shape: Shape, threads: int) -> None:
             run(np.zeros(shape, np.float32))
 
 
-# ---- Times --------------------------------------------------------------------------------------------------------
+# ---- Times -----------------------------------------------------------------------------------------------------------
 
 
 def alternate(
@@ -173,7 +173,7 @@ def _timing(turns: list[tuple[float, list[float]]], least: float) -> Timing:
     return Timing.of(ms, ms.size)
 
 
-# ---- The report ---------------------------------------------------------------------------------------------------
+# ---- The report ------------------------------------------------------------------------------------------------------
 
 
 def measure(

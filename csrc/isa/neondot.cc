@@ -108,7 +108,7 @@ struct Sdot {
   };
 };
 
-// ---- Depthwise convolution ----------------------------------------------------------------------------------------
+// ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
 // SDOT adds four taps at once, so the bytes of four taps are interleaved first, 16 channels at a time:
 //

@@ -40,7 +40,7 @@ uint8_t quantize_u8(float r, uint8_t qmin, uint8_t qmax) {
 void store(float r, uint8_t qmin, uint8_t qmax, uint8_t* c) { *c = quantize_u8(r, qmin, qmax); }
 void store(float r, uint8_t, uint8_t, float* c) { *c = r; }
 
-// ---- Convolution --------------------------------------------------------------------------------------------------
+// ---- Convolution ----------------------------------------------------------------------------------------------------
 
 void accumulate_pixel(const ConvParams& p, const uint8_t* a, int32_t* acc) {
   const int8_t* w = static_cast<const int8_t*>(p.w);
@@ -91,7 +91,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   }
 }
 
-// ---- Pools --------------------------------------------------------------------------------------------------------
+// ---- Pools ----------------------------------------------------------------------------------------------------------
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
@@ -126,7 +126,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
   }
 }
 
-// ---- Elementwise --------------------------------------------------------------------------------------------------
+// ---- Elementwise ----------------------------------------------------------------------------------------------------
 
 template <typename Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {

@@ -62,7 +62,7 @@ ConvCase random_grouped_case(const ConvKernel& kernel, int r, int groups, Random
   return x;
 }
 
-// ---- Operands ------------------------------------------------------------------------------------------------------
+// ---- Operands -------------------------------------------------------------------------------------------------------
 
 struct Tiles {
   std::vector<ConvTile> list;
@@ -217,7 +217,7 @@ uint8_t* place_output(const ConvCase& x, int slots, Random& random, ConvParams* 
   return c_expected;
 }
 
-// ---- Check ---------------------------------------------------------------------------------------------------------
+// ---- Check ----------------------------------------------------------------------------------------------------------
 
 // Every pixel of the tiles as a tile of its own.
 std::vector<ConvTile> pixels_of(const std::vector<ConvTile>& tiles, const ConvParams& p) {
@@ -298,7 +298,7 @@ bool check(const Kernels& scalar, const Kernels& kernels) {
   return true;
 }
 
-// ---- Benchmark -----------------------------------------------------------------------------------------------------
+// ---- Benchmark ------------------------------------------------------------------------------------------------------
 
 // GMAC/s of `tiles` tiles of r x groups neighbouring pixels: a 1x1 convolution of `channels` outputs by panels.
 double bench_case(const ConvKernel& kernel, int k, int r, int groups, int tiles, int channels, bool residual) {

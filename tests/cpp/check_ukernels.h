@@ -16,7 +16,7 @@
 
 namespace qdeploy {
 
-// ---- Families ------------------------------------------------------------------------------------------------------
+// ---- Families -------------------------------------------------------------------------------------------------------
 
 // Kernels that are checked in one file, check_<family>.cc, which defines its row. A new kernel of a family needs no
 // edit elsewhere; a new family is declared here and has its place in the driver's list.
@@ -34,7 +34,7 @@ bool check_seeds(Check check) {
   return true;
 }
 
-// ---- Random values -------------------------------------------------------------------------------------------------
+// ---- Random values --------------------------------------------------------------------------------------------------
 
 class Random {
  public:
@@ -103,7 +103,7 @@ inline void random_clamp(uint8_t* qmin, uint8_t* qmax, Random& random) {
   }
 }
 
-// ---- Guarded memory ------------------------------------------------------------------------------------------------
+// ---- Guarded memory -------------------------------------------------------------------------------------------------
 
 // Pages between two inaccessible ones. place() gives `size` bytes with the granted slack ending at one of them.
 class Guarded {
@@ -156,7 +156,7 @@ inline Memory& memory() {
   return memory;
 }
 
-// ---- Reports -------------------------------------------------------------------------------------------------------
+// ---- Reports --------------------------------------------------------------------------------------------------------
 
 inline char current_case[1024];  // what is being checked, for the report of a difference or a crash
 
@@ -172,7 +172,7 @@ inline bool failed(const char* kernel) {
   return false;
 }
 
-// ---- Benchmark -----------------------------------------------------------------------------------------------------
+// ---- Benchmark ------------------------------------------------------------------------------------------------------
 
 // Seconds of the quickest of many short rounds: neighbours on this core only ever add time.
 template <class Run>

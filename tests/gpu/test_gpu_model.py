@@ -349,7 +349,7 @@ def test_pickle_carries_the_file(model, tmp_path, monkeypatch):
     assert torch.equal(pickle.loads(content)(images(2)), model(images(2)))
 
 
-# ---- Tiles ----------------------------------------------------------------------------------------------------
+# ---- Tiles -----------------------------------------------------------------------------------------------------------
 
 
 @given(
