@@ -11,12 +11,8 @@ import json
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("svg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 INK = "#7a828a"  # of text and axes: a contrast of 4 and more on white and on the black of a dark page
@@ -61,9 +57,8 @@ WIDTH = 0.2  # of a bar, where groups are 1 apart
 def latency() -> Figure:
     """Bars of times relative to qdeploy's, with their milliseconds: one group a network, one panel a machine."""
     groups = [len(reports) for _, reports in MACHINES.values()]
-    figure, panels = plt.subplots(
-        1, len(MACHINES), figsize=(9.6, 3.3), sharey=True, width_ratios=groups, layout="constrained"
-    )
+    figure = Figure(figsize=(9.6, 3.3), layout="constrained")
+    panels = figure.subplots(1, len(MACHINES), sharey=True, width_ratios=groups)
     for axes, (machine, (title, reports)) in zip(panels, MACHINES.items(), strict=True):
         measured = json.loads((ROOT / "bench/results" / f"{machine}.json").read_text())["reports"]
         for place, report in enumerate(reports):
@@ -96,7 +91,8 @@ def _group(axes: Axes, place: int, ms: dict[str, float]) -> None:
 def size_accuracy() -> Figure:
     """Accuracy against size, one point a method."""
     data = json.loads((ROOT / "docs/size_accuracy.json").read_text())
-    figure, axes = plt.subplots(figsize=(7.2, 3.3), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.3), layout="constrained")
+    axes = figure.subplots()
     for method in data["methods"]:
         color = BARS["int8 qdeploy" if method["quantized"] else "best FP32"][0]
         axes.plot(method["size"], method["accuracy"], "o", color=color, markersize=8)
@@ -120,11 +116,9 @@ PICTURES = {"docs/latency.svg": latency, "docs/size_accuracy.svg": size_accuracy
 
 def draw(name: str, path: Path) -> None:
     """Write the picture `name` of PICTURES to `path` in the format of its suffix."""
-    with plt.rc_context(STYLE):
-        figure = PICTURES[name]()
-        metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else None
-        figure.savefig(path, transparent=True, metadata=metadata, dpi=100)
-        plt.close(figure)
+    with matplotlib.rc_context(STYLE):
+        metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else None  # nothing that changes
+        PICTURES[name]().savefig(path, transparent=True, metadata=metadata)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import qdeploy
 from qdeploy import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,3 +87,7 @@ def test_commands_exist(capsys):
 def test_ci_finds_the_two_commands_of_the_readme():
     """.ci/run runs the lines that begin so."""
     assert len(re.findall(r"^pip install -e", (ROOT / "README.md").read_text(), re.MULTILINE)) == 2
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {qdeploy.__version__}\n" in (ROOT / "CITATION.cff").read_text()
