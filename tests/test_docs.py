@@ -11,11 +11,10 @@ import qdeploy
 from qdeploy import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_OURS = {"build", "runs", "node_modules"}
+FOLDERS = ("docs", "tests", "bench", "examples")
 PAGES = sorted(
     page.relative_to(ROOT)
-    for page in ROOT.rglob("*.md")
-    if not any(part in NOT_OURS or part.startswith(".") for part in page.relative_to(ROOT).parts)
+    for page in [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 )
 LONGEST = 120
 
