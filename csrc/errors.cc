@@ -1,5 +1,6 @@
 #include "errors.h"
 
+#include <cmath>
 #include <cstdio>
 
 namespace qdeploy {
@@ -29,6 +30,7 @@ std::string name_text(const std::string& name) {
 }
 
 std::string number_text(double number) {
+  if (std::isnan(number)) return "nan";  // printf shows its sign
   char text[32];
   snprintf(text, sizeof text, "%.3g", number);
   return text;

@@ -55,7 +55,7 @@ Member MemberReader::read(size_t index) {
   where_ = "member " + std::to_string(index) + " in " + file_.path();
   member_.name = name_member(json_, "name", where_);
   where_ = place_of(member_, file_);
-  only_keys(json_, {"name", "preprocess_table", "tensors", "nodes"}, where_);
+  require_keys(json_, {"name", "preprocess_table", "tensors", "nodes"}, where_);
   for (const Json& entry : array_member(json_, "tensors", kMaxNodes + 1, where_)) {
     member_.tensors.push_back(read_tensor(entry));
   }
@@ -80,8 +80,10 @@ void MemberReader::read_input() {
           shape_text(in.shape), where_);
   const Json& table = member(json_, "preprocess_table", where_);
   if (!preprocess_) return require(table.is_null(), "no preprocess_table", "one", where_);
+  const std::string place = key_of("preprocess_table", where_);
+  require(!table.is_null(), tensor_text(DType::u8, {in.c, 256}), "null", place);
   const std::string& name = string_member(json_, "preprocess_table", where_);
-  const FileTensor& values = file_.tensor(name, DType::u8, {in.c, 256}, where_);
+  const FileTensor& values = file_.tensor(name, DType::u8, {in.c, 256}, place);
   member_.preprocess_table.resize(values.bytes);
   file_.read(values.offset, values.bytes, member_.preprocess_table.data());
 }
@@ -102,7 +104,7 @@ Tensor MemberReader::read_tensor(const Json& json) const {
   std::string where = "tensor " + std::to_string(member_.tensors.size()) + " of " + where_;
   tensor.name = name_member(json, "name", where);
   where = place_of(tensor, member_, file_);
-  only_keys(json, {"name", "dtype", "shape", "scale", "zero_point"}, where);
+  require_keys(json, {"name", "dtype", "shape", "scale", "zero_point"}, where);
   const std::string& dtype = string_member(json, "dtype", where);
   require(dtype == "u8" || dtype == "f32", "dtype u8 or f32", name_text(dtype), where);
   tensor.is_f32 = dtype == "f32";
@@ -136,7 +138,7 @@ Node MemberReader::read_node(const Json& json) {
           std::to_string(file_.version()), where);
   read_operands(json, where, &node);
   const Tensor& output = member_.tensors[node.output];
-  only_keys(json, keys_of(node, output.is_f32), where);
+  require_keys(json, keys_of(node, output.is_f32), where);
   NodeSource source = {*node.op, json, file_, where, {}, output, node.has_residual()};
   for (const int input : node.inputs) source.inputs.push_back(&member_.tensors[input]);
   node.data = node.op->read(source);
@@ -157,6 +159,8 @@ void MemberReader::read_operands(const Json& json, const std::string& where, Nod
   node->output = static_cast<int>(int_member(json, "output", 0, last, where));
   require(!written_[node->output], "an output that nothing wrote before", "tensor " + std::to_string(node->output),
           where);
+  const bool may_be_f32 = node->op->output != Output::same_grid;
+  require(may_be_f32 || !member_.tensors[node->output].is_f32, "a u8 output", "f32", where);
 }
 
 void MemberReader::read_clamp(const Json& json, const std::string& where, Node* node) const {
@@ -168,7 +172,6 @@ void MemberReader::read_clamp(const Json& json, const std::string& where, Node* 
 
 void MemberReader::require_same_grid(const Node& node, const std::string& where) const {
   const Tensor& output = member_.tensors[node.output];
-  require(!output.is_f32, "a u8 output", "f32", where);
   for (const int id : node.inputs) {
     const Tensor& input = member_.tensors[id];
     require(input.scale == output.scale && input.zero_point == output.zero_point,
@@ -179,11 +182,12 @@ void MemberReader::require_same_grid(const Node& node, const std::string& where)
 // ---- The graph around the members ---------------------------------------------------------------------------------
 
 // Whether the file takes images that are to be preprocessed.
-bool read_preprocess(const Json& input, const std::vector<int64_t>& input_shape, const std::string& where) {
-  const Json& preprocess = member(input, "preprocess", where);
+bool read_preprocess(const Json& input, const std::vector<int64_t>& input_shape, const std::string& input_where) {
+  const Json& preprocess = member(input, "preprocess", input_where);
   if (preprocess.is_null()) return false;
-  require(input_shape.size() == 3, "an input of shape [C, H, W] under preprocess", shape_text(input_shape), where);
-  only_keys(preprocess, {"mean", "std"}, where);
+  const std::string where = key_of("preprocess", input_where);
+  require(input_shape.size() == 3, "an input of shape [C, H, W]", shape_text(input_shape), where);
+  require_keys(preprocess, {"mean", "std"}, where);
   const size_t channels = static_cast<size_t>(input_shape[0]);
   number_array(preprocess, "mean", channels, where);
   for (const float std : number_array(preprocess, "std", channels, where)) {
@@ -222,7 +226,7 @@ Combine read_combine(const ModelFile& file, const Json& json, const Graph& graph
     return Combine::none;
   }
   const std::string& rule = string_member(json, "combine", where);
-  require(rule == "logits" || rule == "probs", "combine \"logits\" or \"probs\"", name_text(rule), where);
+  require(rule == "logits" || rule == "probs", "`logits` or `probs`", name_text(rule), key_of("combine", where));
   const Tensor& first = graph.members[0].tensors[graph.members[0].output()];
   std::set<std::string> names;
   for (const Member& m : graph.members) {
@@ -240,13 +244,15 @@ std::vector<std::string> read_classes(const ModelFile& file, const Json& json, c
   if (classes.is_null()) return {};
   const Tensor& out = graph.members[0].tensors[graph.members[0].output()];
   require(out.shape.size() == 1, "an output of shape [K] for classes", shape_text(out.shape), where);
-  require(static_cast<int64_t>(classes.size()) == out.c && classes.is_array(), std::to_string(out.c) + " class names",
+  const std::string place = key_of("classes", where);
+  require(classes.is_array(), "an array", classes.type_name(), place);
+  require(static_cast<int64_t>(classes.size()) == out.c, std::to_string(out.c) + " class names",
           std::to_string(classes.size()), where);
   std::vector<std::string> names;
   for (const Json& name : classes) {
-    require(name.is_string(), "class names as strings", name.type_name(), where);
+    require(name.is_string(), "a string", name.type_name(), place);
     names.push_back(name.get<std::string>());
-    check_name(names.back(), "classes of " + where);
+    check_name(names.back(), place);
   }
   return names;
 }
@@ -271,13 +277,14 @@ Graph read_graph(const ModelFile& file) {
   const std::string where = graph_place(file);
   const std::string& text = file.graph_json();
   const Json json = parse_json(text.data(), text.data() + text.size(), where);
+  require_keys(json, {"input", "combine", "classes", "members"}, where);
   const Json& input = member(json, "input", where);
-  only_keys(json, {"input", "combine", "classes", "members"}, where);
-  only_keys(input, {"shape", "preprocess"}, where);
-  const std::vector<int64_t> input_shape = int_array(input, "shape", 1, 3, 1, kMaxElements, where);
+  const std::string input_where = key_of("input", where);
+  require_keys(input, {"shape", "preprocess"}, input_where);
+  const std::vector<int64_t> input_shape = int_array(input, "shape", 1, 3, 1, kMaxElements, input_where);
 
   Graph graph;
-  graph.preprocess = read_preprocess(input, input_shape, where);
+  graph.preprocess = read_preprocess(input, input_shape, input_where);
   read_members(file, json, input_shape, &graph);
   require_lowest_version(file, graph);
   graph.combine = read_combine(file, json, graph);

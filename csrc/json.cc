@@ -11,8 +11,6 @@ namespace {
 constexpr int kMaxDepth = 16;
 constexpr size_t kMaxName = 512;
 
-std::string key_path(const std::string& where, const char* key) { return "key `" + std::string(key) + "` of " + where; }
-
 int64_t checked_int(const Json& value, int64_t min, int64_t max, const std::string& where) {
   const std::string range = "an integer in [" + std::to_string(min) + ", " + std::to_string(max) + "]";
   if (!value.is_number_integer()) fail(range, value.type_name(), where);
@@ -30,6 +28,10 @@ float checked_number(const Json& value, const std::string& where) {
 
 }  // namespace
 
+std::string key_of(const std::string& key, const std::string& where) {
+  return "key " + name_text(key) + " of " + where;
+}
+
 Json parse_json(const char* begin, const char* end, const std::string& where) {
   std::vector<std::set<std::string>> keys;  // one set per open object
   auto check = [&](int depth, Json::parse_event_t event, Json& parsed) {
@@ -45,9 +47,8 @@ Json parse_json(const char* begin, const char* end, const std::string& where) {
   };
   try {
     return Json::parse(begin, end, check);
-  } catch (const Json::exception& error) {
-    const std::string text = error.what();
-    fail("JSON", "a syntax error (" + text.substr(0, text.find(':')).substr(0, 80) + ")", where);
+  } catch (const Json::exception&) {
+    fail("JSON in UTF-8 with finite numbers", "something else", where);
   }
 }
 
@@ -60,31 +61,31 @@ const Json& member(const Json& object, const char* key, const std::string& where
 
 const std::string& string_member(const Json& object, const char* key, const std::string& where) {
   const Json& value = member(object, key, where);
-  if (!value.is_string()) fail("a string", value.type_name(), key_path(where, key));
+  if (!value.is_string()) fail("a string", value.type_name(), key_of(key, where));
   return value.get_ref<const std::string&>();
 }
 
 int64_t int_member(const Json& object, const char* key, int64_t min, int64_t max, const std::string& where) {
-  return checked_int(member(object, key, where), min, max, key_path(where, key));
+  return checked_int(member(object, key, where), min, max, key_of(key, where));
 }
 
 float number_member(const Json& object, const char* key, const std::string& where) {
-  return checked_number(member(object, key, where), key_path(where, key));
+  return checked_number(member(object, key, where), key_of(key, where));
 }
 
 std::vector<float> number_array(const Json& object, const char* key, size_t size, const std::string& where) {
   const Json& value = array_member(object, key, size, where);
   if (value.size() != size) {
-    fail(std::to_string(size) + " numbers", std::to_string(value.size()), key_path(where, key));
+    fail(std::to_string(size) + " numbers", std::to_string(value.size()), key_of(key, where));
   }
   std::vector<float> result;
-  for (const Json& entry : value) result.push_back(checked_number(entry, key_path(where, key)));
+  for (const Json& entry : value) result.push_back(checked_number(entry, key_of(key, where)));
   return result;
 }
 
 const std::string& name_member(const Json& object, const char* key, const std::string& where) {
   const std::string& name = string_member(object, key, where);
-  check_name(name, key_path(where, key));
+  check_name(name, key_of(key, where));
   return name;
 }
 
@@ -95,17 +96,19 @@ void check_name(const std::string& name, const std::string& where) {
   }
 }
 
-void only_keys(const Json& object, const std::set<std::string>& keys, const std::string& where) {
+void require_keys(const Json& object, const std::set<std::string>& keys, const std::string& where) {
+  if (!object.is_object()) fail("an object", object.type_name(), where);
   for (const auto& [key, value] : object.items()) {
     if (!keys.count(key)) fail("no keys but the known ones", name_text(key), where);
   }
+  for (const std::string& key : keys) member(object, key.c_str(), where);
 }
 
 const Json& array_member(const Json& object, const char* key, size_t max_size, const std::string& where) {
   const Json& value = member(object, key, where);
-  if (!value.is_array()) fail("an array", value.type_name(), key_path(where, key));
+  if (!value.is_array()) fail("an array", value.type_name(), key_of(key, where));
   if (value.size() > max_size) {
-    fail("at most " + std::to_string(max_size) + " entries", std::to_string(value.size()), key_path(where, key));
+    fail("at most " + std::to_string(max_size) + " entries", std::to_string(value.size()), key_of(key, where));
   }
   return value;
 }
@@ -114,10 +117,10 @@ std::vector<int64_t> int_array(const Json& object, const char* key, size_t min_s
                                int64_t max, const std::string& where) {
   const Json& value = array_member(object, key, max_size, where);
   if (value.size() < min_size) {
-    fail("at least " + std::to_string(min_size) + " entries", std::to_string(value.size()), key_path(where, key));
+    fail("at least " + std::to_string(min_size) + " entries", std::to_string(value.size()), key_of(key, where));
   }
   std::vector<int64_t> result;
-  for (const Json& entry : value) result.push_back(checked_int(entry, min, max, key_path(where, key)));
+  for (const Json& entry : value) result.push_back(checked_int(entry, min, max, key_of(key, where)));
   return result;
 }
 

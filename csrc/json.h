@@ -9,7 +9,11 @@ namespace qdeploy {
 
 using Json = nlohmann::json;
 
-// Parses a whole text. Throws ModelError with `where` for bad syntax, nesting beyond 16 or a key that occurs twice.
+// The place of a key of the object at `where`.
+std::string key_of(const std::string& key, const std::string& where);
+
+// Parses a whole text. Throws ModelError with `where` for bad syntax, numbers that are not finite, nesting beyond 16 or
+// a key that occurs twice.
 Json parse_json(const char* begin, const char* end, const std::string& where);
 
 // Typed members of an object. Each throws ModelError "expected ..., got ... - at <where>".
@@ -26,7 +30,7 @@ const Json& array_member(const Json& object, const char* key, size_t max_size, c
 // A name reaches terminals and other tools: 1 to 512 bytes, no control characters.
 void check_name(const std::string& name, const std::string& where);
 
-// Throws unless every key of the object is one of `keys`: nothing that this reader does not understand is passed over.
-void only_keys(const Json& object, const std::set<std::string>& keys, const std::string& where);
+// Throws unless this is an object with exactly these keys: nothing that this reader does not understand is passed over.
+void require_keys(const Json& object, const std::set<std::string>& keys, const std::string& where);
 
 }  // namespace qdeploy

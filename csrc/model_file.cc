@@ -93,7 +93,7 @@ const Json& checked_metadata(const Json& header, const std::string& where) {
                        (*metadata)["format"] == "qdeploy";
   require(is_ours, "a file written by qdeploy.export", "another safetensors file", where);
   for (const auto& [key, value] : metadata->items()) {
-    require(value.is_string(), "a string", value.type_name(), "key " + name_text(key) + " of " + where);
+    require(value.is_string(), "a string", value.type_name(), key_of(key, where));
   }
   return *metadata;
 }
@@ -118,13 +118,17 @@ int checked_version(const Json& metadata, const std::string& where) {
 
 }  // namespace
 
+std::string tensor_text(DType dtype, const std::vector<int64_t>& shape) {
+  return (dtype == DType::u8 ? "U8 " : "F32 ") + shape_text(shape);
+}
+
 ModelFile::ModelFile(const std::string& path) : path_(path) {
   fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd_ < 0) fail("a model file", "\"" + std::string(strerror(errno)) + "\"", path);
+  if (fd_ < 0) fail("a readable file", std::string(strerror(errno)), path);
   try {
     struct stat info;
     const bool is_file = fstat(fd_, &info) == 0 && S_ISREG(info.st_mode);
-    require(is_file, "a model file", "a directory or device", path);
+    require(is_file, "a regular file", "something else", path);
     bytes_ = static_cast<size_t>(info.st_size);
     parse();
   } catch (...) {
@@ -159,16 +163,16 @@ void ModelFile::read(uint64_t offset, size_t bytes, void* to) const {
 }
 
 void ModelFile::parse() {
+  const std::string where = "the header in " + path_;
   uint8_t start[9] = {};  // length and first byte of the header
   if (bytes_ >= sizeof start) read(0, sizeof start, start);
   const uint64_t header_bytes = little_endian_u64(start);
   const bool fits =
       header_bytes > 0 && header_bytes <= kMaxHeader && header_bytes % 8 == 0 && header_bytes <= bytes_ - 8;
   require(fits && start[8] == '{', "a whole safetensors file",
-          std::to_string(bytes_) + " bytes that do not hold its header", path_);
+          std::to_string(bytes_) + " bytes that do not hold its header", where);
   std::vector<char> text(header_bytes);
   read(8, header_bytes, text.data());
-  const std::string where = "the header in " + path_;
   const Json header = parse_json(text.data(), text.data() + header_bytes, where);
   require(header.is_object(), "an object", header.type_name(), where);
   const std::string metadata_where = "__metadata__ in " + path_;
@@ -181,15 +185,11 @@ void ModelFile::parse() {
 const FileTensor& ModelFile::tensor(const std::string& name, DType dtype, const std::vector<int64_t>& shape,
                                     const std::string& where) const {
   const auto it = tensors_.find(name);
-  if (it == tensors_.end()) fail("tensor " + name_text(name), "none of that name", where);
+  if (it == tensors_.end()) fail("the tensor " + name_text(name), "none of that name", where);
   const FileTensor& found = it->second;
   bool same = found.dtype == dtype && found.shape.size() == shape.size();
   for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || shape[i] == found.shape[i];
-  if (!same) {
-    const auto name_of = [](DType d) { return std::string(d == DType::u8 ? "U8 " : "F32 "); };
-    fail(name_text(name) + " as " + name_of(dtype) + shape_text(shape), name_of(found.dtype) + shape_text(found.shape),
-         where);
-  }
+  if (!same) fail(tensor_text(dtype, shape), tensor_text(found.dtype, found.shape), where);
   return found;
 }
 

@@ -57,4 +57,7 @@ class ModelFile {
   std::string graph_json_;
 };
 
+// "F32 [64]", in errors.
+std::string tensor_text(DType dtype, const std::vector<int64_t>& shape);
+
 }  // namespace qdeploy

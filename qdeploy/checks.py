@@ -67,7 +67,7 @@ def check_keys(found: Iterable[str], known: Sequence[str], at: str) -> None:
     found = list(found)
     for key in found:
         expect(key in known, "no keys but the known ones", quoted(key), at)
-    for key in known:
+    for key in sorted(known):
         expect(key in found, f"the key `{key}`", "none", at)
 
 
@@ -112,7 +112,7 @@ def array(value: Any, dtype: type, shape: Sequence[int], at: str) -> np.ndarray:
     expect(fits, expected, got, at)
     if dtype is np.float32 and not np.isfinite(value).all():
         wrong = value[~np.isfinite(value)][0]
-        expect(False, "finite constants", f"{abs(wrong):g}" if np.isnan(wrong) else f"{wrong:g}", at)
+        expect(False, "finite constants", f"{wrong:.3g}", at)
     return value
 
 

@@ -25,7 +25,7 @@ from qdeploy.checks import (
 )
 from qdeploy.errors import ModelError
 from qdeploy.files import atomic_file
-from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Graph, Member, Node, Tensor
+from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Graph, Member, Node, Shape, Tensor
 from qdeploy.ops import OPS
 from qdeploy.validate import member_at, node_at, validate
 
@@ -33,6 +33,7 @@ RELEASES = {1: "0.1.0", 2: "0.1.0"}  # of each format version: the first qdeploy
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_DEPTH = 16
 MAX_RANK = 8
+LARGEST = float(np.finfo(np.float64).max)
 Json = dict[str, Any]
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 
@@ -117,8 +118,8 @@ def load(path: str | os.PathLike[str]) -> Graph:
 def parse(content: bytes, path: str | os.PathLike[str]) -> Graph:
     """The graph in the content of a model file; `path` is for errors alone. Raises as `load`."""
     try:
-        graph, version = _parse(content)
-        validate(graph)
+        graph, version, input_shape = _parse(content)
+        validate(graph, input_shape)
         _check_version(graph, version)
     except ModelError as error:
         raise ModelError(f"{error} in {os.fspath(path)}") from None
@@ -136,7 +137,7 @@ def read(path: str | os.PathLike[str]) -> bytes:
         if isinstance(error, ModelError):
             raise
         reason = getattr(error, "strerror", error)
-        raise ModelError(f"expected a readable file, got: {reason} - at {os.fspath(path)}") from None
+        raise ModelError(f"expected a readable file, got {reason} - at {os.fspath(path)}") from None
 
 
 def _dump(document: object) -> str:
@@ -203,20 +204,22 @@ def _write(path: str | os.PathLike[str], parts: list[bytes | memoryview]) -> Non
         raise ModelError(f"expected to write {size} bytes, got: {reason} - at {os.fspath(path)}") from error
 
 
-def _parse(data: bytes) -> tuple[Graph, int]:
+def _parse(data: bytes) -> tuple[Graph, int, Shape]:
+    """The graph as it stands there, the format version, and the shape that the members must take."""
     length = int.from_bytes(data[:8], "little")
     whole = 0 < length <= min(len(data) - 8, MAX_HEADER_BYTES) and length % 8 == 0 and data[8:9] == b"{"
     expect(whole, "a whole safetensors file", f"{len(data)} bytes that do not hold its header", "the header")
     header = _json(data[8 : 8 + length], "the header")
     metadata = header.pop("__metadata__", None)
     ours = isinstance(metadata, dict) and metadata.get("format") == "qdeploy"
-    expect(ours, "a file written by qdeploy.export", "another safetensors file", "the header")
+    expect(ours, "a file written by qdeploy.export", "another safetensors file", "__metadata__")
     for key, value in metadata.items():
         expect(isinstance(value, str), "a string", kind(value), key_of(key, "__metadata__"))
     version = _version(metadata)
     tensors = _container(header, memoryview(data)[8 + length :])
     text = _field(metadata, "graph", "__metadata__").encode("utf-8", "surrogatepass")
-    return _graph(_json(text, "the graph"), tensors), version
+    graph, input_shape = _graph(_json(text, "the graph"), tensors)
+    return graph, version, input_shape
 
 
 def _version(metadata: dict[str, str]) -> int:
@@ -228,8 +231,7 @@ def _version(metadata: dict[str, str]) -> int:
     if version > max(RELEASES):
         release = f"qdeploy {needed} or newer" if re.fullmatch("[0-9.]{1,20}", needed) else "a newer qdeploy"
         expect(False, expected, f"{version}, which needs {release}", at)
-    if version > 1:
-        _field(metadata, "requires", at)
+    expect(version == 1 or "requires" in metadata, "the key `requires` from format_version 2 on", "none", at)
     return version
 
 
@@ -258,7 +260,7 @@ def _json(text: bytes, at: str) -> Any:
         raise ValueError(constant)
 
     def check(value: object, depth: int) -> None:
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
             raise ValueError(value)
         if isinstance(value, (dict, list)):
             expect(depth <= MAX_JSON_DEPTH, f"JSON nested at most {MAX_JSON_DEPTH} deep", "deeper", at)
@@ -317,39 +319,36 @@ def _container(header: Json, data: memoryview) -> dict[str, np.ndarray]:
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
-        expect(begin == position, "tensors without holes or overlap", f"one at {begin}", "the header")
+        expect(begin == position, "tensors without holes or overlap", f"one at {begin}", "the data offsets")
         position = end
-    expect(position == len(data), f"{position} bytes of data", len(data), "the header")
+    expect(position == len(data), f"{position} bytes of data", len(data), "the data offsets")
     return tensors
 
 
-def _graph(document: Json, tensors: dict[str, np.ndarray]) -> Graph:
+def _graph(document: Json, tensors: dict[str, np.ndarray]) -> tuple[Graph, Shape]:
     at = "the graph"
     check_keys(document, ("input", "combine", "classes", "members"), at)
     entry, input_at = _object(document["input"], key_of("input", at)), key_of("input", at)
     check_keys(entry, ("shape", "preprocess"), input_at)
     shape = tuple(integers(entry["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", input_at)))
     members = [
-        _member(_object(member, f"member {i}"), i, tensors)
+        _member(_object(member, f"member {i}"), i, tensors, entry["preprocess"] is not None)
         for i, member in enumerate(_list(document, "members", MAX_MEMBERS, at))
     ]
-    for member in members[:1]:  # `validate` compares the others with it
-        expect(len(member.tensors) >= 1, "at least one tensor", "none", member_at(member.name))
-        got = member.tensors[0].shape
-        expect(got == shape, f"a u8 input of shape {shape_text(shape)}", shape_text(got), member_at(member.name))
-    return Graph(members, document["combine"], entry["preprocess"], document["classes"])
+    return Graph(members, document["combine"], entry["preprocess"], document["classes"]), shape
 
 
-def _member(document: Json, index: int, tensors: dict[str, np.ndarray]) -> Member:
+def _member(document: Json, index: int, tensors: dict[str, np.ndarray], has_preprocess: bool) -> Member:
     expect("name" in document, "the key `name`", "none", f"member {index}")
     check_name(document["name"], key_of("name", f"member {index}"))
     at = member_at(document["name"])
     check_keys(document, ("name", "preprocess_table", "tensors", "nodes"), at)
     activations = [
-        _activation(_object(entry, f"tensor {i} of {at}"), f"tensor {i} of {at}")
+        _activation(_object(entry, f"tensor {i} of {at}"), i, at)
         for i, entry in enumerate(_list(document, "tensors", MAX_NODES + 1, at))
     ]
     table = document["preprocess_table"]
+    expect(table is None or has_preprocess, "no preprocess_table", "one", at)
     if table is not None:
         table = _constant(document, "preprocess_table", tensors, at)
     nodes = [
@@ -359,7 +358,10 @@ def _member(document: Json, index: int, tensors: dict[str, np.ndarray]) -> Membe
     return Member(document["name"], activations, nodes, table)
 
 
-def _activation(document: Json, at: str) -> Tensor:
+def _activation(document: Json, index: int, at: str) -> Tensor:
+    expect("name" in document, "the key `name`", "none", f"tensor {index} of {at}")
+    check_name(document["name"], key_of("name", f"tensor {index} of {at}"))
+    at = f"tensor {quoted(document['name'])} of {at}"
     check_keys(document, ("name", "dtype", "shape", "scale", "zero_point"), at)
     shape = tuple(integers(document["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", at)))
     dtype = _field(document, "dtype", at)

@@ -29,8 +29,8 @@ class Op:
         are codes of the inputs, whose scale and zero point the output shares; "table" is an entry, u8 or f32.
     shape: of the output for the shapes of the inputs; None where only the output tensor says it. The node must have
         passed `check`, or be as well formed as that asks.
-    check: raises ModelError for attributes, constants and inputs that do not fit. That the keys are there, the numbers
-        of the inputs and what follows from `output` are checked before.
+    check: raises ModelError for attributes, constants, inputs and an output that do not fit. That the keys are there
+        and the numbers of the inputs are checked before; what follows from `output` is checked elsewhere.
     attributes: numbers in the graph's JSON, and whether they are integers or f32.
     constants: arrays, which are tensors of the file.
     residual: the last input may be left out; with it comes the attribute residual_multiplier.
@@ -60,11 +60,6 @@ class Op:
         return not self.same_grid
 
     @property
-    def may_be_flat(self) -> bool:
-        """Scores by global pooling: an f32 output [C, 1, 1] of a window may be declared [C]."""
-        return self.requantized and "stride" in self.attributes
-
-    @property
     def has_weight(self) -> bool:
         return "weight" in self.constants
 
@@ -89,11 +84,12 @@ def _constant(node: Node, key: str, dtype: type, shape: Sequence[int], at: str) 
     return array(node.constants[key], dtype, shape, key_of(key, at))
 
 
-def check_bound(bound: float | np.ndarray, output: Tensor, at: str) -> None:
+def check_bound(bound: float | np.ndarray, output: Tensor, at: str, by_channel: bool = False) -> None:
     """So that no result leaves the range of the conversion to an integer (u8) or of sums over members (f32)."""
     limit = 30 if output.dtype == "u8" else 100
-    above = np.atleast_1d(bound)[~(np.atleast_1d(bound) < 2.0**limit)]
-    expect(above.size == 0, f"results below 2^{limit}", f"up to {above[0]:.3g}" if above.size else "", at)
+    for channel in np.flatnonzero(~(np.atleast_1d(bound) < 2.0**limit))[:1]:
+        place = f"channel {channel} of {at}" if by_channel else at
+        expect(False, f"results below 2^{limit}", f"up to {np.atleast_1d(bound)[channel]:.3g}", place)
 
 
 def _like_first(node: Node, inputs: Sequence[Shape]) -> Shape:
@@ -111,9 +107,12 @@ def _spatial(node: Node, x: Shape, kernel: Sequence[int], dilation: Sequence[int
     return sizes[0], sizes[1]
 
 
-def _check_window(node: Node, x: Tensor, kernel: Sequence[int] | None, at: str) -> None:
-    """Kernel (None: it is an attribute), stride, padding and dilation, and that the window fits the image."""
-    kernel = integers(*_pair(node, "kernel", at)) if kernel is None else kernel
+def _check_shape(output: Tensor, shape: Shape, at: str) -> None:
+    expect(output.shape == shape, f"an output of shape {shape_text(shape)}", shape_text(output.shape), at)
+
+
+def _check_window(node: Node, x: Tensor, kernel: Sequence[int], channels: int, output: Tensor, at: str) -> None:
+    """Stride, padding and dilation, that the window fits the image, and the shape of the output."""
     dilation = integers(*_pair(node, "dilation", at)) if "dilation" in node.attributes else [1, 1]
     integers(*_pair(node, "stride", at))
     value, place = _attribute(node, "padding", at)
@@ -122,6 +121,9 @@ def _check_window(node: Node, x: Tensor, kernel: Sequence[int] | None, at: str) 
     for axis in (0, 1):
         extent, padded = dilation[axis] * (kernel[axis] - 1) + 1, x.shape[1 + axis] + padding[axis] + padding[axis + 2]
         expect(extent <= padded, "a window that fits the padded input", f"{extent} over {padded}", at)
+    shape: Shape = (channels, *_spatial(node, x.shape, kernel, dilation))
+    is_flat = output.dtype == "f32" and shape[1:] == (1, 1) and len(output.shape) == 1  # scores by global pooling
+    _check_shape(output, shape[:1] if is_flat else shape, at)
 
 
 def _pair(node: Node, key: str, at: str) -> tuple[Any, int, int, int, int, str]:
@@ -130,6 +132,13 @@ def _pair(node: Node, key: str, at: str) -> tuple[Any, int, int, int, int, str]:
 
 
 # ---- conv2d, linear --------------------------------------------------------------------------------------------------
+
+
+def _weight(node: Node, rank: int, layout: str, at: str) -> np.ndarray:
+    weight, place = node.constants["weight"], key_of("weight", at)
+    array(weight, np.int8, (-1,) * weight.ndim if isinstance(weight, np.ndarray) else (), place)
+    expect(weight.ndim == rank and weight.size > 0, f"a weight of shape {layout}", shape_text(weight.shape), place)
+    return weight
 
 
 def _check_weighted(node: Node, expected: Shape, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
@@ -152,7 +161,7 @@ def _check_weighted(node: Node, expected: Shape, inputs: Sequence[Tensor], outpu
         expect(inputs[1].shape == output.shape, f"a residual of shape {shape}", shape_text(inputs[1].shape), at)
         residual = abs(number(*_attribute(node, "residual_multiplier", at)))
     magnitude = np.abs(weight.reshape(weight.shape[0], -1).astype(np.int16)).sum(axis=1, dtype=np.int64)
-    check_bound(255.0 * magnitude * multiplier + bias + 255.0 * residual, output, at)
+    check_bound(255.0 * magnitude * multiplier + bias + 255.0 * residual, output, at, by_channel=True)
 
 
 def _conv2d_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
@@ -161,9 +170,8 @@ def _conv2d_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
 
 
 def _check_conv2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    weight = _constant(node, "weight", np.int8, (-1,) * 4, at)
-    expect(weight.size > 0, "a weight with elements", shape_text(weight.shape), at)
-    _check_window(node, inputs[0], weight.shape[2:], at)
+    weight = _weight(node, 4, "[O, C/groups, KH, KW]", at)
+    _check_window(node, inputs[0], weight.shape[2:], output.shape[0], output, at)
     value, place = _attribute(node, "groups", at)
     groups = integer(value, 1, MAX_ATTRIBUTE, place)
     channels, outputs = inputs[0].shape[0], output.shape[0]
@@ -176,8 +184,7 @@ def _linear_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
 
 
 def _check_linear(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    weight = _constant(node, "weight", np.int8, (-1,) * 2, at)
-    expect(weight.size > 0, "a weight with elements", shape_text(weight.shape), at)
+    _weight(node, 2, "[O, F]", at)
     for tensor, what in ((inputs[0], "input"), (output, "output")):
         expect(len(tensor.shape) == 1, f"an {what} of shape [F]", shape_text(tensor.shape), at)
     _check_weighted(node, (output.shape[0], inputs[0].shape[0]), inputs, output, at)
@@ -191,23 +198,25 @@ def _pool_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     return (inputs[0][0], *_spatial(node, inputs[0], node.attributes["kernel"], dilation))
 
 
-def _check_pool(node: Node, x: Tensor, at: str) -> None:
+def _check_pool(node: Node, x: Tensor, output: Tensor, at: str) -> None:
     """Every window must hold a real element: with padding below the extent, only a dilated one can miss them all."""
-    _check_window(node, x, None, at)
-    padding, kernel, stride = (node.attributes[key] for key in ("padding", "kernel", "stride"))
-    for axis in (0, 1):
-        before, after, step = padding[axis], padding[axis + 2], node.attributes.get("dilation", (1, 1))[axis]
+    kernel = integers(*_pair(node, "kernel", at))
+    _check_window(node, x, kernel, x.shape[0], output, at)
+    padding, stride, dilation = (node.attributes.get(key, (1, 1)) for key in ("padding", "stride", "dilation"))
+    for axis, windows in enumerate(_spatial(node, x.shape, kernel, dilation)):
+        before, after, step = padding[axis], padding[axis + 2], dilation[axis]
         extent, size = step * (kernel[axis] - 1) + 1, x.shape[1 + axis]
-        real = max(before, after) < extent and all(start % step < size for start in range(-before, 0, stride[axis]))
+        starts = range(-before, 0, stride[axis])[:windows]
+        real = max(before, after) < extent and all(start % step < size for start in starts)
         expect(real, "a real element in every window of the pool", f"padding {before} and {after} on {size}", at)
 
 
 def _check_max_pool2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    _check_pool(node, inputs[0], at)
+    _check_pool(node, inputs[0], output, at)
 
 
 def _check_avg_pool2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    _check_pool(node, inputs[0], at)
+    _check_pool(node, inputs[0], output, at)
     window = math.prod(node.attributes["kernel"])
     expect(window * 255 < 2**31, "a window with sums below 2^31", f"{window} elements", at)
     multiplier = _constant(node, "multiplier", np.float32, (-1,), at)
@@ -223,6 +232,7 @@ def _check_avg_pool2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: 
 def _check_add(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
     a, b = (tensor.shape for tensor in inputs)
     expect(a == b, f"a second input of shape {shape_text(a)}", shape_text(b), at)
+    _check_shape(output, a, at)
     value, place = _attribute(node, "multipliers", at)
     ma, mb = (abs(m) for m in numbers(value, 2, place))
     bias = abs(number(*_attribute(node, "bias", at)))
@@ -230,6 +240,7 @@ def _check_add(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) ->
 
 
 def _check_table(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+    _check_shape(output, inputs[0].shape, at)
     table = _constant(node, "table", np.uint8 if output.dtype == "u8" else np.float32, (256,), at)
     if output.dtype == "f32":
         check_bound(np.abs(table.astype(np.float64)), output, at)
@@ -247,6 +258,7 @@ def _check_concat(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str)
     for tensor in inputs[1:]:
         same = len(tensor.shape) == len(first) and tensor.shape[1:] == first[1:]
         expect(same, "inputs that differ in dimension 0 only", shape_text(tensor.shape), at)
+    _check_shape(output, _concat_shape(node, [tensor.shape for tensor in inputs]), at)
 
 
 def _check_reshape(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:

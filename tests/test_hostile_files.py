@@ -355,13 +355,18 @@ def test_bad_files(tmp_path, case):
     data = change(path.read_bytes())
     assert data != path.read_bytes()
     path.write_bytes(data)
-    for read in (load, qdeploy.load_int_model):
-        with pytest.raises(ModelError) as error:
-            read(path)
-        check_message(str(error.value))
-        assert text in str(error.value)
-        assert "m.safetensors" in str(error.value)
-        assert "\x1b" not in str(error.value)
+    message = refusal(load, path)
+    assert message == refusal(qdeploy.load_int_model, path)  # one wording on both sides
+    check_message(message)
+    assert text in message
+    assert message.endswith(f" in {path}")
+    assert "\x1b" not in message
+
+
+def refusal(read, path: Path) -> str:
+    with pytest.raises(ModelError) as error:
+        read(path)
+    return str(error.value)
 
 
 NEWER = "expected format_version 1 to 2, got 3, which needs"
@@ -441,6 +446,64 @@ def test_places_in_errors_of_the_engine(tmp_path, case):
     with pytest.raises(ModelError) as error:
         qdeploy.load_int_model(path)
     assert str(error.value) == f"{message} in {path}"
+
+
+def paths(tree: dict | list, start: tuple = ()):
+    """Where every value of the tree stands."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield (*start, key)
+        if isinstance(value, (dict, list)):
+            yield from paths(value, (*start, key))
+
+
+def changed(tree: dict, path: tuple, value: object) -> dict:
+    """A copy of the tree with one value changed, or removed (DELETE)."""
+    tree = json.loads(json.dumps(tree))
+    at = tree
+    for key in path[:-1]:
+        at = at[key]
+    if value is DELETE:
+        del at[path[-1]]
+    else:
+        at[path[-1]] = value
+    return tree
+
+
+DELETE = object()
+CHANGES = [DELETE, 0, 7, 2**28, 1e39, "x", None, [], {}, [1, 1]]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_both_readers_say_the_same_of_every_single_change(tmp_path, name):
+    """Every value of header and graph is removed or becomes each of CHANGES: the same words, or a model for both."""
+    path = tmp_path / "m.safetensors"
+    save(GRAPHS[name](), path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    graph = json.loads(header["__metadata__"].pop("graph"))
+    files = [(graph, header) for graph in every_change(graph)] + [(graph, header) for header in every_change(header)]
+    refused = 0
+    for graph, header in files:
+        if isinstance(header.get("__metadata__"), dict):
+            header["__metadata__"]["graph"] = json.dumps(graph)
+        path.write_bytes(container(json.dumps(header).encode(), data[8 + size :]))
+        said = [verdict(read, path) for read in (load, qdeploy.load_int_model)]
+        assert said[0] == said[1]
+        refused += said[0] != "a model"
+    assert refused > len(files) / 2
+
+
+def every_change(tree: dict):
+    return (changed(tree, path, value) for path in paths(tree) for value in CHANGES)
+
+
+def verdict(read, path: Path) -> str:
+    try:
+        read(path)
+    except ModelError as error:
+        return str(error)
+    return "a model"
 
 
 @pytest.mark.parametrize("read", [load, qdeploy.load_int_model])

@@ -25,40 +25,42 @@ int used_bits(const ModelFile& file, const FileTensor& codes) {
   return bits;
 }
 
-// The number of codes of one channel.
-int64_t checked_depth(const NodeSource& node, const std::vector<int64_t>& shape, int bits) {
-  uint64_t depth = 1;
-  for (size_t i = 1; i < shape.size(); ++i) {
-    const bool overflow = __builtin_mul_overflow(depth, static_cast<uint64_t>(shape[i]), &depth);
-    node.require(!overflow && depth < (1u << 24) && depth * 255 << (bits - 1) < uint64_t{1} << 31,
-                 "accumulators below 2^31", "weight " + shape_text(shape) + " of " + std::to_string(bits) + " bits");
-  }
-  return static_cast<int64_t>(depth);
-}
-
-// The key `weight`, whose shape must be `expected`.
-void read_codes(const NodeSource& node, const std::vector<int64_t>& expected, ConvData* conv) {
+// The key `weight`: its codes and their width. Returns its shape, of any rank, which the tensor of codes fits.
+std::vector<int64_t> read_codes(const NodeSource& node, ConvData* conv) {
+  const std::string where = key_of("weight", node.where), place = key_of("codes", where);
   const Json& weight = member(node.json, "weight", node.where);
-  const std::vector<int64_t> shape =
-      int_array(weight, "shape", expected.size(), expected.size(), 1, kMaxElements, node.where);
-  node.require(shape == expected, "a weight of shape " + shape_text(expected), shape_text(shape));
-  conv->bits = static_cast<int>(int_member(weight, "bits", 2, 8, node.where));
-  const int64_t depth = checked_depth(node, shape, conv->bits);
-  only_keys(weight, {"codes", "shape", "bits"}, node.where);
-  const int64_t stream = depth * shape[0] * conv->bits, bytes = (stream + 7) / 8;
-  const FileTensor& codes =
-      node.file.tensor(string_member(weight, "codes", node.where), DType::u8, {bytes}, node.where);
+  require_keys(weight, {"codes", "shape", "bits"}, where);
+  const std::vector<int64_t> shape = int_array(weight, "shape", 1, 4, 1, kMaxElements, where);
+  conv->bits = static_cast<int>(int_member(weight, "bits", 2, 8, where));
+  int64_t count = 1;
+  for (const int64_t d : shape) {  // each is at most 2^28: below 2^48 the next product is no overflow
+    require(!__builtin_mul_overflow(count, d, &count) && count < int64_t{1} << 48, "a weight that fits a file",
+            "shape " + shape_text(shape), where);
+  }
+  const int64_t stream = count * conv->bits, bytes = (stream + 7) / 8;
+  const FileTensor& codes = node.file.tensor(string_member(weight, "codes", where), DType::u8, {bytes}, place);
   conv->codes = codes.offset;
   conv->used_bits = conv->bits < 8 ? conv->bits : used_bits(node.file, codes);
   uint8_t last;
   node.file.read(codes.offset + codes.bytes - 1, 1, &last);
-  node.require(stream % 8 == 0 || last >> (stream % 8) == 0, "zeros after the last code", "others");
+  require(stream % 8 == 0 || last >> (stream % 8) == 0, "zeros after the last code", "others", place);
+  return shape;
 }
 
-void read_weight(const NodeSource& node, const std::vector<int64_t>& shape, ConvData* conv) {
-  read_codes(node, shape, conv);
-  conv->multiplier = node.floats("multiplier", {shape[0]});
-  conv->bias = node.floats("bias", {shape[0]});
+// The shape that the operands ask for, and accumulators that cannot overflow.
+void require_weight_shape(const NodeSource& node, const std::vector<int64_t>& shape,
+                          const std::vector<int64_t>& expected, int bits) {
+  require(shape == expected, "a weight of shape " + shape_text(expected), shape_text(shape),
+          key_of("weight", node.where));
+  int64_t depth = 1;  // the number of codes of one channel, below 2^48
+  for (size_t i = 1; i < shape.size(); ++i) depth *= shape[i];
+  node.require(depth < (1 << 24) && depth * 255 << (bits - 1) < int64_t{1} << 31, "accumulators below 2^31",
+               "weight " + shape_text(shape) + " of " + std::to_string(bits) + " bits");
+}
+
+void read_constants(const NodeSource& node, ConvData* conv) {
+  conv->multiplier = node.floats("multiplier", {node.output.c});
+  conv->bias = node.floats("bias", {node.output.c});
   if (!node.has_residual) return;
   const std::vector<int64_t>& residual = node.input(1).shape;
   node.require(residual == node.output.shape, "a residual of shape " + shape_text(node.output.shape),
@@ -68,9 +70,10 @@ void read_weight(const NodeSource& node, const std::vector<int64_t>& shape, Conv
 
 std::unique_ptr<const OpData> read_conv2d(const NodeSource& node) {
   auto conv = std::make_unique<ConvData>();
+  const std::vector<int64_t> shape = read_codes(node, conv.get());
+  require(shape.size() == 4, "a weight of shape [O, C/groups, KH, KW]", shape_text(shape),
+          key_of("weight", node.where));
   conv->window = read_window(node);
-  const Json& weight = member(node.json, "weight", node.where);
-  const std::vector<int64_t> shape = int_array(weight, "shape", 4, 4, 1, kMaxElements, node.where);
   conv->window.kernel[0] = shape[2];
   conv->window.kernel[1] = shape[3];
   const int64_t in = node.input().c, out = node.output.c;
@@ -78,16 +81,20 @@ std::unique_ptr<const OpData> read_conv2d(const NodeSource& node) {
   conv->groups = int_member(node.json, "groups", 1, kMaxSize, node.where);
   node.require(in % conv->groups == 0 && out % conv->groups == 0, "groups that divide the channels",
                std::to_string(conv->groups));
-  read_weight(node, {out, in / conv->groups, shape[2], shape[3]}, conv.get());
+  require_weight_shape(node, shape, {out, in / conv->groups, shape[2], shape[3]}, conv->bits);
+  read_constants(node, conv.get());
   return conv;
 }
 
 std::unique_ptr<const OpData> read_linear(const NodeSource& node) {
   auto conv = std::make_unique<ConvData>();
+  const std::vector<int64_t> shape = read_codes(node, conv.get());
+  require(shape.size() == 2, "a weight of shape [O, F]", shape_text(shape), key_of("weight", node.where));
   const Tensor &in = node.input(), &out = node.output;
   node.require(in.shape.size() == 1, "an input of shape [F]", shape_text(in.shape));
   node.require(out.shape.size() == 1, "an output of shape [F]", shape_text(out.shape));
-  read_weight(node, {out.c, in.c}, conv.get());
+  require_weight_shape(node, shape, {out.c, in.c}, conv->bits);
+  read_constants(node, conv.get());
   return conv;
 }
 

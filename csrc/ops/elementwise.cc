@@ -16,11 +16,14 @@ struct TableData : OpData {
   std::vector<float> f32;
 };
 
+void require_output_shape(const NodeSource& node, const std::vector<int64_t>& shape) {
+  node.require(node.output.shape == shape, "an output of shape " + shape_text(shape), shape_text(node.output.shape));
+}
+
 std::unique_ptr<const OpData> read_add(const NodeSource& node) {
-  for (const Tensor* input : node.inputs) {
-    node.require(input->shape == node.output.shape, "inputs of shape " + shape_text(node.output.shape),
-                 shape_text(input->shape));
-  }
+  const std::vector<int64_t>&a = node.input(0).shape, &b = node.input(1).shape;
+  node.require(a == b, "a second input of shape " + shape_text(a), shape_text(b));
+  require_output_shape(node, a);
   auto add = std::make_unique<AddData>();
   const std::vector<float> multipliers = number_array(node.json, "multipliers", 2, node.where);
   add->multiplier_a = multipliers[0];
@@ -49,8 +52,7 @@ void run_add(const StepRun& run) {
 }
 
 std::unique_ptr<const OpData> read_table(const NodeSource& node) {
-  node.require(node.input().shape == node.output.shape, "an output of shape " + shape_text(node.input().shape),
-               shape_text(node.output.shape));
+  require_output_shape(node, node.input().shape);
   auto table = std::make_unique<TableData>();
   if (node.output.is_f32) {
     table->f32 = node.floats("table", {256});
