@@ -75,7 +75,8 @@ void set_taps(const Layer& layer) {
 }
 
 // The panels, and what each reads: all channels of the groups that it touches.
-void set_panels(const Layer& layer, PackedConv* conv) {
+void set_panels(const Layer& layer) {
+  PackedConv* conv = layer.conv.get();
   const int64_t nr = conv->kernel->nr, out = layer.channels(), depth = layer.depth(), in = layer.in.c;
   const int64_t per_group = out / layer.data.groups;
   const bool merged = merges_rows(layer), grouped = !conv->lanes.empty();
@@ -106,7 +107,7 @@ void lower(const Layer& layer, const Kernels& kernels) {
   const bool grouped = fits_grouped(layer, kernels.grouped);
   conv->kernel = grouped ? &kernels.grouped : &kernels.conv[layer.data.used_bits];
   if (grouped) conv->lanes = grouped_lanes(layer, conv->kernel->nr);
-  set_panels(layer, conv);
+  set_panels(layer);
 }
 
 // Bytes of packed weights, a multiple of 64. The kernel is chosen.
@@ -282,6 +283,7 @@ struct Pairs {
   std::vector<int16_t> sum, magnitude;
 };
 
+// Once for all kernels that are tried on a channel, and in vectors.
 void pair_up(const int8_t* codes, size_t count, Pairs* pairs) {
   pairs->sum.resize(count / 2), pairs->magnitude.resize(count / 2);
   int16_t *sum = pairs->sum.data(), *magnitude = pairs->magnitude.data();
