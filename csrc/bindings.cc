@@ -9,7 +9,6 @@
 #include "ops/conv.h"
 #include "peak.h"
 #include "session.h"
-#include "tiling.h"
 
 namespace py = pybind11;
 
@@ -115,8 +114,8 @@ py::list plan(Session& session, int64_t batch) {
     entry["bits"] = conv ? conv->bits : 0;
     entry["macs"] = step.macs * batch;
     entry["tile"] = tile_of(step);
-    entry["split"] = split_of(step, plan->tiles[s].size(), threads);
-    entry["residual"] = step.node->has_residual();
+    entry["split"] = split_of(step, plan->tilings[s], threads);
+    entry["residual"] = step.node->has_residual;
     list.append(entry);
   }
   return list;

@@ -46,12 +46,6 @@ void copy_out_as(const Activation& a, int64_t images, const T* from, T* to) {
 
 }  // namespace
 
-uint8_t* Chunk::u8_at(int activation) const {
-  const Activation& a = program.activations[activation];
-  const int64_t skipped = plan.for_all[activation] ? first * a.image_pitch * (a.is_f32 ? 4 : 1) : 0;
-  return arena + plan.offset[activation] + skipped;
-}
-
 bool run_input(const Chunk& chunk, int activation, const std::vector<uint8_t>& preprocess_table, const void* images,
                bool is_u8, Share share) {
   const Activation& a = chunk.program.activations[activation];
@@ -82,7 +76,7 @@ bool run_input(const Chunk& chunk, int activation, const std::vector<uint8_t>& p
 void run_step(const Chunk& chunk, size_t index, Share share) {
   const Step& step = chunk.program.steps[index];
   fill_border(chunk, step.output, share);
-  step.node->op->run({chunk, step, chunk.plan.tiles[index], share});
+  step.node->op->run({chunk, step, chunk.plan.tilings[index], share});
 }
 
 void copy_out(const Chunk& chunk, int activation, void* to) {

@@ -17,7 +17,11 @@ struct Chunk {
   int64_t first, images;
 
   // An activation of the first of these images.
-  uint8_t* u8_at(int activation) const;
+  uint8_t* u8_at(int activation) const {
+    const Activation& a = program.activations[activation];
+    const int64_t skipped = plan.for_all[activation] ? first * a.image_pitch * (a.is_f32 ? 4 : 1) : 0;
+    return arena + plan.offset[activation] + skipped;
+  }
   float* f32_at(int activation) const { return reinterpret_cast<float*>(u8_at(activation)); }
 };
 

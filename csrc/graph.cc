@@ -20,7 +20,7 @@ std::set<std::string> keys_of(const Node& node, bool is_f32) {
   std::set<std::string> keys = node.op->keys;
   keys.insert({"op", "name", "inputs", "output"});
   if (node.op->output == Output::requantized && !is_f32) keys.insert("clamp");
-  if (node.has_residual()) keys.insert("residual_multiplier");
+  if (node.has_residual) keys.insert("residual_multiplier");
   return keys;
 }
 
@@ -139,7 +139,7 @@ Node MemberReader::read_node(const Json& json) {
   read_operands(json, where, &node);
   const Tensor& output = member_.tensors[node.output];
   require_keys(json, keys_of(node, output.is_f32), where);
-  NodeSource source = {*node.op, json, file_, where, {}, output, node.has_residual()};
+  NodeSource source = {*node.op, json, file_, where, {}, output, node.has_residual};
   for (const int input : node.inputs) source.inputs.push_back(&member_.tensors[input]);
   node.data = node.op->read(source);
   if (node.op->output == Output::requantized && !output.is_f32) read_clamp(json, where, &node);
@@ -156,6 +156,7 @@ void MemberReader::read_operands(const Json& json, const std::string& where, Nod
     require(!member_.tensors[id].is_f32, "u8 inputs", "f32 tensor " + std::to_string(id), where);
     node->inputs.push_back(static_cast<int>(id));
   }
+  node->has_residual = node->op->residual && node->inputs.size() == count.most;
   node->output = static_cast<int>(int_member(json, "output", 0, last, where));
   require(!written_[node->output], "an output that nothing wrote before", "tensor " + std::to_string(node->output),
           where);
@@ -258,8 +259,6 @@ std::vector<std::string> read_classes(const ModelFile& file, const Json& json, c
 }
 
 }  // namespace
-
-bool Node::has_residual() const { return op->residual && inputs.size() == op->inputs.most; }
 
 std::string place_of(const Member& member, const ModelFile& file) {
   return "member " + name_text(member.name) + " in " + file.path();

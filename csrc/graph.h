@@ -38,10 +38,8 @@ struct Node {
   std::vector<int> inputs;
   int output;
   uint8_t qmin = 0, qmax = 255;  // the clamp of an op that has one
+  bool has_residual = false;     // the last input is there and is a residual
   std::unique_ptr<const OpData> data;
-
-  // The last input, which may be left out, is there and is a residual.
-  bool has_residual() const;
 };
 
 struct Member {

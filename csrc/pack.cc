@@ -75,7 +75,8 @@ void set_taps(const Layer& layer) {
 }
 
 // The panels, and what each reads: all channels of the groups that it touches.
-void set_panels(const Layer& layer, PackedConv* conv) {
+void set_panels(const Layer& layer) {
+  PackedConv* conv = layer.conv.get();
   const int64_t nr = conv->kernel->nr, out = layer.channels(), depth = layer.depth(), in = layer.in.c;
   const int64_t per_group = out / layer.data.groups;
   const bool merged = merges_rows(layer), grouped = !conv->lanes.empty();
@@ -96,7 +97,7 @@ void set_panels(const Layer& layer, PackedConv* conv) {
 void lower(const Layer& layer, const Kernels& kernels) {
   PackedConv* conv = layer.conv.get();
   const bool one_each = layer.data.groups > 1 && layer.depth() == 1 && layer.channels() == layer.in.c;
-  conv->is_depthwise = one_each && !layer.node.has_residual() && !layer.f32_output;
+  conv->is_depthwise = one_each && !layer.node.has_residual && !layer.f32_output;
   set_taps(layer);
   if (conv->is_depthwise) {
     conv->repeat = depthwise_repeat(layer.data);
@@ -106,7 +107,7 @@ void lower(const Layer& layer, const Kernels& kernels) {
   const bool grouped = fits_grouped(layer, kernels.grouped);
   conv->kernel = grouped ? &kernels.grouped : &kernels.conv[layer.data.used_bits];
   if (grouped) conv->lanes = grouped_lanes(layer, conv->kernel->nr);
-  set_panels(layer, conv);
+  set_panels(layer);
 }
 
 // Bytes of packed weights, a multiple of 64. The kernel is chosen.
@@ -227,12 +228,13 @@ void transpose_8x8(const int8_t* from, int64_t from_stride, int8_t* const* to) {
 void order_channel(const Layer& layer, const int8_t* codes, int64_t channel, int8_t* ordered) {
   const PackedConv& conv = *layer.conv;
   const int64_t kw = layer.data.window.kernel[1], pixels = layer.data.window.kernel[0] * kw, depth = layer.depth();
+  const int64_t in = layer.in.c, k = conv.k;
   const int64_t group = channel / (layer.channels() / layer.data.groups);
   const bool whole_groups = !conv.lanes.empty(), merged = merges_rows(layer);
   const int64_t first_byte = whole_groups ? 0 : group * depth - conv.panel_channel[channel / conv.kernel->nr];
   memset(ordered, 0, conv.tap_offset.size() * conv.k);
   const auto pixel = [&](int64_t i) {  // where the channels of pixel i of the kernel lie
-    return ordered + (merged ? i / kw * conv.k + i % kw * layer.in.c : i * conv.k) + first_byte;
+    return ordered + (merged ? i / kw * k + i % kw * in : i * k) + first_byte;
   };
   if (pixels == 1) {
     memcpy(pixel(0), codes, depth);
@@ -276,19 +278,35 @@ void interleave_rows(const int8_t* rows, int64_t row_stride, int64_t lanes, int6
   }
 }
 
+// Of every two neighbouring codes.
+struct Pairs {
+  std::vector<int16_t> sum, magnitude;
+};
+
+// Once for all kernels that are tried on a channel, and in vectors.
+void pair_up(const int8_t* codes, size_t count, Pairs* pairs) {
+  pairs->sum.resize(count / 2), pairs->magnitude.resize(count / 2);
+  int16_t *sum = pairs->sum.data(), *magnitude = pairs->magnitude.data();
+  for (size_t i = 0; i < count / 2; ++i) {
+    const int16_t first = codes[2 * i], second = codes[2 * i + 1];
+    sum[i] = static_cast<int16_t>(first + second);
+    magnitude[i] = static_cast<int16_t>(std::abs(first) + std::abs(second));
+  }
+}
+
 // Whether a kernel is exact for these codes of one channel, by ConvKernel::s16_steps.
-bool fits_s16(const int8_t* ordered, const PackedConv& conv, const ConvKernel& kernel) {
+bool fits_s16(const Pairs& pairs, const PackedConv& conv, const ConvKernel& kernel) {
   if (kernel.s16_steps == 0 || kernel.nr != conv.kernel->nr) return false;
-  for (size_t tap = 0; tap < conv.tap_offset.size(); ++tap, ordered += conv.k) {
-    for (int32_t begin = 0; begin < conv.k; begin += 4 * kernel.s16_steps) {
-      const int32_t end = std::min(conv.k, begin + 4 * kernel.s16_steps);
-      for (int32_t half = begin; half < begin + 4; half += 2) {
-        int sum = 0, positive = 0;
-        for (int32_t i = half; i < end; i += 4) {
-          sum += ordered[i] + ordered[i + 1];
-          positive += std::max<int>(ordered[i], 0) + std::max<int>(ordered[i + 1], 0);
-        }
-        if (std::max(positive, positive - sum) > 128) return false;
+  const int16_t *sums = pairs.sum.data(), *magnitudes = pairs.magnitude.data();
+  const int32_t k = conv.k / 2, span = 2 * kernel.s16_steps;  // in pairs, two of which are a step
+  for (size_t tap = 0; tap < conv.tap_offset.size(); ++tap, sums += k, magnitudes += k) {
+    for (int32_t begin = 0; begin < k; begin += span) {
+      const int32_t end = std::min(k, begin + span);
+      for (int32_t half = begin; half < begin + 2; ++half) {
+        int sum = 0, magnitude = 0;
+        for (int32_t i = half; i < end; i += 2) sum += sums[i], magnitude += magnitudes[i];
+        // the positive codes add up to half of magnitude + sum, the negative ones to half of magnitude - sum
+        if (magnitude + std::abs(sum) > 2 * 128) return false;
       }
     }
   }
@@ -319,6 +337,7 @@ class Packer {
   std::vector<uint8_t> packed_;  // codes of one panel as in the file
   std::vector<int8_t> codes_;    // of one channel
   std::vector<int8_t> rows_;     // of one panel, a row for each channel
+  Pairs pairs_;                  // of one row
 };
 
 // The bytes of the file that hold these bits, with 8 more to read behind them.
@@ -343,7 +362,8 @@ void Packer::choose_kernel(const Kernels& kernels, const Layer& layer) {
     const int64_t bit = channel * count * bits;
     unpack_codes(read_bits(layer.data.codes, bit, count * bits), bits, bit % 8, count, codes_.data());
     order_channel(layer, codes_.data(), channel, rows_.data());
-    while (kernel < widest && !fits_s16(rows_.data(), *conv, *kernel)) ++kernel;
+    pair_up(rows_.data(), rows_.size(), &pairs_);
+    while (kernel < widest && !fits_s16(pairs_, *conv, *kernel)) ++kernel;
   }
   conv->kernel = kernel;
 }
@@ -408,7 +428,7 @@ void for_each(const ModelFile& file, const AlignedBuffer& weights, int threads, 
   std::exception_ptr error;
   std::mutex error_mutex;
   // Another thread pays from about a megabyte, 0.5 ms, on.
-  const int useful = static_cast<int>(std::min<size_t>(threads, 1 + (weights.bytes() >> 20)));
+  const int useful = static_cast<int>(std::min<size_t>(threads, 1 + (file.bytes() >> 20)));
   ThreadPool::shared().run(useful, [&](int, int) {
     try {
       Packer packer(file, weights.data());

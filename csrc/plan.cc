@@ -4,7 +4,6 @@
 #include <numeric>
 
 #include "ops/op.h"
-#include "tiling.h"
 
 namespace qdeploy {
 namespace {
@@ -129,7 +128,7 @@ size_t place(const std::vector<size_t>& bytes, const std::vector<Life>& life, co
   return total;
 }
 
-// Everything but the tiles.
+// Everything but the tilings.
 Plan plan_arena(const Program& program, int64_t batch, bool keep_all) {
   Plan plan;
   plan.batch = batch;
@@ -154,9 +153,7 @@ Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
   Plan plan = plan_arena(program, batch, keep_all);
   for (const Pass& pass : plan.passes) {
     for (size_t s = pass.begin; s < pass.end; ++s) {
-      const Step& step = program.steps[s];
-      const bool tiled = step.conv && step.conv->kernel;
-      plan.tiles.push_back(tiled ? make_tiles(program, step, pass.together ? batch : 1) : std::vector<ConvTile>());
+      plan.tilings.push_back(make_tiling(program, program.steps[s], pass.together ? batch : 1));
     }
   }
   return plan;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "program.h"
+#include "tiling.h"
 
 namespace qdeploy {
 
@@ -20,15 +21,15 @@ struct Plan {
   int64_t batch;
   size_t arena_bytes;
   std::vector<Pass> passes;
-  std::vector<bool> for_all;                 // of each activation: memory for every image of the batch, or for one
-  std::vector<size_t> offset;                // of each activation in the arena, bytes
-  std::vector<std::vector<ConvTile>> tiles;  // of each step, for the images of its pass; empty without a conv kernel
+  std::vector<bool> for_all;    // of each activation: memory for every image of the batch, or for one
+  std::vector<size_t> offset;   // of each activation in the arena, bytes
+  std::vector<Tiling> tilings;  // of each step, for the images of its pass
 };
 
 // keep_all: every activation has memory of its own, so that each can be read after the run (taps).
 Plan make_plan(const Program& program, int64_t batch, bool keep_all);
 
-// Of make_plan(program, batch, false), without its tiles.
+// Of make_plan(program, batch, false), without its tilings.
 size_t arena_bytes(const Program& program, int64_t batch);
 
 }  // namespace qdeploy

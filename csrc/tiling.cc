@@ -22,7 +22,7 @@ bool continues(const Steps& outer, const Steps& inner, int64_t length) {
 
 // What lies where the residual of a step would: the output, where it has none.
 const Activation& residual_of(const Program& program, const Step& step) {
-  return program.activations[step.node->has_residual() ? step.inputs[1] : step.output];
+  return program.activations[step.node->has_residual ? step.inputs[1] : step.output];
 }
 
 // The output of a convolution as few long runs: rows, or whole images where rows follow each other without a gap.
@@ -50,34 +50,8 @@ std::vector<Run> runs_of(const Program& program, const Step& step, int64_t image
   return runs;
 }
 
-// ---- Blocks and shares --------------------------------------------------------------------------------------------
-
-// Panels outermost when the input stays in L2, else 56 pixels under all panels: 16.2 ms instead of 16.65 and 18.3
-// with one rule for all layers of ResNet-50, in the prototype of this engine. 0: all tiles.
-int64_t tiles_per_block(const Program& program, const Step& step) {
-  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
-  const Window& window = conv_of(*step.node)->window;
-  const bool pointwise = window.kernel[0] * window.kernel[1] == 1;
-  const bool many_outputs = pointwise && out.c > in.c, large_input = pointwise && in.c * in.h * in.w > 256 * 1024;
-  const int64_t tile = step.conv->kernel->mr * step.conv->kernel->groups;
-  return many_outputs || large_input ? (56 + tile - 1) / tile : 0;
-}
-
-// Pixels are shared out where that leaves every thread several tiles: then each keeps its rows in its own L2. Small
-// maps share channels: on 7x7 a split of 4 tiles would read all weights twice (ResNet-50: 0.4 ms of 8.4 on two
-// threads).
-bool splits_channels(int64_t tiles, int64_t panels, int threads) {
-  if (threads == 1) return false;
-  const auto worst = [&](int64_t n) { return (n + threads - 1) / threads; };
-  const int64_t by_tile = worst(tiles) * panels;
-  const int64_t by_panel = tiles * worst(panels);
-  return by_panel < by_tile || (by_panel == by_tile && tiles < 4 * threads);
-}
-
-}  // namespace
-
 // Cuts the runs into groups of nearly equal size, at most mr pixels, and pairs groups of one size into tiles.
-std::vector<ConvTile> make_tiles(const Program& program, const Step& step, int64_t images) {
+std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t images) {
   const ConvKernel& kernel = *step.conv->kernel;
   const int64_t a_step = conv_of(*step.node)->window.stride[1] * program.activations[step.inputs[0]].c;
   const int64_t c_step = program.activations[step.output].c, residual_step = residual_of(program, step).c;
@@ -104,21 +78,47 @@ std::vector<ConvTile> make_tiles(const Program& program, const Step& step, int64
   return tiles;
 }
 
-ConvPart part_of(const Program& program, const Step& step, size_t tiles, Share share) {
-  const int64_t count = static_cast<int64_t>(tiles), panels = step.conv->panels;
-  ConvPart part = {{0, count}, {0, panels}, tiles_per_block(program, step)};
-  if (splits_channels(count, panels, share.threads)) {
-    part.panels = slice(panels, share);
-  } else {
-    part.tiles = slice(count, share);
-  }
-  if (part.tiles_per_block == 0) part.tiles_per_block = count;
-  return part;
+// ---- Blocks and shares --------------------------------------------------------------------------------------------
+
+// Panels outermost when the input stays in L2, else 56 pixels under all panels: 16.2 ms instead of 16.65 and 18.3
+// with one rule for all layers of ResNet-50, in the prototype of this engine.
+int64_t tiles_per_block(const Program& program, const Step& step) {
+  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
+  const Window& window = conv_of(*step.node)->window;
+  const bool pointwise = window.kernel[0] * window.kernel[1] == 1;
+  const bool many_outputs = pointwise && out.c > in.c, large_input = pointwise && in.c * in.h * in.w > 256 * 1024;
+  const int64_t tile = step.conv->kernel->mr * step.conv->kernel->groups;
+  return many_outputs || large_input ? (56 + tile - 1) / tile : 0;
 }
 
-const char* split_of(const Step& step, size_t tiles, int threads) {
-  if (!step.conv || !step.conv->kernel) return "rows";
-  return splits_channels(static_cast<int64_t>(tiles), step.conv->panels, threads) ? "channels" : "tiles";
+// Pixels are shared out where that leaves every thread several tiles: then each keeps its rows in its own L2. Small
+// maps share channels: on 7x7 a split of 4 tiles would read all weights twice (ResNet-50: 0.4 ms of 8.4 on two
+// threads).
+bool splits_channels(const Step& step, const Tiling& tiling, int threads) {
+  if (threads == 1) return false;
+  const int64_t tiles = static_cast<int64_t>(tiling.tiles.size()), panels = step.conv->panels;
+  const auto worst = [&](int64_t n) { return (n + threads - 1) / threads; };
+  const int64_t by_tile = worst(tiles) * panels;
+  const int64_t by_panel = tiles * worst(panels);
+  return by_panel < by_tile || (by_panel == by_tile && tiles < 4 * threads);
+}
+
+}  // namespace
+
+Tiling make_tiling(const Program& program, const Step& step, int64_t images) {
+  if (!step.conv || !step.conv->kernel) return {};
+  return {tiles_of(program, step, images), tiles_per_block(program, step)};
+}
+
+ConvPart part_of(const Step& step, const Tiling& tiling, Share share) {
+  const int64_t tiles = static_cast<int64_t>(tiling.tiles.size()), panels = step.conv->panels;
+  if (splits_channels(step, tiling, share.threads)) return {{0, tiles}, slice(panels, share)};
+  return {slice(tiles, share), {0, panels}};
+}
+
+const char* split_of(const Step& step, const Tiling& tiling, int threads) {
+  if (tiling.tiles.empty()) return "rows";
+  return splits_channels(step, tiling, threads) ? "channels" : "tiles";
 }
 
 }  // namespace qdeploy

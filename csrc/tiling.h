@@ -7,17 +7,20 @@
 
 namespace qdeploy {
 
-// The tiles of a step that has a convolution kernel, for so many images.
-std::vector<ConvTile> make_tiles(const Program& program, const Step& step, int64_t images);
+// All panels run for one block of tiles, then all of them for the next.
+struct Tiling {
+  std::vector<ConvTile> tiles;  // empty: the step has no convolution kernel
+  int64_t tiles_per_block = 0;  // 0: all of them
+};
+Tiling make_tiling(const Program& program, const Step& step, int64_t images);
 
-// One thread's panels and tiles: all its panels for tiles_per_block tiles, then all of them for the next.
+// What one thread computes of a step: some of its tiles under all panels, or all tiles under some of the panels.
 struct ConvPart {
   Range tiles, panels;
-  int64_t tiles_per_block;
 };
-ConvPart part_of(const Program& program, const Step& step, size_t tiles, Share share);
+ConvPart part_of(const Step& step, const Tiling& tiling, Share share);
 
 // What the threads share out: "tiles" or "channels" of convolutions, "rows" of the rest.
-const char* split_of(const Step& step, size_t tiles, int threads);
+const char* split_of(const Step& step, const Tiling& tiling, int threads);
 
 }  // namespace qdeploy

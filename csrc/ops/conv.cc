@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "../errors.h"
-#include "../tiling.h"
 
 namespace qdeploy {
 namespace {
@@ -113,7 +112,7 @@ ConvParams params_of(const StepRun& run) {
   params.qmin = run.node().qmin;
   params.qmax = run.node().qmax;
   params.lanes = conv.lanes.data();
-  if (run.node().has_residual()) {
+  if (run.node().has_residual) {
     params.residual_stride = run.in(1).c;
     params.residual_scale = data.residual_multiplier;
   }
@@ -124,14 +123,15 @@ void run_panels(const StepRun& run) {
   const PackedConv& conv = *run.step.conv;
   const Activation& out = run.out();
   const int64_t nr = conv.kernel->nr;
-  const ConvPart part = part_of(run.chunk.program, run.step, run.tiles.size(), run.share);
+  const ConvPart part = part_of(run.step, run.tiling, run.share);
   const uint8_t* a = run.from();
-  const uint8_t* residual = run.node().has_residual() ? run.from(1) : nullptr;
+  const uint8_t* residual = run.node().has_residual ? run.from(1) : nullptr;
   const uint8_t* weights = run.chunk.program.weights.data() + conv.weight_offset;
   const ConvFn kernel = out.is_f32 ? conv.kernel->f32 : conv.kernel->qu8;
   ConvParams params = params_of(run);
-  for (int64_t tile = part.tiles.begin; tile < part.tiles.end; tile += part.tiles_per_block) {
-    const int64_t tile_end = std::min(tile + part.tiles_per_block, part.tiles.end);
+  const int64_t block = run.tiling.tiles_per_block ? run.tiling.tiles_per_block : part.tiles.end;
+  for (int64_t tile = part.tiles.begin; tile < part.tiles.end; tile += block) {
+    const int64_t tile_end = std::min(tile + block, part.tiles.end);
     for (int64_t panel = part.panels.begin; panel < part.panels.end; ++panel) {
       params.n = static_cast<int32_t>(std::min<int64_t>(nr, out.c - panel * nr));
       params.a = a + conv.panel_channel[panel];
@@ -144,7 +144,7 @@ void run_panels(const StepRun& run) {
       // Weights come from DRAM in every run: fetch the next panel under this one, once.
       params.prefetch = weights + (panel + 1) * conv.panel_bytes;
       params.prefetch_bytes = tile == part.tiles.begin ? conv.panel_bytes : 0;
-      kernel(&params, run.tiles.data() + tile, static_cast<size_t>(tile_end - tile));
+      kernel(&params, run.tiling.tiles.data() + tile, static_cast<size_t>(tile_end - tile));
     }
   }
 }

@@ -46,7 +46,7 @@ struct NodeSource {
 struct StepRun {
   const Chunk& chunk;
   const Step& step;
-  const std::vector<ConvTile>& tiles;  // of an op with weights
+  const Tiling& tiling;  // of an op with weights
   Share share;
 
   const Node& node() const { return *step.node; }

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../errors.h"
 #include "window.h"
 
 namespace qdeploy {
