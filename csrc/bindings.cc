@@ -6,27 +6,29 @@
 
 #include "cpu.h"
 #include "errors.h"
-#include "ops.h"
+#include "ops/conv.h"
 #include "peak.h"
 #include "session.h"
+#include "tiling.h"
 
 namespace py = pybind11;
 
 namespace qdeploy {
 namespace {
 
-std::unique_ptr<Session> open_path(const std::string& path, int threads, const std::string& isa) {
+std::unique_ptr<Session> open_path(const std::string& path, int threads, const std::string& isa,
+                                   int64_t macs_per_thread) {
   const py::gil_scoped_release release;
   const ModelFile file(path);
-  return std::make_unique<Session>(file, threads, isa);
+  return std::make_unique<Session>(file, threads, isa, macs_per_thread);
 }
 
 std::unique_ptr<Session> open_bytes(const std::string& name, const py::bytes& content, int threads,
-                                    const std::string& isa) {
+                                    const std::string& isa, int64_t macs_per_thread) {
   const std::string_view view = content;
   const py::gil_scoped_release release;
   const ModelFile file(name, reinterpret_cast<const uint8_t*>(view.data()), view.size());
-  return std::make_unique<Session>(file, threads, isa);
+  return std::make_unique<Session>(file, threads, isa, macs_per_thread);
 }
 
 void run(Session& session, const py::array& images, py::array output, std::optional<py::array_t<int64_t>> classes,
@@ -58,31 +60,63 @@ py::list activations(const Session& session) {
   return list;
 }
 
-std::string tile_of(const PackedConv& conv) {
-  if (!conv.kernel) return "";
-  return std::to_string(conv.kernel->mr * conv.kernel->groups) + "x" + std::to_string(conv.kernel->nr);
+const char* output_name(Output output) {
+  switch (output) {
+    case Output::requantized:
+      return "requantized";
+    case Output::same_grid:
+      return "same_grid";
+    case Output::table:
+      return "table";
+  }
+  return "";
+}
+
+py::list ops() {
+  py::list list;
+  for (const OpInfo& op : all_ops()) {
+    py::dict entry;
+    entry["name"] = op.name;
+    entry["version"] = op.version;
+    entry["inputs"] = py::make_tuple(op.inputs.fewest, op.inputs.most);
+    entry["output"] = output_name(op.output);
+    entry["residual"] = op.residual;
+    entry["keys"] = std::vector<std::string>(op.keys.begin(), op.keys.end());
+    list.append(entry);
+  }
+  return list;
+}
+
+std::string kernel_of(const Program& program, const Step& step) {
+  if (step.conv && step.conv->kernel) return step.conv->kernel->name;
+  return std::string(step.conv ? "depthwise" : step.node->op->name) + "__" + program.kernels->isa;
+}
+
+std::string tile_of(const Step& step) {
+  if (!step.conv || !step.conv->kernel) return "";
+  const ConvKernel& kernel = *step.conv->kernel;
+  return std::to_string(kernel.mr * kernel.groups) + "x" + std::to_string(kernel.nr);
 }
 
 py::list plan(Session& session, int64_t batch) {
   const Program& program = session.program();
   const std::shared_ptr<const Plan> plan = session.plan(session.images_per_chunk(batch), false);
-  const Chunk chunk = {program, *plan, nullptr, 0, plan->batch};
+  const int threads = session.threads_for(plan->batch);
   py::list list;
   for (size_t s = 0; s < program.steps.size(); ++s) {
     const Step& step = program.steps[s];
+    const ConvData* conv = conv_of(*step.node);
     py::dict entry;
     entry["member"] = program.graph.members[step.member].name;
     entry["name"] = step.node->name;
-    entry["op"] = op_name(step.node->op);
+    entry["op"] = step.node->op->name;
     entry["output"] = step.output;
-    entry["kernel"] = step.conv.kernel         ? std::string(step.conv.kernel->name)
-                      : step.conv.is_depthwise ? std::string("depthwise__") + program.kernels->isa
-                                               : std::string(op_name(step.node->op)) + "__" + program.kernels->isa;
-    entry["bits"] = step.node->bits;
+    entry["kernel"] = kernel_of(program, step);
+    entry["bits"] = conv ? conv->bits : 0;
     entry["macs"] = step.macs * batch;
-    entry["tile"] = tile_of(step.conv);
-    entry["split"] = split_of(chunk, s, session.threads_for(plan->batch));
-    entry["residual"] = step.node->has_residual;
+    entry["tile"] = tile_of(step);
+    entry["split"] = split_of(step, plan->tiles[s].size(), threads);
+    entry["residual"] = step.node->has_residual();
     list.append(entry);
   }
   return list;
@@ -106,6 +140,7 @@ PYBIND11_MODULE(_engine, m) {
     }
   });
   m.def("isas", &available_isas, "Instruction sets that this machine can run, from scalar upwards.");
+  m.def("ops", &ops, "The operations that this engine runs, one dict each.");
   m.def("cpu_quota", &cpu_quota, py::arg("root") = "",
         "CPUs that the cgroups of this process grant; infinity without a quota. /proc and /sys lie under root.");
   m.def("default_threads", &default_threads, "min(affinity, cgroup quota, physical cores).");
@@ -113,16 +148,15 @@ PYBIND11_MODULE(_engine, m) {
         py::call_guard<py::gil_scoped_release>(),
         "1e9 multiply-accumulates a second of one core at best, in \"int8\" or \"float32\"; None where unknown.");
   py::class_<Session>(m, "Session")
-      .def(py::init(&open_path), py::arg("path"), py::arg("threads"), py::arg("isa"))
-      .def(py::init(&open_bytes), py::arg("name"), py::arg("content"), py::arg("threads"), py::arg("isa"))
+      .def(py::init(&open_path), py::arg("path"), py::arg("threads"), py::arg("isa"),
+           py::arg("macs_per_thread") = kMacsPerThread)
+      .def(py::init(&open_bytes), py::arg("name"), py::arg("content"), py::arg("threads"), py::arg("isa"),
+           py::arg("macs_per_thread") = kMacsPerThread)
       .def("run", &run, py::arg("images"), py::arg("output"), py::arg("classes"), py::arg("taps"),
            py::arg("step_seconds"))
       .def("plan", &plan, py::arg("batch"))
       .def_property_readonly("activations", &activations)
       .def_property_readonly("threads", &Session::threads)
-      .def_property_static(
-          "macs_per_thread", [](const py::object&) { return Session::macs_per_thread.load(); },
-          [](const py::object&, int64_t macs) { Session::macs_per_thread = std::max<int64_t>(1, macs); })
       .def_property_readonly("isa", [](const Session& s) { return s.program().kernels->isa; })
       .def_property_readonly("nbytes", [](const Session& s) { return s.program().file_bytes; })
       .def_property_readonly("members",

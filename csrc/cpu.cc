@@ -7,9 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
-#include <map>
 #include <set>
-#include <sstream>
 
 #include "errors.h"
 
@@ -20,46 +18,61 @@
 namespace qdeploy {
 namespace {
 
-// The ladder: each table starts as a copy of one below it, avx512's of avx2's, as few CPUs have both AVX_VNNI and
-// AVX-512. GCC's cpu_supports includes the operating system's part
-// (xgetbv), so that AVX-512 without saved registers does not count.
-std::map<std::string, Kernels> build_tables() {
-  std::map<std::string, Kernels> tables;
-  Kernels kernels;
-  init_scalar(&kernels);
-  tables["scalar"] = kernels;
+struct Isa {
+  const char* name;
+  bool (*is_supported)();  // asked where `below` is
+  void (*init)(Kernels* kernels);
+  const char* below;  // the instruction set whose table it starts from
+};
+
+// The ladder, from scalar upwards. avx512 stands on avx2, as few CPUs have both AVX_VNNI and AVX-512. GCC's
+// cpu_supports includes the operating system's part (xgetbv), so that AVX-512 without saved registers does not count.
+const Isa kLadder[] = {
+    {"scalar", [] { return true; }, init_scalar, nullptr},
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return tables;
-  init_avx2(&kernels);
-  tables["avx2"] = kernels;
-  if (__builtin_cpu_supports("avxvnni")) {
-    Kernels vnni = kernels;
-    init_avxvnni(&vnni);
-    tables["avxvnni"] = vnni;
-  }
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (!avx512) return tables;
-  init_avx512(&kernels);
-  tables["avx512"] = kernels;
-  if (!__builtin_cpu_supports("avx512vnni")) return tables;
-  init_avx512vnni(&kernels);
-  tables["avx512vnni"] = kernels;
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, init_avx2, "scalar"},
+    {"avxvnni", [] { return __builtin_cpu_supports("avxvnni") != 0; }, init_avxvnni, "avx2"},
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     init_avx512, "avx2"},
+    {"avx512vnni", [] { return __builtin_cpu_supports("avx512vnni") != 0; }, init_avx512vnni, "avx512"},
 #elif defined(__aarch64__)
-  const unsigned long features = getauxval(AT_HWCAP);  // what the kernel supports as well
-  if (!(features & HWCAP_ASIMD)) return tables;
-  init_neon(&kernels);
-  tables["neon"] = kernels;
-  if (!(features & HWCAP_ASIMDDP)) return tables;
-  init_neondot(&kernels);
-  tables["neondot"] = kernels;
+    // What the kernel of the operating system supports as well.
+    {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0; }, init_neon, "scalar"},
+    {"neondot", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, init_neondot, "neon"},
 #endif
-  return tables;
+};
+
+struct IsaKernels {
+  std::string name;
+  Kernels kernels;
+};
+
+const IsaKernels* find_isa(const std::vector<IsaKernels>& isas, const std::string& name) {
+  for (const IsaKernels& isa : isas) {
+    if (isa.name == name) return &isa;
+  }
+  return nullptr;
 }
 
-const std::map<std::string, Kernels>& tables() {
-  static const std::map<std::string, Kernels> all = build_tables();
+// The tables of the instruction sets that this CPU has, in the order of the ladder.
+const std::vector<IsaKernels>& tables() {
+  static const std::vector<IsaKernels> all = [] {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#endif
+    std::vector<IsaKernels> built;
+    for (const Isa& isa : kLadder) {
+      const IsaKernels* below = isa.below ? find_isa(built, isa.below) : nullptr;
+      if ((isa.below && !below) || !isa.is_supported()) continue;
+      built.push_back({isa.name, below ? below->kernels : Kernels{}});
+      isa.init(&built.back().kernels);
+    }
+    return built;
+  }();
   return all;
 }
 
@@ -79,9 +92,7 @@ double quota_of(const std::string& folder) {
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const char* name : {"scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neondot"}) {
-    if (tables().count(name)) names.push_back(name);
-  }
+  for (const IsaKernels& isa : tables()) names.push_back(isa.name);
   return names;
 }
 
@@ -92,9 +103,8 @@ const Kernels& kernels_for(std::string isa) {
     isa = variable ? variable : "";
     where = "QDEPLOY_ISA";
   }
-  if (isa.empty()) isa = available_isas().back();
-  const auto it = tables().find(isa);
-  if (it != tables().end()) return it->second;
+  if (isa.empty()) isa = tables().back().name;
+  if (const IsaKernels* found = find_isa(tables(), isa)) return found->kernels;
   std::string names;
   for (const std::string& name : available_isas()) names += (names.empty() ? "" : ", ") + name;
   throw InputError("expected an instruction set that this CPU has (" + names + "), got \"" + isa.substr(0, 60) +

@@ -1,5 +1,7 @@
 // The integer graph of a model file, checked: after read_graph every shape, operand and constant is what docs/format.md
 // says. Only the bound on the accumulators needs the codes themselves; pack.cc checks it when it unpacks them.
+//
+// Here are the containers, and what holds for a node of any op. What one op needs is read by its row in ops/.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -10,6 +12,11 @@
 
 namespace qdeploy {
 
+constexpr int64_t kMaxElements = int64_t{1} << 28;  // of one image of one tensor
+constexpr size_t kMaxNodes = 65536;                 // of all members together
+
+struct OpInfo;  // ops/op.h
+
 struct Tensor {
   std::string name;
   std::vector<int64_t> shape;  // [C, H, W] or [F], as in the file
@@ -19,34 +26,22 @@ struct Tensor {
   uint8_t zero_point;
 };
 
-enum class Op { conv2d, linear, add, max_pool2d, avg_pool2d, table, concat, reshape };
-const char* op_name(Op op);
-
-// Kernel, stride... of a window; [0] is vertical, [1] horizontal; padding is top, left, bottom, right.
-struct Window {
-  int64_t kernel[2] = {1, 1};
-  int64_t stride[2] = {1, 1};
-  int64_t dilation[2] = {1, 1};
-  int64_t padding[4] = {0, 0, 0, 0};
+// What one op keeps of a node. An op that has keys of its own derives a struct that only its family in ops/ knows, but
+// for ConvData (ops/conv.h).
+struct OpData {
+  virtual ~OpData() = default;
 };
 
 struct Node {
-  Op op;
+  const OpInfo* op;
   std::string name;
   std::vector<int> inputs;
   int output;
-  Window window;                  // conv2d and pools; linear is a 1x1 window
-  int64_t groups = 1;             // conv2d
-  int bits = 0;                   // conv2d and linear: width of the codes in the file
-  int used_bits = 0;              // the width that all codes fit: below `bits` in some layers of 8 bits
-  uint64_t codes = 0;             // where the packed codes begin in the file
-  std::vector<float> multiplier;  // per channel; avg_pool2d: by number of elements; add: [ma, mb]
-  std::vector<float> bias;        // per channel; avg_pool2d and add: one
-  bool has_residual = false;
-  float residual_multiplier = 0;
-  uint8_t qmin = 0, qmax = 255;
-  std::vector<uint8_t> table;    // u8 output
-  std::vector<float> table_f32;  // f32 output
+  uint8_t qmin = 0, qmax = 255;  // the clamp of an op that has one
+  std::unique_ptr<const OpData> data;
+
+  // The last input, which may be left out, is there and is a residual.
+  bool has_residual() const;
 };
 
 struct Member {
@@ -68,5 +63,10 @@ struct Graph {
 
 // Parses and checks the graph of `file`. Throws ModelError naming the file, the node and what was expected.
 Graph read_graph(const ModelFile& file);
+
+// Places in errors: "member `net` in FILE", "node `fc` of member `net` in FILE".
+std::string place_of(const Member& member, const ModelFile& file);
+std::string place_of(const Node& node, const Member& member, const ModelFile& file);
+std::string place_of(const Tensor& tensor, const Member& member, const ModelFile& file);
 
 }  // namespace qdeploy

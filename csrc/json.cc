@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "errors.h"
-#include "model_file.h"
 
 namespace qdeploy {
 namespace {
@@ -12,11 +11,7 @@ namespace {
 constexpr int kMaxDepth = 16;
 constexpr size_t kMaxName = 512;
 
-[[noreturn]] void fail(const std::string& expected, const std::string& got, const std::string& where) {
-  throw ModelError("expected " + expected + ", got " + got + " - at " + where);
-}
-
-std::string key_path(const std::string& where, const char* key) { return where + ", key `" + key + "`"; }
+std::string key_path(const std::string& where, const char* key) { return "key `" + std::string(key) + "` of " + where; }
 
 int64_t checked_int(const Json& value, int64_t min, int64_t max, const std::string& where) {
   const std::string range = "an integer in [" + std::to_string(min) + ", " + std::to_string(max) + "]";

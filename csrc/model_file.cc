@@ -14,8 +14,10 @@
 namespace qdeploy {
 namespace {
 
+using FileTensors = std::map<std::string, FileTensor>;
+
 constexpr uint64_t kMaxHeader = 100000000;
-constexpr const char* kFormatVersion = "1";
+constexpr int kFormatVersion = 2;  // the newest that this engine reads
 constexpr size_t kMaxRank = 8;
 
 uint64_t little_endian_u64(const uint8_t* bytes) {
@@ -24,43 +26,105 @@ uint64_t little_endian_u64(const uint8_t* bytes) {
   return value;
 }
 
-// Elements of a shape; throws where the product would not fit a file.
-uint64_t checked_elements(const std::vector<int64_t>& shape, const std::string& where) {
+bool has_only(const std::string& text, const char* characters) {
+  return text.find_first_not_of(characters) == std::string::npos;
+}
+
+// Bytes of a tensor; throws where the number of elements would not fit a file.
+uint64_t checked_bytes(const FileTensor& tensor, const std::string& where) {
   uint64_t n = 1;
-  for (const int64_t d : shape) {
-    if (__builtin_mul_overflow(n, static_cast<uint64_t>(d), &n) || n > (uint64_t{1} << 48)) {
-      throw ModelError("expected a tensor that fits a file, got shape " + shape_text(shape) + " - at " + where);
-    }
+  for (const int64_t d : tensor.shape) {
+    const bool overflow = __builtin_mul_overflow(n, static_cast<uint64_t>(d), &n);
+    require(!overflow && n <= uint64_t{1} << 48, "a tensor that fits a file", "shape " + shape_text(tensor.shape),
+            where);
   }
-  return n;
+  return n * (tensor.dtype == DType::u8 ? 1 : 4);
+}
+
+// An entry of the header; its bytes lie inside the data, which goes from data_begin to the end of the file.
+FileTensor read_tensor(const Json& json, uint64_t data_begin, uint64_t file_bytes, const std::string& where) {
+  const std::string& dtype = string_member(json, "dtype", where);
+  require(dtype == "U8" || dtype == "F32", "dtype U8 or F32", name_text(dtype), where);
+  FileTensor tensor;
+  tensor.dtype = dtype == "U8" ? DType::u8 : DType::f32;
+  tensor.shape = int_array(json, "shape", 0, kMaxRank, 0, int64_t{1} << 40, where);
+  const std::vector<int64_t> offsets = int_array(json, "data_offsets", 2, 2, 0, INT64_MAX, where);
+  const uint64_t begin = static_cast<uint64_t>(offsets[0]), end = static_cast<uint64_t>(offsets[1]);
+  const uint64_t size = checked_bytes(tensor, where), data_bytes = file_bytes - data_begin;
+  require(begin <= end && end <= data_bytes && end - begin == size,
+          std::to_string(size) + " bytes inside " + std::to_string(data_bytes),
+          "[" + std::to_string(begin) + ", " + std::to_string(end) + ")", where);
+  tensor.offset = data_begin + begin;
+  tensor.bytes = end - begin;
+  require(tensor.dtype == DType::u8 || tensor.offset % 4 == 0, "F32 data aligned to 4 bytes",
+          "offset " + std::to_string(begin), where);
+  return tensor;
+}
+
+// The tensors must cover the data exactly.
+void require_covered(const FileTensors& tensors, uint64_t data_begin, uint64_t file_bytes, const std::string& where) {
+  std::vector<std::pair<uint64_t, uint64_t>> ranges;
+  for (const auto& [name, tensor] : tensors) ranges.emplace_back(tensor.offset, tensor.offset + tensor.bytes);
+  std::sort(ranges.begin(), ranges.end());
+  uint64_t covered = data_begin;
+  for (const auto& [begin, end] : ranges) {
+    require(begin == covered, "tensors without holes or overlap", "one at " + std::to_string(begin - data_begin),
+            where);
+    covered = end;
+  }
+  require(covered == file_bytes, std::to_string(covered - data_begin) + " bytes of data",
+          std::to_string(file_bytes - data_begin), where);
+}
+
+FileTensors read_tensors(const Json& header, uint64_t data_begin, uint64_t file_bytes, const std::string& path) {
+  FileTensors tensors;
+  for (const auto& [name, entry] : header.items()) {
+    if (name == "__metadata__") continue;
+    tensors.emplace(name, read_tensor(entry, data_begin, file_bytes, "tensor " + name_text(name) + " in " + path));
+  }
+  require_covered(tensors, data_begin, file_bytes, "the data offsets in " + path);
+  return tensors;
+}
+
+// All its values are strings.
+const Json& checked_metadata(const Json& header, const std::string& where) {
+  const auto metadata = header.find("__metadata__");
+  const bool is_ours = metadata != header.end() && metadata->is_object() && metadata->contains("format") &&
+                       (*metadata)["format"] == "qdeploy";
+  require(is_ours, "a file written by qdeploy.export", "another safetensors file", where);
+  for (const auto& [key, value] : metadata->items()) {
+    require(value.is_string(), "a string", value.type_name(), "key " + name_text(key) + " of " + where);
+  }
+  return *metadata;
+}
+
+// The number in `format_version`, which is one that this engine reads.
+int checked_version(const Json& metadata, const std::string& where) {
+  const std::string expected = "format_version 1 to " + std::to_string(kFormatVersion);
+  const std::string& text = string_member(metadata, "format_version", where);
+  const bool is_number = !text.empty() && text.size() <= 9 && text[0] != '0' && has_only(text, "0123456789");
+  if (!is_number) fail(expected, name_text(text), where);
+  const int version = std::stoi(text);
+  const auto needed = metadata.find("requires");
+  if (version > kFormatVersion) {
+    const std::string release = needed == metadata.end() ? "" : needed->get<std::string>();
+    const bool is_release = !release.empty() && release.size() <= 20 && has_only(release, "0123456789.");
+    fail(expected, text + ", which needs " + (is_release ? "qdeploy " + release + " or newer" : "a newer qdeploy"),
+         where);
+  }
+  require(version == 1 || needed != metadata.end(), "the key `requires` from format_version 2 on", "none", where);
+  return version;
 }
 
 }  // namespace
 
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    text += (i ? ", " : "") + (shape[i] < 0 ? std::string("any") : std::to_string(shape[i]));
-  }
-  return text + "]";
-}
-
-std::string name_text(const std::string& name) {
-  std::string text = name.substr(0, 60);
-  for (char& c : text) {
-    if (c < 32 || c > 126 || c == '`') c = '?';
-  }
-  return "`" + text + (name.size() > 60 ? "...`" : "`");
-}
-
 ModelFile::ModelFile(const std::string& path) : path_(path) {
   fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd_ < 0) throw ModelError("expected a model file, got \"" + std::string(strerror(errno)) + "\" - at " + path);
+  if (fd_ < 0) fail("a model file", "\"" + std::string(strerror(errno)) + "\"", path);
   try {
     struct stat info;
-    if (fstat(fd_, &info) != 0 || !S_ISREG(info.st_mode)) {
-      throw ModelError("expected a model file, got a directory or device - at " + path);
-    }
+    const bool is_file = fstat(fd_, &info) == 0 && S_ISREG(info.st_mode);
+    require(is_file, "a model file", "a directory or device", path);
     bytes_ = static_cast<size_t>(info.st_size);
     parse();
   } catch (...) {
@@ -87,9 +151,8 @@ void ModelFile::read(uint64_t offset, size_t bytes, void* to) const {
     const ssize_t got = pread(fd_, static_cast<uint8_t*>(to) + done, bytes - done, static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
     if (got <= 0) {
-      throw ModelError("expected " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) + ", got " +
-                       (got < 0 ? "\"" + std::string(strerror(errno)) + "\"" : "the end of a file that just shrank") +
-                       " - at " + path_);
+      fail(std::to_string(bytes) + " bytes at offset " + std::to_string(offset),
+           got < 0 ? "\"" + std::string(strerror(errno)) + "\"" : "the end of a file that just shrank", path_);
     }
     done += static_cast<size_t>(got);
   }
@@ -99,83 +162,33 @@ void ModelFile::parse() {
   uint8_t start[9] = {};  // length and first byte of the header
   if (bytes_ >= sizeof start) read(0, sizeof start, start);
   const uint64_t header_bytes = little_endian_u64(start);
-  if (header_bytes > kMaxHeader || header_bytes % 8 != 0 || header_bytes == 0 || header_bytes > bytes_ - 8 ||
-      start[8] != '{') {
-    throw ModelError("expected a whole safetensors file, got " + std::to_string(bytes_) +
-                     " bytes that do not hold its header - at " + path_);
-  }
+  const bool fits =
+      header_bytes > 0 && header_bytes <= kMaxHeader && header_bytes % 8 == 0 && header_bytes <= bytes_ - 8;
+  require(fits && start[8] == '{', "a whole safetensors file",
+          std::to_string(bytes_) + " bytes that do not hold its header", path_);
   std::vector<char> text(header_bytes);
   read(8, header_bytes, text.data());
-  const std::string where = "the header of " + path_;
+  const std::string where = "the header in " + path_;
   const Json header = parse_json(text.data(), text.data() + header_bytes, where);
-  if (!header.is_object())
-    throw ModelError("expected an object, got " + std::string(header.type_name()) + " - at " + where);
-
-  const auto metadata = header.find("__metadata__");
-  if (metadata == header.end() || !metadata->is_object() || !metadata->contains("format") ||
-      (*metadata)["format"] != "qdeploy") {
-    throw ModelError("expected a file written by qdeploy.export, got another safetensors file - at " + path_);
-  }
-  const std::string& version = string_member(*metadata, "format_version", where);
-  if (version != kFormatVersion) {
-    const bool is_number = !version.empty() && version.find_first_not_of("0123456789") == std::string::npos;
-    throw ModelError("expected format_version 1, got " + name_text(version) +
-                     (is_number ? ", written by a newer qdeploy: upgrade" : "") + " - at " + path_);
-  }
-  graph_json_ = string_member(*metadata, "graph", where);
-
-  const uint64_t data_bytes = bytes_ - 8 - header_bytes;
-  std::vector<std::pair<uint64_t, uint64_t>> ranges;
-  for (const auto& [name, entry] : header.items()) {
-    if (name == "__metadata__") continue;
-    const std::string at = "tensor " + name_text(name) + " of " + path_;
-    const std::string& dtype = string_member(entry, "dtype", at);
-    if (dtype != "U8" && dtype != "F32")
-      throw ModelError("expected dtype U8 or F32, got " + name_text(dtype) + " - at " + at);
-    FileTensor tensor;
-    tensor.dtype = dtype == "U8" ? DType::u8 : DType::f32;
-    tensor.shape = int_array(entry, "shape", 0, kMaxRank, 0, int64_t{1} << 40, at);
-    const std::vector<int64_t> offsets = int_array(entry, "data_offsets", 2, 2, 0, INT64_MAX, at);
-    const uint64_t begin = static_cast<uint64_t>(offsets[0]), end = static_cast<uint64_t>(offsets[1]);
-    const uint64_t size = checked_elements(tensor.shape, at) * (tensor.dtype == DType::u8 ? 1 : 4);
-    if (begin > end || end > data_bytes || end - begin != size) {
-      throw ModelError("expected " + std::to_string(size) + " bytes inside " + std::to_string(data_bytes) + ", got [" +
-                       std::to_string(begin) + ", " + std::to_string(end) + ") - at " + at);
-    }
-    tensor.offset = 8 + header_bytes + begin;
-    tensor.bytes = end - begin;
-    if (tensor.dtype == DType::f32 && tensor.offset % 4 != 0) {
-      throw ModelError("expected F32 data aligned to 4 bytes, got offset " + std::to_string(begin) + " - at " + at);
-    }
-    ranges.emplace_back(begin, end);
-    tensors_.emplace(name, std::move(tensor));
-  }
-  std::sort(ranges.begin(), ranges.end());
-  uint64_t covered = 0;
-  for (const auto& [begin, end] : ranges) {
-    if (begin != covered)
-      throw ModelError("expected tensors without holes or overlap, got one at " + std::to_string(begin) + " - at " +
-                       path_);
-    covered = end;
-  }
-  if (covered != data_bytes) {
-    throw ModelError("expected " + std::to_string(covered) + " bytes of data, got " + std::to_string(data_bytes) +
-                     " - at " + path_);
-  }
+  require(header.is_object(), "an object", header.type_name(), where);
+  const std::string metadata_where = "__metadata__ in " + path_;
+  const Json& metadata = checked_metadata(header, metadata_where);
+  version_ = checked_version(metadata, metadata_where);
+  graph_json_ = string_member(metadata, "graph", metadata_where);
+  tensors_ = read_tensors(header, 8 + header_bytes, bytes_, path_);
 }
 
 const FileTensor& ModelFile::tensor(const std::string& name, DType dtype, const std::vector<int64_t>& shape,
                                     const std::string& where) const {
   const auto it = tensors_.find(name);
-  if (it == tensors_.end())
-    throw ModelError("expected tensor " + name_text(name) + ", got none of that name - at " + where);
+  if (it == tensors_.end()) fail("tensor " + name_text(name), "none of that name", where);
   const FileTensor& found = it->second;
   bool same = found.dtype == dtype && found.shape.size() == shape.size();
   for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || shape[i] == found.shape[i];
   if (!same) {
     const auto name_of = [](DType d) { return std::string(d == DType::u8 ? "U8 " : "F32 "); };
-    throw ModelError("expected " + name_text(name) + " as " + name_of(dtype) + shape_text(shape) + ", got " +
-                     name_of(found.dtype) + shape_text(found.shape) + " - at " + where);
+    fail(name_text(name) + " as " + name_of(dtype) + shape_text(shape), name_of(found.dtype) + shape_text(found.shape),
+         where);
   }
   return found;
 }

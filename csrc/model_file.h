@@ -33,6 +33,7 @@ class ModelFile {
 
   const std::string& path() const { return path_; }
   size_t bytes() const { return bytes_; }
+  int version() const { return version_; }  // of the format
   const std::string& graph_json() const { return graph_json_; }
 
   // The named tensor; `where` (a node) completes the error when it is missing or of another type or shape.
@@ -51,14 +52,9 @@ class ModelFile {
   const uint8_t* data_ = nullptr;  // or, where the content is not in memory,
   int fd_ = -1;
   size_t bytes_ = 0;
+  int version_ = 0;
   std::map<std::string, FileTensor> tensors_;
   std::string graph_json_;
 };
-
-// "[64, 3, 7, 7]"
-std::string shape_text(const std::vector<int64_t>& shape);
-
-// At most 60 printable characters of a name out of a file, in backquotes, for error texts.
-std::string name_text(const std::string& name);
 
 }  // namespace qdeploy

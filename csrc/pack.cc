@@ -1,22 +1,165 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <mutex>
 
+#include "cpu.h"
 #include "errors.h"
+#include "ops/conv.h"
+#include "thread_pool.h"
 
 namespace qdeploy {
 namespace {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-int64_t codes_per_channel(const Node& node, const Activation& in) {
-  return in.c / node.groups * node.window.kernel[0] * node.window.kernel[1];
+// One conv2d or linear on its way to its PackedConv.
+struct Layer {
+  const Node& node;
+  const ConvData& data;
+  const Activation& in;
+  bool f32_output;
+  std::string where;
+  std::unique_ptr<PackedConv> conv;
+
+  int64_t channels() const { return data.channels(); }
+  int64_t depth() const { return in.c / data.groups; }  // input channels of a group
+  int64_t codes_per_channel() const { return depth() * data.window.kernel[0] * data.window.kernel[1]; }
+};
+
+// ---- Lowering: how a layer is taken apart into taps and panels, for the kernel of its number of bits --------------
+
+// Neighbouring pixels are neighbouring bytes where the stride is 1: a few of them at once fill the vectors of kMaxNr
+// lanes, of which 32 channels alone would use half. Weights and constants then follow each other that many times.
+int64_t depthwise_repeat(const ConvData& data) {
+  for (int64_t repeat = 1; repeat <= 8 && data.window.stride[1] == 1; repeat *= 2) {
+    if (data.channels() * repeat % kMaxNr == 0) return repeat;
+  }
+  return 1;
 }
 
-int64_t output_channels(const Node& node) { return static_cast<int64_t>(node.bias.size()); }
+// A grouped kernel takes whole groups a panel, whose inputs lie in one window.
+bool fits_grouped(const Layer& layer, const ConvKernel& kernel) {
+  const int64_t depth = layer.depth(), outputs = layer.channels() / layer.data.groups;
+  return kernel.qu8 && layer.data.groups > 1 && depth % 4 == 0 && depth <= 16 && kernel.nr % outputs == 0 &&
+         kernel.nr / outputs * depth <= kGroupedWindow && !layer.f32_output;
+}
+
+std::vector<int32_t> grouped_lanes(const Layer& layer, int64_t nr) {
+  const int64_t depth = layer.depth(), outputs = layer.channels() / layer.data.groups;
+  std::vector<int32_t> lanes;
+  for (int64_t step = 0; step < depth / 4; ++step) {
+    for (int64_t n = 0; n < nr; ++n) lanes.push_back(static_cast<int32_t>(n / outputs * (depth / 4) + step));
+  }
+  return lanes;
+}
+
+// A row of taps is one run of kw*C bytes: fewer zero weights than rounding C up to 4 at each tap, and longer inner
+// loops.
+bool merges_rows(const Layer& layer) { return layer.data.groups == 1 && layer.data.window.dilation[1] == 1; }
+
+void set_taps(const Layer& layer) {
+  const Window& window = layer.data.window;
+  const int64_t row = window.dilation[0] * layer.in.row_pitch, column = window.dilation[1] * layer.in.c;
+  const int64_t columns = merges_rows(layer) ? 1 : window.kernel[1];
+  for (int64_t ky = 0; ky < window.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < columns; ++kx) {
+      layer.conv->tap_offset.push_back(static_cast<int32_t>(ky * row + kx * column));
+    }
+  }
+}
+
+// The panels, and what each reads: all channels of the groups that it touches.
+void set_panels(const Layer& layer, PackedConv* conv) {
+  const int64_t nr = conv->kernel->nr, out = layer.channels(), depth = layer.depth(), in = layer.in.c;
+  const int64_t per_group = out / layer.data.groups;
+  const bool merged = merges_rows(layer), grouped = !conv->lanes.empty();
+  conv->panels = (out + nr - 1) / nr;
+  int64_t widest = merged ? layer.data.window.kernel[1] * in : depth;
+  for (int64_t panel = 0; panel < conv->panels; ++panel) {
+    const int64_t first = panel * nr / per_group * depth;
+    const int64_t last = ((std::min(out, (panel + 1) * nr) - 1) / per_group + 1) * depth;
+    conv->panel_channel.push_back(static_cast<int32_t>(first));
+    if (!merged && !grouped) widest = std::max(widest, last - first);
+  }
+  conv->k = static_cast<int32_t>(round_up(widest, 4));
+  for (int32_t& first : conv->panel_channel) {  // stay inside the pixel: over-reads must not exceed kOverread
+    first = static_cast<int32_t>(std::max<int64_t>(0, std::min<int64_t>(first, in - conv->k)));
+  }
+}
+
+void lower(const Layer& layer, const Kernels& kernels) {
+  PackedConv* conv = layer.conv.get();
+  const bool one_each = layer.data.groups > 1 && layer.depth() == 1 && layer.channels() == layer.in.c;
+  conv->is_depthwise = one_each && !layer.node.has_residual() && !layer.f32_output;
+  set_taps(layer);
+  if (conv->is_depthwise) {
+    conv->repeat = depthwise_repeat(layer.data);
+    conv->depthwise_stride = round_up(layer.channels() * conv->repeat, kMaxNr);
+    return;
+  }
+  const bool grouped = fits_grouped(layer, kernels.grouped);
+  conv->kernel = grouped ? &kernels.grouped : &kernels.conv[layer.data.used_bits];
+  if (grouped) conv->lanes = grouped_lanes(layer, conv->kernel->nr);
+  set_panels(layer, conv);
+}
+
+// Bytes of packed weights, a multiple of 64. The kernel is chosen.
+size_t set_sizes(const Layer& layer) {
+  PackedConv* conv = layer.conv.get();
+  const int64_t taps = static_cast<int64_t>(conv->tap_offset.size());
+  int64_t channels = conv->depthwise_stride, bytes = taps * conv->depthwise_stride;
+  if (!conv->is_depthwise) {
+    const ConvKernel& kernel = *conv->kernel;
+    const int64_t element = kernel.format == WeightFormat::s8x4 ? 1 : 2;
+    conv->panel_bytes = static_cast<size_t>(round_up(taps * conv->k * kernel.nr * element, 64));
+    channels = conv->panels * kernel.nr;
+    bytes = conv->panels * static_cast<int64_t>(conv->panel_bytes);
+  }
+  for (AlignedBuffer* constants : {&conv->comp, &conv->scale, &conv->bias}) {
+    *constants = AlignedBuffer(static_cast<size_t>(channels) * 4);
+  }
+  return static_cast<size_t>(round_up(bytes, 64));
+}
+
+// ---- One channel: its codes, its bound, its constants -------------------------------------------------------------
+
+// Two words of 8 codes each, and the same as bytes: in vector registers of any instruction set.
+typedef uint64_t Words __attribute__((vector_size(16)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+constexpr int64_t kCodesPerStep = 16;
+
+// `count` codes that begin at bit `first_bit` of `packed`. Works in steps of kCodesPerStep codes: may read 8 bytes
+// behind the last step and writes all of it.
+void unpack_codes(const uint8_t* packed, int bits, int64_t first_bit, int64_t count, int8_t* codes) {
+  packed += first_bit / 8;
+  if (bits == 8) {
+    memcpy(codes, packed, count);
+    return;
+  }
+  const int8_t sign = static_cast<int8_t>(1 << (bits - 1));
+  const uint64_t half = (uint64_t{1} << 4 * bits) - 1;                             // 4 codes of 8
+  const uint64_t quarters = ((uint64_t{1} << 2 * bits) - 1) * 0x0000000100000001;  // 2 codes of 4, twice
+  const uint64_t eighths = ((uint64_t{1} << bits) - 1) * 0x0001000100010001;       // 1 code of 2, four times
+  const int shift = static_cast<int>(first_bit % 8), gap = 8 - bits;
+  for (int64_t i = 0; i < count; i += kCodesPerStep, packed += 2 * bits) {
+    uint64_t word[2];  // 8 codes and the bits before them fit a word: 8 * 7 + 7 < 64
+    memcpy(&word[0], packed, 8);
+    memcpy(&word[1], packed + bits, 8);
+    Words x = {word[0], word[1]};
+    x >>= shift;
+    x = (x & half) | (x >> 4 * bits & half) << 32;
+    x = (x & quarters) | (x & quarters << 2 * bits) << 2 * gap;
+    x = (x & eighths) | (x & eighths << bits) << gap;
+    const Bytes extended = (reinterpret_cast<Bytes>(x) ^ sign) - sign;
+    memcpy(codes + i, &extended, sizeof extended);
+  }
+}
 
 struct Sums {
   int32_t codes, magnitudes;  // below 2^31 / 255: the reader checked it
@@ -39,28 +182,26 @@ Sums sums_of(const int8_t* codes, int64_t count) {
 }
 
 // The sum of one channel's codes; checks that no result can leave the range that the kernels convert exactly.
-int32_t check_channel(const Node& node, int64_t channel, const int8_t* codes, int64_t count, bool f32_output,
-                      const std::string& where) {
-  const Sums sums = sums_of(codes, count);
-  const double largest = 255.0 * sums.magnitudes * std::fabs(node.multiplier[channel]) + std::fabs(node.bias[channel]) +
-                         255.0 * std::fabs(node.residual_multiplier);
-  const double limit = f32_output ? 1.2676506002282294e30 : 1073741824.0;  // 2^100, 2^30
-  if (!(largest < limit)) {
-    throw ModelError("expected results below " + std::to_string(limit) + ", got up to " + std::to_string(largest) +
-                     " in channel " + std::to_string(channel) + " - at " + where);
-  }
+int32_t checked_sum(const Layer& layer, int64_t channel, const int8_t* codes) {
+  const Sums sums = sums_of(codes, layer.codes_per_channel());
+  const double largest = 255.0 * sums.magnitudes * std::fabs(layer.data.multiplier[channel]) +
+                         std::fabs(layer.data.bias[channel]) + 255.0 * std::fabs(layer.data.residual_multiplier);
+  require_bounded(largest, layer.f32_output, layer.where, channel);
   return sums.codes;
 }
 
-void set_channel(const Node& node, const Activation& in, int64_t channel, int32_t sum, PackedConv* conv) {
-  const int32_t a_offset = conv->kernel ? conv->kernel->a_offset : 0;
-  for (int64_t i = 0; i < conv->repeat; ++i) {
-    const int64_t at = i * output_channels(node) + channel;
-    reinterpret_cast<int32_t*>(conv->comp.data())[at] = (a_offset - in.zero_point) * sum;
-    reinterpret_cast<float*>(conv->scale.data())[at] = node.multiplier[channel];
-    reinterpret_cast<float*>(conv->bias.data())[at] = node.bias[channel];
+void set_channel(const Layer& layer, int64_t channel, int32_t sum) {
+  const PackedConv& conv = *layer.conv;
+  const int32_t a_offset = conv.kernel ? conv.kernel->a_offset : 0;
+  for (int64_t i = 0; i < conv.repeat; ++i) {
+    const int64_t at = i * layer.channels() + channel;
+    reinterpret_cast<int32_t*>(conv.comp.data())[at] = (a_offset - layer.in.zero_point) * sum;
+    reinterpret_cast<float*>(conv.scale.data())[at] = layer.data.multiplier[channel];
+    reinterpret_cast<float*>(conv.bias.data())[at] = layer.data.bias[channel];
   }
 }
+
+// ---- The order of a panel -----------------------------------------------------------------------------------------
 
 // 8 rows of 8 bytes, `from_stride` apart, become 8 rows `to[0]`, `to[1]`... of what were columns: blocks of 4 x 4 bytes
 // change places, then blocks of 2 x 2, then bytes.
@@ -83,18 +224,16 @@ void transpose_8x8(const int8_t* from, int64_t from_stride, int8_t* const* to) {
 
 // One channel of OIHW codes in the order in which a kernel walks through its activations: taps * k bytes, zeros where
 // no channel of this group is read. A tap is a whole row of the kernel (byte = kx*C + c) or a single pixel (byte = c).
-void order_channel(const Node& node, const Activation& in, const int8_t* codes, int64_t channel, const PackedConv& conv,
-                   int8_t* ordered) {
-  const int64_t kh = node.window.kernel[0], kw = node.window.kernel[1], depth = in.c / node.groups;
-  const int64_t group = channel / (output_channels(node) / node.groups);
-  const bool whole_groups = !conv.lanes.empty();
+void order_channel(const Layer& layer, const int8_t* codes, int64_t channel, int8_t* ordered) {
+  const PackedConv& conv = *layer.conv;
+  const int64_t kw = layer.data.window.kernel[1], pixels = layer.data.window.kernel[0] * kw, depth = layer.depth();
+  const int64_t group = channel / (layer.channels() / layer.data.groups);
+  const bool whole_groups = !conv.lanes.empty(), merged = merges_rows(layer);
   const int64_t first_byte = whole_groups ? 0 : group * depth - conv.panel_channel[channel / conv.kernel->nr];
-  const bool merged = static_cast<int64_t>(conv.tap_offset.size()) == kh;
   memset(ordered, 0, conv.tap_offset.size() * conv.k);
   const auto pixel = [&](int64_t i) {  // where the channels of pixel i of the kernel lie
-    return ordered + (merged ? i / kw * conv.k + i % kw * in.c : i * conv.k) + first_byte;
+    return ordered + (merged ? i / kw * conv.k + i % kw * layer.in.c : i * conv.k) + first_byte;
   };
-  const int64_t pixels = kh * kw;
   if (pixels == 1) {
     memcpy(pixel(0), codes, depth);
     return;
@@ -156,130 +295,31 @@ bool fits_s16(const int8_t* ordered, const PackedConv& conv, const ConvKernel& k
   return true;
 }
 
-// Two words of 8 codes each, and the same as bytes: in vector registers of any instruction set.
-typedef uint64_t Words __attribute__((vector_size(16)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
-constexpr int64_t kCodesPerStep = 16;
+// ---- Packing ------------------------------------------------------------------------------------------------------
 
-// `count` codes that begin at bit `first_bit` of `packed`. Works in steps of kCodesPerStep codes: may read 8 bytes
-// behind the last step and writes all of it.
-void unpack_codes(const uint8_t* packed, int bits, int64_t first_bit, int64_t count, int8_t* codes) {
-  packed += first_bit / 8;
-  if (bits == 8) {
-    memcpy(codes, packed, count);
-    return;
-  }
-  const int8_t sign = static_cast<int8_t>(1 << (bits - 1));
-  const uint64_t half = (uint64_t{1} << 4 * bits) - 1;                             // 4 codes of 8
-  const uint64_t quarters = ((uint64_t{1} << 2 * bits) - 1) * 0x0000000100000001;  // 2 codes of 4, twice
-  const uint64_t eighths = ((uint64_t{1} << bits) - 1) * 0x0001000100010001;       // 1 code of 2, four times
-  const int shift = static_cast<int>(first_bit % 8), gap = 8 - bits;
-  for (int64_t i = 0; i < count; i += kCodesPerStep, packed += 2 * bits) {
-    uint64_t word[2];  // 8 codes and the bits before them fit a word: 8 * 7 + 7 < 64
-    memcpy(&word[0], packed, 8);
-    memcpy(&word[1], packed + bits, 8);
-    Words x = {word[0], word[1]};
-    x >>= shift;
-    x = (x & half) | (x >> 4 * bits & half) << 32;
-    x = (x & quarters) | (x & quarters << 2 * bits) << 2 * gap;
-    x = (x & eighths) | (x & eighths << bits) << gap;
-    const Bytes extended = (reinterpret_cast<Bytes>(x) ^ sign) - sign;
-    memcpy(codes + i, &extended, sizeof extended);
-  }
-}
+// Reads the codes of one layer after another; each thread has one.
+class Packer {
+ public:
+  // `weights` is all zeros where nothing was packed yet.
+  Packer(const ModelFile& file, uint8_t* weights) : file_(file), weights_(weights) {}
 
-// Neighbouring pixels are neighbouring bytes where the stride is 1: a few of them at once fill the vectors of kMaxNr
-// lanes, of which 32 channels alone would use half. Weights and constants then follow each other that many times.
-int64_t depthwise_repeat(const Node& node) {
-  const int64_t out = output_channels(node);
-  for (int64_t repeat = 1; repeat <= 8 && node.window.stride[1] == 1; repeat *= 2) {
-    if (out * repeat % kMaxNr == 0) return repeat;
-  }
-  return 1;
-}
+  // Kernels of fewer bits are faster, and most of the codes that training gives are far smaller than the largest one:
+  // where the sums of every channel fit (ConvKernel::s16_steps), a layer gets the kernel of fewer bits, just as exact.
+  void choose_kernel(const Kernels& kernels, const Layer& layer);
 
-// A grouped kernel takes whole groups a panel, whose inputs lie in one window.
-bool fits_grouped(const Node& node, int64_t depth, int64_t outputs, const ConvKernel& kernel) {
-  return kernel.qu8 && node.groups > 1 && depth % 4 == 0 && depth <= 16 && kernel.nr % outputs == 0 &&
-         kernel.nr / outputs * depth <= kGroupedWindow;
-}
+  // Reads, unpacks, checks the bound on the results and packs panel `panel` (depthwise: everything) to weights +
+  // weight_offset.
+  void pack_panel(const Layer& layer, int64_t panel);
 
-std::vector<int32_t> grouped_lanes(int64_t depth, int64_t outputs, int64_t nr) {
-  std::vector<int32_t> lanes;
-  for (int64_t step = 0; step < depth / 4; ++step) {
-    for (int64_t n = 0; n < nr; ++n) lanes.push_back(static_cast<int32_t>(n / outputs * (depth / 4) + step));
-  }
-  return lanes;
-}
+ private:
+  const uint8_t* read_bits(uint64_t offset, int64_t first_bit, int64_t bits);
 
-}  // namespace
-
-int64_t depthwise_stride(const Node& node, const PackedConv& conv) {
-  return round_up(output_channels(node) * conv.repeat, kMaxNr);
-}
-
-void lower_conv(const Node& node, const Activation& in, bool f32_output, const Kernels& kernels, PackedConv* conv) {
-  const int64_t kh = node.window.kernel[0], kw = node.window.kernel[1];
-  const int64_t out = output_channels(node), depth = in.c / node.groups;
-  const int64_t row = node.window.dilation[0] * in.row_pitch;
-  const int64_t column = node.window.dilation[1] * in.c;
-  conv->is_depthwise = node.groups > 1 && depth == 1 && out == in.c && !node.has_residual && !f32_output;
-  // A row of taps is one run of kw*C bytes: fewer zero weights than rounding C up to 4 at each tap, and longer inner
-  // loops.
-  const bool merged = !conv->is_depthwise && node.groups == 1 && column == in.c;
-  for (int64_t ky = 0; ky < kh; ++ky) {
-    for (int64_t kx = 0; kx < (merged ? 1 : kw); ++kx) {
-      conv->tap_offset.push_back(static_cast<int32_t>(ky * row + kx * column));
-    }
-  }
-  if (conv->is_depthwise) {
-    conv->repeat = depthwise_repeat(node);
-  } else {
-    const bool grouped = fits_grouped(node, depth, out / node.groups, kernels.grouped) && !f32_output;
-    conv->kernel = grouped ? &kernels.grouped : &kernels.conv[node.used_bits];
-    const int64_t nr = conv->kernel->nr;
-    if (grouped) conv->lanes = grouped_lanes(depth, out / node.groups, nr);
-    conv->panels = (out + nr - 1) / nr;
-    int64_t widest = merged ? kw * in.c : depth;
-    for (int64_t panel = 0; panel < conv->panels; ++panel) {  // a panel reads all channels of the groups it touches
-      const int64_t per_group = out / node.groups;
-      const int64_t first = panel * nr / per_group * depth;
-      const int64_t last = ((std::min(out, (panel + 1) * nr) - 1) / per_group + 1) * depth;
-      conv->panel_channel.push_back(static_cast<int32_t>(first));
-      if (!merged && !grouped) widest = std::max(widest, last - first);
-    }
-    conv->k = static_cast<int32_t>(round_up(widest, 4));
-    for (int32_t& first : conv->panel_channel) {  // stay inside the pixel: over-reads must not exceed kOverread
-      first = static_cast<int32_t>(std::max<int64_t>(0, std::min<int64_t>(first, in.c - conv->k)));
-    }
-  }
-}
-
-void size_conv(const Node& node, const Activation& in, PackedConv* conv) {
-  const int64_t out = output_channels(node), taps = static_cast<int64_t>(conv->tap_offset.size());
-  size_t channels = static_cast<size_t>(depthwise_stride(node, *conv));
-  if (!conv->is_depthwise) {
-    const ConvKernel& kernel = *conv->kernel;
-    const int64_t element = kernel.format == WeightFormat::s8x4 ? 1 : 2;
-    conv->panel_bytes = static_cast<size_t>(round_up(taps * conv->k * kernel.nr * element, 64));
-    channels = static_cast<size_t>(conv->panels * kernel.nr);
-    // Panels outermost when the input stays in L2, else 56 pixels under all panels: 16.2 ms instead of 16.65 and 18.3
-    // with one rule for all layers of ResNet-50, in the prototype of this engine.
-    const bool pointwise = node.window.kernel[0] * node.window.kernel[1] == 1;
-    const bool many_outputs = pointwise && out > in.c, large_input = pointwise && in.c * in.h * in.w > 256 * 1024;
-    const int64_t tile = kernel.mr * kernel.groups;
-    conv->tiles_per_block = many_outputs || large_input ? static_cast<size_t>((56 + tile - 1) / tile) : 0;
-  }
-  conv->comp = AlignedBuffer(channels * 4);
-  conv->scale = AlignedBuffer(channels * 4);
-  conv->bias = AlignedBuffer(channels * 4);
-}
-
-size_t packed_bytes(const PackedConv& conv, const Node& node) {
-  const size_t stride = static_cast<size_t>(depthwise_stride(node, conv));
-  const size_t bytes = conv.is_depthwise ? conv.tap_offset.size() * stride : conv.panels * conv.panel_bytes;
-  return (bytes + 63) / 64 * 64;
-}
+  const ModelFile& file_;
+  uint8_t* const weights_;
+  std::vector<uint8_t> packed_;  // codes of one panel as in the file
+  std::vector<int8_t> codes_;    // of one channel
+  std::vector<int8_t> rows_;     // of one panel, a row for each channel
+};
 
 // The bytes of the file that hold these bits, with 8 more to read behind them.
 const uint8_t* Packer::read_bits(uint64_t offset, int64_t first_bit, int64_t bits) {
@@ -290,46 +330,115 @@ const uint8_t* Packer::read_bits(uint64_t offset, int64_t first_bit, int64_t bit
   return packed_.data();
 }
 
-void Packer::choose_kernel(const Node& node, const Activation& in, const Kernels& kernels, PackedConv* conv) {
+void Packer::choose_kernel(const Kernels& kernels, const Layer& layer) {
+  PackedConv* conv = layer.conv.get();
   if (conv->is_depthwise || !conv->lanes.empty()) return;
   const ConvKernel *kernel = &kernels.conv[2], *widest = conv->kernel;
   while (kernel < widest && kernel->s16_steps == 0) ++kernel;
-  const int64_t out = output_channels(node), count = codes_per_channel(node, in);
+  const int64_t count = layer.codes_per_channel();
+  const int bits = layer.data.bits;
   codes_.resize(round_up(count, kCodesPerStep));
   rows_.resize(conv->tap_offset.size() * conv->k);
-  for (int64_t channel = 0; channel < out && kernel < widest; ++channel) {
-    const int64_t bit = channel * count * node.bits;
-    unpack_codes(read_bits(node.codes, bit, count * node.bits), node.bits, bit % 8, count, codes_.data());
-    order_channel(node, in, codes_.data(), channel, *conv, rows_.data());
+  for (int64_t channel = 0; channel < layer.channels() && kernel < widest; ++channel) {
+    const int64_t bit = channel * count * bits;
+    unpack_codes(read_bits(layer.data.codes, bit, count * bits), bits, bit % 8, count, codes_.data());
+    order_channel(layer, codes_.data(), channel, rows_.data());
     while (kernel < widest && !fits_s16(rows_.data(), *conv, *kernel)) ++kernel;
   }
   conv->kernel = kernel;
 }
 
-void Packer::pack_panel(const Node& node, const Activation& in, bool f32_output, int64_t panel,
-                        const std::string& where, PackedConv* conv) {
-  const int64_t out = output_channels(node), count = codes_per_channel(node, in);
-  const int64_t nr = conv->is_depthwise ? out : conv->kernel->nr;
+void Packer::pack_panel(const Layer& layer, int64_t panel) {
+  const PackedConv& conv = *layer.conv;
+  const int64_t out = layer.channels(), count = layer.codes_per_channel(), bits = layer.data.bits;
+  const int64_t nr = conv.is_depthwise ? out : conv.kernel->nr;
   const int64_t first = panel * nr, lanes = std::min(nr, out - first);
-  const int64_t row = static_cast<int64_t>(conv->tap_offset.size()) * conv->k;
+  const int64_t row = static_cast<int64_t>(conv.tap_offset.size()) * conv.k;
   const int64_t row_stride = round_up(row, 128) + 64;  // an odd number of cache lines: rows do not share a cache set
   codes_.resize(round_up(count, kCodesPerStep));
   rows_.resize(lanes * row_stride);
-  const uint8_t* packed = read_bits(node.codes, first * count * node.bits, lanes * count * node.bits);
-  uint8_t* to = weights_ + conv->weight_offset + panel * conv->panel_bytes;
+  const uint8_t* packed = read_bits(layer.data.codes, first * count * bits, lanes * count * bits);
+  uint8_t* to = weights_ + conv.weight_offset + panel * conv.panel_bytes;
   for (int64_t lane = 0; lane < lanes; ++lane) {
-    const int64_t channel = first + lane;
-    unpack_codes(packed, node.bits, first * count * node.bits % 8 + lane * count * node.bits, count, codes_.data());
-    set_channel(node, in, channel, check_channel(node, channel, codes_.data(), count, f32_output, where), conv);
-    if (conv->is_depthwise) {
-      for (int64_t i = 0; i < count * conv->repeat; ++i)
-        to[i / conv->repeat * depthwise_stride(node, *conv) + i % conv->repeat * out + channel] =
-            codes_[i / conv->repeat];
+    const int64_t channel = first + lane, bit = first * count * bits % 8 + lane * count * bits;
+    unpack_codes(packed, layer.data.bits, bit, count, codes_.data());
+    set_channel(layer, channel, checked_sum(layer, channel, codes_.data()));
+    if (!conv.is_depthwise) {
+      order_channel(layer, codes_.data(), channel, rows_.data() + lane * row_stride);
       continue;
     }
-    order_channel(node, in, codes_.data(), channel, *conv, rows_.data() + lane * row_stride);
+    for (int64_t i = 0; i < count * conv.repeat; ++i) {
+      to[i / conv.repeat * conv.depthwise_stride + i % conv.repeat * out + channel] = codes_[i / conv.repeat];
+    }
   }
-  if (!conv->is_depthwise) interleave_rows(rows_.data(), row_stride, lanes, row, *conv->kernel, to);
+  if (!conv.is_depthwise) interleave_rows(rows_.data(), row_stride, lanes, row, *conv.kernel, to);
+}
+
+// ---- All layers ---------------------------------------------------------------------------------------------------
+
+std::vector<Layer> layers_of(const ModelFile& file, const Program& program) {
+  std::vector<Layer> layers;
+  for (const Step& step : program.steps) {
+    const ConvData* data = conv_of(*step.node);
+    if (!data) continue;
+    const std::string where = place_of(*step.node, program.graph.members[step.member], file);
+    layers.push_back({*step.node, *data, program.activations[step.inputs[0]], program.activations[step.output].is_f32,
+                      where, std::make_unique<PackedConv>()});
+    lower(layers.back(), *program.kernels);
+  }
+  return layers;
+}
+
+// Gives every layer its place in one buffer.
+AlignedBuffer allocate(const ModelFile& file, const std::vector<Layer>& layers) {
+  size_t bytes = 0;
+  for (const Layer& layer : layers) {
+    layer.conv->weight_offset = bytes;
+    bytes += set_sizes(layer);
+  }
+  require(bytes <= physical_memory(), "weights that fit this machine's memory", std::to_string(bytes) + " bytes",
+          "the graph in " + file.path());
+  return AlignedBuffer(bytes);
+}
+
+// Calls work(packer, i) for i below `count`, on up to `threads` threads with a packer each.
+template <class Work>
+void for_each(const ModelFile& file, const AlignedBuffer& weights, int threads, size_t count, const Work& work) {
+  std::atomic<size_t> next{0};
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  // Another thread pays from about a megabyte, 0.5 ms, on.
+  const int useful = static_cast<int>(std::min<size_t>(threads, 1 + (weights.bytes() >> 20)));
+  ThreadPool::shared().run(useful, [&](int, int) {
+    try {
+      Packer packer(file, weights.data());
+      for (size_t i = next++; i < count; i = next++) work(packer, i);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      error = std::current_exception();
+      next = count;
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace
+
+void pack_weights(const ModelFile& file, int threads, Program* program) {
+  std::vector<Layer> layers = layers_of(file, *program);
+  for_each(file, program->weights, threads, layers.size(),
+           [&](Packer& packer, size_t i) { packer.choose_kernel(*program->kernels, layers[i]); });
+  program->weights = allocate(file, layers);
+  std::vector<std::pair<const Layer*, int64_t>> panels;
+  for (const Layer& layer : layers) {
+    for (int64_t panel = 0; panel < layer.conv->panels; ++panel) panels.emplace_back(&layer, panel);
+  }
+  for_each(file, program->weights, threads, panels.size(),
+           [&](Packer& packer, size_t i) { packer.pack_panel(*panels[i].first, panels[i].second); });
+  size_t next = 0;
+  for (Step& step : program->steps) {
+    if (conv_of(*step.node)) step.conv = std::move(layers[next++].conv);
+  }
 }
 
 }  // namespace qdeploy

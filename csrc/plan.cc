@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <numeric>
 
+#include "ops/op.h"
+#include "tiling.h"
+
 namespace qdeploy {
 namespace {
 
@@ -14,8 +17,8 @@ namespace {
 constexpr int64_t kWeightsOverActivations = 2;
 
 bool activations_outweigh(const Program& program, const Step& step) {
-  if (!step.conv.kernel && !step.conv.is_depthwise) return false;
-  const int64_t weights = step.conv.panels * static_cast<int64_t>(step.conv.panel_bytes);
+  if (!step.conv) return false;
+  const int64_t weights = step.conv->panels * static_cast<int64_t>(step.conv->panel_bytes);
   const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
   return weights < kWeightsOverActivations * (in.image_pitch + out.image_pitch);
 }
@@ -35,7 +38,7 @@ std::vector<Pass> passes_of(const Program& program, int64_t batch) {
   return passes;
 }
 
-// ---- Arena: activations whose lives do not overlap share memory --------------------------------------------------
+// ---- Arena: activations whose lives do not overlap share memory ---------------------------------------------------
 
 struct Life {
   int first, last;      // steps; the inputs of the model live from -1, its outputs to the end
@@ -65,13 +68,13 @@ std::vector<Life> lives(const Program& program, const std::vector<Pass>& passes,
   return life;
 }
 
-// The activation that a step may overwrite because nobody reads it later: the residual, or an operand of add and table.
+// The activation whose memory the output of a step may take over, because nobody reads it later; -1: none.
 int overwritten_input(const Program& program, const Step& step, int index, const std::vector<Life>& life) {
-  const bool fused = step.node->has_residual;
-  const bool elementwise = step.node->op == Op::add || step.node->op == Op::table;
-  if (!fused && !elementwise) return -1;
-  const int candidate = step.inputs[fused ? 1 : 0];
-  const bool read_again = life[candidate].last > index || (fused && candidate == step.inputs[0]);
+  const OpInfo& op = *step.node->op;
+  if (op.in_place < 0 || op.in_place >= static_cast<int>(step.inputs.size())) return -1;
+  const int candidate = step.inputs[op.in_place];
+  // A convolution reads the pixels around each that it writes: its residual must not be its input as well.
+  const bool read_again = life[candidate].last > index || (op.residual && candidate == step.inputs[0]);
   const bool same = program.activations[candidate].same_layout(program.activations[step.output]);
   const bool same_images = life[candidate].for_all == life[step.output].for_all;
   return same && same_images && !read_again ? candidate : -1;
@@ -126,75 +129,6 @@ size_t place(const std::vector<size_t>& bytes, const std::vector<Life>& life, co
   return total;
 }
 
-// ---- Tiles --------------------------------------------------------------------------------------------------------
-
-// Output pixels that lie at constant strides in input, output and residual.
-struct Run {
-  int64_t a, c, residual, length;
-};
-
-struct Steps {  // distances between neighbours in one dimension
-  int64_t a, c, residual;
-};
-
-bool continues(const Steps& outer, const Steps& inner, int64_t length) {
-  return outer.a == inner.a * length && outer.c == inner.c * length && outer.residual == inner.residual * length;
-}
-
-// The output of a convolution as few long runs: rows, or whole images where rows follow each other without a gap.
-std::vector<Run> runs_of(const Program& program, const Step& step, int64_t batch) {
-  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
-  const Activation& residual = step.node->has_residual ? program.activations[step.inputs[1]] : out;
-  const Window& window = step.node->window;
-  const Steps pixel = {window.stride[1] * in.c, out.c, residual.c};
-  const Steps row = {window.stride[0] * in.row_pitch, out.row_pitch, residual.row_pitch};
-  const Steps image = {in.image_pitch, out.image_pitch, residual.image_pitch};
-  const int64_t start = in.origin - window.padding[0] * in.row_pitch - window.padding[1] * in.c;
-
-  int64_t length = out.w, rows = out.h, images = batch;
-  if (rows == 1 || continues(row, pixel, length)) {
-    length *= rows, rows = 1;
-    if (images == 1 || continues(image, pixel, length)) length *= images, images = 1;
-  }
-  std::vector<Run> runs;
-  for (int64_t n = 0; n < images; ++n) {
-    for (int64_t y = 0; y < rows; ++y) {
-      runs.push_back({start + n * image.a + y * row.a, out.origin + n * image.c + y * row.c,
-                      residual.origin + n * image.residual + y * row.residual, length});
-    }
-  }
-  return runs;
-}
-
-// Cuts the runs into groups of nearly equal size, at most mr pixels, and pairs groups of one size into tiles.
-std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t batch) {
-  const ConvKernel& kernel = *step.conv.kernel;
-  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
-  const int64_t a_step = step.node->window.stride[1] * in.c;
-  const int64_t residual_step = step.node->has_residual ? program.activations[step.inputs[1]].c : out.c;
-  std::vector<ConvTile> tiles;
-  std::vector<int> open(kernel.mr + 1, -1);  // the tile of each group size that has room
-  for (const Run& run : runs_of(program, step, batch)) {
-    const int64_t groups = (run.length + kernel.mr - 1) / kernel.mr;
-    for (int64_t g = 0, begin = 0; g < groups; ++g) {
-      const int64_t end = run.length * (g + 1) / groups;
-      const int r = static_cast<int>(end - begin);
-      if (open[r] < 0) {
-        open[r] = static_cast<int>(tiles.size());
-        tiles.push_back({});
-        tiles.back().r = static_cast<uint8_t>(r);
-      }
-      ConvTile& tile = tiles[open[r]];
-      tile.a[tile.groups] = static_cast<uint32_t>(run.a + begin * a_step);
-      tile.c[tile.groups] = static_cast<uint32_t>(run.c + begin * out.c);
-      tile.residual[tile.groups] = static_cast<uint32_t>(run.residual + begin * residual_step);
-      if (++tile.groups == kernel.groups) open[r] = -1;
-      begin = end;
-    }
-  }
-  return tiles;
-}
-
 // Everything but the tiles.
 Plan plan_arena(const Program& program, int64_t batch, bool keep_all) {
   Plan plan;
@@ -221,8 +155,8 @@ Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
   for (const Pass& pass : plan.passes) {
     for (size_t s = pass.begin; s < pass.end; ++s) {
       const Step& step = program.steps[s];
-      plan.tiles.push_back(step.conv.kernel ? tiles_of(program, step, pass.together ? batch : 1)
-                                            : std::vector<ConvTile>());
+      const bool tiled = step.conv && step.conv->kernel;
+      plan.tiles.push_back(tiled ? make_tiles(program, step, pass.together ? batch : 1) : std::vector<ConvTile>());
     }
   }
   return plan;

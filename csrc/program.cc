@@ -1,20 +1,24 @@
 #include "program.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <mutex>
 
-#include "cpu.h"
 #include "errors.h"
+#include "ops/conv.h"
 #include "pack.h"
-#include "thread_pool.h"
 
 namespace qdeploy {
 namespace {
 
 // Limits of one image, so that offsets inside a batch chunk fit 32 bits.
 constexpr int64_t kMaxImage = int64_t{1} << 29;
+
+// Multiply-accumulates of one image.
+int64_t macs_of(const Member& member, const Node& node) {
+  const ConvData* conv = conv_of(node);
+  if (!conv) return 0;
+  const Tensor &in = member.tensors[node.inputs[0]], &out = member.tensors[node.output];
+  return out.c * out.h * out.w * (in.c / conv->groups) * conv->window.kernel[0] * conv->window.kernel[1];
+}
 
 // Lays out all activations and lists the steps of the members one after another.
 class Builder {
@@ -28,19 +32,13 @@ class Builder {
   Program build(int threads) {
     for (size_t m = 0; m < program_.graph.members.size(); ++m) add_member(static_cast<int>(m));
     add_borders();
-    for (size_t i = 0; i < program_.activations.size(); ++i) set_pitches(i);
+    set_pitches();
     share_inputs();
-    lower(threads);
-    pack(threads);
+    pack_weights(file_, threads, &program_);
     return std::move(program_);
   }
 
  private:
-  std::string where(const Step& step) const {
-    return "node " + name_text(step.node->name) + ", member " + name_text(program_.graph.members[step.member].name) +
-           " of " + file_.path();
-  }
-
   void add_member(int m) {
     const Member& member = program_.graph.members[m];
     const int first = static_cast<int>(program_.activations.size());
@@ -51,7 +49,6 @@ class Builder {
       activation.scale = tensor.scale;
       activation.zero_point = tensor.zero_point;
       program_.activations.push_back(activation);
-      program_.activation_member.push_back(m);
     }
     for (const Node& node : member.nodes) {
       Step step;
@@ -59,6 +56,7 @@ class Builder {
       step.member = m;
       for (const int input : node.inputs) step.inputs.push_back(first + input);
       step.output = first + node.output;
+      step.macs = macs_of(member, node);
       program_.steps.push_back(std::move(step));
     }
     program_.member_input.push_back(first);
@@ -68,20 +66,25 @@ class Builder {
   // Every convolution finds its padding around its input, written by whoever produced it.
   void add_borders() {
     for (const Step& step : program_.steps) {
-      if (step.node->op != Op::conv2d) continue;
+      const ConvData* conv = conv_of(*step.node);
+      if (!conv) continue;
       Activation& in = program_.activations[step.inputs[0]];
-      for (int i = 0; i < 4; ++i) in.border[i] = std::max(in.border[i], step.node->window.padding[i]);
+      for (int i = 0; i < 4; ++i) in.border[i] = std::max(in.border[i], conv->window.padding[i]);
     }
   }
 
-  void set_pitches(size_t i) {
-    Activation& a = program_.activations[i];
+  void set_pitches() {
+    auto activation = program_.activations.begin();
+    for (const Member& member : program_.graph.members) {
+      for (const Tensor& tensor : member.tensors) set_pitches(*activation++, tensor, member);
+    }
+  }
+
+  void set_pitches(Activation& a, const Tensor& tensor, const Member& member) {
     const int64_t rows = a.border[0] + a.h + a.border[2], columns = a.border[1] + a.w + a.border[3];
     const int64_t limit = kMaxImage / a.c;
-    if (rows > limit || columns > limit || rows * columns > limit) {
-      throw ModelError("expected a padded image below 2^29 elements, got " + shape_text({a.c, rows, columns}) +
-                       " - at tensor " + std::to_string(i) + " of " + file_.path());
-    }
+    require(rows <= limit && columns <= limit && rows * columns <= limit, "a padded image below 2^29 elements",
+            shape_text({a.c, rows, columns}), place_of(tensor, member, file_));
     a.row_pitch = columns * a.c;
     a.image_pitch = rows * a.row_pitch;
     a.origin = a.border[0] * a.row_pitch + a.border[1] * a.c;
@@ -102,68 +105,6 @@ class Builder {
         break;
       }
     }
-  }
-
-  static bool has_weight(const Step& step) { return step.node->op == Op::conv2d || step.node->op == Op::linear; }
-
-  void lower(int threads) {
-    std::vector<Step*> convs;
-    for (Step& step : program_.steps) {
-      if (!has_weight(step)) continue;
-      const Activation &in = program_.activations[step.inputs[0]], &out = program_.activations[step.output];
-      lower_conv(*step.node, in, out.is_f32, *program_.kernels, &step.conv);
-      const Window& window = step.node->window;
-      step.macs = out.c * out.h * out.w * (in.c / step.node->groups) * window.kernel[0] * window.kernel[1];
-      convs.push_back(&step);
-    }
-    for_each(threads, convs.size(), [&](Packer& packer, size_t i) {
-      const Step& step = *convs[i];
-      packer.choose_kernel(*step.node, program_.activations[step.inputs[0]], *program_.kernels, &convs[i]->conv);
-    });
-    size_t bytes = 0;
-    for (Step* step : convs) {
-      size_conv(*step->node, program_.activations[step->inputs[0]], &step->conv);
-      step->conv.weight_offset = bytes;
-      bytes += packed_bytes(step->conv, *step->node);
-    }
-    if (bytes > physical_memory()) {
-      throw ModelError("expected weights that fit this machine's memory, got " + std::to_string(bytes) +
-                       " bytes - at " + file_.path());
-    }
-    program_.weights = AlignedBuffer(bytes);
-  }
-
-  void pack(int threads) {
-    std::vector<std::pair<Step*, int64_t>> panels;
-    for (Step& step : program_.steps) {
-      for (int64_t panel = 0; has_weight(step) && panel < step.conv.panels; ++panel) panels.emplace_back(&step, panel);
-    }
-    for_each(threads, panels.size(), [&](Packer& packer, size_t i) {
-      Step& step = *panels[i].first;
-      packer.pack_panel(*step.node, program_.activations[step.inputs[0]], program_.activations[step.output].is_f32,
-                        panels[i].second, where(step), &step.conv);
-    });
-  }
-
-  // Calls work(packer, i) for i below `count`, on `threads` threads with a packer each.
-  template <class Work>
-  void for_each(int threads, size_t count, const Work& work) {
-    std::atomic<size_t> next{0};
-    std::exception_ptr error;
-    std::mutex error_mutex;
-    // Another thread pays from about a megabyte, 0.5 ms, on.
-    const int useful = static_cast<int>(std::min<size_t>(threads, 1 + (program_.weights.bytes() >> 20)));
-    ThreadPool::shared().run(useful, [&](int, int) {
-      try {
-        Packer packer(file_, program_.weights.data());
-        for (size_t i = next++; i < count; i = next++) work(packer, i);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(error_mutex);
-        error = std::current_exception();
-        next = count;
-      }
-    });
-    if (error) std::rethrow_exception(error);
   }
 
   const ModelFile& file_;

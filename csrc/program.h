@@ -3,7 +3,7 @@
 // panel" is also the first panel of the next layer.
 #pragma once
 #include <cstdint>
-#include <string>
+#include <memory>
 #include <vector>
 
 #include "aligned.h"
@@ -21,13 +21,17 @@ struct Activation {
   uint8_t zero_point;
   int64_t border[4] = {0, 0, 0, 0};  // top, left, bottom, right
   int64_t row_pitch, image_pitch, origin;
+
   bool same_layout(const Activation& other) const;
+  // Where a row begins: the rows of several images are numbered through.
+  int64_t row_offset(int64_t row) const { return row / h * image_pitch + origin + row % h * row_pitch; }
 };
 
-// The weights of a convolution or linear as its kernel reads them.
+// The weights of a conv2d or linear as its kernel reads them.
 struct PackedConv {
   bool is_depthwise = false;
   int64_t repeat = 1;                  // depthwise: neighbouring pixels that one row of weights covers
+  int64_t depthwise_stride = 0;        // bytes from one tap of a depthwise convolution to the next
   const ConvKernel* kernel = nullptr;  // null for depthwise
   std::vector<int32_t> tap_offset;     // from the first tap; relative to the window's top left pixel
   int32_t k = 0;                       // bytes per tap
@@ -37,7 +41,6 @@ struct PackedConv {
   std::vector<int32_t> panel_channel;  // first input channel that a panel reads
   std::vector<int32_t> lanes;          // ConvParams::lanes of a grouped kernel; empty: dense panels
   AlignedBuffer comp, scale, bias;     // int32, float, float; one entry per channel, panels * nr of them
-  size_t tiles_per_block = 0;          // 0: all tiles under one panel before the next panel
 };
 
 struct Step {
@@ -45,16 +48,15 @@ struct Step {
   int member;
   std::vector<int> inputs;  // global activation ids
   int output;
-  PackedConv conv;  // conv2d and linear
   int64_t macs = 0;
+  std::unique_ptr<const PackedConv> conv;  // null for a node without weights
 };
 
 struct Program {
   Graph graph;
   const Kernels* kernels;
   std::vector<Activation> activations;  // of all members
-  std::vector<int> activation_member;
-  std::vector<int> member_input;  // activation of each member's input; equal inputs are one activation
+  std::vector<int> member_input;        // activation of each member's input; equal inputs are one activation
   std::vector<int> member_output;
   std::vector<Step> steps;  // of all members, in order
   AlignedBuffer weights;

@@ -10,7 +10,6 @@
 #include "cpu.h"
 #include "ensemble.h"
 #include "errors.h"
-#include "ops.h"
 #include "thread_pool.h"
 
 namespace qdeploy {
@@ -52,21 +51,20 @@ double seconds_now() {
 
 }  // namespace
 
-Session::Session(const ModelFile& file, int threads, const std::string& isa)
-    : kernels_(kernels_for(isa)), threads_(checked_threads(threads)), program_(load_program(file, kernels_, threads_)) {
+Session::Session(const ModelFile& file, int threads, const std::string& isa, int64_t macs_per_thread)
+    : kernels_(kernels_for(isa)),
+      threads_(checked_threads(threads)),
+      macs_per_thread_(std::max<int64_t>(1, macs_per_thread)),
+      program_(load_program(file, kernels_, threads_)) {
   registry();
   const size_t image = arena_bytes(program_, 1);
-  if (image > physical_memory()) {
-    throw ModelError("expected activations that fit this machine's memory, got " + std::to_string(image) +
-                     " bytes an image - at " + file.path());
-  }
+  require(image <= physical_memory(), "activations that fit this machine's memory",
+          std::to_string(image) + " bytes an image", "the graph in " + file.path());
   for (const Step& step : program_.steps) macs_per_image_ += step.macs;
 }
 
-std::atomic<int64_t> Session::macs_per_thread{4'000'000};
-
 int Session::threads_for(int64_t batch) const {
-  return static_cast<int>(std::clamp<int64_t>(batch * macs_per_image_ / macs_per_thread, 1, threads_));
+  return static_cast<int>(std::clamp<int64_t>(batch * macs_per_image_ / macs_per_thread_, 1, threads_));
 }
 
 int64_t Session::images_per_chunk(int64_t images) {

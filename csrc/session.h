@@ -1,14 +1,13 @@
 // A loaded model and its runs. Immutable after loading but for a cache of plans and a stock of arenas, so that any
 // number of threads may run it at once, each in an arena of its own.
 #pragma once
-#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "ops.h"
+#include "chunk.h"
 #include "plan.h"
 #include "program.h"
 
@@ -33,10 +32,15 @@ struct Results {
   double* step_seconds = nullptr;  // [steps] added to, or null
 };
 
+// A second thread saves at most half of a call and costs its wake-up and a meeting after every layer: calls below twice
+// this run alone. 4 million MACs are 15 us with AVX512-VNNI and 55 with AVX2.
+constexpr int64_t kMacsPerThread = 4'000'000;
+
 class Session {
  public:
   // threads 0: default_threads(). isa empty: QDEPLOY_ISA or the best. Throws ModelError, InputError.
-  Session(const ModelFile& file, int threads, const std::string& isa);
+  // Tests lower macs_per_thread to run small networks on many threads.
+  Session(const ModelFile& file, int threads, const std::string& isa, int64_t macs_per_thread = kMacsPerThread);
 
   // Throws InputError for NaN or infinite inputs.
   void run(const Images& images, const Results& results);
@@ -45,11 +49,6 @@ class Session {
   int threads() const { return threads_; }
   // Threads that run `batch` images: as many as the session has, but at most one for every macs_per_thread.
   int threads_for(int64_t batch) const;
-
-  // A second thread saves at most half of a call and costs its wake-up and a meeting after every layer: calls below
-  // twice this run alone. 4 million MACs are 15 us with AVX512-VNNI and 55 with AVX2. Tests lower it to run small
-  // networks on many threads.
-  static std::atomic<int64_t> macs_per_thread;
 
   // How many of a batch run in one chunk.
   int64_t images_per_chunk(int64_t images);
@@ -63,6 +62,7 @@ class Session {
 
   const Kernels& kernels_;
   const int threads_;
+  const int64_t macs_per_thread_;
   const Program program_;
   int64_t images_per_chunk_ = 0;  // 0: not known yet
   int64_t macs_per_image_ = 0;

@@ -1,14 +1,14 @@
-from typing import ClassVar
+from typing import overload
 
 import numpy as np
 
 def isas() -> list[str]: ...
 def cpu_quota(root: str = "") -> float: ...
 def default_threads() -> int: ...
+def ops() -> list[dict]: ...
 def peak_gmacs(isa: str, precision: str, seconds: float) -> float | None: ...
 
 class Session:
-    macs_per_thread: ClassVar[int]
     threads: int
     isa: str
     nbytes: int
@@ -19,7 +19,10 @@ class Session:
     outputs: list[int]
     activations: list[dict]
 
-    def __init__(self, *source: str | bytes, threads: int, isa: str) -> None: ...
+    @overload
+    def __init__(self, path: str, threads: int, isa: str, macs_per_thread: int = ...) -> None: ...
+    @overload
+    def __init__(self, name: str, content: bytes, threads: int, isa: str, macs_per_thread: int = ...) -> None: ...
     def run(
         self,
         images: np.ndarray,

@@ -1,9 +1,13 @@
-"""Typed checks of what a graph holds; each raises ModelError in the form of all errors: expected X, got Y - at Z."""
+"""Typed checks of what a graph or a file holds; each raises ModelError "expected X, got Y - at Z".
+
+The C++ reader (csrc/json.h) has the same checks with the same words: tests/test_hostile_files.py compares the texts.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,57 +15,109 @@ import numpy as np
 from qdeploy.errors import ModelError
 
 MAX_NAME_BYTES = 512
+_FILE_DTYPES = {"float32": "F32", "uint8": "U8", "int8": "I8"}  # as safetensors calls them
 
 
 def expect(condition: bool, expected: str, got: object, at: str) -> None:
     """Raise ModelError unless `condition` holds."""
     if not condition:
-        text = repr(got)
-        raise ModelError(f"expected {expected}, got {text if len(text) <= 100 else text[:97] + '...'} - at {at}")
+        raise ModelError(f"expected {expected}, got {got} - at {at}")
 
 
-def check_name(name: Any, at: str) -> None:
+def key_of(key: str, at: str) -> str:
+    """The place of a key of the object at `at`."""
+    return f"key `{key}` of {at}"
+
+
+def quoted(name: str) -> str:
+    """At most 60 printable characters of a name out of a file, for error texts."""
+    data = name.encode("utf-8", "surrogatepass")
+    text = "".join(chr(c) if 32 <= c <= 126 and c != ord("`") else "?" for c in data[:60])
+    return f"`{text}...`" if len(data) > 60 else f"`{text}`"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """[64, 3, 7, 7]; -1 is any size."""
+    return f"[{', '.join('any' if d == -1 else str(d) for d in shape)}]"
+
+
+def kind(value: object) -> str:
+    """The type of a value as JSON calls it."""
+    names: list[tuple[Any, str]] = [
+        (type(None), "null"),
+        ((bool, np.bool_), "boolean"),
+        ((int, float, np.integer, np.floating), "number"),
+        (str, "string"),
+        ((list, tuple), "array"),
+        (dict, "object"),
+    ]
+    return next((name for types, name in names if isinstance(value, types)), type(value).__name__)
+
+
+def check_name(value: Any, at: str) -> None:
     """Names reach terminals and other tools: 1 to 512 bytes of UTF-8 without control characters."""
-    valid = isinstance(name, str) and not any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in name)
-    valid = valid and 1 <= len(name.encode()) <= MAX_NAME_BYTES
-    expect(valid, f"a name of 1 to {MAX_NAME_BYTES} bytes of UTF-8 without control characters", name, at)
+    expect(isinstance(value, str), "a string", kind(value), at)
+    valid = not any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in value)
+    valid = valid and 1 <= len(value.encode()) <= MAX_NAME_BYTES
+    expect(valid, "a name of 1 to 512 bytes without control characters", quoted(value), at)
 
 
-def unique_names(names: list[str], at: str) -> None:
-    """Valid names, none of them twice."""
-    for name in names:
-        check_name(name, at)
-    if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
-        expect(False, "unique names", twice, at)
+def check_keys(found: Iterable[str], known: Sequence[str], at: str) -> None:
+    """Exactly the known keys: nothing that a reader does not understand is passed over."""
+    found = list(found)
+    for key in found:
+        expect(key in known, "no keys but the known ones", quoted(key), at)
+    for key in known:
+        expect(key in found, f"the key `{key}`", "none", at)
 
 
-def integers(value: Any, count: int, low: int, high: int, what: str, at: str) -> list[int]:
-    """`count` integers of [low, high]; bool and float are not integers here."""
-    try:
-        values = [operator.index(v) for v in value if not isinstance(v, (bool, np.bool_))]
-    except TypeError:
-        values = []
-    expected = f"{what} of {count} integers in {low}..{high}"
-    expect(len(values) == count == len(value if values else ()), expected, value, at)
-    expect(all(low <= v <= high for v in values), expected, value, at)
-    return values
-
-
-def f32(value: Any, what: str, at: str) -> float:
-    """A finite f32, as a Python float."""
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    with np.errstate(over="ignore"):
-        result = float(np.float32(value)) if number and abs(value) < 2.0**128 else math.nan
-    expect(math.isfinite(result), f"{what} to be a finite f32 number", value, at)
+def integer(value: Any, low: int, high: int, at: str) -> int:
+    """An integer of [low, high]; bool and float are none, nor is what no 64 bits hold."""
+    expected = f"an integer in [{low}, {high}]"
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    expect(whole and -(2**63) <= int(value) < 2**64, expected, kind(value), at)
+    result = operator.index(value)
+    expect(low <= result <= high, expected, result, at)
     return result
 
 
-def array(value: Any, what: str, dtype: type, ndim: int, at: str) -> np.ndarray:
-    """An array of this dtype and rank; floats are finite."""
-    expect(isinstance(value, np.ndarray), f"constant '{what}'", type(value).__name__, at)
-    got = (value.dtype.name, value.ndim)
-    expect(got == (np.dtype(dtype).name, ndim), f"constant '{what}' of {np.dtype(dtype).name}, rank {ndim}", got, at)
-    if dtype is np.float32:
-        expect(bool(np.isfinite(value).all()), f"finite constant '{what}'", "NaN or infinity", at)
+def integers(value: Any, fewest: int, most: int, low: int, high: int, at: str) -> list[int]:
+    """`fewest` to `most` integers of [low, high]."""
+    return [integer(v, low, high, at) for v in _entries(value, fewest, most, at)]
+
+
+def number(value: Any, at: str) -> float:
+    """A finite f32, as a Python float."""
+    expect(kind(value) == "number", "a number", kind(value), at)
+    with np.errstate(over="ignore"):
+        result = float(np.float32(value)) if abs(value) < 2.0**128 else math.nan
+    expect(math.isfinite(result), "a finite f32", value, at)
+    return result
+
+
+def numbers(value: Any, count: int, at: str) -> list[float]:
+    """`count` finite f32."""
+    values = _entries(value, 0, count, at)
+    expect(len(values) == count, f"{count} numbers", len(values), at)
+    return [number(v, at) for v in values]
+
+
+def array(value: Any, dtype: type, shape: Sequence[int], at: str) -> np.ndarray:
+    """An array of this dtype and shape, in which -1 is any size; floats are finite."""
+    expected = f"{_FILE_DTYPES[np.dtype(dtype).name]} {shape_text(shape)}"
+    is_array = isinstance(value, np.ndarray)
+    got = f"{_FILE_DTYPES.get(value.dtype.name, value.dtype)} {shape_text(value.shape)}" if is_array else kind(value)
+    fits = is_array and value.dtype.name == np.dtype(dtype).name and value.ndim == len(shape)
+    fits = fits and all(wanted in (-1, size) for wanted, size in zip(shape, value.shape, strict=True))
+    expect(fits, expected, got, at)
+    if dtype is np.float32 and not np.isfinite(value).all():
+        wrong = value[~np.isfinite(value)][0]
+        expect(False, "finite constants", f"{abs(wrong):g}" if np.isnan(wrong) else f"{wrong:g}", at)
+    return value
+
+
+def _entries(value: Any, fewest: int, most: int, at: str) -> Sequence[Any]:
+    expect(isinstance(value, (list, tuple)), "an array", kind(value), at)
+    expect(len(value) <= most, f"at most {most} entries", len(value), at)
+    expect(len(value) >= fewest, f"at least {fewest} entries", len(value), at)
     return value

@@ -11,15 +11,28 @@ from typing import Any
 
 import numpy as np
 
+from qdeploy.checks import (
+    array,
+    check_keys,
+    check_name,
+    expect,
+    integer,
+    integers,
+    key_of,
+    kind,
+    quoted,
+    shape_text,
+)
 from qdeploy.errors import ModelError
 from qdeploy.files import atomic_file
-from qdeploy.graph import Graph, Member, Node, Tensor
+from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Graph, Member, Node, Tensor
 from qdeploy.ops import OPS
-from qdeploy.validate import validate
+from qdeploy.validate import member_at, node_at, validate
 
 RELEASES = {1: "0.1.0", 2: "0.1.0"}  # of each format version: the first qdeploy that reads it
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_DEPTH = 16
+MAX_RANK = 8
 Json = dict[str, Any]
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
 
@@ -74,15 +87,15 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> None:
     ordered = sorted(tensors.items(), key=lambda item: item[1].dtype != np.float32)  # stable: F32 first
     header: dict[str, object] = {"__metadata__": _version_keys(lowest_version(graph)) | {"graph": _dump(document)}}
     begin = 0
-    for name, array in ordered:
-        dtype = "F32" if array.dtype == np.float32 else "U8"
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, begin + array.nbytes]}
-        begin += array.nbytes
+    for name, value in ordered:
+        dtype = "F32" if value.dtype == np.float32 else "U8"
+        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [begin, begin + value.nbytes]}
+        begin += value.nbytes
     text = _dump(header).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise ModelError(f"expected at most {MAX_HEADER_BYTES} bytes of header, got {len(text)} - at {os.fspath(path)}")
-    _write(path, [len(text).to_bytes(8, "little"), text, *(_bytes(array) for _, array in ordered)])
+    _write(path, [len(text).to_bytes(8, "little"), text, *(_bytes(value) for _, value in ordered)])
 
 
 def lowest_version(graph: Graph) -> int:
@@ -116,14 +129,14 @@ def read(path: str | os.PathLike[str]) -> bytes:
     """The content of a regular file. Raises ModelError, naming it."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or device would block or never end
-            raise ModelError(f"expected a regular file, got something else - at the path in {os.fspath(path)}")
+            raise ModelError(f"expected a regular file, got something else - at {os.fspath(path)}")
         with open(path, "rb") as file:
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, ModelError):
             raise
         reason = getattr(error, "strerror", error)
-        raise ModelError(f"expected a readable file, got: {reason} - at the path in {os.fspath(path)}") from None
+        raise ModelError(f"expected a readable file, got: {reason} - at {os.fspath(path)}") from None
 
 
 def _dump(document: object) -> str:
@@ -135,25 +148,25 @@ def _number(value: float) -> float:
     return float(np.float32(value))
 
 
-def _bytes(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array, _DTYPES["F32"] if array.dtype == np.float32 else np.uint8).data.cast("B")
+def _bytes(value: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(value, _DTYPES["F32"] if value.dtype == np.float32 else np.uint8).data.cast("B")
 
 
 def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> Json:
     """The member as JSON; adds its constants to `tensors` under the names that the JSON uses."""
 
-    def constant(name: str, array: np.ndarray) -> str:
-        tensors[f"{index}/{name}"] = array
+    def constant(name: str, value: np.ndarray) -> str:
+        tensors[f"{index}/{name}"] = value
         return f"{index}/{name}"
 
     def node_json(node: Node) -> Json:
         result = {"op": node.op, "name": node.name, "inputs": [int(i) for i in node.inputs], "output": int(node.output)}
-        for key, array in node.constants.items():
+        for key, value in node.constants.items():
             if key == "weight" and node.bits is not None:
-                codes = constant(f"{node.name}/codes", pack_codes(array, node.bits))
-                result[key] = {"codes": codes, "shape": list(array.shape), "bits": int(node.bits)}
+                codes = constant(f"{node.name}/codes", pack_codes(value, node.bits))
+                result[key] = {"codes": codes, "shape": list(value.shape), "bits": int(node.bits)}
             else:
-                result[key] = constant(f"{node.name}/{key}", array)
+                result[key] = constant(f"{node.name}/{key}", value)
         types = OPS[node.op].attribute_types(node, member.tensors[node.output])
         return result | {key: _attribute_json(value, types[key]) for key, value in node.attributes.items()}
 
@@ -190,188 +203,204 @@ def _write(path: str | os.PathLike[str], parts: list[bytes | memoryview]) -> Non
         raise ModelError(f"expected to write {size} bytes, got: {reason} - at {os.fspath(path)}") from error
 
 
-def _expect(condition: bool, expected: str, got: object, at: str) -> None:
-    if not condition:
-        raise ModelError(f"expected {expected}, got {str(got)[:100]} - at {at}")
-
-
 def _parse(data: bytes) -> tuple[Graph, int]:
     length = int.from_bytes(data[:8], "little")
-    limit = min(len(data) - 8, MAX_HEADER_BYTES)
-    good = 2 <= length <= limit and length % 8 == 0
-    _expect(good, f"a qdeploy file: a header length of at most {limit}, a multiple of 8", length, "bytes 0..8")
-    _expect(data[8:9] == b"{", "'{'", data[8:9], "byte 8")
+    whole = 0 < length <= min(len(data) - 8, MAX_HEADER_BYTES) and length % 8 == 0 and data[8:9] == b"{"
+    expect(whole, "a whole safetensors file", f"{len(data)} bytes that do not hold its header", "the header")
     header = _json(data[8 : 8 + length], "the header")
     metadata = header.pop("__metadata__", None)
-    kind = metadata.get("format") if isinstance(metadata, dict) else None
-    _expect(kind == "qdeploy", "metadata with format 'qdeploy'", repr(kind), "__metadata__")
-    _expect(all(isinstance(v, str) for v in metadata.values()), "strings", "other values", "__metadata__")
+    ours = isinstance(metadata, dict) and metadata.get("format") == "qdeploy"
+    expect(ours, "a file written by qdeploy.export", "another safetensors file", "the header")
+    for key, value in metadata.items():
+        expect(isinstance(value, str), "a string", kind(value), key_of(key, "__metadata__"))
     version = _version(metadata)
     tensors = _container(header, memoryview(data)[8 + length :])
-    document = _json(_field(metadata, "graph", str, "__metadata__").encode("utf-8", "surrogatepass"), "the graph")
-    _expect(isinstance(document, dict), "an object", type(document).__name__, "the graph")
-    return _graph(document, tensors), version
+    text = _field(metadata, "graph", "__metadata__").encode("utf-8", "surrogatepass")
+    return _graph(_json(text, "the graph"), tensors), version
 
 
 def _version(metadata: dict[str, str]) -> int:
     """The format version of a file, which must be one of ours. Of a newer one the error says which qdeploy it needs."""
-    text = metadata.get("format_version", "none")
+    text = _field(metadata, "format_version", "__metadata__")
     expected, at = f"format_version 1 to {max(RELEASES)}", "__metadata__"
-    _expect(re.fullmatch("[1-9][0-9]{0,8}", text) is not None, expected, f"`{text[:60]}`", at)
+    expect(re.fullmatch("[1-9][0-9]{0,8}", text) is not None, expected, quoted(text), at)
     version, needed = int(text), metadata.get("requires", "")
     if version > max(RELEASES):
         release = f"qdeploy {needed} or newer" if re.fullmatch("[0-9.]{1,20}", needed) else "a newer qdeploy"
-        _expect(False, expected, f"{version}, which needs {release}", at)
-    _expect(version == 1 or "requires" in metadata, "the key `requires` from format_version 2 on", "none", at)
+        expect(False, expected, f"{version}, which needs {release}", at)
+    if version > 1:
+        _field(metadata, "requires", at)
     return version
 
 
 def _check_version(graph: Graph, version: int) -> None:
-    """A file carries the lowest version that holds its ops: docs/format.md section 1."""
+    """A file carries the lowest version that holds its ops: docs/format.md section 5."""
     for member in graph.members:
         for node in member.nodes:
             needed = OPS[node.op].version
-            at = f"node '{node.name}' of member '{member.name}'"
-            _expect(needed <= version, f"format version {needed} for the op `{node.op}`", version, at)
+            at = node_at(node, member_at(member.name))
+            expect(needed <= version, f"format version {needed} for the op `{node.op}`", version, at)
     lowest = lowest_version(graph)
-    _expect(lowest == version, f"format version {lowest}, the lowest that holds the ops", version, "the graph")
+    expect(lowest == version, f"format version {lowest}, the lowest that holds the ops", version, "the graph")
 
 
 def _json(text: bytes, at: str) -> Any:
+    """An object of JSON, nested at most 16 deep, without a key twice, its numbers finite."""
+
     def unique(pairs: list[tuple[str, object]]) -> Json:
-        _expect(len(dict(pairs)) == len(pairs), "keys that differ", "one twice", at)
+        seen: set[str] = set()
+        for key, _ in pairs:
+            expect(key not in seen, "unique keys", f"the key {quoted(key)} twice", at)
+            seen.add(key)
         return dict(pairs)
 
     def refuse(constant: str) -> None:
-        _expect(False, "finite numbers", constant, at)
+        raise ValueError(constant)
 
     def check(value: object, depth: int) -> None:
-        if isinstance(value, float):
-            _expect(math.isfinite(value), "finite numbers", value, at)
-        elif isinstance(value, (dict, list)):
-            _expect(depth <= MAX_JSON_DEPTH, f"JSON nested at most {MAX_JSON_DEPTH} deep", "deeper", at)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(value)
+        if isinstance(value, (dict, list)):
+            expect(depth <= MAX_JSON_DEPTH, f"JSON nested at most {MAX_JSON_DEPTH} deep", "deeper", at)
             for item in value.values() if isinstance(value, dict) else value:
                 check(item, depth + 1)
 
     try:
         document = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        check(document, 1)
+    except RecursionError:
+        raise ModelError(f"expected JSON nested at most {MAX_JSON_DEPTH} deep, got deeper - at {at}") from None
+    except ValueError as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"expected JSON in UTF-8, got: {str(error)[:100]} - at {at}") from None
-    check(document, 1)
-    return document
+        raise ModelError(f"expected JSON in UTF-8 with finite numbers, got something else - at {at}") from None
+    return _object(document, at)
 
 
-def _field(document: Json, key: str, kind: type, at: str) -> Any:
-    value = document.get(key)
-    good = isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
-    _expect(good, f"'{key}' to be of type {kind.__name__}", "none" if value is None else repr(value), at)
+def _object(value: Any, at: str) -> Json:
+    expect(isinstance(value, dict), "an object", kind(value), at)
     return value
 
 
-def _keys(document: Json, keys: tuple[str, ...], at: str) -> None:
-    _expect(set(document) == set(keys), f"the keys {', '.join(keys)}", ", ".join(document), at)
+def _field(document: Json, key: str, at: str) -> str:
+    """The string under `key`."""
+    expect(key in document, f"the key `{key}`", "none", at)
+    expect(isinstance(document[key], str), "a string", kind(document[key]), key_of(key, at))
+    return document[key]
 
 
-def _objects(document: Json, key: str, at: str) -> list[Json]:
-    values = _field(document, key, list, at)
-    _expect(all(isinstance(value, dict) for value in values), f"objects in '{key}'", "something else", at)
+def _list(document: Json, key: str, most: int, at: str) -> list[Any]:
+    values, place = document[key], key_of(key, at)
+    expect(isinstance(values, list), "an array", kind(values), place)
+    expect(len(values) <= most, f"at most {most} entries", len(values), place)
     return values
-
-
-def _shape(document: Json, at: str) -> tuple[int, ...]:
-    values = _field(document, "shape", list, at)
-    _expect(all(type(d) is int and d >= 0 for d in values), "a shape of integers", values, at)
-    return tuple(values)
 
 
 def _container(header: Json, data: memoryview) -> dict[str, np.ndarray]:
     """The arrays of the container, by name, as views of `data`."""
     tensors, spans = {}, []
     for name, entry in header.items():
-        at = f"tensor '{name[:100]}'"
-        _expect(isinstance(entry, dict), "an object", entry, at)
-        kind = _field(entry, "dtype", str, at)
-        _expect(kind in _DTYPES, f"dtype {' or '.join(_DTYPES)}", kind, at)
-        dtype = _DTYPES[kind]
-        shape = _shape(entry, at)
-        offsets = _field(entry, "data_offsets", list, at)
-        good = len(offsets) == 2 and all(type(o) is int for o in offsets)
-        _expect(good and 0 <= offsets[0] <= offsets[1] <= len(data), f"offsets within {len(data)} bytes", offsets, at)
-        begin, end = offsets
-        _expect(math.prod(shape) * dtype.itemsize == end - begin, f"{end - begin} bytes of data", f"shape {shape}", at)
-        _expect(begin % dtype.itemsize == 0, f"an offset that is a multiple of {dtype.itemsize}", begin, at)
+        at = f"tensor {quoted(name)}"
+        dtype_name = _field(_object(entry, at), "dtype", at)
+        expect(dtype_name in _DTYPES, "dtype U8 or F32", quoted(dtype_name), at)
+        dtype = _DTYPES[dtype_name]
+        expect("shape" in entry, "the key `shape`", "none", at)
+        shape = integers(entry["shape"], 0, MAX_RANK, 0, 2**40, key_of("shape", at))
+        expect("data_offsets" in entry, "the key `data_offsets`", "none", at)
+        begin, end = integers(entry["data_offsets"], 2, 2, 0, 2**63 - 1, key_of("data_offsets", at))
+        size = math.prod(shape) * dtype.itemsize
+        expect(size < 2**50, "a tensor that fits a file", f"shape {shape_text(shape)}", at)
+        fits = begin <= end <= len(data) and end - begin == size
+        expect(fits, f"{size} bytes inside {len(data)}", f"[{begin}, {end})", at)
+        expect(begin % dtype.itemsize == 0, "F32 data aligned to 4 bytes", f"offset {begin}", at)
         tensors[name] = np.frombuffer(data[begin:end], dtype).reshape(shape)
         spans.append((begin, end))
     position = 0
     for begin, end in sorted(spans):
-        _expect(begin == position, f"a tensor that begins at {position}", begin, "the data offsets")
+        expect(begin == position, "tensors without holes or overlap", f"one at {begin}", "the header")
         position = end
-    _expect(position == len(data), f"tensors that cover {len(data)} bytes", position, "the data offsets")
+    expect(position == len(data), f"{position} bytes of data", len(data), "the header")
     return tensors
 
 
 def _graph(document: Json, tensors: dict[str, np.ndarray]) -> Graph:
-    _keys(document, ("input", "combine", "classes", "members"), "the graph")
-    members = [_member(member, tensors) for member in _objects(document, "members", "the graph")]
-    entry = _field(document, "input", dict, "the graph")
-    _keys(entry, ("shape", "preprocess"), "input")
-    shape = _shape(entry, "input")
-    for member in members:
-        got = member.tensors[0].shape if member.tensors else None
-        _expect(got == shape, f"input shape {shape}", got, f"member '{member.name}'")
-    preprocess, classes = entry["preprocess"], document["classes"]
-    if preprocess is not None:
-        _keys(_field(entry, "preprocess", dict, "input"), ("mean", "std"), "preprocess")
-    _expect(classes is None or isinstance(classes, list), "classes null or a list", classes, "the graph")
-    return Graph(members, document["combine"], preprocess, classes)
+    at = "the graph"
+    check_keys(document, ("input", "combine", "classes", "members"), at)
+    entry, input_at = _object(document["input"], key_of("input", at)), key_of("input", at)
+    check_keys(entry, ("shape", "preprocess"), input_at)
+    shape = tuple(integers(entry["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", input_at)))
+    members = [
+        _member(_object(member, f"member {i}"), i, tensors)
+        for i, member in enumerate(_list(document, "members", MAX_MEMBERS, at))
+    ]
+    for member in members[:1]:  # `validate` compares the others with it
+        expect(len(member.tensors) >= 1, "at least one tensor", "none", member_at(member.name))
+        got = member.tensors[0].shape
+        expect(got == shape, f"a u8 input of shape {shape_text(shape)}", shape_text(got), member_at(member.name))
+    return Graph(members, document["combine"], entry["preprocess"], document["classes"])
 
 
-def _member(document: Json, tensors: dict[str, np.ndarray]) -> Member:
-    name = _field(document, "name", str, "a member")
-    at = f"member '{name[:100]}'"
-    _keys(document, ("name", "preprocess_table", "tensors", "nodes"), at)
-    activations = [_activation(entry, at) for entry in _objects(document, "tensors", at)]
+def _member(document: Json, index: int, tensors: dict[str, np.ndarray]) -> Member:
+    expect("name" in document, "the key `name`", "none", f"member {index}")
+    check_name(document["name"], key_of("name", f"member {index}"))
+    at = member_at(document["name"])
+    check_keys(document, ("name", "preprocess_table", "tensors", "nodes"), at)
+    activations = [
+        _activation(_object(entry, f"tensor {i} of {at}"), f"tensor {i} of {at}")
+        for i, entry in enumerate(_list(document, "tensors", MAX_NODES + 1, at))
+    ]
     table = document["preprocess_table"]
     if table is not None:
         table = _constant(document, "preprocess_table", tensors, at)
-    return Member(name, activations, [_node(entry, tensors, at) for entry in _objects(document, "nodes", at)], table)
+    nodes = [
+        _node(_object(entry, f"node {i} of {at}"), i, tensors, at)
+        for i, entry in enumerate(_list(document, "nodes", MAX_NODES, at))
+    ]
+    return Member(document["name"], activations, nodes, table)
 
 
 def _activation(document: Json, at: str) -> Tensor:
-    _keys(document, ("name", "dtype", "shape", "scale", "zero_point"), f"a tensor of {at}")
-    name, dtype = (_field(document, key, str, at) for key in ("name", "dtype"))
-    return Tensor(name, _shape(document, at), dtype, document["scale"], document["zero_point"])
+    check_keys(document, ("name", "dtype", "shape", "scale", "zero_point"), at)
+    shape = tuple(integers(document["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", at)))
+    dtype = _field(document, "dtype", at)
+    return Tensor(document["name"], shape, dtype, document["scale"], document["zero_point"])
 
 
-def _node(document: Json, tensors: dict[str, np.ndarray], at: str) -> Node:
-    entry = dict(document)
-    name = _field(entry, "name", str, f"a node of {at}")
-    at = f"node '{name[:100]}' of {at}"
-    op = _field(entry, "op", str, at)
-    node = Node(op, name, _field(entry, "inputs", list, at), _field(entry, "output", int, at))
-    for key in OPS[op].constants if op in OPS else ():  # `validate` refuses other ops
-        if key != "weight":
-            node.constants[key] = _constant(entry, key, tensors, at)
-            del entry[key]
-            continue
-        weight = _field(entry, "weight", dict, at)
-        _keys(weight, ("codes", "shape", "bits"), at)
-        node.bits, shape = _field(weight, "bits", int, at), _shape(weight, at)
-        _expect(2 <= node.bits <= 8, "bits in 2..8", node.bits, at)
-        packed = _constant(weight, "codes", tensors, at)
-        _expect((packed.dtype, packed.ndim) == (np.uint8, 1), "codes of dtype U8 and rank 1", packed.dtype, at)
-        try:
-            node.constants["weight"] = unpack_codes(packed, node.bits, math.prod(shape)).reshape(shape)
-        except ModelError as error:
-            raise ModelError(f"{error} - at {at}") from None
-        del entry["weight"]
-    node.attributes = {k: v for k, v in entry.items() if k not in ("op", "name", "inputs", "output")}
+def _node(document: Json, index: int, tensors: dict[str, np.ndarray], at: str) -> Node:
+    """The node as it stands there; `validate` checks its op, its operands and that its keys are those of the op."""
+    expect("name" in document, "the key `name`", "none", f"node {index} of {at}")
+    check_name(document["name"], key_of("name", f"node {index} of {at}"))
+    at = f"node {quoted(document['name'])} of {at}"
+    op = _field(document, "op", at)
+    for key in ("inputs", "output"):
+        expect(key in document, f"the key `{key}`", "none", at)
+    node = Node(op, document["name"], document["inputs"], document["output"])
+    constants = OPS[op].constants if op in OPS else ()
+    for key, value in document.items():
+        if key == "weight" and key in constants:
+            node.constants[key], node.bits = _weight(_object(value, key_of(key, at)), tensors, key_of(key, at))
+        elif key in constants:
+            node.constants[key] = _constant(document, key, tensors, at)
+        elif key not in ("op", "name", "inputs", "output"):
+            node.attributes[key] = value
     return node
 
 
+def _weight(document: Json, tensors: dict[str, np.ndarray], at: str) -> tuple[np.ndarray, int]:
+    """Codes and bits of what section 2 describes."""
+    check_keys(document, ("codes", "shape", "bits"), at)
+    shape = integers(document["shape"], 1, 4, 1, MAX_ELEMENTS, key_of("shape", at))
+    bits = integer(document["bits"], 2, 8, key_of("bits", at))
+    count = math.prod(shape)
+    expect(count < 2**48, "a weight that fits a file", f"shape {shape_text(shape)}", at)
+    packed = array(_constant(document, "codes", tensors, at), np.uint8, (-(-count * bits // 8),), key_of("codes", at))
+    try:
+        return unpack_codes(packed, bits, count).reshape(shape), bits
+    except ModelError:
+        raise ModelError(f"expected zeros after the last code, got others - at {key_of('codes', at)}") from None
+
+
 def _constant(document: Json, key: str, tensors: dict[str, np.ndarray], at: str) -> np.ndarray:
-    name = _field(document, key, str, at)
-    _expect(name in tensors, f"'{key}' to name a tensor of the file", name, at)
+    name = _field(document, key, at)
+    expect(name in tensors, f"the tensor {quoted(name)}", "none of that name", key_of(key, at))
     return tensors[name]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qdeploy.checks import array, expect, f32, integers
+from qdeploy.checks import array, expect, integer, integers, key_of, number, numbers, shape_text
 from qdeploy.graph import MAX_NODES, Node, Shape, Tensor
 
 MAX_ATTRIBUTE = 65_535  # strides, paddings, dilations, groups, kernels
@@ -81,11 +81,19 @@ class Op:
 # ---- What ops share --------------------------------------------------------------------------------------------------
 
 
+def _attribute(node: Node, key: str, at: str) -> tuple[Any, str]:
+    return node.attributes[key], key_of(key, at)
+
+
+def _constant(node: Node, key: str, dtype: type, shape: Sequence[int], at: str) -> np.ndarray:
+    return array(node.constants[key], dtype, shape, key_of(key, at))
+
+
 def check_bound(bound: float | np.ndarray, output: Tensor, at: str) -> None:
-    """So that no accumulated result leaves the range of the conversion to an integer (u8) or of f32."""
+    """So that no result leaves the range of the conversion to an integer (u8) or of sums over members (f32)."""
     limit = 30 if output.dtype == "u8" else 100
-    largest = float(np.max(bound))
-    expect(largest < 2.0**limit, f"results below 2^{limit} from these constants", largest, at)
+    above = np.atleast_1d(bound)[~(np.atleast_1d(bound) < 2.0**limit)]
+    expect(above.size == 0, f"results below 2^{limit}", f"up to {above[0]:.3g}" if above.size else "", at)
 
 
 def _like_first(node: Node, inputs: Sequence[Shape]) -> Shape:
@@ -103,42 +111,48 @@ def _spatial(node: Node, x: Shape, kernel: Sequence[int], dilation: Sequence[int
     return sizes[0], sizes[1]
 
 
-def _check_window(node: Node, x: Tensor, kernel: Sequence[int], dilation: Sequence[int], at: str) -> None:
-    expect(len(x.shape) == 3, "an input of shape [C, H, W]", x.shape, at)
-    integers(node.attributes["stride"], 2, 1, MAX_ATTRIBUTE, "stride", at)
-    integers(node.attributes["padding"], 4, 0, MAX_ATTRIBUTE, "padding", at)
-    sizes = _spatial(node, x.shape, kernel, dilation)
-    expect(min(sizes) >= 1, "a window that fits the padded input", f"output size {sizes}", at)
+def _check_window(node: Node, x: Tensor, kernel: Sequence[int] | None, at: str) -> None:
+    """Kernel (None: it is an attribute), stride, padding and dilation, and that the window fits the image."""
+    kernel = integers(*_pair(node, "kernel", at)) if kernel is None else kernel
+    dilation = integers(*_pair(node, "dilation", at)) if "dilation" in node.attributes else [1, 1]
+    integers(*_pair(node, "stride", at))
+    value, place = _attribute(node, "padding", at)
+    padding = integers(value, 4, 4, 0, MAX_ATTRIBUTE, place)
+    expect(len(x.shape) == 3, "an input of shape [C, H, W]", shape_text(x.shape), at)
+    for axis in (0, 1):
+        extent, padded = dilation[axis] * (kernel[axis] - 1) + 1, x.shape[1 + axis] + padding[axis] + padding[axis + 2]
+        expect(extent <= padded, "a window that fits the padded input", f"{extent} over {padded}", at)
 
 
-def _constant(node: Node, key: str, dtype: type, ndim: int, at: str) -> np.ndarray:
-    return array(node.constants[key], key, dtype, ndim, at)
+def _pair(node: Node, key: str, at: str) -> tuple[Any, int, int, int, int, str]:
+    value, place = _attribute(node, key, at)
+    return value, 2, 2, 1, MAX_ATTRIBUTE, place
 
 
 # ---- conv2d, linear --------------------------------------------------------------------------------------------------
 
 
-def _check_weighted(node: Node, ndim: int, inputs: Sequence[Tensor], output: Tensor, at: str) -> np.ndarray:
-    """What conv2d and linear share: codes, multiplier, bias, residual and the bounds; returns the weight."""
-    weight = _constant(node, "weight", np.int8, ndim, at)
-    expect(weight.size > 0, "a weight with elements", weight.shape, at)
-    (bits,) = integers([node.bits], 1, 2, 8, "bits", at)
+def _check_weighted(node: Node, expected: Shape, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+    """What conv2d and linear share: codes, multiplier, bias, residual and the bounds."""
+    weight, weight_at = node.constants["weight"], key_of("weight", at)
+    expect(weight.shape == expected, f"a weight of shape {shape_text(expected)}", shape_text(weight.shape), weight_at)
+    bits = integer(node.bits, 2, 8, key_of("bits", weight_at))
+    depth, half = math.prod(weight.shape[1:]), 2 ** (bits - 1)
+    got = f"weight {shape_text(weight.shape)} of {bits} bits"
+    expect(depth * 255 * half < 2**31, "accumulators below 2^31", got, at)
     codes = (int(weight.min()), int(weight.max()))
-    half = 2 ** (bits - 1)
-    expect(-half <= codes[0] and codes[1] < half, f"codes of {bits} bits in {-half}..{half - 1}", codes, at)
-    depth = math.prod(weight.shape[1:])
-    expect(depth * 255 * half < 2**31, "K*255*2^(b-1) < 2^31", f"K = {depth}, b = {bits}", at)
-    constants = [_constant(node, key, np.float32, 1, at) for key in ("multiplier", "bias")]
-    for key, value in zip(("multiplier", "bias"), constants, strict=True):
-        expect(value.shape == weight.shape[:1], f"'{key}' of shape {weight.shape[:1]}", value.shape, at)
-    multiplier, bias = (np.abs(value.astype(np.float64)) for value in constants)
+    expect(-half <= codes[0] and codes[1] < half, f"codes of {bits} bits", f"codes from {codes[0]} to {codes[1]}", at)
+    channels = weight.shape[:1]
+    multiplier, bias = (
+        np.abs(_constant(node, key, np.float32, channels, at).astype(np.float64)) for key in ("multiplier", "bias")
+    )
     residual = 0.0
     if len(inputs) == 2:
-        residual = abs(f32(node.attributes["residual_multiplier"], "residual_multiplier", at))
-        expect(inputs[1].shape == output.shape, f"a residual of shape {output.shape}", inputs[1].shape, at)
+        shape = shape_text(output.shape)
+        expect(inputs[1].shape == output.shape, f"a residual of shape {shape}", shape_text(inputs[1].shape), at)
+        residual = abs(number(*_attribute(node, "residual_multiplier", at)))
     magnitude = np.abs(weight.reshape(weight.shape[0], -1).astype(np.int16)).sum(axis=1, dtype=np.int64)
     check_bound(255.0 * magnitude * multiplier + bias + 255.0 * residual, output, at)
-    return weight
 
 
 def _conv2d_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
@@ -147,14 +161,14 @@ def _conv2d_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
 
 
 def _check_conv2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    weight = _check_weighted(node, 4, inputs, output, at)
-    dilation = integers(node.attributes["dilation"], 2, 1, MAX_ATTRIBUTE, "dilation", at)
-    kernel = integers(weight.shape[2:], 2, 1, MAX_ATTRIBUTE, "kernel", at)
-    (groups,) = integers([node.attributes["groups"]], 1, 1, MAX_ATTRIBUTE, "groups", at)
-    _check_window(node, inputs[0], kernel, dilation, at)
-    channels = weight.shape[1] * groups
-    expect(inputs[0].shape[0] == channels, f"an input of {channels} channels", inputs[0].shape, at)
-    expect(weight.shape[0] % groups == 0, f"output channels divisible by {groups} groups", weight.shape[0], at)
+    weight = _constant(node, "weight", np.int8, (-1,) * 4, at)
+    expect(weight.size > 0, "a weight with elements", shape_text(weight.shape), at)
+    _check_window(node, inputs[0], weight.shape[2:], at)
+    value, place = _attribute(node, "groups", at)
+    groups = integer(value, 1, MAX_ATTRIBUTE, place)
+    channels, outputs = inputs[0].shape[0], output.shape[0]
+    expect(channels % groups == 0 == outputs % groups, "groups that divide the channels", groups, at)
+    _check_weighted(node, (outputs, channels // groups, *weight.shape[2:]), inputs, output, at)
 
 
 def _linear_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
@@ -162,8 +176,11 @@ def _linear_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
 
 
 def _check_linear(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    weight = _check_weighted(node, 2, inputs, output, at)
-    expect(inputs[0].shape == weight.shape[1:], f"an input of shape {weight.shape[1:]}", inputs[0].shape, at)
+    weight = _constant(node, "weight", np.int8, (-1,) * 2, at)
+    expect(weight.size > 0, "a weight with elements", shape_text(weight.shape), at)
+    for tensor, what in ((inputs[0], "input"), (output, "output")):
+        expect(len(tensor.shape) == 1, f"an {what} of shape [F]", shape_text(tensor.shape), at)
+    _check_weighted(node, (output.shape[0], inputs[0].shape[0]), inputs, output, at)
 
 
 # ---- Pools -----------------------------------------------------------------------------------------------------------
@@ -174,33 +191,29 @@ def _pool_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     return (inputs[0][0], *_spatial(node, inputs[0], node.attributes["kernel"], dilation))
 
 
-def _check_pool(node: Node, x: Tensor, dilation: Sequence[int], at: str) -> list[int]:
+def _check_pool(node: Node, x: Tensor, at: str) -> None:
     """Every window must hold a real element: with padding below the extent, only a dilated one can miss them all."""
-    kernel = integers(node.attributes["kernel"], 2, 1, MAX_ATTRIBUTE, "kernel", at)
-    _check_window(node, x, kernel, dilation, at)
-    padding = node.attributes["padding"]
+    _check_window(node, x, None, at)
+    padding, kernel, stride = (node.attributes[key] for key in ("padding", "kernel", "stride"))
     for axis in (0, 1):
-        before, after, step = padding[axis], padding[axis + 2], dilation[axis]
-        extent = step * (kernel[axis] - 1) + 1
-        expect(before < extent and after < extent, f"padding below the window's extent {extent}", padding, at)
-        starts = range(-before, 0, node.attributes["stride"][axis])
-        real = all(start % step < x.shape[1 + axis] for start in starts)
-        expect(real, "a real element in every window", f"dilation {step} over size {x.shape[1 + axis]}", at)
-    return kernel
+        before, after, step = padding[axis], padding[axis + 2], node.attributes.get("dilation", (1, 1))[axis]
+        extent, size = step * (kernel[axis] - 1) + 1, x.shape[1 + axis]
+        real = max(before, after) < extent and all(start % step < size for start in range(-before, 0, stride[axis]))
+        expect(real, "a real element in every window of the pool", f"padding {before} and {after} on {size}", at)
 
 
 def _check_max_pool2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    _check_pool(node, inputs[0], integers(node.attributes["dilation"], 2, 1, MAX_ATTRIBUTE, "dilation", at), at)
+    _check_pool(node, inputs[0], at)
 
 
 def _check_avg_pool2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    kernel = _check_pool(node, inputs[0], [1, 1], at)
-    window = math.prod(kernel)
-    expect(window * 255 < 2**31, "KH*KW*255 < 2^31", kernel, at)
-    multiplier = _constant(node, "multiplier", np.float32, 1, at)
-    expect(multiplier.size in (1, window), f"'multiplier' of 1 or {window} elements", multiplier.size, at)
+    _check_pool(node, inputs[0], at)
+    window = math.prod(node.attributes["kernel"])
+    expect(window * 255 < 2**31, "a window with sums below 2^31", f"{window} elements", at)
+    multiplier = _constant(node, "multiplier", np.float32, (-1,), at)
+    expect(multiplier.size in (1, window), f"1 or {window} multipliers", multiplier.size, at)
     counts = np.arange(1, window + 1) if multiplier.size == window else window
-    bias = abs(f32(node.attributes["bias"], "bias", at))
+    bias = abs(number(*_attribute(node, "bias", at)))
     check_bound(255.0 * counts * np.abs(multiplier.astype(np.float64)) + bias, output, at)
 
 
@@ -208,20 +221,18 @@ def _check_avg_pool2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: 
 
 
 def _check_add(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    multipliers: Any = node.attributes["multipliers"]
-    pair = isinstance(multipliers, (list, tuple)) and len(multipliers) == 2
-    expect(pair, "multipliers [ma, mb]", multipliers, at)
-    ma, mb = (abs(f32(m, "multipliers", at)) for m in multipliers)
-    bias = abs(f32(node.attributes["bias"], "bias", at))
-    expect(inputs[0].shape == inputs[1].shape, f"a second input of shape {inputs[0].shape}", inputs[1].shape, at)
+    a, b = (tensor.shape for tensor in inputs)
+    expect(a == b, f"a second input of shape {shape_text(a)}", shape_text(b), at)
+    value, place = _attribute(node, "multipliers", at)
+    ma, mb = (abs(m) for m in numbers(value, 2, place))
+    bias = abs(number(*_attribute(node, "bias", at)))
     check_bound(255.0 * ma + 255.0 * mb + bias, output, at)
 
 
 def _check_table(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    table = _constant(node, "table", np.uint8 if output.dtype == "u8" else np.float32, 1, at)
-    expect(table.size == 256, "a table of 256 entries", table.size, at)
+    table = _constant(node, "table", np.uint8 if output.dtype == "u8" else np.float32, (256,), at)
     if output.dtype == "f32":
-        check_bound(np.abs(table), output, at)
+        check_bound(np.abs(table.astype(np.float64)), output, at)
 
 
 # ---- Moves -----------------------------------------------------------------------------------------------------------
@@ -235,12 +246,13 @@ def _check_concat(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str)
     first = inputs[0].shape
     for tensor in inputs[1:]:
         same = len(tensor.shape) == len(first) and tensor.shape[1:] == first[1:]
-        expect(same, f"inputs like {first} but for dimension 0", tensor.shape, at)
+        expect(same, "inputs that differ in dimension 0 only", shape_text(tensor.shape), at)
 
 
 def _check_reshape(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
-    elements = math.prod(inputs[0].shape)
-    expect(math.prod(output.shape) == elements, f"an output of {elements} elements", output.shape, at)
+    same = math.prod(inputs[0].shape) == math.prod(output.shape)
+    got = f"{shape_text(inputs[0].shape)} to {shape_text(output.shape)}"
+    expect(same, "an output with as many elements", got, at)
 
 
 WINDOW: dict[str, type[int] | type[float]] = {"stride": int, "padding": int}

@@ -6,8 +6,22 @@ import math
 
 import numpy as np
 
-from qdeploy.checks import check_name, expect, f32, integers, unique_names
-from qdeploy.graph import COMBINE, MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Graph, Member, Node, Tensor
+from qdeploy.checks import (
+    array,
+    check_keys,
+    check_name,
+    expect,
+    integer,
+    integers,
+    key_of,
+    kind,
+    number,
+    numbers,
+    quoted,
+    shape_text,
+)
+from qdeploy.errors import ModelError
+from qdeploy.graph import COMBINE, MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Graph, Member, Node, Shape, Tensor
 from qdeploy.ops import OPS, Op
 
 MIN_SCALE, MAX_SCALE = 2.0**-126, 2.0**126  # so that 1/scale is a normal f32 as well
@@ -16,123 +30,143 @@ MIN_SCALE, MAX_SCALE = 2.0**-126, 2.0**126  # so that 1/scale is a normal f32 as
 def validate(graph: Graph) -> None:
     """Raise ModelError, naming member and node, unless `graph` is a valid model of docs/format.md section 3."""
     members = graph.members
-    expect(1 <= len(members) <= MAX_MEMBERS, f"1 to {MAX_MEMBERS} members", len(members), "the graph")
-    rules = (None,) if len(members) == 1 else COMBINE
-    expect(graph.combine in rules, f"combine to be one of {rules}", graph.combine, "the graph")
-    unique_names([member.name for member in members], "the members")
+    expect(len(members) <= MAX_MEMBERS, f"at most {MAX_MEMBERS} entries", len(members), "key `members` of the graph")
+    expect(len(members) >= 1, "at least one member", "none", "the graph")
+    shape = members[0].tensors[0].shape if members[0].tensors else ()
+    for i, member in enumerate(members):
+        check_name(member.name, key_of("name", f"member {i}"))
+        _validate_member(member, shape, graph.preprocess is not None)
     total = sum(len(member.nodes) for member in members)
-    expect(total <= MAX_NODES, f"at most {MAX_NODES} nodes", total, "the graph")
-    for member in members:
-        _validate_member(member)
-        shape = member.tensors[0].shape
-        expect(shape == graph.input_shape, f"input shape {graph.input_shape}", shape, f"member '{member.name}'")
+    expect(total <= MAX_NODES, f"at most {MAX_NODES} nodes in all members", total, "the graph")
     _validate_preprocess(graph)
-    output = members[0].output
-    if len(members) > 1:
-        for member in members:
-            got = (member.output.dtype, member.output.shape)
-            expected = ("f32", (math.prod(output.shape),))
-            expect(got == expected, f"output {expected} in all members", got, f"member '{member.name}'")
+    _validate_ensemble(graph)
     if graph.classes is not None:
-        expect(len(output.shape) == 1, "an output of shape [K] for classes", output.shape, "classes")
-        expect(len(graph.classes) == output.shape[0], f"{output.shape[0]} classes", len(graph.classes), "classes")
-        for name in graph.classes:
-            check_name(name, "classes")
+        _validate_classes(graph.classes, members[0].output)
+
+
+def _validate_ensemble(graph: Graph) -> None:
+    if len(graph.members) == 1:
+        expect(graph.combine is None, "combine null for one member", kind(graph.combine), "the graph")
+        return
+    at = key_of("combine", "the graph")
+    if not isinstance(graph.combine, str):
+        raise ModelError(f"expected a string, got {kind(graph.combine)} - at {at}")
+    expect(graph.combine in COMBINE, "`logits` or `probs`", quoted(graph.combine), at)
+    shape = graph.members[0].output.shape
+    names: set[str] = set()
+    for member in graph.members:
+        output, at = member.output, member_at(member.name)
+        alike = output.dtype == "f32" and len(output.shape) == 1 and output.shape == shape
+        expect(alike, "members that end in one f32 shape [K]", shape_text(output.shape), at)
+        expect(member.name not in names, "unique member names", f"{quoted(member.name)} twice", "the graph")
+        names.add(member.name)
+
+
+def _validate_classes(classes: list[str], output: Tensor) -> None:
+    expect(len(output.shape) == 1, "an output of shape [K] for classes", shape_text(output.shape), "the graph")
+    expect(isinstance(classes, list), "an array", kind(classes), "key `classes` of the graph")
+    expect(len(classes) == output.shape[0], f"{output.shape[0]} class names", len(classes), "the graph")
+    for name in classes:
+        check_name(name, "key `classes` of the graph")
 
 
 def _validate_preprocess(graph: Graph) -> None:
-    tables = [member.preprocess_table for member in graph.members]
     if graph.preprocess is None:
-        expect(all(table is None for table in tables), "no preprocess_table without preprocess", "one", "preprocess")
         return
     shape = graph.input_shape
-    expect(len(shape) == 3, "an input of shape [C, H, W] for preprocess", shape, "preprocess")
-    for key in ("mean", "std"):
-        values = graph.preprocess.get(key)
-        if not isinstance(values, (list, tuple)):
-            expect(False, f"'{key}' with {shape[0]} numbers", values, "preprocess")
-            continue
-        expect(len(values) == shape[0], f"'{key}' with {shape[0]} numbers", len(values), "preprocess")
-        for value in values:
-            number = f32(value, key, "preprocess")
-            expect(key == "mean" or number > 0, "std greater than 0", value, "preprocess")
-    for table in tables:
-        got = (table.dtype.name, table.shape) if isinstance(table, np.ndarray) else table
-        expect(got == ("uint8", (shape[0], 256)), f"a uint8 preprocess_table [{shape[0]}, 256]", got, "preprocess")
+    expect(len(shape) == 3, "an input of shape [C, H, W] under preprocess", shape_text(shape), "the graph")
+    at = key_of("preprocess", "the graph")
+    expect(isinstance(graph.preprocess, dict), "an object", kind(graph.preprocess), at)
+    check_keys(graph.preprocess, ("mean", "std"), at)
+    numbers(graph.preprocess["mean"], shape[0], key_of("mean", at))
+    for std in numbers(graph.preprocess["std"], shape[0], key_of("std", at)):
+        expect(std > 0, "a positive std", f"{std:g}", at)
 
 
-def _validate_member(member: Member) -> None:
-    at = f"member '{member.name}'"
-    expect(len(member.nodes) >= 1, "at least one node", 0, at)
-    tensors = len(member.nodes) + 1
-    expect(len(member.tensors) == tensors, f"{tensors} tensors", len(member.tensors), at)
-    unique_names([node.name for node in member.nodes], f"the nodes of {at}")
-    for tensor in member.tensors:
-        _validate_tensor(tensor, at)
-    expect(member.tensors[0].dtype == "u8", "a u8 input", member.tensors[0].dtype, at)
-    written = {0}
-    for node in member.nodes:
-        _validate_node(node, member, written, f"node '{node.name}' of {at}")
+def member_at(name: str) -> str:
+    return f"member {quoted(name)}"
+
+
+def node_at(node: Node, at: str) -> str:
+    return f"node {quoted(node.name)} of {at}"
+
+
+def _validate_member(member: Member, input_shape: Shape, has_preprocess: bool) -> None:
+    at = member_at(member.name)
+    expect(len(member.tensors) >= 1, "at least one tensor", "none", at)
+    for i, tensor in enumerate(member.tensors):
+        _validate_tensor(tensor, f"tensor {i} of {at}")
+    first = member.tensors[0]
+    fits = first.dtype == "u8" and first.shape == input_shape
+    expect(fits, f"a u8 input of shape {shape_text(input_shape)}", shape_text(first.shape), at)
+    if has_preprocess:
+        array(member.preprocess_table, np.uint8, (first.shape[0], 256), key_of("preprocess_table", at))
+    else:
+        expect(member.preprocess_table is None, "no preprocess_table", "one", at)
+    written, names = {0}, set()
+    for i, node in enumerate(member.nodes):
+        check_name(node.name, key_of("name", f"node {i} of {at}"))
+        _validate_node(node, member, written, node_at(node, at))
         written.add(node.output)
+        expect(node.name not in names, "unique node names", "one twice", node_at(node, at))
+        names.add(node.name)
+    expect(len(member.nodes) >= 1, "at least one node", "none", at)
+    count = len(member.tensors)
+    expect(count == len(member.nodes) + 1, "one tensor more than nodes", count, at)
+    for i, tensor in enumerate(member.tensors):
+        is_output = i == member.nodes[-1].output
+        expect(tensor.dtype == "u8" or is_output, "f32 for the output only", f"tensor {i}", at)
 
 
 def _validate_tensor(tensor: Tensor, at: str) -> None:
-    check_name(tensor.name, f"a tensor of {at}")
-    at = f"tensor '{tensor.name}' of {at}"
-    rank = len(tensor.shape) if isinstance(tensor.shape, tuple) else 0
-    expect(rank in (1, 3), "shape [C, H, W] or [F]", tensor.shape, at)
-    integers(tensor.shape, rank, 1, MAX_ELEMENTS - 1, "a shape", at)
-    expect(math.prod(tensor.shape) < MAX_ELEMENTS, f"fewer than {MAX_ELEMENTS} elements", tensor.shape, at)
-    expect(tensor.dtype in ("u8", "f32"), "dtype u8 or f32", tensor.dtype, at)
-    scale = f32(tensor.scale, "scale", at)
-    expect(MIN_SCALE <= scale <= MAX_SCALE, "scale in 2^-126..2^126", scale, at)
-    integers([tensor.zero_point], 1, 0, 255, "zero_point", at)
-    if tensor.dtype == "f32":
-        got = (scale, tensor.zero_point)
-        expect(got == (1.0, 0), "scale 1 and zero_point 0 of an f32 tensor", got, at)
+    check_name(tensor.name, key_of("name", at))
+    dtype = quoted(tensor.dtype) if isinstance(tensor.dtype, str) else kind(tensor.dtype)
+    expect(tensor.dtype in ("u8", "f32"), "dtype u8 or f32", dtype, at)
+    shape = integers(tensor.shape, 1, 3, 1, MAX_ELEMENTS, key_of("shape", at))
+    expect(len(shape) != 2, "shape [C, H, W] or [F]", shape_text(shape), at)
+    expect(math.prod(shape) < MAX_ELEMENTS, "fewer than 2^28 elements", shape_text(shape), at)
+    scale = number(tensor.scale, key_of("scale", at))
+    expect(MIN_SCALE <= scale <= MAX_SCALE, "a scale in [2^-126, 2^126]", f"{scale:g}", at)
+    zero_point = integer(tensor.zero_point, 0, 255, key_of("zero_point", at))
+    plain = tensor.dtype == "u8" or (scale == 1 and zero_point == 0)
+    expect(plain, "scale 1 and zero point 0 of an f32 tensor", "others", at)
 
 
 def _validate_node(node: Node, member: Member, written: set[int], at: str) -> None:
-    expect(node.op in OPS, f"op to be one of {', '.join(OPS)}", node.op, at)
+    name = quoted(node.op) if isinstance(node.op, str) else kind(node.op)
+    expect(isinstance(node.op, str) and node.op in OPS, "an op that this engine has", name, at)
     op = OPS[node.op]
-    low, high = op.inputs
     last = len(member.tensors) - 1
-    ids = integers(node.inputs, len(node.inputs), 0, last, "inputs", at)
-    (output_id,) = integers([node.output], 1, 1, last, "output", at)
-    expect(all(i in written for i in ids), "inputs that an earlier node wrote", node.inputs, at)
-    expect(output_id not in written, "an output that no other node writes", output_id, at)
-    expect(low <= len(ids) <= high, f"{low} to {high} inputs" if low < high else f"{low} input(s)", len(ids), at)
+    ids = integers(node.inputs, *op.inputs, 0, last, key_of("inputs", at))
+    for i in ids:
+        expect(i in written, "inputs written by an earlier node", f"tensor {i}", at)
+        expect(member.tensors[i].dtype == "u8", "u8 inputs", f"f32 tensor {i}", at)
+    output_id = integer(node.output, 0, last, key_of("output", at))
+    expect(output_id not in written, "an output that nothing wrote before", f"tensor {output_id}", at)
     inputs, output = [member.tensors[i] for i in ids], member.tensors[output_id]
-    expect(all(t.dtype == "u8" for t in inputs), "u8 inputs", "f32", at)
-    expect(output.dtype == "u8" or node is member.nodes[-1], "f32 only as the output of the last node", "f32", at)
+    expect(output.dtype == "u8" or op.may_be_f32, "a u8 output", "f32", at)
     _validate_keys(node, op, output, at)
-    if op.same_grid:
-        _validate_same_grid(inputs, output, at)
-    if "clamp" in node.attributes:
-        clamp = integers(node.attributes["clamp"], 2, 0, 255, "clamp", at)
-        expect(clamp[0] <= clamp[1], "clamp with lo <= hi", clamp, at)
     op.check(node, inputs, output, at)
+    if op.same_grid:
+        _validate_same_grid(node, inputs, output, at)
+    if "clamp" in node.attributes:
+        clamp = integers(node.attributes["clamp"], 2, 2, 0, 255, key_of("clamp", at))
+        expect(clamp[0] <= clamp[1], "clamp [lo, hi] with lo <= hi", shape_text(clamp), at)
     shape = op.shape(node, [t.shape for t in inputs])
     if shape is not None:
-        flat = op.may_be_flat and output.dtype == "f32" and shape[1:] == (1, 1)
-        fits = output.shape == shape or (flat and output.shape == shape[:1])
-        expect(fits, f"output shape {shape}", output.shape, at)
+        flat = op.may_be_flat and output.dtype == "f32" and shape[1:] == (1, 1) and len(output.shape) == 1
+        shape = shape[:1] if flat else shape
+        expect(output.shape == shape, f"an output of shape {shape_text(shape)}", shape_text(output.shape), at)
 
 
 def _validate_keys(node: Node, op: Op, output: Tensor, at: str) -> None:
     """Exactly the attributes and constants of the op, and bits with a weight."""
-    attributes = op.attribute_types(node, output)
-    for key in attributes:
-        expect(key in node.attributes, f"the attribute '{key}'", None, at)
-    unknown = sorted(set(node.attributes) - set(attributes))
-    expect(not unknown, f"no attributes of {node.op} but {', '.join(attributes) or 'none'}", unknown, at)
-    expect(set(node.constants) == set(op.constants), f"constants {op.constants}", tuple(node.constants), at)
+    check_keys((*node.attributes, *node.constants), (*op.attribute_types(node, output), *op.constants), at)
     expect(op.has_weight or node.bits is None, f"no bits of {node.op}", node.bits, at)
 
 
-def _validate_same_grid(inputs: list[Tensor], output: Tensor, at: str) -> None:
-    expect(output.dtype == "u8", "a u8 output", output.dtype, at)
-    expected = (float(np.float32(output.scale)), output.zero_point)
-    for tensor in inputs:
-        got = (float(np.float32(tensor.scale)), tensor.zero_point)
-        expect(got == expected, f"the output's scale and zero_point {expected} at each input", got, at)
+def _validate_same_grid(node: Node, inputs: list[Tensor], output: Tensor, at: str) -> None:
+    grid = (np.float32(output.scale), output.zero_point)
+    for i, tensor in zip(node.inputs, inputs, strict=True):
+        same = (np.float32(tensor.scale), tensor.zero_point) == grid
+        expect(same, "the output's scale and zero point on every input", f"others on tensor {i}", at)

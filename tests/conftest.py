@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -14,7 +15,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test imports triton
 @pytest.fixture(autouse=True, scope="session")
 def threads_for_small_networks():
     """Small networks run on as many threads as a test asks for, so that it sees how work is split."""
-    default = _engine.Session.macs_per_thread
-    _engine.Session.macs_per_thread = 1
-    yield
-    _engine.Session.macs_per_thread = default
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_engine, "Session", functools.partial(_engine.Session, macs_per_thread=1))
+        yield

@@ -211,7 +211,7 @@ BAD_FILES = {
     "text": lambda valid: b"this is no model\n" * 100,
     "foreign": lambda valid: foreign_safetensors(),
     "truncated": lambda valid: valid[:-1],
-    "newer version": lambda valid: valid.replace(b'"format_version":"1"', b'"format_version":"2"', 1),
+    "newer version": lambda valid: valid.replace(b'"format_version":"1"', b'"format_version":"3"', 1),
     "unknown op": lambda valid: valid.replace(b'\\"op\\":\\"conv2d\\"', b'\\"op\\":\\"conv9d\\"', 1),
 }
 

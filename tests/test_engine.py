@@ -22,6 +22,7 @@ from qdeploy import _engine, reference
 from qdeploy.errors import InputError, ModelError
 from qdeploy.format import save
 from qdeploy.graph import Graph
+from qdeploy.ops import OPS
 
 ISAS = _engine.isas()
 
@@ -455,6 +456,27 @@ def test_plan_and_profile_name_every_node(network):
     profile = model.profile(x, rounds=3)
     assert [step["name"] for step in profile] == names
     assert all(step["microseconds"] >= 0 for step in profile)
+
+
+def test_table_of_ops():
+    table = {op.pop("name"): op for op in _engine.ops()}
+    assert set(table) == set(OPS)
+    assert table["conv2d"] == {
+        "version": 1,
+        "inputs": (1, 2),
+        "output": "requantized",
+        "residual": True,
+        "keys": ["bias", "dilation", "groups", "multiplier", "padding", "stride", "weight"],
+    }
+    assert table["max_pool2d"] == {
+        "version": 1,
+        "inputs": (1, 1),
+        "output": "same_grid",
+        "residual": False,
+        "keys": ["dilation", "kernel", "padding", "stride"],
+    }
+    assert (table["table"]["output"], table["table"]["keys"]) == ("table", ["table"])
+    assert (table["concat"]["inputs"], table["concat"]["keys"]) == ((2, 65_536), [])
 
 
 def test_description_of_a_model(network, tmp_path):

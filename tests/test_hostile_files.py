@@ -307,8 +307,9 @@ BAD_FILES = {  # name: function of the bytes of a good file, what both messages 
     "a deep header": (lambda data: container(b'{"a":' + b"[" * 2**20), "expected"),
     "a foreign safetensors file": (lambda data: safetensors.numpy.save(FOREIGN), "expected"),
     "a file of another tool": (lambda data: safetensors.numpy.save(FOREIGN, {"format": "pt"}), "expected"),
-    "a newer version": (edited(lambda header: header["__metadata__"].update(format_version="2")), "newer"),
+    "a newer version": (edited(lambda header: header["__metadata__"].update(format_version="3")), "newer"),
     "version 1.0": (edited(lambda header: header["__metadata__"].update(format_version="1.0")), "format_version"),
+    "a note that is a number": (edited(lambda header: header["__metadata__"].update(note=7)), "__metadata__"),
     "a version that is a number": (edited(lambda header: header["__metadata__"].update(format_version=1)), "expected"),
     "no graph": (edited(lambda header: header["__metadata__"].pop("graph")), "graph"),
     "another dtype": (edited(lambda header: header["0/linear.0/bias"].update(dtype="F16")), "F16"),
@@ -361,6 +362,85 @@ def test_bad_files(tmp_path, case):
         assert text in str(error.value)
         assert "m.safetensors" in str(error.value)
         assert "\x1b" not in str(error.value)
+
+
+NEWER = "expected format_version 1 to 2, got 3, which needs"
+VERSIONS = {  # what a file of version 1 is made to say of itself: what both readers say, before the file's name
+    ("3", "0.3.0"): f"{NEWER} qdeploy 0.3.0 or newer - at __metadata__",
+    ("3", None): f"{NEWER} a newer qdeploy - at __metadata__",
+    ("3", "\x1b[2J"): f"{NEWER} a newer qdeploy - at __metadata__",
+    ("3", "1" * 21): f"{NEWER} a newer qdeploy - at __metadata__",
+    ("2", "0.1.0"): "expected format version 1, the lowest that holds the ops, got 2 - at the graph",
+    ("2", None): "expected the key `requires` from format_version 2 on, got none - at __metadata__",
+    ("0", None): "expected format_version 1 to 2, got `0` - at __metadata__",
+    ("01", None): "expected format_version 1 to 2, got `01` - at __metadata__",
+    ("1.0", None): "expected format_version 1 to 2, got `1.0` - at __metadata__",
+    ("9999999999", None): "expected format_version 1 to 2, got `9999999999` - at __metadata__",
+}
+
+
+@pytest.mark.parametrize(("version", "requires"), VERSIONS)
+def test_versions_that_do_not_fit(tmp_path, version, requires):
+    path = tmp_path / "m.safetensors"
+    save(ensemble(), path)
+    notes = {"format_version": version} | ({"requires": requires} if requires else {})
+    path.write_bytes(edited(lambda header: header["__metadata__"].update(notes))(path.read_bytes()))
+    for read in (load, qdeploy.load_int_model):
+        with pytest.raises(ModelError) as error:
+            read(path)
+        assert str(error.value) == f"{VERSIONS[version, requires]} in {path}"
+
+
+def set_place(*keys: str | int, **changes):
+    """A function of a file's bytes that changes the object that `keys` lead to in the first member."""
+
+    def change(graph: dict) -> None:
+        place = graph["members"][0]
+        for key in keys:
+            place = place[key]
+        place.update(changes)
+
+    return edited(change_graph=change)
+
+
+PLACES = {  # name: function of the bytes of `network`, what the engine says before the file's name
+    "a key": (
+        set_place("nodes", 1, bias=7),
+        "expected a string, got number - at key `bias` of node `conv2d.1` of member `net`",
+    ),
+    "a channel": (
+        set_place("nodes", 1, residual_multiplier=1e30),
+        "expected results below 2^30, got up to 2.55e+32 - at channel 0 of node `conv2d.1` of member `net`",
+    ),
+    "a node": (
+        set_place("nodes", 4, multipliers=[1e9, 0]),
+        "expected results below 2^30, got up to 2.55e+11 - at node `add.4` of member `net`",
+    ),
+    "a node without a name": (
+        set_place("nodes", 4, name=None),
+        "expected a string, got null - at key `name` of node 4 of member `net`",
+    ),
+    "a tensor": (
+        set_place("tensors", 1, scale=0),
+        "expected a scale in [2^-126, 2^126], got 0 - at tensor `t1` of member `net`",
+    ),
+    "a member": (set_place(extra=1), "expected no keys but the known ones, got `extra` - at member `net`"),
+    "the graph": (
+        edited(change_graph=lambda graph: graph.update(members=[])),
+        "expected at least one member, got none - at the graph",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_places_in_errors_of_the_engine(tmp_path, case):
+    path = tmp_path / "m.safetensors"
+    save(network(), path)
+    change, message = PLACES[case]
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ModelError) as error:
+        qdeploy.load_int_model(path)
+    assert str(error.value) == f"{message} in {path}"
 
 
 @pytest.mark.parametrize("read", [load, qdeploy.load_int_model])

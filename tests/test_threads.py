@@ -83,6 +83,13 @@ def run_python(code: str, folder: Path) -> dict:
     return json.loads(result.stdout)
 
 
+# Small networks run on as many threads as they are asked for, as in conftest.py.
+MANY_THREADS = """
+import functools
+qdeploy.model._engine.Session = functools.partial(qdeploy.model._engine.Session, macs_per_thread=1)
+"""
+
+
 def test_affinity_limits_the_threads(tmp_path):
     write_network(tmp_path / "m.safetensors", 0)
     code = """
@@ -111,7 +118,6 @@ def test_four_models_and_eight_callers(tmp_path):
         expected.append(reference.run(graph, x).tobytes().hex())
     code = """
 from concurrent.futures import ThreadPoolExecutor
-qdeploy.model._engine.Session.macs_per_thread = 1
 models = [qdeploy.load_int_model(f"{i}.safetensors", 2) for i in range(4)]
 inputs = [np.load(f"{i}.npy") for i in range(4)]
 tasks = lambda: len(os.listdir("/proc/self/task"))
@@ -123,7 +129,7 @@ with ThreadPoolExecutor(8) as pool:
     results = list(pool.map(work, range(64)))
 print(json.dumps({"before": before, "results": results}))
 """
-    found = run_python(code, tmp_path)
+    found = run_python(MANY_THREADS + code, tmp_path)
     for i, answers, _ in found["results"]:
         assert answers == [expected[i]]
     most = max(tasks for *_, tasks in found["results"])
@@ -151,7 +157,6 @@ print(json.dumps([count - counts[0] for count in counts]))
 def test_no_thread_spins_between_calls(tmp_path):
     write_network(tmp_path / "m.safetensors", 0)
     code = """
-qdeploy.model._engine.Session.macs_per_thread = 1
 model = qdeploy.load_int_model("m.safetensors", 4)
 x = np.zeros((1, 3, 12, 11), np.float32)
 for _ in range(20):
@@ -161,6 +166,6 @@ start = time.process_time()
 time.sleep(0.3)
 print(json.dumps([threads, time.process_time() - start]))
 """
-    threads, seconds = run_python(code, tmp_path)
+    threads, seconds = run_python(MANY_THREADS + code, tmp_path)
     assert threads >= 4
     assert seconds < 0.1  # three spinning threads would take 0.3 on one core, 0.9 on three

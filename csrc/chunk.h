@@ -1,23 +1,24 @@
-// Runs one step of a program on one chunk of images: each function does the share of thread t of n.
+// Some images of a batch on their way through a program: each function does the share of one thread.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "plan.h"
 #include "program.h"
+#include "share.h"
 
 namespace qdeploy {
 
-// One thread's part in a run.
-struct Share {
-  int thread, threads;
-};
-
-// Some images of a batch: where `images` of them from `first` on lie.
+// Where `images` images from `first` on lie.
 struct Chunk {
   const Program& program;
   const Plan& plan;
   uint8_t* arena;
   int64_t first, images;
+
+  // An activation of the first of these images.
+  uint8_t* u8_at(int activation) const;
+  float* f32_at(int activation) const { return reinterpret_cast<float*>(u8_at(activation)); }
 };
 
 // Quantizes `images` (f32 NCHW or u8 NHWC, already at this chunk's first image) into an input activation. Returns false
@@ -29,8 +30,5 @@ void run_step(const Chunk& chunk, size_t step, Share share);
 
 // Copies an activation to a dense array, channels first.
 void copy_out(const Chunk& chunk, int activation, void* to);
-
-// How thread shares are cut: "tiles" or "channels" for convolutions, "rows" for the rest.
-const char* split_of(const Chunk& chunk, size_t step, int threads);
 
 }  // namespace qdeploy

@@ -1,0 +1,23 @@
+// What a conv2d or linear node keeps. Besides its own family, packing, tiling and planning read it.
+#pragma once
+#include "window.h"
+
+namespace qdeploy {
+
+struct ConvData : OpData {
+  Window window;  // linear is a 1x1 window
+  int64_t groups = 1;
+  int bits = 0;                   // width of the codes in the file
+  int used_bits = 0;              // the width that all codes fit: below `bits` in some layers of 8 bits
+  uint64_t codes = 0;             // where the packed codes begin in the file
+  std::vector<float> multiplier;  // per output channel
+  std::vector<float> bias;        // per output channel
+  float residual_multiplier = 0;  // 0 without a residual
+
+  int64_t channels() const { return static_cast<int64_t>(bias.size()); }
+};
+
+// Null for a node without weights.
+const ConvData* conv_of(const Node& node);
+
+}  // namespace qdeploy
