@@ -51,7 +51,7 @@ setup(
         Extension(
             "qdeploy._engine",
             sources=[],
-            depends=["CMakeLists.txt", *glob("csrc/**/*.*", recursive=True), *glob("tests/cpp/*.cc")],
+            depends=["CMakeLists.txt", *glob("csrc/**/*.*", recursive=True), *glob("tests/cpp/*.*")],
         )
     ],
     cmdclass={"build_ext": CMakeBuild},

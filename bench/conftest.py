@@ -12,10 +12,10 @@ import pytest
 # Before torch is imported: its OpenMP threads would spin on the cores of whoever has the next turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from networks import Networks  # noqa: E402
-from results import Results  # noqa: E402
+from networks import Networks
+from results import Results
 
-from qdeploy import cli  # noqa: E402
+from qdeploy import cli
 
 RESULTS = pytest.StashKey[Results]()
 

@@ -22,43 +22,22 @@ from functools import partial
 from pathlib import Path
 from shutil import which
 from tempfile import TemporaryDirectory
-from types import ModuleType
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ROOT  # first: all others import qdeploy
 
+# isort: split
+import gpu_cases
+import gpu_checks
+import torch
+import triton
+from gpu_cases import Report
+from gpu_timer import Timer, one_line
+from networks import Networks, float_net
+from results import Results
+from targets import ENSEMBLE, EOQ_MEMBERS, INT8_BATCHES, LSQ
 
-def make_importable() -> None:
-    """Where qdeploy is not installed, imports it from this repository without its C++ engine.
-
-    Its packages lie where `package_dir` in setup.py says. In place of the engine an export's report gets the numpy
-    reference, which has the same bits.
-    """
-    try:
-        import qdeploy._engine  # noqa: F401
-    except ImportError:
-        sys.path.insert(0, str(ROOT))
-        sys.modules["qdeploy._engine"] = ModuleType("qdeploy._engine")
-        import qdeploy
-        from qdeploy import format, model, reference
-
-        qdeploy.__path__.append(str(ROOT))  # kernels and training
-        model.load_int_model = lambda path: partial(reference.run, format.load(path))
-
-
-make_importable()
-
-import gpu_cases  # noqa: E402
-import gpu_checks  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-from gpu_cases import Report  # noqa: E402
-from gpu_timer import Timer, one_line  # noqa: E402
-from networks import Networks, float_net  # noqa: E402
-from results import Results  # noqa: E402
-from targets import ENSEMBLE, EOQ_MEMBERS, INT8_BATCHES, LSQ  # noqa: E402
-
-from qdeploy.demo import MODEL  # noqa: E402
-from qdeploy.training import MODELS  # noqa: E402
+from qdeploy.demo import MODEL
+from qdeploy.training import MODELS
 
 Case = Callable[[Timer], Report]
 

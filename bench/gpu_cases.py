@@ -91,7 +91,7 @@ def differing(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> int:
     return int((differ & ~(a.isnan() & b.isnan())).sum())
 
 
-# ---- The ceilings -------------------------------------------------------------------------------------------------
+# ---- The ceilings ----------------------------------------------------------------------------------------------------
 
 
 def copies(timer: Timer, sizes: Sequence[int]) -> Report:
@@ -121,7 +121,7 @@ def matrix_peak(timer: Timer, side: int) -> Report:
     return report
 
 
-# ---- LSQ ----------------------------------------------------------------------------------------------------------
+# ---- LSQ -------------------------------------------------------------------------------------------------------------
 
 
 def eager_lsq(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Tensor:
@@ -250,7 +250,7 @@ def all_weights(timer: Timer, shapes: Sequence[Sequence[int]]) -> Report:
     return report
 
 
-# ---- The ensemble average -----------------------------------------------------------------------------------------
+# ---- The ensemble average --------------------------------------------------------------------------------------------
 
 
 def eager_average(logits: Tensor, rule: str) -> tuple[Tensor, Tensor]:
@@ -274,7 +274,7 @@ def average(timer: Timer, members: int, images: int, classes: int) -> Report:
     return report
 
 
-# ---- A step of training -------------------------------------------------------------------------------------------
+# ---- A step of training ----------------------------------------------------------------------------------------------
 
 
 class EagerLsq(nn.Module):
@@ -338,7 +338,7 @@ def qat_step(timer: Timer, make: Callable[[], nn.Module], batch: int, size: int)
     return report
 
 
-# ---- INT8 inference -----------------------------------------------------------------------------------------------
+# ---- INT8 inference --------------------------------------------------------------------------------------------------
 
 
 FLOAT32, TF32, FLOAT16, FOLDED = "FP32", "TF32", "FP16", "FP16, BatchNorm folded"

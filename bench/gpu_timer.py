@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
 import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from qdeploy.timing import Timing
 
 Run = Callable[[], object]
 GRAPH = ", CUDA graph"  # ends the name of a contestant whose launches were captured
@@ -106,7 +106,7 @@ class Timer:
             for name, run in runs.items():
                 run()
                 times[name] += timed(run, calls[name])
-        found.timings = {name: Timing.of(ms, calls[name]) for name, ms in times.items()}
+        found.timings = {name: Timing.of(ms, self.rounds * calls[name]) for name, ms in times.items()}
         return found
 
     def _events(self) -> tuple:
@@ -116,21 +116,6 @@ class Timer:
 
     def _estimate(self, run: Run) -> float:
         return max(self.in_a_row(run, 1)[0], 1e-3)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call; `spread` is half the distance between the quartiles, `calls` those of one turn."""
-
-    median: float
-    minimum: float
-    spread: float
-    calls: int
-
-    @classmethod
-    def of(cls, ms: list[float], calls: int) -> Timing:
-        low, median, high = np.percentile(ms, (25, 50, 75))
-        return cls(float(median), min(ms), float(high - low) / 2, calls)
 
 
 @dataclass
@@ -149,9 +134,7 @@ class Comparison:
         """Median of `slow` over that of `fast`, and the spread that follows from theirs; None where one failed."""
         if slow not in self.timings or fast not in self.timings:
             return None
-        a, b = self.timings[slow], self.timings[fast]
-        value = a.median / b.median
-        return value, value * math.hypot(a.spread / a.median, b.spread / b.median)
+        return self.timings[slow].over(self.timings[fast])
 
 
 def one_line(error: BaseException) -> str:

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 from networks import Networks
 
-torch = pytest.importorskip("torch", reason="the GPU is reached through PyTorch: pip install 'qdeploy[train]'")
+pytest.importorskip("torch", reason="the GPU is reached through PyTorch: pip install 'qdeploy[train]'")
+import torch
+
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU that PyTorch can use", allow_module_level=True)
 
-import gpu  # noqa: E402
-from gpu_timer import ROUNDS, Timer  # noqa: E402
+import gpu
+from gpu_timer import ROUNDS, Timer
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own warnings are theirs
 

@@ -15,6 +15,7 @@ from measure import measure, run_alone
 from qdeploy import format
 from qdeploy.onnx import to_onnx
 from qdeploy.terminal import columns
+from qdeploy.timing import spread
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own warnings are theirs
 
@@ -71,12 +72,6 @@ def run_process(program: str, path: Path) -> tuple[float, float]:
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     end, kib = done.stdout.split()
     return (float(end) - start) * 1e3, int(kib) / 1024
-
-
-def spread(values: np.ndarray) -> float:
-    """Half the distance between the quartiles."""
-    low, high = np.percentile(values, (25, 75))
-    return float(high - low) / 2
 
 
 def test_overhead_of_a_call(benchmark, results, networks, rounds, progress):

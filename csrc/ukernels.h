@@ -6,8 +6,7 @@
 //
 // Activations are u8, NHWC. `a` is the input, `w` the packed weights, `c` the output; strides are in bytes for u8 data
 // and in elements for f32 outputs. Every kernel may read up to kOverread bytes before and after the elements it needs
-// (every buffer has that slack); what it read there never reaches an output. It writes exactly what it is asked to
-// write.
+// (every buffer has that slack); what it read there never reaches an output. It writes exactly what it is asked to.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -16,7 +15,7 @@ namespace qdeploy {
 
 constexpr size_t kOverread = 64;
 
-// ---- Convolution and linear ---------------------------------------------------------------------------------------
+// ---- Convolution and linear -----------------------------------------------------------------------------------------
 //
 // One panel (nr output channels) times a list of tiles. A tile is `groups` groups of r pixels; the pixels of a group
 // lie at a constant stride, the groups anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
@@ -27,8 +26,8 @@ constexpr size_t kOverread = 64;
 //
 // Packed panel, WeightFormat::s8x4:  int8  w[taps][k/4][nr][4]   element (t, i, n) at ((t*(k/4) + i/4)*nr + n)*4 + i%4
 //               WeightFormat::s16x2: int16 w[taps][k/2][nr][2]   likewise with 2
-// k is a multiple of 4; bytes beyond the real channels meet zero weights. comp, scale and bias hold nr entries (tail:
-// 0).
+// k is a multiple of 4; bytes beyond the real channels meet zero weights. comp, scale and bias hold nr entries, zeros
+// beyond the real channels.
 enum class WeightFormat : int32_t { s8x4, s16x2 };
 
 struct ConvTile {
@@ -72,9 +71,8 @@ struct ConvKernel {
   int32_t nr;        // channels in a panel, at most kMaxNr
   WeightFormat format;
   // 0: exact for the codes of Kernels::conv. Else the kernel adds in 16 bits the products of that many consecutive
-  // steps of 4 bytes, counted from the start of a tap and apart for bytes 0, 1 and bytes 2, 3 of a step: it is exact
-  // for any codes of which the positive ones add up to at most 128 there, and so do the negative ones (255 * 128 <
-  // 2^15).
+  // steps of 4 bytes, counted from the start of a tap and apart for bytes 0, 1 and bytes 2, 3 of a step. It is exact
+  // for any codes of which the positive ones add up to at most 128 there, and the negative ones too: 255 * 128 < 2^15.
   int32_t s16_steps = 0;
   int32_t a_offset = 0;  // what the kernel subtracts from activations, see above
 };
@@ -87,7 +85,7 @@ constexpr int32_t kMaxNr = 64;
 // with lanes below kGroupedWindow/4, w packed as s8x4, and everything else as above.
 constexpr int32_t kGroupedWindow = 32;
 
-// ---- Depthwise convolution ----------------------------------------------------------------------------------------
+// ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
 // `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over taps t of
 //     a[p*a_stride + tap_offset[t] + n] * w[t*w_stride + n]
@@ -109,7 +107,7 @@ struct DepthwiseParams {
 };
 using DepthwiseFn = void (*)(const DepthwiseParams* params, size_t pixels);
 
-// ---- Pools, elementwise, input ------------------------------------------------------------------------------------
+// ---- Pools, elementwise, input --------------------------------------------------------------------------------------
 //
 // A pool sees the part of each window that lies inside the image: rows x cols pixels of n channels. It writes `pixels`
 // neighbouring output pixels, whose windows lie a_stride apart.
@@ -156,7 +154,7 @@ struct QuantizeParams {
 };
 using QuantizeFn = bool (*)(const QuantizeParams* params);
 
-// ---- The table ----------------------------------------------------------------------------------------------------
+// ---- The table ------------------------------------------------------------------------------------------------------
 struct Kernels {
   const char* isa;
   ConvKernel conv[9];  // [b]: for weights whose codes all lie in [-2^(b-1), 2^(b-1)-1], b = 2..8; [0] and [1] unused
@@ -171,7 +169,7 @@ struct Kernels {
   QuantizeFn quantize;
 };
 
-// Each fills `kernels` completely or, above scalar, overwrites entries of the table below it: avxvnni and avx512 both
+// Each fills `kernels` completely or, above scalar, overwrites entries of the table below it. Both avxvnni and avx512
 // stand on avx2.
 void init_scalar(Kernels* kernels);
 void init_avx2(Kernels* kernels);        // AVX2 + FMA

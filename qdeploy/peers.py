@@ -6,14 +6,12 @@ nothing. `alternate` gives each contestant its turn in every round, and what is 
 
 from __future__ import annotations
 
-import math
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +24,7 @@ from qdeploy.errors import InputError
 from qdeploy.graph import Graph
 from qdeploy.onnx import to_onnx
 from qdeploy.terminal import Status, columns, percent
+from qdeploy.timing import Timing
 
 if TYPE_CHECKING:
     from qdeploy.model import Model
@@ -41,7 +40,7 @@ PEAK_SECONDS = 0.05
 TRIAL_SECONDS = 300
 
 
-# ---- The runtimes -------------------------------------------------------------------------------------------------
+# ---- The runtimes ----------------------------------------------------------------------------------------------------
 
 
 def onnxruntime(model: bytes | str, shape: Shape, threads: int) -> Run:
@@ -105,7 +104,7 @@ def _build(name: str, model: bytes | str, shape: Shape, threads: int) -> Run:
     return RUNTIMES[name.split()[0]](model, shape, threads)
 
 
-# ---- The trial in a child process ---------------------------------------------------------------------------------
+# ---- The trial in a child process ------------------------------------------------------------------------------------
 
 
 def faults(models: dict[str, bytes], shape: Shape, threads: int) -> dict[str, str]:
@@ -138,17 +137,7 @@ def trial(folder: str, names: list[str], shape: Shape, threads: int) -> None:
             run(np.zeros(shape, np.float32))
 
 
-# ---- Times --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Timing:
-    """Milliseconds per call: `spread` is half the distance between the quartiles. `calls` were counted."""
-
-    median: float
-    minimum: float
-    spread: float
-    calls: int
+# ---- Times -----------------------------------------------------------------------------------------------------------
 
 
 def alternate(
@@ -181,11 +170,10 @@ def _milliseconds(run: Callable[[], object]) -> float:
 def _timing(turns: list[tuple[float, list[float]]], least: float) -> Timing:
     fast = [times for speed, times in turns if speed >= least]
     ms = np.concatenate(fast or [times for _, times in turns])
-    low, median, high = np.percentile(ms, (25, 50, 75))
-    return Timing(float(median), float(ms.min()), float(high - low) / 2, ms.size)
+    return Timing.of(ms, ms.size)
 
 
-# ---- The report ---------------------------------------------------------------------------------------------------
+# ---- The report ------------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -219,7 +207,7 @@ def measure(
     for name, timing in timings.items():
         peak = best[name.rsplit(" ", 1)[1]]
         limit = peak and (ours if name == OURS else theirs) / (peak * model.num_threads) / 1e6
-        ratio, spread = (None, None) if name == OURS else _ratio(timings[OURS], timing)
+        ratio, spread = (None, None) if name == OURS else timings[OURS].over(timing)
         rows.append(
             {
                 "runtime": name,
@@ -265,12 +253,6 @@ def best_peer(report: dict, precision: str) -> dict | None:
 def peaks(isa: str) -> dict[str, float | None]:
     """1e9 multiply-accumulates a second of one core, by precision."""
     return {precision: _engine.peak_gmacs(isa, precision, PEAK_SECONDS) for precision in PRECISIONS}
-
-
-def _ratio(ours: Timing, theirs: Timing) -> tuple[float, float]:
-    """Of the medians; its spread follows from the relative spreads of the two."""
-    ratio = ours.median / theirs.median
-    return ratio, ratio * math.hypot(ours.spread / ours.median, theirs.spread / theirs.median)
 
 
 def correlation(ours: np.ndarray, theirs: np.ndarray) -> float | None:

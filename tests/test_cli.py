@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_graphs import Builder
+from builder import Builder
 
 import qdeploy
 from qdeploy import _engine, format
@@ -34,7 +34,7 @@ def assert_one_line_error(result: subprocess.CompletedProcess, *parts: str) -> N
         assert part in result.stderr
 
 
-# ---- Reports -------------------------------------------------------------------------------------------------------
+# ---- Reports ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_demo_shows_equal_bits():
     assert report["accuracy"]["ensemble"] > 0.5  # ten classes
 
 
-# ---- Train, export, run --------------------------------------------------------------------------------------------
+# ---- Train, export, run ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_export_of_what_is_no_run(runs, tmp_path):
     )
 
 
-# ---- Bad input -----------------------------------------------------------------------------------------------------
+# ---- Bad input -------------------------------------------------------------------------------------------------------
 
 
 def foreign_safetensors() -> bytes:
@@ -260,7 +260,7 @@ def test_train_needs_its_extra():
     assert_one_line_error(result, "pip install 'qdeploy[train]'")
 
 
-# ---- Interruptions -------------------------------------------------------------------------------------------------
+# ---- Interruptions ---------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_leaves_no_traceback():
@@ -298,7 +298,7 @@ def test_reader_that_leaves_early():
     process.stderr.close()
 
 
-# ---- The same errors from Python -----------------------------------------------------------------------------------
+# ---- The same errors from Python -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builder import Builder, batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_graphs import Builder, batch, ensembles, generators, graphs
+from random_graphs import ensembles, generators, graphs
 
 import qdeploy
 from qdeploy import _engine, reference

@@ -119,7 +119,7 @@ def path(tmp_path):
     return tmp_path / "net.safetensors"
 
 
-# --- what real code writes ------------------------------------------------------------------------------------------
+# ---- What real code writes -------------------------------------------------------------------------------------------
 
 
 def between(flow, channels=8, **modules):
@@ -409,7 +409,7 @@ def test_any_small_convolutional_network(tmp_path_factory, data):
         assert node.bits == bits and np.array_equal(node.constants["weight"], codes.numpy())
 
 
-# --- learned activation quantizers ----------------------------------------------------------------------------------
+# ---- Learned activation quantizers -----------------------------------------------------------------------------------
 
 
 def learned_activations(bits, learn=True):
@@ -460,7 +460,7 @@ def test_without_calibration_every_tensor_needs_a_quantizer(path):
         export(quantized(Net(lambda net, x: net.fc2(net.fc1(x)), fc1=nn.Linear(4, 6), fc2=nn.Linear(6, 3))), x, path)
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
+# ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
 def two_layers(**options):
@@ -558,7 +558,7 @@ def test_a_network_of_zeros(path):
     check(net, (3, 6, 6), path)
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
 class Gate(nn.Module):
@@ -702,7 +702,7 @@ def test_a_full_disk_leaves_the_old_file(path):
     assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
 
 
-# --- calibration ----------------------------------------------------------------------------------------------------
+# ---- Calibration -----------------------------------------------------------------------------------------------------
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
@@ -787,7 +787,7 @@ def test_observers_end_in_the_file(observer, path):
     assert scales[1] < scales[0]
 
 
-# --- files and reports ----------------------------------------------------------------------------------------------
+# ---- Files and reports -----------------------------------------------------------------------------------------------
 
 
 def test_report_counts(path):

@@ -10,9 +10,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import safetensors.numpy
+from builder import Builder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_graphs import Builder, ensembles, generators, graphs
+from random_graphs import ensembles, generators, graphs
 
 import qdeploy
 from qdeploy.errors import ModelError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_graphs import Builder, batch
+from builder import Builder, batch
 
 import qdeploy
 from qdeploy import _engine, format, reference

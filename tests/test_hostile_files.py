@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from random_graphs import Builder, batch
+from builder import Builder, batch
 
 import qdeploy
 from qdeploy import _engine, reference
@@ -79,7 +79,7 @@ def ensemble() -> Graph:
 GRAPHS = {"network": network, "ensemble": ensemble}
 
 
-# ---- What runs in the child ------------------------------------------------------------------------------------
+# ---- What runs in the child ------------------------------------------------------------------------------------------
 
 
 def check_file(path: Path, isa: str, must_fail: bool = False) -> bool:
@@ -236,7 +236,7 @@ def main(kind: str, seed: str, count: str, path: str) -> None:
     print(models)
 
 
-# ---- What pytest runs ------------------------------------------------------------------------------------------
+# ---- What pytest runs ------------------------------------------------------------------------------------------------
 
 
 def run_child(path: Path, kind: str, seed: int = 0, count: int = 0) -> int:

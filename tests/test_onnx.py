@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from builder import Builder, Quantization
 from hypothesis import HealthCheck, assume, given, settings
-from random_graphs import Builder, Quantization, generators, graphs, quantizations
+from random_graphs import generators, graphs, quantizations
 
 import qdeploy
 from qdeploy import format, reference
@@ -13,8 +14,8 @@ from qdeploy.graph import Graph, Tensor
 
 pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-from qdeploy.onnx import finer, to_onnx  # noqa: E402
-from qdeploy.peers import onnxruntime  # noqa: E402
+from qdeploy.onnx import finer, to_onnx
+from qdeploy.peers import onnxruntime
 
 
 def inputs_on_the_grid(tensor: Tensor, n: int) -> np.ndarray:

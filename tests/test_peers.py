@@ -10,6 +10,7 @@ from qdeploy import format
 from qdeploy.demo import MODEL
 from qdeploy.onnx import to_onnx
 from qdeploy.peers import CALLS_PER_TURN, OURS, alternate, contestants, correlation, faults, measure
+from qdeploy.timing import Timing
 
 
 def test_contestants_take_turns():
@@ -30,6 +31,12 @@ def test_slow_turns_do_not_count():
     speeds = iter([1.0, 0.5, 0.6, 0.95])
     timings = alternate({"a": lambda: None, "b": lambda: None}, rounds=2, speed=lambda: next(speeds))
     assert (timings["a"].calls, timings["b"].calls) == (CALLS_PER_TURN, CALLS_PER_TURN)
+
+
+def test_timing_of_calls():
+    one = Timing.of([5.0, 1.0, 4.0, 2.0, 3.0], 10)
+    assert one == Timing(median=3.0, minimum=1.0, spread=1.0, calls=10)
+    assert one.over(Timing(1.5, 1.0, 0.5, 4)) == (2.0, pytest.approx(2 * 2**0.5 / 3))
 
 
 def test_report_of_ours_beside_another():

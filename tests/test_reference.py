@@ -7,9 +7,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from builder import Builder, batch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from random_graphs import Builder, batch, ensembles, generators, graphs
+from random_graphs import ensembles, generators, graphs
 
 from qdeploy import reference
 from qdeploy.errors import InputError

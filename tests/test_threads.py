@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_graphs import Builder, batch
+from builder import Builder, batch
 
 from qdeploy import _engine, reference
 from qdeploy.format import save

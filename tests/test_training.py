@@ -58,7 +58,7 @@ def minibatches(step, config=SMALL):
         loader.close()
 
 
-# --- Protocol --------------------------------------------------------------------------------------------------------
+# ---- Protocol --------------------------------------------------------------------------------------------------------
 
 
 def test_split_is_that_of_domainbed():
@@ -155,7 +155,7 @@ def test_what_is_no_output_of_an_ensemble_is_refused():
         combine(torch.zeros(2, 5, 3, dtype=torch.float64), "probs")
 
 
-# --- Algorithms ------------------------------------------------------------------------------------------------------
+# ---- Algorithms ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -264,7 +264,7 @@ def test_fine_tuning_keeps_the_statistics_of_batch_norm(fabric, tmp_path):
             trainer.build_network(replace(config, weights=str(tmp_path / bad)), BENCHMARK)
 
 
-# --- Runs ------------------------------------------------------------------------------------------------------------
+# ---- Runs ------------------------------------------------------------------------------------------------------------
 
 
 def outcome(directory):

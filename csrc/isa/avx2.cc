@@ -23,14 +23,13 @@
 // 8 bits 110 (137), where a weight vector serves both pixels from a register (as memory operand: 99). At 4 to 6 bits
 // that, with 3 pixels x 2 vectors, gains nothing: the bare instructions of 4 bits reach 214 (peak_loops.cc).
 //
-// The multiply-add operations are asm volatile: with intrinsics GCC 12 hoists the vpmaddubsw of a whole block and
-// spills.
+// The multiply-add operations are asm volatile: with intrinsics GCC 12 hoists all vpmaddubsw of a block and spills.
 #include "avx2_conv.h"
 
 namespace qdeploy {
 namespace {
 
-// ---- Convolution --------------------------------------------------------------------------------------------------
+// ---- Convolution ----------------------------------------------------------------------------------------------------
 
 QD_INLINE void multiply_u8s8(__m256i& product, const __m256i& b, const int8_t* w) {
   asm volatile("vpmaddubsw %2, %1, %0" : "=x"(product) : "x"(b), "m"(*reinterpret_cast<const __m256i*>(w)));
@@ -157,7 +156,7 @@ struct WideWeights {
   }
 };
 
-// ---- Depthwise convolution ----------------------------------------------------------------------------------------
+// ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
 // a widened to s16 meets (w[0], 0, w[2], 0, ...) and (0, w[1], 0, w[3], ...) in vpmaddwd: s32 products of the even and
 // of the odd channels, exact for any s8 weight. That is one shuffle (the widening load) for 16 products; widening to
@@ -205,7 +204,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   if (pixels > 0) depthwise_pixels<1>(p, a, c);
 }
 
-// ---- Pools --------------------------------------------------------------------------------------------------------
+// ---- Pools ----------------------------------------------------------------------------------------------------------
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
@@ -253,7 +252,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
   }
 }
 
-// ---- Elementwise --------------------------------------------------------------------------------------------------
+// ---- Elementwise ----------------------------------------------------------------------------------------------------
 
 template <typename Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
@@ -295,10 +294,9 @@ void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
   }
 }
 
-// ---- Input --------------------------------------------------------------------------------------------------------
+// ---- Input ----------------------------------------------------------------------------------------------------------
 
-// The low byte of each lane is the code of one value. `not_finite` collects x - x, whose bits are 0 unless x is NaN or
-// infinite.
+// The low byte of each lane is the code of one value. `not_finite` collects x - x, whose bits are 0 for finite x alone.
 QD_INLINE __m256i quantize_f32x8(__m256 a_f32x8, const QuantizeParams& p, __m256& not_finite) {
   not_finite = _mm256_or_ps(not_finite, _mm256_sub_ps(a_f32x8, a_f32x8));
   const __m256 r_f32x8 = _mm256_fmadd_ps(a_f32x8, _mm256_set1_ps(p.inv_scale), _mm256_set1_ps(p.zero_point));

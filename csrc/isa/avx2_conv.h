@@ -29,7 +29,7 @@ constexpr int kChunkBytes = 16384;  // of weights: half of L1
 typedef int32_t __attribute__((may_alias, aligned(1))) AnyInt32;  // any four bytes
 typedef int16_t __attribute__((may_alias, aligned(1))) AnyInt16;
 
-// ---- The output rule ----------------------------------------------------------------------------------------------
+// ---- The output rule ------------------------------------------------------------------------------------------------
 
 QD_INLINE __m256 u8_to_f32x8(const uint8_t* a) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a))));
@@ -102,7 +102,7 @@ QD_INLINE void store(const __m256 (&r_f32x8)[4], uint8_t, uint8_t, size_t n, flo
   }
 }
 
-// ---- Convolution --------------------------------------------------------------------------------------------------
+// ---- Convolution ----------------------------------------------------------------------------------------------------
 
 QD_INLINE void broadcast(__m256i& b, const void* a) {
   asm volatile("vpbroadcastd %1, %0" : "=x"(b) : "m"(*static_cast<const AnyInt32*>(a)));

@@ -190,7 +190,7 @@ struct Madd {
   }
 };
 
-// ---- Depthwise -----------------------------------------------------------------------------------------------------
+// ---- Depthwise ------------------------------------------------------------------------------------------------------
 
 // Four taps as two pairs: the even bytes and the odd bytes of each dword, widened to 16 bits by a mask and a shift.
 struct DepthwiseMadd {
@@ -208,7 +208,7 @@ struct DepthwiseMadd {
   }
 };
 
-// ---- Pools: 64 channels at a time ----------------------------------------------------------------------------------
+// ---- Pools: 64 channels at a time -----------------------------------------------------------------------------------
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
@@ -290,7 +290,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
   }
 }
 
-// ---- Elementwise ---------------------------------------------------------------------------------------------------
+// ---- Elementwise ----------------------------------------------------------------------------------------------------
 
 template <class Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
@@ -325,7 +325,7 @@ void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
   }
 }
 
-// ---- Input ---------------------------------------------------------------------------------------------------------
+// ---- Input ----------------------------------------------------------------------------------------------------------
 
 // The clamp is in float: inputs are arbitrary and the conversion of a float beyond int32 would give INT_MIN.
 struct Quantizer {

@@ -74,7 +74,7 @@ struct Prefetch {
   }
 };
 
-// ---- The output rule -----------------------------------------------------------------------------------------------
+// ---- The output rule ------------------------------------------------------------------------------------------------
 
 QDEPLOY_INLINE __m512 residual_f32x16(const uint8_t* residual) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(residual))));
@@ -146,7 +146,7 @@ struct Output {
   }
 };
 
-// ---- The walk over tiles -------------------------------------------------------------------------------------------
+// ---- The walk over tiles --------------------------------------------------------------------------------------------
 
 // Computes tiles from the front of the list while they have this shape; returns how many. Taps outside, channels
 // inside, one set of accumulators for the whole of K; few pixels get kSets of them, or the latency of the dot product

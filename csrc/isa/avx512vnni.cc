@@ -93,7 +93,7 @@ struct Vnni {
   }
 };
 
-// ---- The output rule under the next group --------------------------------------------------------------------------
+// ---- The output rule under the next group ---------------------------------------------------------------------------
 //
 // The output rule of a tile takes some 300 instructions that are not dot products. Behind the dot products they leave
 // ports 0 and 1 idle for 45 to 75 cycles a tile on Zen 5, because they fill the schedulers before the next tile gets
@@ -240,7 +240,7 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
   }
 }
 
-// ---- Groups of few channels ----------------------------------------------------------------------------------------
+// ---- Groups of few channels -----------------------------------------------------------------------------------------
 //
 // Lane n of a vector needs the four bytes of its own group: the window of 32 bytes, permuted by dwords, replaces the
 // broadcast. Two permutations (ports 1 and 2 on Zen 5, 5 on Cascade Lake) for two dot products; with 4 channels a group

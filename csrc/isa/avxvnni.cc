@@ -68,7 +68,7 @@ struct DotWeights {
   }
 };
 
-// ---- Depthwise convolution ----------------------------------------------------------------------------------------
+// ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
 // A dot of four bytes adds four taps at once, so the bytes of four taps are interleaved first, 32 channels at a time:
 //

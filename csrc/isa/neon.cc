@@ -137,7 +137,7 @@ struct Smlal {
   };
 };
 
-// ---- Depthwise convolution ----------------------------------------------------------------------------------------
+// ---- Depthwise convolution ------------------------------------------------------------------------------------------
 
 // kPixels neighbouring pixels of 16 channels. Activations and weights are widened to 16 bits: 2 UXTL and 4 SMLAL for 16
 // products, and 2 SXTL for the weights of all pixels.
@@ -181,7 +181,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   }
 }
 
-// ---- Pools: 16 channels at a time ---------------------------------------------------------------------------------
+// ---- Pools: 16 channels at a time -----------------------------------------------------------------------------------
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
@@ -242,7 +242,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
   }
 }
 
-// ---- Elementwise --------------------------------------------------------------------------------------------------
+// ---- Elementwise ----------------------------------------------------------------------------------------------------
 
 template <typename Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
@@ -268,7 +268,7 @@ void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
   }
 }
 
-// ---- Input --------------------------------------------------------------------------------------------------------
+// ---- Input ----------------------------------------------------------------------------------------------------------
 
 // x, the lanes begin .. begin + 3 of a longer vector, with 0 in lanes n and above.
 QDEPLOY_INLINE float32x4_t first_lanes(float32x4_t x_f32x4, size_t n, uint32_t begin) {

@@ -43,7 +43,7 @@ struct Prefetch {
   }
 };
 
-// ---- The output rule -----------------------------------------------------------------------------------------------
+// ---- The output rule ------------------------------------------------------------------------------------------------
 
 // 16 neighbouring channels.
 struct F32x16 {
@@ -142,7 +142,7 @@ QDEPLOY_INLINE void write_depthwise(const DepthwiseParams& p, int32_t n, const i
   store(r, p.qmin, p.qmax, static_cast<size_t>(p.n - n), c);
 }
 
-// ---- The walk over tiles -------------------------------------------------------------------------------------------
+// ---- The walk over tiles --------------------------------------------------------------------------------------------
 
 // Where a pixel of a tile begins: its input, and its elements of output and residual.
 struct Pixel {

@@ -108,7 +108,7 @@ struct Sdot {
   };
 };
 
-// ---- Depthwise convolution ----------------------------------------------------------------------------------------
+// ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
 // SDOT adds four taps at once, so the bytes of four taps are interleaved first, 16 channels at a time:
 //
@@ -137,8 +137,7 @@ QDEPLOY_INLINE void load_weights(const DepthwiseParams& p, int32_t n, int32_t t,
   interleave(w_i8x16, block);
 }
 
-// kPixels neighbouring pixels of 16 channels: 4 EOR, 8 ZIP and 4 SDOT for 64 products, and 8 ZIP for the weights of
-// all.
+// kPixels neighbouring pixels of 16 channels: 4 EOR, 8 ZIP, 4 SDOT for 64 products, and 8 ZIP for the weights of all.
 template <int kPixels>
 QDEPLOY_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const int32x4_t (&comp_i32x4)[4],
                                      const uint8_t* a, uint8_t* c) {

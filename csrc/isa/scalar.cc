@@ -1,9 +1,14 @@
 // The definition of every kernel, in portable C++. The other instruction sets must equal these functions bit for bit.
 //
-//     conv, depthwise   acc = comp + sum a*w;                r = fma(float(acc), scale, bias) [, fma(residual, scale,
-//     r)] average pool      acc = sum a - zero_point*count;      r = fma(float(acc), scale, bias) add               r =
-//     fma(float(a), scale_a, fma(float(b), scale_b, bias)) u8 output         c = clamp(rint(r), qmin, qmax)       f32
-//     output  c = r
+//     conv, depthwise   acc = comp + sum a*w            r = fma(float(acc), scale, bias)
+//     with a residual                                   r = fma(float(residual), residual_scale, r)
+//     average pool      acc = sum a - zero_point*count  r = fma(float(acc), scale, bias)
+//     add                                               r = fma(float(a), scale_a, fma(float(b), scale_b, bias))
+//     u8 output                                         c = clamp(rint(r), qmin, qmax)
+//     f32 output                                        c = r
+//     input                                             c = clamp(rint(fma(a, inv_scale, zero_point)), 0, 255)
+//     maximum pool                                      c = max a
+//     table                                             c = table[a]
 //
 // fmaf rounds once with or without FMA hardware; that is what makes the results independent of the machine. No sum can
 // overflow int32: the loader bounds 255 * sum |w| of a channel, and comp only replaces a by a - zero_point.
@@ -35,7 +40,7 @@ uint8_t quantize_u8(float r, uint8_t qmin, uint8_t qmax) {
 void store(float r, uint8_t qmin, uint8_t qmax, uint8_t* c) { *c = quantize_u8(r, qmin, qmax); }
 void store(float r, uint8_t, uint8_t, float* c) { *c = r; }
 
-// ---- Convolution --------------------------------------------------------------------------------------------------
+// ---- Convolution ----------------------------------------------------------------------------------------------------
 
 void accumulate_pixel(const ConvParams& p, const uint8_t* a, int32_t* acc) {
   const int8_t* w = static_cast<const int8_t*>(p.w);
@@ -86,7 +91,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   }
 }
 
-// ---- Pools --------------------------------------------------------------------------------------------------------
+// ---- Pools ----------------------------------------------------------------------------------------------------------
 
 void max_pool(const PoolParams* params, uint8_t* c) {
   const PoolParams& p = *params;
@@ -121,7 +126,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
   }
 }
 
-// ---- Elementwise --------------------------------------------------------------------------------------------------
+// ---- Elementwise ----------------------------------------------------------------------------------------------------
 
 template <typename Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {

@@ -1,6 +1,6 @@
 """Every GPU kernel compiled for sm_80 and sm_90 on a machine without a GPU, and what is in the binaries.
 
-    python tests/gpu_binaries.py    # a table: registers, memory, occupancy, instructions
+    python tests/gpu/gpu_binaries.py    # a table: registers, memory, occupancy, instructions
 
 A variant is a call of a launcher. Triton itself specializes the kernels on the arguments and compiles them, and only
 the launch is left out: these are the binaries that a GPU would run. Each target has a process of its own, without

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -173,3 +179,15 @@ def test_blocks_count_themselves_in_any_order():
     orders = {tuple(run(COUNT, WARP, np.zeros(5, np.int32), blocks=4, seed=seed)) for seed in range(20)}
     assert all(order[0] == 4 and sorted(order[1:]) == [0, 1, 2, 3] for order in orders)
     assert len(orders) > 5
+
+
+def test_the_example_of_the_page(tmp_path):
+    """As a program of another project, beside its sources, which Triton reads."""
+    pytest.importorskip("triton", reason="the example is a kernel in Triton")
+    folder = Path(__file__).parent
+    program, printed = re.findall(r"```(?:python)?\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    path = tmp_path / "example.py"
+    path.write_text(program)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == (printed, "")

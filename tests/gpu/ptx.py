@@ -54,8 +54,7 @@ class Kernel(NamedTuple):
 Operand = str | int | list | Address
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
+# ---- Text ------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -93,8 +92,7 @@ def _operand(text: str) -> Operand:
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
+# ---- Memory ----------------------------------------------------------------------------------------------------------
 
 
 class Memory:
@@ -134,8 +132,7 @@ class Shared:
         return address + block * self._stride
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launch
+# ---- Launch ----------------------------------------------------------------------------------------------------------
 
 
 def launch(
@@ -192,7 +189,7 @@ class _Launch:
         self.now: slice | np.ndarray = slice(None)
         self.copies: list[list[tuple]] = []  # asynchronous copies under way, by group
 
-    # -- order ---------------------------------------------------------------------------------------------------------
+    # ---- Order -------------------------------------------------------------------------------------------------------
 
     def to_the_end(self, order: random.Random | None) -> None:
         """Teams wait for each other at barriers: all threads are one; with an `order`, the warps of a block are."""
@@ -223,7 +220,7 @@ class _Launch:
             steps = steps and steps - 1
         return True
 
-    # -- operands ------------------------------------------------------------------------------------------------------
+    # ---- Operands ----------------------------------------------------------------------------------------------------
 
     def read(self, operand: Operand, kind: str) -> np.ndarray:
         """The operand of the threads `now`, as numbers of a PTX type."""
@@ -332,8 +329,7 @@ def execute(run: _Launch, instruction: Instruction) -> None:
 NO_EFFECT = {"createpolicy", "fence", "membar", "bar.warp", "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -620,8 +616,7 @@ def _cp(run: _Launch, instruction: Instruction) -> None:
         run.copies[-1].append((index[:, None] + np.arange(size), data))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Warps
+# ---- Warps -----------------------------------------------------------------------------------------------------------
 
 
 def _shfl(run: _Launch, instruction: Instruction) -> None:

@@ -16,9 +16,10 @@ import pytest
 
 pytest.importorskip("triton_on_cpu", reason="the kernels for GPUs need Triton", exc_type=ImportError)
 import torch
+from builder import Builder, batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_graphs import Builder, batch, ensembles, generators, graphs
+from random_graphs import ensembles, generators, graphs
 from test_engine import LAYERS
 
 import qdeploy
@@ -349,7 +350,7 @@ def test_pickle_carries_the_file(model, tmp_path, monkeypatch):
     assert torch.equal(pickle.loads(content)(images(2)), model(images(2)))
 
 
-# ---- Tiles ----------------------------------------------------------------------------------------------------
+# ---- Tiles -----------------------------------------------------------------------------------------------------------
 
 
 @given(

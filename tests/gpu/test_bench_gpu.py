@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import sysconfig
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -14,24 +13,21 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton_on_cpu", reason="the kernels of the GPU need Triton", exc_type=ImportError)
+import gpu
+import gpu_cases
+import gpu_checks
+import gpu_timer
 import torch
+from checkout import ROOT
+from gpu_timer import GRAPH, Timer
+from networks import Networks
+from results import Results
+from targets import TARGETS, LsqCase
 from torch import nn
 
 import qdeploy.gpu.model
 from qdeploy import format, reference
 from qdeploy.training import quantize_
-
-ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "bench"))
-
-import gpu  # noqa: E402
-import gpu_cases  # noqa: E402
-import gpu_checks  # noqa: E402
-import gpu_timer  # noqa: E402
-from gpu_timer import GRAPH, Timer  # noqa: E402
-from networks import Networks  # noqa: E402
-from results import Results  # noqa: E402
-from targets import TARGETS, LsqCase  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +249,8 @@ print(exporter.export(net, images[:1], {out!r}, images.numpy()).top1_agreement)
 
 def test_a_bare_machine(tmp_path):
     """No qdeploy installed, so no C++ engine; none of the packages that only training or charts need."""
-    code = BARE.format(packages=sysconfig.get_path("purelib"), bench=str(ROOT / "bench"), out=str(tmp_path / "net"))
+    packages = Path(np.__file__).parents[1]
+    code = BARE.format(packages=str(packages), bench=str(ROOT / "bench"), out=str(tmp_path / "net"))
     command = [sys.executable, "-S", "-c", code]  # -S: no .pth file, no editable install
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

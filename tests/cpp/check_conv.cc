@@ -1,0 +1,358 @@
+// Convolutions: every tile shape of every kernel, with random layers, strides, residuals and outputs.
+//
+// A grouped kernel is compared with its dense twin: the scalar kernel over all bytes of the window, with codes that are
+// zero outside of each channel's group.
+#include "check_ukernels.h"
+
+#include <limits>
+
+namespace qdeploy {
+namespace {
+
+struct ConvCase {
+  int bits, r, groups, taps, k, n;
+  int outputs = 0;  // of each group of k channels; 0: a dense kernel
+  int a_stride, c_stride;
+  bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_steps allows
+  bool residual, in_place, f32, at_end;
+  Fill a_fill, w_fill;
+  uint8_t qmin, qmax;
+  uint64_t seed;
+
+  int window() const { return outputs ? kGroupedWindow : k; }  // bytes of a tap that the scalar kernel reads
+};
+
+void describe_case(const char* kernel, const ConvCase& x) {
+  describe(
+      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d "
+      "in_place=%d f32=%d at_end=%d a=%s w=%s qmin=%d qmax=%d seed=%llu",
+      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.wide_codes, x.residual,
+      x.in_place, x.f32, x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax,
+      static_cast<unsigned long long>(x.seed));
+}
+
+ConvCase random_case(const ConvKernel& kernel, int bits, int r, int groups, Random& random) {
+  static const int kDepths[] = {4, 4, 8, 12, 16, 20, 24, 28, 32, 36, 44, 60, 64, 96, 100, 124, 200};
+  ConvCase x;
+  x.bits = bits, x.r = r, x.groups = groups;
+  x.taps = random.range(1, 9);
+  x.k = random.pick(kDepths);
+  x.n = random.range(0, 1) ? kernel.nr : random.range(1, kernel.nr);
+  const int strides[] = {x.k, x.k + 1, 3, 6, 2 * x.k + 5, 0, -x.k};
+  x.a_stride = random.pick(strides);
+  x.c_stride = x.n + (random.range(0, 1) ? 0 : random.range(1, 70));
+  x.wide_codes = kernel.s16_steps > 0 && random.range(0, 1);
+  x.residual = random.range(0, 1);
+  x.f32 = random.range(0, 2) == 0;
+  x.in_place = x.residual && !x.f32 && random.range(0, 1);
+  x.at_end = random.range(0, 1);
+  x.a_fill = random.pick(kFills), x.w_fill = random.pick(kFills);
+  random_clamp(&x.qmin, &x.qmax, random);
+  x.seed = (uint64_t{random.next()} << 32) | random.next();
+  return x;
+}
+
+// A grouped convolution with the output channels of a group as wide as the group or wider.
+ConvCase random_grouped_case(const ConvKernel& kernel, int r, int groups, Random& random) {
+  static const int kShapes[][2] = {{4, 4}, {4, 8}, {4, 32}, {8, 8}, {8, 16}, {12, 16}, {12, 32}, {16, 16}, {16, 32}};
+  ConvCase x = random_case(kernel, 8, r, groups, random);
+  const int* shape = kShapes[random.next() % 9];
+  x.k = shape[0], x.outputs = shape[1];
+  x.f32 = false;
+  return x;
+}
+
+// ---- Operands -------------------------------------------------------------------------------------------------------
+
+struct Tiles {
+  std::vector<ConvTile> list;
+  int slots = 0;  // pixels of the output, with the gaps between them
+};
+
+// Up to three tiles of the asked shape, then a few of any: kernels may treat runs of equal tiles alike.
+Tiles random_tiles(const ConvKernel& kernel, const ConvCase& x, Random& random) {
+  Tiles tiles;
+  const int n_tiles = random.range(1, 5);
+  const int group_span = 3 * x.k + 40;  // bytes between the first pixels of two groups; they may overlap
+  const int first = x.a_stride < 0 ? -x.a_stride * (kernel.mr - 1) : 0;
+  for (int i = 0; i < n_tiles; ++i) {
+    ConvTile tile{};
+    tile.r = static_cast<uint8_t>(i < 3 ? x.r : random.range(1, kernel.mr));
+    tile.groups = static_cast<uint8_t>(i < 3 ? x.groups : random.range(1, kernel.groups));
+    for (int g = 0; g < tile.groups; ++g) {
+      tile.a[g] = static_cast<uint32_t>((2 * i + g) * group_span + first);
+      tile.c[g] = tile.residual[g] = static_cast<uint32_t>(tiles.slots * x.c_stride);
+      tiles.slots += tile.r + random.range(0, 1);
+    }
+    tiles.list.push_back(tile);
+  }
+  return tiles;
+}
+
+// The offsets of the taps, and as many activations as the tiles reach through them.
+void place_input(const ConvCase& x, const std::vector<ConvTile>& tiles, Random& random, ConvParams* p) {
+  int32_t* tap_offset = memory().offsets.place<int32_t>(x.taps, x.at_end, random);
+  for (int t = 0; t < x.taps; ++t) tap_offset[t] = random.range(-100, 300);
+  int64_t lowest = std::numeric_limits<int64_t>::max(), highest = std::numeric_limits<int64_t>::min();
+  for (const ConvTile& tile : tiles)
+    for (int g = 0; g < tile.groups; ++g)
+      for (int pixel : {0, tile.r - 1})
+        for (int t = 0; t < x.taps; ++t) {
+          const int64_t at = int64_t{tile.a[g]} + pixel * x.a_stride + tap_offset[t];
+          lowest = std::min(lowest, at), highest = std::max(highest, at + x.window());
+        }
+  uint8_t* a = memory().a.place<uint8_t>(highest - lowest, x.at_end, random);
+  fill_u8(a, highest - lowest, x.a_fill, random);
+  p->tap_offset = tap_offset;
+  p->a = a - lowest;
+  p->a_stride = x.a_stride;
+}
+
+// Any codes that sum up to at most 128 on either side of zero wherever the kernel adds their products in 16 bits: the
+// first ones that are too large take all that is left, so that most sums are exactly 128.
+void limit_sums(int8_t* codes, int k, int s16_steps) {
+  for (int begin = 0; begin < k; begin += 4 * s16_steps) {
+    int left[2][2] = {{128, 128}, {128, 128}};  // [half of a step][positive or negative]
+    for (int i = begin; i < std::min(k, begin + 4 * s16_steps); ++i) {
+      int& limit = left[i / 2 % 2][codes[i] < 0];
+      const int magnitude = std::min(std::abs(codes[i]), limit);
+      limit -= magnitude;
+      codes[i] = static_cast<int8_t>(codes[i] < 0 ? -magnitude : magnitude);
+    }
+  }
+}
+
+// [n][taps*window]
+std::vector<int8_t> random_codes(const ConvKernel& kernel, const ConvCase& x, Random& random) {
+  std::vector<int8_t> codes(static_cast<size_t>(x.n) * x.taps * x.window());
+  const int largest = 1 << ((x.wide_codes ? 8 : x.bits) - 1);
+  for (int8_t& code : codes) code = static_cast<int8_t>(fill_value(x.w_fill, -largest, largest - 1, random));
+  for (int t = 0; t < x.n * x.taps && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_steps);
+  return codes;
+}
+
+std::vector<int32_t> lanes_of(const ConvCase& x, int nr) {
+  std::vector<int32_t> lanes;
+  for (int s = 0; s < x.k / 4 && x.outputs; ++s)
+    for (int n = 0; n < nr; ++n) lanes.push_back(n / x.outputs * (x.k / 4) + s);
+  return lanes;
+}
+
+// Clears all dense codes that lie outside their channel's group and returns those inside, [n][taps*k].
+std::vector<int8_t> grouped_codes(const ConvCase& x, std::vector<int8_t>* dense) {
+  std::vector<int8_t> codes;
+  for (int n = 0; n < x.n; ++n)
+    for (int t = 0; t < x.taps; ++t)
+      for (int i = 0; i < kGroupedWindow; ++i) {
+        int8_t& code = (*dense)[(n * x.taps + t) * kGroupedWindow + i];
+        if (i / x.k == n / x.outputs)
+          codes.push_back(code);
+        else
+          code = 0;
+      }
+  return codes;
+}
+
+// Codes are [n][taps*k]; channels beyond n are zero.
+template <class T>
+void pack(const int8_t* codes, int taps, int k, int n, int nr, int kr, T* w) {
+  for (int t = 0; t < taps; ++t)
+    for (int i = 0; i < k; ++i)
+      for (int j = 0; j < nr; ++j)
+        w[((t * (k / kr) + i / kr) * nr + j) * kr + i % kr] = j < n ? codes[(j * taps + t) * k + i] : 0;
+}
+void pack(const ConvKernel& kernel, const int8_t* codes, int taps, int k, int n, void* w) {
+  if (kernel.format == WeightFormat::s8x4)
+    pack(codes, taps, k, n, kernel.nr, 4, static_cast<int8_t*>(w));
+  else
+    pack(codes, taps, k, n, kernel.nr, 2, static_cast<int16_t*>(w));
+}
+size_t panel_bytes(const ConvKernel& kernel, int taps, int k) {
+  return static_cast<size_t>(taps) * k * kernel.nr * (kernel.format == WeightFormat::s8x4 ? 1 : 2);
+}
+
+void place_weights(const ConvKernel& kernel, const ConvCase& x, std::vector<int8_t>* codes, Random& random,
+                   ConvParams* p) {
+  uint8_t* w = memory().w.place<uint8_t>(panel_bytes(kernel, x.taps, x.k), x.at_end, random, 64);
+  pack(kernel, x.outputs ? grouped_codes(x, codes).data() : codes->data(), x.taps, x.k, x.n, w);
+  p->w = w;
+}
+
+// comp, scale and bias. Returns comp for the scalar kernel, whose a_offset is 0.
+std::vector<int32_t> place_channels(const ConvKernel& kernel, const ConvCase& x, const std::vector<int8_t>& codes,
+                                    int zero_point, Random& random, ConvParams* p) {
+  int32_t* comp = memory().comp.place<int32_t>(kernel.nr, x.at_end, random);
+  float* scale = memory().scale.place<float>(kernel.nr, x.at_end, random);
+  float* bias = memory().bias.place<float>(kernel.nr, x.at_end, random);
+  const int depth = x.taps * x.window();
+  const double largest_sum =
+      depth * 255.0 * (1 << (x.bits - 1)) / (x.w_fill == Fill::small || x.a_fill == Fill::small ? 50 : 1);
+  std::vector<int32_t> comp_expected(kernel.nr);
+  for (int n = 0; n < kernel.nr; ++n) {
+    int sum = 0;
+    for (int i = 0; i < depth && n < x.n; ++i) sum += codes[n * depth + i];
+    comp[n] = (kernel.a_offset - zero_point) * sum;
+    comp_expected[n] = -zero_point * sum;
+    scale[n] = n < x.n ? random_scale(largest_sum, random) : 0;
+    bias[n] = n < x.n ? random_bias(random) : 0;
+  }
+  p->comp = comp, p->scale = scale, p->bias = bias;
+  return comp_expected;
+}
+
+// Output and residual. Returns the output of the scalar kernel.
+uint8_t* place_output(const ConvCase& x, int slots, Random& random, ConvParams* p) {
+  Memory& m = memory();
+  const size_t count = static_cast<size_t>(slots - 1) * x.c_stride + x.n, size = x.f32 ? 4 : 1;
+  uint8_t* c = m.c.place<uint8_t>(count * size, x.at_end, random, size);
+  uint8_t* c_expected = m.c_expected.place<uint8_t>(count * size, x.at_end, random, size);
+  m.c_expected.copy_from(m.c);
+  p->c = c, p->c_stride = x.c_stride;
+  p->qmin = x.qmin, p->qmax = x.qmax;
+  if (x.residual) {
+    p->residual = x.in_place ? c : m.residual.place<uint8_t>(count, x.at_end, random);
+    p->residual_stride = x.c_stride;
+    p->residual_scale = random.uniform() * 4 - 2;
+  }
+  return c_expected;
+}
+
+// ---- Check ----------------------------------------------------------------------------------------------------------
+
+// Every pixel of the tiles as a tile of its own.
+std::vector<ConvTile> pixels_of(const std::vector<ConvTile>& tiles, const ConvParams& p) {
+  std::vector<ConvTile> pixels;
+  for (const ConvTile& tile : tiles)
+    for (int q = 0; q < tile.r * tile.groups; ++q) {
+      const int g = q / tile.r, i = q % tile.r;
+      pixels.push_back({{static_cast<uint32_t>(tile.a[g] + i * p.a_stride)},
+                        {static_cast<uint32_t>(tile.c[g] + i * p.c_stride)},
+                        {static_cast<uint32_t>(tile.residual[g] + i * p.residual_stride)},
+                        1,
+                        1});
+    }
+  return pixels;
+}
+
+// The scalar kernel, one pixel and one of its own panels at a time; p holds the arrays of all n channels.
+void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<ConvTile>& tiles, const int8_t* codes,
+                   bool f32) {
+  const int n = p.n, depth = p.taps * p.k;
+  const std::vector<ConvTile> pixels = pixels_of(tiles, p);
+  std::vector<uint8_t> w(panel_bytes(scalar, p.taps, p.k) + 64);
+  p.w = w.data() + (64 - reinterpret_cast<uintptr_t>(w.data()) % 64);
+  const ConvParams all = p;
+  for (int first = 0; first < n; first += scalar.nr) {
+    p.n = std::min(scalar.nr, n - first);
+    pack(scalar, codes + first * depth, p.taps, p.k, p.n, const_cast<void*>(p.w));
+    std::vector<int32_t> comp(scalar.nr);
+    std::vector<float> scale(scalar.nr), bias(scalar.nr);
+    std::copy_n(all.comp + first, p.n, comp.begin());
+    std::copy_n(all.scale + first, p.n, scale.begin());
+    std::copy_n(all.bias + first, p.n, bias.begin());
+    p.comp = comp.data(), p.scale = scale.data(), p.bias = bias.data();
+    p.c = static_cast<uint8_t*>(all.c) + first * (f32 ? 4 : 1);
+    if (all.residual) p.residual = all.residual + first;
+    (f32 ? scalar.f32 : scalar.qu8)(&p, pixels.data(), pixels.size());
+  }
+}
+
+bool check_case(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCase& x) {
+  describe_case(kernel.name, x);
+  Random random(x.seed);
+  ConvParams p{};
+  p.taps = x.taps, p.k = x.k, p.n = x.n;
+  const Tiles tiles = random_tiles(kernel, x, random);
+  place_input(x, tiles.list, random, &p);
+  const int zero_point = random.range(0, 255);
+  std::vector<int8_t> codes = random_codes(kernel, x, random);
+  place_weights(kernel, x, &codes, random, &p);
+  const std::vector<int32_t> lanes = lanes_of(x, kernel.nr);
+  p.lanes = lanes.data();
+  const std::vector<int32_t> comp_expected = place_channels(kernel, x, codes, zero_point, random, &p);
+  uint8_t* c_expected = place_output(x, tiles.slots, random, &p);
+  p.prefetch = random.range(0, 1) ? p.w : nullptr;  // any address is allowed
+  p.prefetch_bytes = random.range(0, 1) ? panel_bytes(kernel, x.taps, x.k) : 0;
+
+  (x.f32 ? kernel.f32 : kernel.qu8)(&p, tiles.list.data(), tiles.list.size());
+  p.c = c_expected, p.comp = comp_expected.data(), p.k = x.window();
+  if (x.in_place) p.residual = c_expected;
+  conv_expected(scalar, p, tiles.list, codes.data(), x.f32);
+  return memory().c.equals(memory().c_expected) || failed(kernel.name);
+}
+
+bool check(const Kernels& scalar, const Kernels& kernels) {
+  Random random(1);
+  for (int bits = 2; bits <= 8; ++bits) {
+    const ConvKernel& kernel = kernels.conv[bits];
+    for (int r = 1; r <= kernel.mr; ++r)
+      for (int groups = 1; groups <= kernel.groups; ++groups)
+        for (int i = 0; i < 40; ++i)
+          if (!check_case(scalar.conv[bits], kernel, random_case(kernel, bits, r, groups, random))) return false;
+  }
+  const ConvKernel& grouped = kernels.grouped;
+  for (int r = 1; grouped.qu8 && r <= grouped.mr; ++r)
+    for (int i = 0; i < 200; ++i)
+      if (!check_case(scalar.conv[8], grouped, random_grouped_case(grouped, r, random.range(1, 2), random)))
+        return false;
+  return true;
+}
+
+// ---- Benchmark ------------------------------------------------------------------------------------------------------
+
+// GMAC/s of `tiles` tiles of r x groups neighbouring pixels: a 1x1 convolution of `channels` outputs by panels.
+double bench_case(const ConvKernel& kernel, int k, int r, int groups, int tiles, int channels, bool residual) {
+  const int pixels = tiles * groups * r, n_panels = channels / kernel.nr;
+  const size_t panel = panel_bytes(kernel, 1, k);
+  Aligned<uint8_t> a(static_cast<size_t>(pixels) * k, 3), w(panel * n_panels, 1),
+      c(static_cast<size_t>(pixels) * channels);
+  Aligned<int32_t> comp(kernel.nr);
+  Aligned<float> scale(kernel.nr, 0.01f), bias(kernel.nr, 1.f);
+  std::vector<ConvTile> list(tiles);
+  for (int i = 0; i < tiles; ++i)
+    for (int g = 0; g < groups; ++g) {
+      const uint32_t pixel = static_cast<uint32_t>((i * groups + g) * r);
+      list[i].a[g] = pixel * k, list[i].c[g] = list[i].residual[g] = pixel * channels;
+      list[i].r = static_cast<uint8_t>(r), list[i].groups = static_cast<uint8_t>(groups);
+    }
+  const int32_t offset = 0;
+  ConvParams p{};
+  p.taps = 1, p.k = k, p.n = kernel.nr;
+  p.a = a.data(), p.a_stride = k, p.tap_offset = &offset;
+  p.comp = comp.data(), p.scale = scale.data(), p.bias = bias.data();
+  p.c_stride = p.residual_stride = channels, p.residual_scale = 0.5f;
+  p.qmax = 255, p.prefetch_bytes = panel;
+  return rate(1.0 * pixels * k * kernel.nr * n_panels, [&] {
+    for (int i = 0; i < n_panels; ++i) {
+      p.w = w.data() + i * panel;
+      p.c = c.data() + i * kernel.nr;
+      p.residual = residual ? c.data() + i * kernel.nr : nullptr;
+      p.prefetch = w.data() + (i + 1) % n_panels * panel;
+      kernel.qu8(&p, list.data(), list.size());
+    }
+  });
+}
+
+void bench(const Kernels& kernels) {
+  const char* previous = "";
+  for (int bits = 8; bits >= 2; --bits) {
+    const ConvKernel& kernel = kernels.conv[bits];
+    if (strcmp(kernel.name, previous) == 0) continue;
+    previous = kernel.name;
+    printf("%-46s GMAC/s at K =", kernel.name);
+    for (int k : {64, 128, 256, 512, 1024, 2048, 4608})
+      printf(" %d: %.0f", k, bench_case(kernel, k, kernel.mr, kernel.groups, 8, 4 * kernel.nr, false));
+    printf(" | 256 with residual: %.0f | K=256, pixels",
+           bench_case(kernel, 256, kernel.mr, kernel.groups, 8, 4 * kernel.nr, true));
+    for (int r : {1, 2, 4, kernel.mr})
+      if (r <= kernel.mr) printf(" %d: %.0f", r, bench_case(kernel, 256, r, 1, 8, 4 * kernel.nr, false));
+    const double gmacs = bench_case(kernel, 2048, 1, 1, 1, 8192, false);
+    printf(" | linear 2048x8192: %.1f GB/s\n", gmacs * (kernel.format == WeightFormat::s8x4 ? 1 : 2));
+  }
+}
+
+}  // namespace
+
+const Family kConvFamily = {check, bench};
+
+}  // namespace qdeploy

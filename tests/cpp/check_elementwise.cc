@@ -1,0 +1,60 @@
+// Element by element: add and table. An output may lie where an input does.
+#include "check_ukernels.h"
+
+namespace qdeploy {
+namespace {
+
+using Bytes = const uint8_t*;
+
+bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
+  Memory& m = memory();
+  Random random(seed);
+  const bool at_end = random.range(0, 1);
+  const size_t n = random.range(1, random.range(0, 3) ? 200 : 5000);
+  uint8_t* a = m.a.place<uint8_t>(n, at_end, random);
+  uint8_t* b = m.b.place<uint8_t>(n, at_end, random);
+  uint8_t* table = m.w.place<uint8_t>(256, at_end, random);
+  AddParams p{random.uniform() * 4 - 2, random.uniform() * 4 - 2, random_bias(random), 0, 0};
+  random_clamp(&p.qmin, &p.qmax, random);
+  const int in_place = random.range(0, 2);  // 0: no, 1: c is a, 2: c is b
+
+  describe("%s elementwise n=%zu scale_a=%a scale_b=%a bias=%a qmin=%d qmax=%d in_place=%d at_end=%d seed=%llu",
+           kernels.isa, n, p.scale_a, p.scale_b, p.bias, p.qmin, p.qmax, in_place, at_end,
+           static_cast<unsigned long long>(seed));
+  const auto same = [&](const char* name, size_t size, auto run) {
+    uint8_t* c = m.c.place<uint8_t>(n * size, at_end, random, size);
+    uint8_t* c_expected = m.c_expected.place<uint8_t>(n * size, at_end, random, size);
+    const bool c_is_a = in_place == 1 && size == 1, c_is_b = in_place == 2 && size == 1;
+    if (c_is_a || c_is_b) memcpy(c, c_is_a ? a : b, n);
+    m.c_expected.copy_from(m.c);
+    run(kernels, c_is_a ? c : a, c_is_b ? c : b, c);
+    run(scalar, a, b, c_expected);
+    return m.c.equals(m.c_expected) || failed(name);
+  };
+  return same("add_qu8", 1, [&](const Kernels& t, Bytes x, Bytes y, uint8_t* c) { t.add_qu8(&p, n, x, y, c); }) &&
+         same("add_f32", 4,
+              [&](const Kernels& t, Bytes x, Bytes y, uint8_t* c) {
+                t.add_f32(&p, n, x, y, reinterpret_cast<float*>(c));
+              }) &&
+         same("table", 1, [&](const Kernels& t, Bytes x, Bytes, uint8_t* c) { t.table(n, table, x, c); });
+}
+
+bool check(const Kernels& scalar, const Kernels& kernels) {
+  return check_seeds([&](uint64_t seed) { return check_case(scalar, kernels, seed); });
+}
+
+void bench(const Kernels& kernels) {
+  constexpr size_t kN = 1 << 16;
+  Aligned<uint8_t> inputs(1 << 20, 7), c(1 << 20), table(256, 1);
+  const uint8_t *a = inputs.data(), *b = a + kN;
+  const AddParams p = {0.5f, 0.5f, 0, 0, 255};
+  const double add = rate(kN, [&] { kernels.add_qu8(&p, kN, a, b, c.data()); });
+  const double lookup = rate(kN, [&] { kernels.table(kN, table.data(), a, c.data()); });
+  printf("%-46s add: %.2f | table: %.2f Gelement/s\n", kernels.isa, add, lookup);
+}
+
+}  // namespace
+
+const Family kElementwiseFamily = {check, bench};
+
+}  // namespace qdeploy
