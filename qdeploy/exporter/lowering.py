@@ -149,6 +149,9 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     return rule(site, *args, **kwargs)
 
 
+# ---- A function for each kind of operator -------------------------------------------------------------------------
+
+
 def _same(site: Site, x: Layer, *_: Any, **__: Any) -> Layer:
     dtype = site.node.meta["val"].dtype
     if dtype != torch.float32:
