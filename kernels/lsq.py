@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -123,16 +123,16 @@ def _(
     return torch.empty_like(value), torch.empty_like(step)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, step, *ctx.constants = inputs
     ctx.save_for_backward(value, step)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *lsq_backward(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None
 
 
-def _refuse(ctx, *grads: Tensor):
+def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
     raise InputError("expected one differentiation, got a second one of its gradients - at qdeploy::lsq")
 
 
@@ -145,7 +145,8 @@ View = tuple[Sequence[int], Sequence[int], int]
 
 def flat_views(values: Sequence[Tensor]) -> tuple[list[View], int]:
     """Shape, strides and first element of each value in one flat buffer, on 128 bytes of float32; and its elements."""
-    views, size = [], 0
+    views: list[View] = []
+    size = 0
     for value in values:
         views.append((value.shape, value.stride(), size))
         size += (value.numel() + 31) // 32 * 32
@@ -170,7 +171,13 @@ def _lsq_many(
 
 
 @_lsq_many.register_fake
-def _(values, steps, qmins, qmaxs, grad_scales) -> Tensor:
+def _(
+    values: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    qmins: Sequence[int],
+    qmaxs: Sequence[int],
+    grad_scales: Sequence[float],
+) -> Tensor:
     return values[0].new_empty(flat_views(values)[1])
 
 
@@ -191,7 +198,14 @@ def _lsq_many_backward(
 
 
 @_lsq_many_backward.register_fake
-def _(grads, values, steps, qmins, qmaxs, grad_scales) -> tuple[Tensor, Tensor]:
+def _(
+    grads: Sequence[Tensor],
+    values: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    qmins: Sequence[int],
+    qmaxs: Sequence[int],
+    grad_scales: Sequence[float],
+) -> tuple[Tensor, Tensor]:
     return values[0].new_empty(flat_views(values)[1]), values[0].new_empty(sum(step.numel() for step in steps))
 
 
@@ -203,7 +217,7 @@ class _LsqMany(torch.autograd.Function):
     differentiation; otherwise the kernels are called past them, which saves 0.1 ms for 53 weights."""
 
     @staticmethod
-    def forward(ctx, tables: Tables | None, constants: Constants, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, tables: Tables | None, constants: Constants, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.tables, ctx.constants = tables, constants
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -215,7 +229,7 @@ class _LsqMany(torch.autograd.Function):
         return tuple([flat.as_strided(*view) for view in views])
 
     @staticmethod
-    def backward(ctx, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, tables = ctx.saved_tensors, ctx.tables
         values, steps = _halves(tensors)
         grads = [torch.zeros_like(value) if grad is None else grad for grad, value in zip(found, values, strict=True)]

@@ -267,7 +267,7 @@ def _average_in_chunks(logits: Tensor, rule: str, probabilities: Tensor, classes
         logits = probabilities[None]
 
     sums = torch.empty(softmaxes, *grid, dtype=torch.int64, device=logits.device)
-    _total_kernel[(*grid, softmaxes)](logits, rows, *_strides(logits), largest, sums, **options)
+    _total_kernel[grid + (softmaxes,)](logits, rows, *_strides(logits), largest, sums, **options)
     total = sums.sum(-1).float()
     _normalise_kernel[grid](
         logits, softmaxes, rows, *_strides(logits), largest, total, probabilities, 1 / softmaxes, **options

@@ -160,7 +160,8 @@ def _matrix(value: Tensor, axis: int) -> tuple[int, int, int]:
     """(outer, channels, inner) of a dense tensor in the order of its memory."""
     if axis == -1 or value.shape[axis] == 1:
         return 1, 1, value.numel()
-    order = sorted(range(value.dim()), key=lambda i: -value.stride(i))
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda i: -strides[i])
     sizes = [value.shape[i] for i in order]
     at = order.index(axis)
     return math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :])

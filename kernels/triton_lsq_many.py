@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -215,16 +216,17 @@ def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple([tensor.data_ptr() for tensor in tensors])
 
 
+T = TypeVar("T")
 MAX_TABLES = 64  # 0.1 MB each for ResNet-50
-_tables: dict[tuple, Tables | Tensor] = {}  # the ones used last, oldest first
-_of_graphs: list[Tables | Tensor] = []  # what a captured CUDA graph reads whenever it runs; kept for ever
+_tables: dict[tuple, Any] = {}  # the ones used last, oldest first
+_of_graphs: list[Any] = []  # what a captured CUDA graph reads whenever it runs; kept for ever
 
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _upload(rows: list, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _upload(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table on the device, by a copy that the host does not wait for."""
     host = torch.tensor(rows, dtype=dtype, device="cpu")  # whatever the default device
     if device.type == "cpu":
@@ -237,14 +239,14 @@ def _upload(rows: list, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _cached(
     key: tuple,
-    make: Callable[[], Tables | Tensor | None],
+    make: Callable[[], T],
     device: torch.device,
-    good: Callable[[Tables | Tensor], bool] = lambda table: True,
-) -> Tables | Tensor | None:
+    good: Callable[[T], bool] = lambda table: True,
+) -> T:
     """What `make` returns; made once for a key, and again where it is not `good` any more."""
     if device.type == "cuda":
         key = torch.cuda.current_stream(device).cuda_stream, *key  # the copy is done for this stream alone
-    known = _tables.pop(key, None)
+    known: T | None = _tables.pop(key, None)
     if known is not None and not good(known):
         known = None
     table = make() if known is None else known

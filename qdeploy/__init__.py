@@ -1,7 +1,12 @@
 """Exact int8 inference of networks trained with learned step sizes: the same bits everywhere. Needs numpy only."""
 
+from typing import TYPE_CHECKING, Any
+
 from .errors import ExportError, InputError, ModelError, QdeployError
 from .model import Model, load_int_model
+
+if TYPE_CHECKING:
+    from .exporter import export, export_ensemble
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,9 +21,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in ("export", "export_ensemble"):  # these need torch, which `import qdeploy` must not
         from . import exporter  # not named export.py: importing a submodule would put the module where the function is
 
         return getattr(exporter, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -88,7 +88,7 @@ def _describe(member: Member) -> Report:
     macs = {node.name: node.constants["weight"].size * _pixels(member, node.output) for node in weighted}
     total = sum(macs.values())
     layers = []
-    for bits in sorted({node.bits for node in weighted}):
+    for bits in sorted({node.bits for node in weighted if node.bits is not None}):
         nodes = [node for node in weighted if node.bits == bits]
         weights = sum(node.constants["weight"].size for node in nodes)
         share = sum(macs[node.name] for node in nodes) / total
@@ -197,7 +197,8 @@ def bench(args: argparse.Namespace) -> Report:
 
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
     x = _image_like_input(model, args.batch)
-    others, absent = {}, {}
+    others: dict[str, peers.Run] = {}
+    absent: dict[str, str] = {}
     if args.peers:
         status("a first run of each peer, in a child process")
         others, absent = peers.contestants(format.load(args.file), x.shape, model.num_threads)

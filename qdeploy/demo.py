@@ -13,7 +13,7 @@ import numpy as np
 
 import qdeploy
 from qdeploy import _engine, format, reference
-from qdeploy.graph import Graph
+from qdeploy.graph import Graph, Node
 
 DATA = Path(__file__).parent / "demo_data"
 MODEL = DATA / "digits_eoq.safetensors"
@@ -30,7 +30,7 @@ def run(threads: int | None) -> dict:
     model = qdeploy.load_int_model(MODEL, num_threads=threads)
     probabilities = model(images)
     members = [_accuracy(_logits_of_member(graph, i, images, threads), labels) for i in range(len(graph.members))]
-    runs = {"numpy reference": reference.run(graph, images)}
+    runs = {"numpy reference": reference.run_all(graph, images)[0]}
     for isa in _engine.isas():
         runs[isa] = qdeploy.load_int_model(MODEL, num_threads=threads, isa=isa)(images)
     float32 = sum(4 * array.size for node in graph.members[0].nodes for array in _parameters(node))
@@ -84,13 +84,13 @@ def _accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((scores.argmax(1) == labels).mean())
 
 
-def _parameters(node) -> list[np.ndarray]:
+def _parameters(node: Node) -> list[np.ndarray]:
     return [node.constants[key] for key in ("weight", "bias")] if "weight" in node.constants else []
 
 
 def _latency_us(model: qdeploy.Model, images: np.ndarray) -> float:
     """Median over LATENCY_RUNS calls, or as many as fit in half a second."""
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + 0.5
     while len(times) < LATENCY_RUNS and (len(times) < 5 or time.perf_counter() < end):
         start = time.perf_counter()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -15,11 +15,22 @@ from .errors import InputError, ModelError
 if TYPE_CHECKING:
     from .gpu import GpuModel
 
-_DTYPES = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
+_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
 
 
+@overload
+def load_int_model(  # type: ignore[overload-overlap]  # a `str` is for a GPU, though at run time it may be "cpu"
+    path: str | os.PathLike[str],
+    num_threads: int | None = None,
+    isa: str | None = None,
+    device: Literal["cpu"] = "cpu",
+) -> Model: ...
+@overload
 def load_int_model(
-    path: str | os.PathLike, num_threads: int | None = None, isa: str | None = None, device: str = "cpu"
+    path: str | os.PathLike[str], num_threads: None = None, isa: None = None, *, device: str
+) -> GpuModel: ...
+def load_int_model(
+    path: str | os.PathLike[str], num_threads: int | None = None, isa: str | None = None, device: str = "cpu"
 ) -> Model | GpuModel:
     """Load a model file; an ensemble loads the same way.
 
@@ -39,7 +50,7 @@ def load_int_model(
     return Model(_engine.Session(os.fspath(path), _threads(num_threads), isa or ""), Path(path), num_threads, isa)
 
 
-def _load_on_gpu(path: str | os.PathLike, device: str, num_threads: int | None, isa: str | None) -> GpuModel:
+def _load_on_gpu(path: str | os.PathLike[str], device: str, num_threads: int | None, isa: str | None) -> GpuModel:
     if num_threads is not None or isa is not None:
         raise InputError(f"expected num_threads and isa with device 'cpu' only, got {device!r} - at load_int_model")
     try:
@@ -83,7 +94,7 @@ class Model:
         self._output = session.outputs[0]
         self._steps = session.plan(1)
         shape = self._activations[session.input]["shape"]
-        self._accepted = {np.dtype(np.float32): shape}
+        self._accepted: dict[np.dtype[Any], tuple[int, ...]] = {np.dtype(np.float32): shape}
         if session.preprocess:
             self._accepted[np.dtype(np.uint8)] = (shape[1], shape[2], shape[0])
 
@@ -135,6 +146,10 @@ class Model:
 
     # ---- Running --------------------------------------------------------------------------------------------------
 
+    @overload
+    def __call__(self, images: np.ndarray) -> np.ndarray: ...
+    @overload
+    def __call__(self, images: np.ndarray, taps: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
     def __call__(
         self, images: np.ndarray, taps: Sequence[str] = ()
     ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -146,10 +161,11 @@ class Model:
         in codes gives that ([N, C, H, W], float32 or uint8). With taps also a dict from name to uint8 codes or float32.
         Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
         """
+        images = self._checked(images)
         if not len(taps):
             return self._run(images)[0]
         ids = self._tap_ids(taps)
-        output, _, tapped = self._run(images, taps=ids.values())
+        output, tapped = self._run(images, taps=ids.values())
         return output, {name: array for name, (_, array) in zip(ids, tapped, strict=True)}
 
     def predict(self, images: np.ndarray) -> np.ndarray:
@@ -157,7 +173,10 @@ class Model:
         if len(self.outputs[0]["shape"]) != 1:
             shape = self.outputs[0]["shape"]
             raise InputError(f"expected a model with one score per class, got output {shape} - at predict")
-        return self._run(images, want_classes=True)[1]
+        images = self._checked(images)
+        classes = np.empty(len(images), np.int64)
+        self._run(images, classes=classes)
+        return classes
 
     def plan(self, batch: int = 1) -> list[dict]:
         """What runs each node: kernel, tile, split over threads, bits of the weights, MACs for `batch` images."""
@@ -165,22 +184,27 @@ class Model:
 
     def profile(self, images: np.ndarray, rounds: int = 10) -> list[dict]:
         """The plan with `microseconds` per node: the median of `rounds` runs of `images`."""
+        images = self._checked(images)
         seconds = np.zeros((rounds, len(self._steps)))
         for row in seconds:
             self._run(images, step_seconds=row)
         plan = self.plan(max(1, len(images)))
         return [{**step, "microseconds": s * 1e6} for step, s in zip(plan, np.median(seconds, axis=0), strict=True)]
 
-    def _run(self, images, taps=(), want_classes=False, step_seconds=None):
-        """Output, classes (or None) and pairs of the activations `taps` and what they hold."""
-        images = self._checked(images)
+    def _run(
+        self,
+        images: np.ndarray,
+        taps: Iterable[int] = (),
+        classes: np.ndarray | None = None,
+        step_seconds: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
+        """Output of checked images, and pairs of the activations `taps` and what they hold; fills the other two."""
         n = len(images)
         output = self._empty(n, self._output)
-        classes = np.empty(n, np.int64) if want_classes else None
         tapped = [(activation, self._empty(n, activation)) for activation in taps]
         if n:
             self._session.run(images, output, classes, tapped, step_seconds)
-        return output, classes, tapped
+        return output, tapped
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if isinstance(images, np.ndarray) and images.ndim and self._accepted.get(images.dtype) == images.shape[1:]:
@@ -209,7 +233,7 @@ class Model:
 
     # ---- Pickle ---------------------------------------------------------------------------------------------------
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., Model], tuple[Any, ...]]:
         if self._content is None and _stamp(self._path) != self._stamp:
             raise ModelError(f"expected the file that was loaded, got another or none (load again) - at {self._path}")
         content = self._path.read_bytes() if self._content is None else self._content

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -195,11 +195,14 @@ def measure(
     ours = sum(step["macs"] for step in model.plan(len(x)))
     theirs = ours if peer_macs is None else peer_macs
     runs: dict[str, Callable[[], object]] = {OURS: lambda: model(x)}
-    runs |= {name: lambda run=run: run(x) for name, run in others.items()}
+    runs |= {name: partial(run, x) for name, run in others.items()}
     before = peaks(model.isa)
-    gate = lambda: _engine.peak_gmacs(model.isa, "int8", GATE_SECONDS) or 1.0  # noqa: E731
+
+    def gate() -> float:
+        return _engine.peak_gmacs(model.isa, "int8", GATE_SECONDS) or 1.0
+
     timings = alternate(runs, rounds, progress, gate, calls)
-    best = {key: peak and max(peak, before[key]) for key, peak in peaks(model.isa).items()}
+    best = {key: peak and max(peak, before[key] or 0.0) for key, peak in peaks(model.isa).items()}
     rows = []
     for name, timing in timings.items():
         peak = best[name.rsplit(" ", 1)[1]]

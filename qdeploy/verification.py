@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qdeploy.gpu import GpuModel
 
 
-def verify(path: str | os.PathLike, inputs: dict[str, np.ndarray], device: str, progress: Status) -> list[dict]:
+def verify(path: str | os.PathLike[str], inputs: dict[str, np.ndarray], device: str, progress: Status) -> list[dict]:
     """One row for each of `inputs` (by kind) and each instruction set and thread count, or the one GPU, `device`.
 
     A row counts what was compared and what was different, and names the first node that was.
@@ -36,7 +36,7 @@ def verify(path: str | os.PathLike, inputs: dict[str, np.ndarray], device: str, 
     return rows
 
 
-def _runs(path: str | os.PathLike, device: str) -> list[tuple[str, int | None, Callable]]:
+def _runs(path: str | os.PathLike[str], device: str) -> list[tuple[str, int | None, Callable]]:
     """Instruction set (or GPU), threads, and what takes and returns arrays."""
     if device != "cpu":
         return [(device, None, _with_arrays(qdeploy.load_int_model(path, device=device)))]
@@ -51,10 +51,10 @@ def _with_arrays(model: GpuModel) -> Callable:
     import torch
 
     def run(x: np.ndarray, taps: list[str] | tuple = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
-        results = model(torch.from_numpy(x).to(model.device), taps=taps)
+        images = torch.from_numpy(x).to(model.device)
         if not taps:
-            return results.cpu().numpy()
-        output, tapped = results
+            return model(images).cpu().numpy()
+        output, tapped = model(images, taps=taps)
         return output.cpu().numpy(), {name: value.cpu().numpy() for name, value in tapped.items()}
 
     return run

@@ -82,6 +82,12 @@ def test_import_loads_nothing_optional():
     assert not set(OPTIONAL) & set(loaded)
 
 
+def test_dir_shows_what_is_imported_on_use():
+    found = python("import qdeploy.training, sys; print(*dir(qdeploy), *dir(qdeploy.training), *sys.modules)").split()
+    assert {"export", "export_ensemble", "MODELS", "quantize_", "summary"} <= set(found)
+    assert "torch" not in found
+
+
 def imported(tree: ast.AST) -> set[str]:
     """What an import of this module of qdeploy imports: not what stands in functions and in `if TYPE_CHECKING:`."""
     found: set[str] = set()

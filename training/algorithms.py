@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qdeploy.training.config import Config
-from qdeploy.training.quantize import project_steps_, quantize_, quantizers, step_group
+from qdeploy.training.quantize import parametrized_weight, project_steps_, quantize_, quantizers, step_group
 
 Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [B, C, H, W] and classes [B] of each source domain
 
@@ -24,7 +26,7 @@ class ERM:
 
     def _wrap(self) -> None:
         self._model = self.fabric.setup_module(self.net)
-        self._stepper = self.fabric.setup_optimizers(self.optimizer)
+        self._stepper: Any = self.fabric.setup_optimizers(self.optimizer)
 
     def update(self, step: int, minibatches: Minibatches) -> Tensor:
         """Makes update number `step` (from 0) and returns its loss."""
@@ -84,7 +86,7 @@ class QTDoG(ERM):
             for key in quantizers(self.net):
                 name, _, kind = key.rpartition(".")
                 if kind == "weight":
-                    self.net.get_submodule(name).parametrizations.weight.original.requires_grad_(False)
+                    parametrized_weight(self.net.get_submodule(name)).original.requires_grad_(False)
         if config.reset_optimizer:
             self.optimizer.state.clear()
         if config.qat_scope == "all":

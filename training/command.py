@@ -60,7 +60,8 @@ def main(args: argparse.Namespace) -> dict:
         raise InputError(f"expected two or more domains, got {len(benchmark.domains)} - at --domains")
     evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
     try:
-        fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
+        precision: Any = config.precision  # one of the choices of Config
+        fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=precision)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"expected a device of this machine, got {error} - at --accelerator") from error
     fabric.launch()

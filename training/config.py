@@ -17,13 +17,16 @@ _SCOPES = ("all", "no_s", "bn_head")
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that determines a run. None is filled in by `resolve` from the preset of the data."""
+    """Everything that determines a run.
+
+    A None whose type does not say so stands there only until `resolve` has put in the preset of the data.
+    """
 
     data: str = _option("digits-dg", "digits-dg, debug (random images), or a folder root/domain/class/image")
-    test_domain: str | None = _option(None, "the domain held out of training (required)")
+    test_domain: str = _option(None, "the domain held out of training (required)")
     domains: str | None = _option(None, "use only these domains, separated by commas")
     algorithm: str = _option("qt-dog", "training algorithm", ("erm", "qt-dog"))
-    model: str | None = _option(None, "network: a name in qdeploy.training.MODELS")
+    model: str = _option(None, "network: a name in qdeploy.training.MODELS")
     weights: str | None = _option(None, "pretrained weights to start from: a state dict, .pth or .safetensors")
     image_size: int = _option(224, "height and width for images of a folder")
     bits: int = _option(7, "bits of the weights, 2 to 8")
@@ -35,11 +38,11 @@ class Config:
         "all", "trains after the switch: all, no steps, or BatchNorm and classifier alone", _SCOPES
     )
     reset_optimizer: bool = _option(False, "forget the optimizer's moments at the switch")
-    steps: int | None = _option(None, "updates in all")
-    q_step: int | None = _option(None, "the update at whose start the network is quantized")
-    eval_every: int | None = _option(None, "updates between evaluations")
+    steps: int = _option(None, "updates in all")
+    q_step: int = _option(None, "the update at whose start the network is quantized")
+    eval_every: int = _option(None, "updates between evaluations")
     batch_size: int = _option(32, "images from each source domain in an update")
-    lr: float | None = _option(None, "Adam's learning rate")
+    lr: float = _option(None, "Adam's learning rate")
     lr_steps: float = _option(1e-5, "Adam's learning rate of the step sizes")
     seed: int = _option(0, "seed of the weights, the minibatches and the augmentation")
     split_seed: int = _option(0, "seed of the split of each domain into training and validation images")
@@ -49,8 +52,8 @@ class Config:
 
 
 # Small networks from scratch (Digits-DG), and fine-tuning as DomainBed and SWAD do it.
-_FROM_SCRATCH = {"model": "nin", "lr": 1e-3, "steps": 2001, "q_step": 800, "eval_every": 100}
-_FINE_TUNING = {"model": "resnet50", "lr": 5e-5, "steps": 5001, "q_step": 2000, "eval_every": 300}
+_FROM_SCRATCH: dict[str, Any] = {"model": "nin", "lr": 1e-3, "steps": 2001, "q_step": 800, "eval_every": 100}
+_FINE_TUNING: dict[str, Any] = {"model": "resnet50", "lr": 5e-5, "steps": 5001, "q_step": 2000, "eval_every": 300}
 
 
 def resolve(config: Config) -> Config:

@@ -17,10 +17,11 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +29,9 @@ from torch import Tensor
 
 from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, cache_folder
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PER_DOMAIN = 2000  # images kept of each Digits-DG source, so that the domains are balanced
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,7 +77,7 @@ class Benchmark:
 
     name: str
     classes: list[str]
-    domains: list[ArrayDomain] | list[FolderDomain]
+    domains: Sequence[ArrayDomain | FolderDomain]
     mean: tuple[float, ...]  # what was subtracted from and divided into pixels in [0, 1], by channel
     std: tuple[float, ...]
 
@@ -123,7 +127,7 @@ def _debug_benchmark() -> Benchmark:
     return Benchmark("debug", list("abcd"), domains, (0.0,), (1.0,))
 
 
-# --- Folders ---------------------------------------------------------------------------------------------------------
+# ---- Folders ------------------------------------------------------------------------------------------------------
 
 
 def _load_folder(root: Path, size: int) -> Benchmark:
@@ -167,11 +171,12 @@ def _load_image(path: Path, size: int, augment: tuple[int, int, int, int] | None
     return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
 
 
-def _augment(image, size: int, rng: np.random.Generator):
+def _augment(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
     """Random crop of 70 to 100% of the area, flip, color jitter of 0.3 and, in one of ten, gray (DomainBed)."""
     from PIL import Image, ImageEnhance, ImageOps
 
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=_crop_box(*image.size, rng))
+    box = _crop_box(image.width, image.height, rng)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
     for change in rng.permutation(4):
@@ -197,7 +202,7 @@ def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, i
     return 0, 0, width, height
 
 
-# --- Digits-DG -------------------------------------------------------------------------------------------------------
+# ---- Digits-DG ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ def _read_mat(data: bytes) -> dict[str, np.ndarray]:
     """The real matrices of a MATLAB 5 file (little-endian, compressed elements)."""
     types = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
 
-    def elements(buffer: bytes):
+    def elements(buffer: bytes) -> Iterator[tuple[int, bytes]]:
         offset = 0
         while offset + 8 <= len(buffer):
             kind, size = struct.unpack_from("<II", buffer, offset)

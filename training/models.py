@@ -63,6 +63,11 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """ResNet and, with groups, ResNeXt: `layers` blocks in each of four stages."""
 
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck],
@@ -119,7 +124,7 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, classes: int, in_channels: int = 3):
         super().__init__()
-        features = [nn.Sequential(*_conv_bn(in_channels, 32, 3, 2), nn.ReLU6(inplace=True))]
+        features: list[nn.Module] = [nn.Sequential(*_conv_bn(in_channels, 32, 3, 2), nn.ReLU6(inplace=True))]
         c_in = 32
         for expand, c_out, count, stride in self.STAGES:
             for i in range(count):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,7 @@ def summary(net: nn.Module) -> list[LayerSummary]:
         name, _, kind = key.rpartition(".")
         if kind != "weight":
             continue
-        weight = net.get_submodule(name).parametrizations.weight.original.float()
+        weight = parametrized_weight(net.get_submodule(name)).original.float()
         rest = weight / quantizer.step.reshape(-1, *[1] * (weight.dim() - 1))
         best = initial_step(_groups(weight, quantizer.axis), quantizer.qmin, quantizer.qmax, "mse")
         inputs = found.get(key.removesuffix("weight") + "input")
@@ -220,19 +221,21 @@ def summary(net: nn.Module) -> list[LayerSummary]:
     return rows
 
 
-def _select(net: nn.Module, weight_bits: int | Mapping[str, int], skip: Iterable[str] | None) -> dict:
+def _select(
+    net: nn.Module, weight_bits: int | Mapping[str, int], skip: Iterable[str] | None
+) -> dict[str, tuple[Any, int]]:
     """The layers to quantize: {name: (layer, bits)}."""
     layers = quantizable_layers(net)
     if isinstance(weight_bits, Mapping):
         if skip is not None:
             raise InputError("expected bits by layer or names to skip, got both - at quantize_")
-        wanted = dict(weight_bits)
+        wanted: dict[str, int | None] = {**weight_bits}
     else:
         skipped = list(layers)[-1:] if skip is None else list(skip)
-        wanted = dict.fromkeys(layers, weight_bits) | dict.fromkeys(skipped)
+        wanted = {**dict.fromkeys(layers, weight_bits), **dict.fromkeys(skipped)}
     if unknown := sorted(set(wanted) - set(layers)):
         raise InputError(f"expected names of convolutions or linear layers, got {', '.join(unknown)} - at quantize_")
-    return {name: (layer, wanted[name]) for name, layer in layers.items() if wanted.get(name) is not None}
+    return {name: (layer, bits) for name, layer in layers.items() if (bits := wanted.get(name)) is not None}
 
 
 def _check_bits(bits: int, where: str) -> None:
@@ -243,7 +246,13 @@ def _check_bits(bits: int, where: str) -> None:
 def _weight_quantizer(module: nn.Module) -> Quantizer | None:
     if not parametrize.is_parametrized(module, "weight"):
         return None
-    return next((p for p in module.parametrizations.weight if isinstance(p, Quantizer)), None)
+    return next((p for p in parametrized_weight(module) if isinstance(p, Quantizer)), None)
+
+
+def parametrized_weight(layer: nn.Module) -> parametrize.ParametrizationList:
+    """The weight as it trains, `original`, and what is done to it, of a layer with a quantizer."""
+    parametrizations: Any = layer.parametrizations
+    return parametrizations.weight
 
 
 def _groups(value: Tensor, axis: int) -> Tensor:
@@ -319,16 +328,18 @@ def _quantize_together(net: nn.Module) -> None:
     weights = {}
     for module in net.modules():
         quantizer = _weight_quantizer(module)
-        if quantizer is not None and module.parametrizations.weight[0] is quantizer:
-            weights[quantizer] = module.parametrizations.weight
-    net._quantized_weights = list(weights.items())  # an attribute, so that a copy of the network has its own
+        if quantizer is not None and parametrized_weight(module)[0] is quantizer:
+            weights[quantizer] = parametrized_weight(module)
+    pairs: Any = list(weights.items())
+    net._quantized_weights = pairs  # an attribute, so that a copy of the network has its own
 
 
 def _prepare_weights(net: nn.Module, args: tuple) -> None:
     if torch.compiler.is_exporting():
         return
     groups: dict[tuple[torch.device, bool], list[tuple[Quantizer, Tensor]]] = {}
-    for quantizer, weight in net._quantized_weights:
+    weights: Any = net._quantized_weights
+    for quantizer, weight in weights:
         value = weight.original
         # Replicas of nn.DataParallel and torch.func have plain tensors or subclasses, without an address of their own.
         if type(value) is nn.Parameter and on_gpu(value) and value.dtype == torch.float32:
@@ -347,13 +358,15 @@ def _prepare_weights(net: nn.Module, args: tuple) -> None:
 
 
 def _forget_weights(net: nn.Module, args: tuple, output: object) -> None:
-    for quantizer, _ in net._quantized_weights:
+    weights: Any = net._quantized_weights
+    for quantizer, _ in weights:
         if quantizer.prepared is not None:  # torch.export reports every assignment
             quantizer.prepared = None
 
 
 def _quantize_input(module: nn.Module, args: tuple) -> tuple:
-    return (module.input_quantizer(args[0]), *args[1:])
+    quantizer: Any = module.input_quantizer
+    return (quantizer(args[0]), *args[1:])
 
 
 @dataclass

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,7 +164,7 @@ def _evaluate(predict: Callable[[Tensor], Tensor], config: Config, benchmark: Be
         mine = positions[fabric.global_rank :: fabric.world_size]
         logits = apply(lambda images: predict(fabric.to_device(images)), benchmark, domain, mine)
         right = (logits.argmax(1) == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
-        accuracy[name] = int(fabric.all_reduce(right, reduce_op="sum")) / len(positions)
+        accuracy[name] = _reduced(right, "sum", fabric) / len(positions)
     sources = [d.name for d in benchmark.domains if d.name != config.test_domain]
     validation = sum(accuracy[f"{name}_out"] for name in sources) / len(sources)
     return {"validation": validation, "test": accuracy[f"{config.test_domain}_in"], "accuracy": accuracy}
@@ -201,6 +202,7 @@ def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -
     finally:
         minibatches.close()
     selected = select(state.records, _first_eligible(config))
+    assert selected is not None  # `resolve` lets no run end before an evaluation that may be selected
     if fabric.is_global_zero:
         with atomic_file(directory / MODEL) as file:
             torch.save({"config": asdict(config), "net": state.best}, file)
@@ -230,16 +232,16 @@ def _train(
                 raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {step}")
             state.losses.append(loss)
             state.step = step + 1
-            record = None
+            record: dict[str, Any] | None = None
             if step % config.eval_every == 0:
                 record = {"step": step, "quantized": algorithm.quantized, "loss": statistics.fmean(state.losses)}
                 record |= _evaluate(algorithm.predict, config, benchmark, fabric)
                 record["seconds"] = round(time.perf_counter() - began, 3)
                 state.losses.clear()
+                _append_log(directory, record, fabric)
                 state.records.append(record)
                 if select(state.records, _first_eligible(config)) is record:
                     state.best = {key: value.detach().clone() for key, value in algorithm.net.state_dict().items()}
-                _append_log(directory, record, fabric)
             show(record)
             signum = _agreed(signals, fabric)
             if record or signum:
@@ -330,7 +332,7 @@ def _append_log(directory: Path, record: dict, fabric: Fabric) -> None:
 def _signals() -> Iterator[list[int]]:
     """Collects the first SIGINT or SIGTERM; the second one does what it always does."""
     received: list[int] = []
-    previous: dict[int, object] = {}
+    previous: dict[int, Any] = {}
 
     def restore() -> None:
         for signum, handler in previous.items():
@@ -354,7 +356,13 @@ def _agreed(signals: list[int], fabric: Fabric) -> int:
     signum = signals[0] if signals else 0
     if fabric.world_size == 1:
         return signum
-    return int(fabric.all_reduce(torch.tensor(signum, device=fabric.device), reduce_op="max"))
+    return _reduced(torch.tensor(signum, device=fabric.device), "max", fabric)
+
+
+def _reduced(number: Tensor, how: str, fabric: Fabric) -> int:
+    """Of all processes together."""
+    reduced: Any = fabric.all_reduce(number, reduce_op=how)
+    return int(reduced)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
@@ -124,7 +125,11 @@ class Scales:
                 adders.setdefault(layer.value, []).append(_adder(layer, histogram))
 
         def all_of(functions: list[Callable[[np.ndarray], None]]) -> Callable[[Tensor], None]:
-            return lambda value: [function(value.numpy()) for function in functions]
+            def call(value: Tensor) -> None:
+                for function in functions:
+                    function(value.numpy())
+
+            return call
 
         self.network.trace.run(images, {node: all_of(functions) for node, functions in adders.items()})
 
@@ -244,7 +249,7 @@ def batches(
         raise InputError("expected at least one image, got none - at the calibration data")
 
 
-def _split(calibration: object, batch_size: int) -> Iterable[object]:
+def _split(calibration: Any, batch_size: int) -> Iterable[object]:
     if hasattr(calibration, "ndim") and hasattr(calibration, "shape"):  # one array or tensor: cut it
         length = calibration.shape[0] if calibration.ndim else 0
         return (calibration[i : i + batch_size] for i in range(0, length, batch_size))

@@ -30,9 +30,9 @@ from qdeploy.ops import OPS
 
 def emit(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
     """The integer graph of one network, whose weights are codes; `grids` are those of all layers but the last."""
-    for layer in [layer for layer in network.layers if isinstance(layer, Quantize)]:
-        if grids[layer] == grids[layer.inputs[0]] == layer.grid:
-            network.replace(layer, layer.inputs[0])
+    for quantize in [layer for layer in network.layers if isinstance(layer, Quantize)]:
+        if grids[quantize] == grids[quantize.inputs[0]] == quantize.grid:
+            network.replace(quantize, quantize.inputs[0])
     grids = {**grids, network.output: Grid(1.0, 0)}
     ids = {layer: i for i, layer in enumerate(network.layers)}
     tensors, nodes = [], []

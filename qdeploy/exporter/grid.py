@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -20,18 +21,18 @@ class Grid:
     low: int = 0
     high: int = 255
 
-    def codes(self, real: np.ndarray) -> np.ndarray:
+    def codes(self, real: ArrayLike) -> np.ndarray:
         """Nearest codes of `real`, in float64 and clamped: what tables of the file are made of."""
         return np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, self.low, self.high)
 
-    def real(self, codes: np.ndarray) -> np.ndarray:
+    def real(self, codes: ArrayLike) -> np.ndarray:
         """The real numbers (float64) that `codes` stand for."""
         return self.scale * (np.asarray(codes, np.float64) - self.zero_point)
 
     def covers(self, low: float, high: float) -> bool:
         """Whether every real number from `low` to `high` is at most half a step away from a code."""
         half = self.scale / 2
-        return self.real(self.low) - half <= low and high <= self.real(self.high) + half
+        return bool(self.real(self.low) - half <= low and high <= self.real(self.high) + half)
 
 
 def grid_of_range(low: float, high: float) -> Grid:

@@ -82,7 +82,7 @@ class Site:
     @property
     def target(self) -> Any:
         """The operator itself; of an in-place one, whose name ends in _, the functional one."""
-        target = self.node.target
+        target: Any = self.node.target
         name = getattr(target, "_opname", "")
         return getattr(getattr(aten, name[:-1]), target._overloadname) if name.endswith("_") else target
 
@@ -131,9 +131,8 @@ def _lowered(trace: Trace) -> Network:
 
 def _constant(node: fx.Node, trace: Trace) -> Any:
     if node.op == "call_function" and node.target is torch.ops.qdeploy.lsq.default:
-        value, step, qmin, qmax, axis = (
-            trace.constants.get(a, a) if isinstance(a, fx.Node) else a for a in node.args[:5]
-        )
+        arguments: Any = fx.map_arg(node.args[:5], lambda n: trace.constants[n])
+        value, step, qmin, qmax, axis = arguments
         if axis > 0:
             Site(node, trace, []).fail("steps per output channel (axis 0) or per tensor", f"axis {axis}")
         return LearnedWeight(value, step, qmin, qmax)
@@ -148,6 +147,9 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     if rule not in (_conv2d, _linear) and any(isinstance(a, LearnedWeight) for a in args):
         site.fail("a quantized weight that goes straight into conv2d or linear", f"aten.{site.operator} of it")
     return rule(site, *args, **kwargs)
+
+
+# ---- A function for each kind of operator -------------------------------------------------------------------------
 
 
 def _same(site: Site, x: Layer, *_: Any, **__: Any) -> Layer:
@@ -231,7 +233,7 @@ def _batch_norm(
     eps: float,
     cudnn: bool = False,
 ) -> Layer:
-    if training or mean is None:
+    if training or mean is None or variance is None:
         site.fail("BatchNorm with running statistics", "statistics of the batch")
     gamma = np.ones(x.shape[0]) if weight is None else _float64(weight)
     beta = np.zeros(x.shape[0]) if bias is None else _float64(bias)
@@ -353,7 +355,8 @@ def _ancestor(layers: list[Layer]) -> Layer | None:
 
 def _path(root: Layer, layer: Layer) -> Function:
     """The function that leads from `root` to `layer`."""
-    functions = [elementwise(step) for step in _ancestry(layer)[: _ancestry(layer).index(root)]]
+    chain = _ancestry(layer)
+    functions = [function for step in chain[: chain.index(root)] if (function := elementwise(step))]
 
     def composed(v: Tensor) -> Tensor:
         for function in reversed(functions):

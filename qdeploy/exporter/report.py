@@ -53,7 +53,7 @@ class ExportReport:
     def mac_share(self) -> dict[int, float]:
         """Share of the multiply-accumulates by bits of the weight; all of them are int8 arithmetic."""
         total = sum(layer.macs for layer in self.layers)
-        bits = sorted({layer.bits for layer in self.layers if layer.macs})
+        bits = sorted({layer.bits for layer in self.layers if layer.bits is not None and layer.macs})
         return {b: sum(layer.macs for layer in self.layers if layer.bits == b) / total for b in bits}
 
     @property
@@ -103,7 +103,7 @@ def images_to_compare(networks: list[Network]) -> int:
     return int(np.clip(REPORT_MACS / max(macs, 1), 2, REPORT_IMAGES))
 
 
-def compare(graph: Graph, networks: list[Network], path: str | os.PathLike, images: np.ndarray) -> ExportReport:
+def compare(graph: Graph, networks: list[Network], path: str | os.PathLike[str], images: np.ndarray) -> ExportReport:
     """Runs the file written to `path` by the engine and the networks in float32 on f32 `images`."""
     compared = [
         [layer for layer in network.layers if not layer.same_grid and not isinstance(layer, Input)]

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ LAUNCHES_TIMED, ROUNDS_TIMED = 20, 10
 SMALL_BATCH = 16  # up to here one network leaves multiprocessors idle, and the members of an ensemble run side by side
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cuda") -> GpuModel:
+def load(path: str | os.PathLike[str], device: str | torch.device = "cuda") -> GpuModel:
     """Load a model file onto a GPU of compute capability 8.0 or newer.
 
     Raises ModelError for a file that cannot be run, InputError for a device that is not there.
@@ -85,13 +86,13 @@ class GpuModel:
         self._images_per_chunk = max(1, (MAX_OFFSET - 1) // max(p.largest for p in self._programs))
         self._captured: OrderedDict[int, _Captured] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool = None
+        self._pool: Any = None  # of memory for the graphs
         # To capture on: the main one, then one for each member. Memory of a graph belongs to the stream that took it.
         count = 1 + len(self._programs) if device.type == "cuda" else 0
         with self._context():
             self._streams = [torch.cuda.Stream() for _ in range(count)]
 
-    def __del__(self):
+    def __del__(self) -> None:
         self._wait()  # the graphs and their memory must not go while one runs
 
     # ---- Description ----------------------------------------------------------------------------------------------
@@ -136,6 +137,10 @@ class GpuModel:
 
     # ---- Running --------------------------------------------------------------------------------------------------
 
+    @overload
+    def __call__(self, images: Tensor) -> Tensor: ...
+    @overload
+    def __call__(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]: ...
     def __call__(self, images: Tensor, taps: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Run a batch of any size.
 
@@ -363,7 +368,7 @@ class GpuModel:
 
     # ---- Pickle ---------------------------------------------------------------------------------------------------
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[..., GpuModel], tuple[Any, ...]]:
         return _restore, (self._content, self._path, str(self.device))
 
 
@@ -384,7 +389,7 @@ _capture_lock = threading.Lock()
 
 
 @contextmanager
-def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple | None = None) -> Iterator[None]:
+def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: Any = None) -> Iterator[None]:
     """Records what is launched on the current device. One at a time in the process: beginning a capture synchronizes
     the device, which another thread's capture does not survive. PyTorch's default stream for captures is of the GPU
     that captured first, so it has to be given."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from qdeploy.kernels.int8_weights import channel_stride, pack_conv
 
 def chw(activation: Activation) -> tuple[int, int, int]:
     """The shape as (C, H, W)."""
-    return (*activation.shape, 1, 1)[:3]
+    c, h, w = (*activation.shape, 1, 1)[:3]
+    return c, h, w
 
 
 def empty(activation: Activation, n: int, device: torch.device) -> Tensor:
@@ -63,7 +65,8 @@ class Step:
     @property
     def clamp(self) -> tuple[int, int]:
         """Of u8 outputs; f32 ones have none, and their kernels do not look at it."""
-        return tuple(self.node.attributes.get("clamp", (0, 255)))
+        low, high = self.node.attributes.get("clamp", (0, 255))
+        return low, high
 
     @property
     def macs(self) -> int:
@@ -86,7 +89,8 @@ class Conv(Step):
             inputs[0].zero_point,
             device,
         )
-        self._window = {key: tuple(attributes[key]) for key in ("stride", "padding", "dilation") if key in attributes}
+        keys = ("stride", "padding", "dilation")
+        self._window: dict[str, Any] = {key: tuple(attributes[key]) for key in keys if key in attributes}
         self._tuned = TunedTiles(_name_of(device))
         self._tiles: dict[int, Tile] = {}
 
@@ -94,10 +98,16 @@ class Conv(Step):
         self.launch_with(self.tile(len(out)), values, out)
 
     def launch_with(self, tile: Tile, values: Sequence[Tensor], out: Tensor) -> None:
-        residual = values[1] if len(values) > 1 else None
-        factor = self.node.attributes.get("residual_multiplier", 0.0)
-        options = {"clamp": self.clamp, "residual": residual, "residual_multiplier": float(np.float32(factor))}
-        triton_int8_conv.conv(values[0], self._packed, out, tile, **self._window, **options)
+        triton_int8_conv.conv(
+            values[0],
+            self._packed,
+            out,
+            tile,
+            **self._window,
+            clamp=self.clamp,
+            residual=values[1] if len(values) > 1 else None,
+            residual_multiplier=float(np.float32(self.node.attributes.get("residual_multiplier", 0.0))),
+        )
 
     def tile(self, n: int) -> Tile:
         """The fastest tile for `n` images, where this GPU has been tuned for them; else one chosen by rule."""
@@ -141,9 +151,10 @@ class Add(Step):
     kernel = "add"
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
-        multipliers = tuple(float(np.float32(m)) for m in self.node.attributes["multipliers"])
+        a, b = values
+        ma, mb = (float(np.float32(m)) for m in self.node.attributes["multipliers"])
         bias = float(np.float32(self.node.attributes["bias"]))
-        triton_int8.add(*values, out, chw(self.output)[0], multipliers, bias, self.clamp)
+        triton_int8.add(a, b, out, chw(self.output)[0], (ma, mb), bias, self.clamp)
 
 
 class Pool(Step):
@@ -155,7 +166,7 @@ class Pool(Step):
         super().__init__(node, inputs, output, device)
         attributes = node.attributes
         keys = ("kernel", "stride", "padding", "dilation")
-        self._options = {key: tuple(attributes[key]) for key in keys if key in attributes}
+        self._options: dict[str, Any] = {key: tuple(attributes[key]) for key in keys if key in attributes}
         if node.op == "avg_pool2d":
             self._options |= {"multiplier": self.constant("multiplier"), "bias": float(np.float32(attributes["bias"]))}
             self._options |= {"zero_point": inputs[0].zero_point, "clamp": self.clamp}
@@ -235,7 +246,7 @@ class Program:
     def quantize(self, images: Tensor, codes: Tensor, bad: Tensor) -> None:
         """f32 [N, C, H, W] or u8 [N, H, W, C] to the codes of the input; sets bad (i32 [1]) at NaN or infinity."""
         target = self.member.tensors[0]
-        if images.dtype == torch.uint8:
+        if images.dtype == torch.uint8 and self._preprocess is not None:
             triton_int8.lookup(images, self._preprocess, codes, chw(target)[0])
         else:
             triton_int8.quantize(images, codes, float(np.float32(target.scale)), target.zero_point, bad)
