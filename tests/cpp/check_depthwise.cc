@@ -36,7 +36,6 @@ void place_channels(Fill fill, bool at_end, Random& random, DepthwiseParams* p) 
 }
 
 bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
-  Memory& m = memory();
   Random random(seed);
   static const int kTaps[] = {1, 2, 3, 9, 9, 15, 25, 49};
   const bool at_end = random.range(0, 1);
@@ -50,19 +49,17 @@ bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   place_input(pixels, a_fill, at_end, random, &p);
   place_channels(w_fill, at_end, random, &p);
   random_clamp(&p.qmin, &p.qmax, random);
-  const size_t count = (pixels - 1) * p.c_stride + p.n;
-  p.c = m.c.place<uint8_t>(count, at_end, random);
-  DepthwiseParams expected = p;
-  expected.c = m.c_expected.place<uint8_t>(count, at_end, random);
-  m.c_expected.copy_from(m.c);
+  const Outputs outputs = place_outputs((pixels - 1) * p.c_stride + p.n, 1, at_end, random);
   describe(
       "%s depthwise taps=%d n=%d pixels=%d a_stride=%td w_stride=%td c_stride=%td at_end=%d a=%s w=%s qmin=%d qmax=%d "
       "seed=%llu",
       kernels.isa, p.taps, p.n, pixels, p.a_stride, p.w_stride, p.c_stride, at_end, fill_name(a_fill),
       fill_name(w_fill), p.qmin, p.qmax, static_cast<unsigned long long>(seed));
+  p.c = outputs.c;
   kernels.depthwise(&p, pixels);
-  scalar.depthwise(&expected, pixels);
-  return m.c.equals(m.c_expected) || failed("depthwise");
+  p.c = outputs.expected;
+  scalar.depthwise(&p, pixels);
+  return same_outputs("depthwise");
 }
 
 bool check(const Kernels& scalar, const Kernels& kernels) {

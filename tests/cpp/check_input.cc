@@ -38,7 +38,6 @@ bool place_planes(bool at_end, Random& random, QuantizeParams* p) {
 }
 
 bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
-  Memory& m = memory();
   Random random(seed);
   const bool at_end = random.range(0, 1);
   static const size_t kChannels[] = {1, 1, 2, 3, 3, 3, 4, 5, 7, 16, 33};
@@ -50,19 +49,17 @@ bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   p.inv_scale = random.range(0, 2) ? random.uniform() * 100 + 0.1f : std::ldexp(1.f, random.range(-3, 6));
   p.zero_point = static_cast<float>(random.range(0, 255));
   const bool finite = place_planes(at_end, random, &p);
-  const size_t count = (p.pixels - 1) * p.c_stride + p.channels;
-  p.c = m.c.place<uint8_t>(count, at_end, random);
-  QuantizeParams expected = p;
-  expected.c = m.c_expected.place<uint8_t>(count, at_end, random);
-  m.c_expected.copy_from(m.c);
+  const Outputs outputs = place_outputs((p.pixels - 1) * p.c_stride + p.channels, 1, at_end, random);
   describe(
       "%s quantize pixels=%zu channels=%zu plane_stride=%td c_stride=%td inv_scale=%a zero_point=%g finite=%d "
       "at_end=%d seed=%llu",
       kernels.isa, p.pixels, p.channels, p.plane_stride, p.c_stride, p.inv_scale, p.zero_point, finite, at_end,
       static_cast<unsigned long long>(seed));
+  p.c = outputs.c;
   if (kernels.quantize(&p) != finite) return failed("quantize, what it returned");
-  scalar.quantize(&expected);
-  return !finite || m.c.equals(m.c_expected) || failed("quantize");
+  p.c = outputs.expected;
+  scalar.quantize(&p);
+  return !finite || same_outputs("quantize");
 }
 
 bool check(const Kernels& scalar, const Kernels& kernels) {

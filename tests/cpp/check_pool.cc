@@ -27,7 +27,6 @@ void describe_case(const char* isa, const AvgPoolParams& p, bool at_end, uint64_
 }
 
 bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
-  Memory& m = memory();
   Random random(seed);
   const bool at_end = random.range(0, 1);
   AvgPoolParams p{};
@@ -36,7 +35,7 @@ bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   const size_t a_count = (window.pixels - 1) * window.a_stride + (window.rows - 1) * window.row_stride +
                          (window.cols - 1) * window.col_stride + window.n;
   const size_t c_count = (window.pixels - 1) * window.c_stride + window.n;
-  uint8_t* a = m.a.place<uint8_t>(a_count, at_end, random);
+  uint8_t* a = memory().a.place<uint8_t>(a_count, at_end, random);
   fill_u8(a, a_count, random.pick(kFills), random);
   window.a = a;
   p.zero_point = random.range(0, 255);
@@ -46,12 +45,10 @@ bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
 
   describe_case(kernels.isa, p, at_end, seed);
   const auto same = [&](const char* name, size_t size, auto run) {
-    uint8_t* c = m.c.place<uint8_t>(c_count * size, at_end, random, size);
-    uint8_t* c_expected = m.c_expected.place<uint8_t>(c_count * size, at_end, random, size);
-    m.c_expected.copy_from(m.c);
-    run(kernels, c);
-    run(scalar, c_expected);
-    return m.c.equals(m.c_expected) || failed(name);
+    const Outputs outputs = place_outputs(c_count, size, at_end, random);
+    run(kernels, outputs.c);
+    run(scalar, outputs.expected);
+    return same_outputs(name);
   };
   return same("max_pool", 1, [&](const Kernels& t, uint8_t* c) { t.max_pool(&window, c); }) &&
          same("avg_pool_qu8", 1, [&](const Kernels& t, uint8_t* c) { t.avg_pool_qu8(&p, c); }) &&

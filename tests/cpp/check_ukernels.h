@@ -156,6 +156,19 @@ inline Memory& memory() {
   return memory;
 }
 
+// The outputs of the kernel and of the scalar one, `count` elements of `size` bytes, alike with all that is around them.
+struct Outputs {
+  uint8_t *c, *expected;
+};
+
+inline Outputs place_outputs(size_t count, size_t size, bool at_end, Random& random) {
+  Memory& m = memory();
+  const Outputs outputs = {m.c.place<uint8_t>(count * size, at_end, random, size),
+                           m.c_expected.place<uint8_t>(count * size, at_end, random, size)};
+  m.c_expected.copy_from(m.c);
+  return outputs;
+}
+
 // ---- Reports --------------------------------------------------------------------------------------------------------
 
 inline char current_case[1024];  // what is being checked, for the report of a difference or a crash
@@ -171,6 +184,9 @@ inline bool failed(const char* kernel) {
   printf("FAILED %s\n  %s\n", kernel, current_case);
   return false;
 }
+
+// Whether the two outputs, and all that is around them, are still alike.
+inline bool same_outputs(const char* kernel) { return memory().c.equals(memory().c_expected) || failed(kernel); }
 
 // ---- Benchmark ------------------------------------------------------------------------------------------------------
 
