@@ -60,6 +60,11 @@ class Op:
         return not self.same_grid
 
     @property
+    def may_be_flat(self) -> bool:
+        """Scores by global pooling: an f32 output [C, 1, 1] of a window may be declared [C]."""
+        return self.requantized and "stride" in self.attributes
+
+    @property
     def has_weight(self) -> bool:
         return "weight" in self.constants
 

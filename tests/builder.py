@@ -170,3 +170,40 @@ def batch(graph: Graph, n: int, rng: np.random.Generator, dtype: type = np.float
     codes = np.where(rng.random(codes.shape) < 0.5, codes, rng.uniform(-20, 275, codes.shape))
     x = (codes - tensor.zero_point) * tensor.scale
     return np.where(rng.random(x.shape) < 0.01, np.copysign(3e38, x), x).astype(np.float32)
+
+
+# ---- Networks with every op ------------------------------------------------------------------------------------------
+
+
+def every_op(name: str, seed: int) -> Member:
+    """A small network with every op and every number of bits; groups, depthwise, dilation, residual, both pools."""
+    net = Builder(np.random.default_rng(seed), (3, 13, 11), (0.02, 100 + seed))
+    x = net.conv2d(0, 24, (3, 3), (2, 2), (1, 1, 1, 1), bits=8, exact=True)
+    y = net.conv2d(x, 24, (3, 3), (1, 1), (1, 1, 1, 1), groups=24, bits=7)
+    y = net.conv2d(y, 24, (1, 1), bits=6, residual=x)
+    z = net.conv2d(y, 12, (3, 2), (1, 1), (2, 0, 2, 2), dilation=(2, 2), groups=4, bits=5, quantization=(0.03, 9))
+    w = net.max_pool2d(y, (3, 3), (1, 1), (1, 1, 1, 1))
+    w = net.conv2d(w, 12, (1, 1), bits=4, clamp=(9, 200), quantization=(0.03, 9))
+    x = net.concat([z, net.table(w, quantization=(0.03, 9))])
+    x = net.add(x, y, exact=True)
+    x = net.avg_pool2d(x, (3, 3), (2, 2), (1, 1, 1, 1))
+    x = net.reshape(x, (24 * 4 * 3,))
+    x = net.linear(x, 33, bits=3)
+    net.linear(x, 10, bits=2, dtype="f32", size=0.05)
+    return net.member(name)
+
+
+def small_network() -> Graph:
+    """Every op, preprocess and classes in a small file."""
+    entry = {"mean": [0.5, 0.25, 0.125], "std": [0.25, 0.5, 1.0]}
+    builder = Builder(np.random.default_rng(0), (3, 6, 5), (0.02, 110))
+    a = builder.conv2d(0, 6, (3, 3), (2, 1), (1, 0, 1, 2), bits=5, groups=3)
+    b = builder.conv2d(0, 6, (3, 1), (2, 1), (1, 0, 1, 0), bits=7, residual=a, clamp=(10, 250))
+    c = builder.table(a, quantization=builder.quantization(b))
+    d = builder.concat([b, c])
+    e = builder.add(d, d)
+    f = builder.max_pool2d(e, (2, 2), (1, 2), (1, 0, 0, 1), (1, 2))
+    g = builder.avg_pool2d(f, (2, 2), (2, 2), (0, 0, 1, 1))
+    h = builder.reshape(g, (math.prod(builder.shape(g)),))
+    builder.linear(h, 2, bits=3, dtype="f32")
+    return Graph([builder.member(preprocess=entry)], preprocess=entry, classes=["cat", "dog"])

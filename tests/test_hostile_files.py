@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from builder import Builder, batch
+from builder import Builder, batch, small_network
 
 import qdeploy
 from qdeploy import _engine, reference
@@ -51,22 +51,6 @@ VALUES = [
 DEEP = "@deep@"  # stands for many brackets, which json.dumps cannot write
 
 
-def network() -> Graph:
-    """All ops, preprocess and classes in a small file."""
-    entry = {"mean": [0.5, 0.25, 0.125], "std": [0.25, 0.5, 1.0]}
-    builder = Builder(np.random.default_rng(0), (3, 6, 5), (0.02, 110))
-    a = builder.conv2d(0, 6, (3, 3), (2, 1), (1, 0, 1, 2), bits=5, groups=3)
-    b = builder.conv2d(0, 6, (3, 1), (2, 1), (1, 0, 1, 0), bits=7, residual=a, clamp=(10, 250))
-    c = builder.table(a, quantization=builder.quantization(b))
-    d = builder.concat([b, c])
-    e = builder.add(d, d)
-    f = builder.max_pool2d(e, (2, 2), (1, 2), (1, 0, 0, 1), (1, 2))
-    g = builder.avg_pool2d(f, (2, 2), (2, 2), (0, 0, 1, 1))
-    h = builder.reshape(g, (math.prod(builder.shape(g)),))
-    builder.linear(h, 2, bits=3, dtype="f32")
-    return Graph([builder.member(preprocess=entry)], preprocess=entry, classes=["cat", "dog"])
-
-
 def ensemble() -> Graph:
     members = []
     for i in range(3):
@@ -76,7 +60,7 @@ def ensemble() -> Graph:
     return Graph(members, "probs")
 
 
-GRAPHS = {"network": network, "ensemble": ensemble}
+GRAPHS = {"network": small_network, "ensemble": ensemble}
 
 
 # ---- What runs in the child ------------------------------------------------------------------------------------------
@@ -408,7 +392,7 @@ def set_place(*keys: str | int, **changes):
     return edited(change_graph=change)
 
 
-PLACES = {  # name: function of the bytes of `network`, what the engine says before the file's name
+PLACES = {  # name: function of the bytes of `small_network`, what the engine says before the file's name
     "a key": (
         set_place("nodes", 1, bias=7),
         "expected a string, got number - at key `bias` of node `conv2d.1` of member `net`",
@@ -440,7 +424,7 @@ PLACES = {  # name: function of the bytes of `network`, what the engine says bef
 @pytest.mark.parametrize("case", PLACES)
 def test_places_in_errors_of_the_engine(tmp_path, case):
     path = tmp_path / "m.safetensors"
-    save(network(), path)
+    save(small_network(), path)
     change, message = PLACES[case]
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(ModelError) as error:

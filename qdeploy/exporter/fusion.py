@@ -15,7 +15,6 @@ import numpy as np
 from qdeploy.exporter.layers import (
     Add,
     Affine,
-    AvgPool2d,
     Clamp,
     Codes,
     Conv2d,
@@ -63,11 +62,11 @@ def _remove_unused(network: Network) -> None:
 
 
 def _fold_affine(network: Network, affine: Affine) -> bool:
-    """Into the layer before it, if nothing else reads that one; into add and average pools only if it is uniform."""
+    """Into the layer before it, if nothing else reads that one. What has one scale takes one scale only."""
     x = affine.inputs[0]
     if network.only_user(x) is not affine or x.clamped or not isinstance(x, (Scaled, Add)):
         return False
-    if isinstance(x, (Add, AvgPool2d)) and not affine.uniform:
+    if len(x.shift) == 1 and not affine.uniform:
         return False
     if isinstance(x, Weighted):
         if len(x.inputs) == 2 and np.ptp(affine.scale):  # a residual has one factor for all channels
@@ -196,11 +195,14 @@ def _rewrite(network: Network, layer: Layer) -> bool:
 
 REWRITES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
     "affine": (_fold_affine, _merge_table),
-    "conv2d": (_fold_pad,),
-    "add": (_fold_factor, _fuse_add),
-    "max_pool2d": (_merge_slices,),
     "clamp": (_fuse_clamp, _merge_table),
+    "conv2d": (_fold_pad,),
+    "linear": (),
+    "max_pool2d": (_merge_slices,),
+    "avg_pool2d": (),
+    "add": (_fold_factor, _fuse_add),
     "table": (_merge_table,),
+    "concat": (),
     "reshape": (_merge_reshape,),
 }
 

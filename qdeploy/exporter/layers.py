@@ -95,7 +95,7 @@ class Input(Layer):
 
 @dataclass(eq=False, kw_only=True)
 class Scaled(Layer):
-    """A linear part that ends in `scale[c] * ... + shift[c]`; float64 [channels], of a pool [1]."""
+    """A linear part that ends in `scale[c] * ... + shift[c]`; float64 [channels], or [1] where all share one."""
 
     scale: np.ndarray
     shift: np.ndarray
