@@ -139,6 +139,18 @@ struct AddParams {
 using AddQu8Fn = void (*)(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, uint8_t* c);
 using AddF32Fn = void (*)(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, float* c);
 
+// acc = (a - zero_point_a) * (b - zero_point_b); r = fma(float(acc), multiplier, bias). `pixels` times n elements,
+// which follow each other in a and c; in b too, or, with b_stride 0, the same n for every pixel: a gate. c may be a.
+struct MulParams {
+  size_t pixels, n;
+  ptrdiff_t b_stride;  // n or 0
+  int32_t zero_point_a, zero_point_b;
+  float multiplier, bias;
+  uint8_t qmin, qmax;
+};
+using MulQu8Fn = void (*)(const MulParams* params, const uint8_t* a, const uint8_t* b, uint8_t* c);
+using MulF32Fn = void (*)(const MulParams* params, const uint8_t* a, const uint8_t* b, float* c);
+
 // c[i] = table[a[i]]; c may be a.
 using TableFn = void (*)(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c);
 
@@ -165,6 +177,8 @@ struct Kernels {
   AvgPoolF32Fn avg_pool_f32;
   AddQu8Fn add_qu8;
   AddF32Fn add_f32;
+  MulQu8Fn mul_qu8;
+  MulF32Fn mul_f32;
   TableFn table;
   QuantizeFn quantize;
 };

@@ -104,6 +104,40 @@ def _add_kernel(
 
 
 @triton.jit
+def _mul_kernel(
+    a_ptr,  # u8 [pixels, a_stride]
+    b_ptr,  # u8 [pixels / repeat, b_stride]
+    out_ptr,  # u8 or f32 [pixels, out_stride]
+    pixels,
+    C,
+    a_stride,
+    b_stride,
+    out_stride,
+    repeat,  # pixels that share one of b: 1, or those of an image where b is a gate
+    a_zero_point,
+    b_zero_point,
+    multiplier,
+    bias,
+    low,
+    high,
+    CODES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """This program multiplies BLOCK_P pixels of BLOCK_C channels."""
+    pixel, channel = _offsets(C, BLOCK_P, BLOCK_C)
+    mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    a = tl.load(a_ptr + pixel[:, None] * a_stride + channel[None, :], mask=mask, other=0).to(tl.int32)
+    b = tl.load(b_ptr + (pixel // repeat)[:, None] * b_stride + channel[None, :], mask=mask, other=0).to(tl.int32)
+    acc = ((a - a_zero_point) * (b - b_zero_point)).to(tl.float32)
+    zeros = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    result = tl.fma(acc, zeros + multiplier, zeros + bias)
+    if CODES:
+        result = round_to_u8(clamp(result, low, high))
+    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], result, mask=mask)
+
+
+@triton.jit
 def _pool_kernel(
     x_ptr,  # u8 [N, H, W, x_stride]
     multiplier_ptr,  # f32 [1] or [KH * KW]; not read by max
@@ -211,6 +245,39 @@ def add(
         b.shape[3],
         out_stride,
         *multipliers,
+        bias,
+        float(clamp[0]),
+        float(clamp[1]),
+        CODES=out.dtype.itemsize == 1,
+        **blocks,
+    )
+
+
+def mul(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    channels: int,
+    zero_points: tuple[int, int],
+    multiplier: float,
+    bias: float,
+    clamp: tuple[int, int],
+) -> None:
+    """The product of two u8 [N, H, W, stride] under the output rule; b may be a gate [N, 1, 1, stride]."""
+    n, h, w, out_stride = out.shape
+    grid, blocks = _elementwise(n * h * w, channels)
+    _mul_kernel[grid](
+        a,
+        b,
+        out,
+        n * h * w,
+        channels,
+        a.shape[3],
+        b.shape[3],
+        out_stride,
+        h * w // (b.shape[1] * b.shape[2]),
+        *zero_points,
+        multiplier,
         bias,
         float(clamp[0]),
         float(clamp[1]),

@@ -178,6 +178,14 @@ def _add(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
     return writer.clamp(_shifted(writer, writer.add("Add", terms), offset, output), node, output)
 
 
+def _mul(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+    """ONNX broadcasts a gate [N, C, 1, 1] as the engine does."""
+    (a, a_tensor), (b, b_tensor) = inputs
+    factor = node.attributes["multiplier"] * output.scale / (a_tensor.scale * b_tensor.scale)
+    result = _scaled(writer, writer.add("Mul", [a, b]), factor)
+    return writer.clamp(_shifted(writer, result, node.attributes["bias"] - output.zero_point, output), node, output)
+
+
 def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
     attributes = {f"{key}s": list(node.attributes[key]) for key in ("stride", "dilation")}
     shape = list(node.attributes["kernel"])
@@ -231,6 +239,7 @@ OPS: dict[str, Callable[[_Writer, Node, Inputs, Tensor], str]] = {
     "conv2d": _weighted,
     "linear": _weighted,
     "add": _add,
+    "mul": _mul,
     "max_pool2d": _max_pool,
     "avg_pool2d": _avg_pool,
     "table": _table,

@@ -244,6 +244,16 @@ def _check_add(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) ->
     check_bound(255.0 * ma + 255.0 * mb + bias, output, at)
 
 
+def _check_mul(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+    a, b = (tensor.shape for tensor in inputs)
+    gate = (a[0], 1, 1) if len(a) == 3 else a
+    expected = shape_text(a) if gate == a else f"{shape_text(a)} or {shape_text(gate)}"
+    expect(b in (a, gate), f"a second input of shape {expected}", shape_text(b), at)
+    _check_shape(output, a, at)
+    multiplier, bias = (abs(number(*_attribute(node, key, at))) for key in ("multiplier", "bias"))
+    check_bound(255.0 * 255.0 * multiplier + bias, output, at)
+
+
 def _check_table(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
     _check_shape(output, inputs[0].shape, at)
     table = _constant(node, "table", np.uint8 if output.dtype == "u8" else np.float32, (256,), at)
@@ -312,6 +322,14 @@ OPS: dict[str, Op] = {
         shape=_like_first,
         check=_check_add,
         attributes={"multipliers": float, "bias": float},
+    ),
+    "mul": Op(
+        inputs=(2, 2),
+        output="requantized",
+        shape=_like_first,
+        check=_check_mul,
+        attributes={"multiplier": float, "bias": float},
+        version=2,
     ),
     "table": Op(inputs=(1, 1), output="table", shape=_like_first, check=_check_table, constants=("table",)),
     "concat": Op(inputs=(2, MAX_NODES), output="same_grid", shape=_concat_shape, check=_check_concat),

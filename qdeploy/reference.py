@@ -165,6 +165,12 @@ def add(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tens
     return fma32(a, ma, fma32(b, mb, np.float32(node.attributes["bias"])))
 
 
+def mul(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+    a, b = (v.astype(np.int64) - tensor.zero_point for v, tensor in zip(values, inputs, strict=True))
+    multiplier, bias = (np.float32(node.attributes[key]) for key in ("multiplier", "bias"))
+    return fma32(to_f32(a * b), multiplier, bias)  # a gate [C, 1, 1] is the same for all pixels
+
+
 def avg_pool2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
     kernel, multiplier = node.attributes["kernel"], node.constants["multiplier"]
     x = values[0].astype(np.float64) - inputs[0].zero_point
@@ -195,6 +201,7 @@ OPS: dict[str, Callable[[Node, list[np.ndarray], list[Tensor], Tensor], np.ndarr
     "conv2d": conv2d,
     "linear": linear,
     "add": add,
+    "mul": mul,
     "avg_pool2d": avg_pool2d,
     "max_pool2d": max_pool2d,
     "table": table,

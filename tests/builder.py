@@ -56,6 +56,11 @@ class Builder:
         ma, mb = self._factor(75.0, 2, exact)
         return self._node("add", [a, b], {"multipliers": (ma, mb), "bias": self._offset(1, exact)[0]}, {}, dtype, clamp)
 
+    def mul(self, a: int, b: int, dtype: str = "u8", clamp: tuple[int, int] = (0, 255), exact: bool = False) -> int:
+        typical = math.prod(max(75, abs(128 - self.tensors[i].zero_point)) for i in (a, b))
+        attributes = {"multiplier": self._factor(typical, 1, exact)[0], "bias": self._offset(1, exact)[0]}
+        return self._node("mul", [a, b], attributes, {}, dtype, clamp)
+
     def max_pool2d(self, x: int, kernel, stride, padding, dilation=(1, 1)) -> int:
         attributes = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
         return self._node("max_pool2d", [x], attributes, {}, quantization=self.quantization(x))
@@ -186,10 +191,11 @@ def every_op(name: str, seed: int) -> Member:
     w = net.conv2d(w, 12, (1, 1), bits=4, clamp=(9, 200), quantization=(0.03, 9))
     x = net.concat([z, net.table(w, quantization=(0.03, 9))])
     x = net.add(x, y, exact=True)
+    x = net.mul(net.mul(x, y, exact=True), net.avg_pool2d(x, (7, 6), (1, 1), (0, 0, 0, 0), clamp=(0, 60)))
     x = net.avg_pool2d(x, (3, 3), (2, 2), (1, 1, 1, 1))
     x = net.reshape(x, (24 * 4 * 3,))
     x = net.linear(x, 33, bits=3)
-    net.linear(x, 10, bits=2, dtype="f32", size=0.05)
+    net.linear(x, 10, bits=2, dtype="f32", size=0.01)
     return net.member(name)
 
 
@@ -201,7 +207,7 @@ def small_network() -> Graph:
     b = builder.conv2d(0, 6, (3, 1), (2, 1), (1, 0, 1, 0), bits=7, residual=a, clamp=(10, 250))
     c = builder.table(a, quantization=builder.quantization(b))
     d = builder.concat([b, c])
-    e = builder.add(d, d)
+    e = builder.mul(builder.add(d, d), d)
     f = builder.max_pool2d(e, (2, 2), (1, 2), (1, 0, 0, 1), (1, 2))
     g = builder.avg_pool2d(f, (2, 2), (2, 2), (0, 0, 1, 1))
     h = builder.reshape(g, (math.prod(builder.shape(g)),))

@@ -151,6 +151,15 @@ def _add(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
     return builder.add(x, other, dtype, _clamp(draw), draw(st.booleans()))
 
 
+def _mul(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
+    shape = builder.shape(x)
+    gate = (shape[0], 1, 1) if len(shape) == 3 else shape
+    others = [i for i, t in enumerate(builder.tensors) if t.shape in (shape, gate)]
+    if shape != gate and draw(st.booleans()):
+        others = [builder.avg_pool2d(x, shape[1:], (1, 1), (0, 0, 0, 0))]
+    return builder.mul(x, draw(st.sampled_from(others)), dtype, _clamp(draw), draw(st.booleans()))
+
+
 def _table(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
     return builder.table(x, dtype)
 
@@ -202,6 +211,7 @@ DRAW = {
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,
     "add": _add,
+    "mul": _mul,
     "table": _table,
     "concat": _concat,
     "reshape": _reshape,

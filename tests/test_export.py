@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qdeploy
-from qdeploy import ExportError, InputError, ModelError, export, export_ensemble, format, reference
+from qdeploy import ExportError, InputError, ModelError, _engine, export, export_ensemble, format, reference
 from qdeploy.exporter.calibrate import Histogram
 from qdeploy.exporter.grid import grid_of_range
 from qdeploy.kernels.lsq import lsq_codes
@@ -254,6 +254,29 @@ def table_of_functions(net, x):
     return net.q("rsub", 3 - torch.tanh(torch.maximum(y, torch.tensor(0.2))))
 
 
+def squeeze_and_excitation(net, x):
+    """The gate on the left, and a number on the product."""
+    s = net.q("reduce", F.relu(net.reduce(net.q("mean", x.mean((2, 3), keepdim=True)))))
+    gate = net.q("sigmoid", torch.sigmoid(net.q("expand", net.expand(s))))
+    return net.q("mul", 2 * (gate * x))
+
+
+def hard_gate(net, x):
+    """MobileNetV3's: the clamp is the layer's, its division by 6 is a number times the product."""
+    s = net.q("expand", F.relu6(net.expand(net.q("pool1", net.pool1(x))) + 3)) / 6
+    return net.q("mul", F.relu(x * s))
+
+
+def product_of_branches(net, x):
+    y = net.q("conv1", net.conv1(x)) * net.q("tanh", torch.tanh(net.q("conv2", net.conv2(x))))
+    return net.q("mul", 1 - y)
+
+
+def hard_swish_as_a_product(net, x):
+    """A function of one tensor stays one table."""
+    return net.q("div", x * F.relu6(x + 3) / 6)
+
+
 FLOWS = {  # flow: its modules, and the operations of the file that it and the convolution before it become
     residual: (
         dict(
@@ -305,6 +328,13 @@ FLOWS = {  # flow: its modules, and the operations of the file that it and the c
         "conv2d conv2d table conv2d table table table max_pool2d add",
     ),
     table_of_functions: (dict(act=nn.ELU(), prelu=nn.PReLU()), "conv2d max_pool2d table"),
+    squeeze_and_excitation: (
+        dict(reduce=conv(8, 3, 1), expand=conv(3, 8, 1)),
+        "conv2d avg_pool2d conv2d conv2d table mul",
+    ),
+    hard_gate: (dict(pool1=nn.AdaptiveAvgPool2d(1), expand=conv(8, 8, 1)), "conv2d avg_pool2d conv2d mul"),
+    product_of_branches: (dict(conv1=conv(8, 8), conv2=conv(8, 8)), "conv2d conv2d conv2d table mul"),
+    hard_swish_as_a_product: (dict(), "conv2d table avg_pool2d"),
 }
 
 
@@ -561,11 +591,6 @@ def test_a_network_of_zeros(path):
 # ---- Errors ----------------------------------------------------------------------------------------------------------
 
 
-class Gate(nn.Module):
-    def forward(self, x):
-        return x * torch.sigmoid(x.mean((2, 3), keepdim=True))
-
-
 UNSUPPORTED = {
     "group_norm": (
         nn.GroupNorm(2, 8),
@@ -578,7 +603,18 @@ UNSUPPORTED = {
         nn.BatchNorm2d(8, track_running_stats=False),
         "BatchNorm with running statistics, got statistics of the batch - at module body",
     ),
-    "gate": (Gate(), "functions of one tensor, or an addition, got two tensors .* - at module body.mul"),
+    "pixel_gate": (
+        lambda x: x * torch.sigmoid(x.mean(1, keepdim=True)),
+        r"a reduction over height, width or both, got one over dimensions \[1\] of 4 - at module mean",
+    ),
+    "row_gate": (
+        lambda x: x * x.mean(3, keepdim=True),
+        r"two tensors of one shape or a gate of one number a channel, got \[8, 6, 6\] and \[8, 6, 1\] - at module mul",
+    ),
+    "power": (
+        lambda x: x ** x.mean((2, 3), keepdim=True),
+        "functions of one tensor, a sum or a product, got two tensors .* - at module pow",
+    ),
     "uneven": (nn.AdaptiveAvgPool2d(4), r"sizes that divide the input's, got \[6, 6\] to \[4, 4\] - at module body"),
     "prelu": (nn.PReLU(8), r"one number for the whole tensor, got a constant of shape \[8\] - at module body"),
     "permute": (lambda x: x.permute(0, 2, 3, 1), "got aten.permute - at module permute"),
@@ -618,6 +654,58 @@ def test_unsupported_operators_are_named(name, path):
     with pytest.raises(ExportError, match=text):
         export(net, x, path, x, fallback_bits=8)
     assert net.training and not path.exists()
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self, channels, reduced, act, gate):
+        super().__init__()
+        self.reduce, self.expand = conv(channels, reduced, 1), conv(reduced, channels, 1)
+        self.act, self.gate = act, gate
+
+    def forward(self, x):
+        return x * self.gate(self.expand(self.act(self.reduce(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class GatedBlock(nn.Module):
+    """An inverted bottleneck, or with groups a bottleneck: 1x1, 3x3, gate, 1x1, and the input added."""
+
+    def __init__(self, width, inner, groups, act, gate):
+        super().__init__()
+        self.first = nn.Sequential(conv(width, inner, 1, bias=False), nn.BatchNorm2d(inner))
+        self.spatial = nn.Sequential(conv(inner, inner, 3, groups=groups, bias=False), nn.BatchNorm2d(inner))
+        self.se = SqueezeExcite(inner, inner // 4, nn.ReLU(), gate)
+        self.last = nn.Sequential(conv(inner, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.act = act
+
+    def forward(self, x):
+        return x + self.last(self.se(self.act(self.spatial(self.act(self.first(x))))))
+
+
+GATED = {  # inner width, groups, activation, gate
+    "MobileNetV3": (48, 48, nn.Hardswish(), nn.Hardsigmoid()),
+    "EfficientNet": (48, 48, nn.SiLU(), nn.Sigmoid()),
+    "RegNet-Y": (16, 2, nn.ReLU(), nn.Sigmoid()),
+    "SE-ResNet": (32, 1, nn.ReLU(), nn.Sigmoid()),
+}
+
+
+@pytest.mark.parametrize("family", GATED)
+def test_networks_with_gates(family, path):
+    """Exact on every instruction set, and close to the network that was trained."""
+    stem = nn.Sequential(conv(3, 16, stride=2, bias=False), nn.BatchNorm2d(16), GATED[family][2])
+    blocks = [GatedBlock(16, *GATED[family]) for _ in range(2)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
+    net = quantized(nn.Sequential(stem, *blocks, *head)).eval()
+    x = images((3, 21, 17))
+    report = export(net, x[:1], path, x)
+    graph = format.load(path)
+    assert format.lowest_version(graph) == 2 and ops(graph).count("mul") == 2
+    expected = reference.run(graph, x)
+    for isa in _engine.isas():
+        for threads in (1, 2):
+            model = qdeploy.load_int_model(path, threads, isa)
+            assert model(x).tobytes() == expected.tobytes()
+    assert report.output_sqnr_db > 20
 
 
 def test_parameters_must_be_float32(path):

@@ -180,6 +180,24 @@ def test_linear_add_and_pools_equal_plain_integers():
         assert output[0, o] == plain_result(node, acc, o, None)
 
 
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("dtype", ["u8", "f32"])
+def test_mul_equals_plain_integers(gate, dtype):
+    rng = np.random.default_rng(7)
+    builder = Builder(rng, (5, 4, 3), (0.25, 100))
+    other = builder.avg_pool2d(0, (4, 3), (1, 1), (0, 0, 0, 0)) if gate else builder.table(0)
+    builder.mul(0, other, dtype, clamp=(3, 250), exact=True)
+    graph = Graph([builder.member()])
+    x = batch(graph, 2, rng)
+    output, taps = reference.run(graph, x, [builder.nodes[0].name])
+    node, a = builder.nodes[1], reference.quantize(x, builder.tensors[0])
+    b = np.broadcast_to(taps[builder.nodes[0].name], a.shape)
+    m, bias = (np.float32(node.attributes[key]).item() for key in ("multiplier", "bias"))
+    for at in np.ndindex(a.shape):
+        r = exact_fma((int(a[at]) - 100) * (int(b[at]) - builder.tensors[other].zero_point), m, bias)
+        assert output[at] == (r if dtype == "f32" else min(max(round(Fraction(r)), 3), 250))
+
+
 def test_the_two_rules_of_an_ensemble_differ_as_they_should():
     logits = [np.array([row], np.float32) for row in ([10, 0, 9], [0, 3, 0.5], [0, 3, 0.5])]
     assert [reference.combine(logits, rule)[1].argmax() for rule in ("logits", "probs")] == [0, 1]

@@ -308,6 +308,30 @@ void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, 
   }
 }
 
+// The factors are exact in f32 and so is their product; an fma with 0 gives no -0 where the integer is 0.
+template <class Out>
+void mul(const MulParams* params, const uint8_t* a, const uint8_t* b, Out* c) {
+  const MulParams& p = *params;
+  const __m512 zero_a_f32x16 = _mm512_set1_ps(static_cast<float>(p.zero_point_a));
+  const __m512 zero_b_f32x16 = _mm512_set1_ps(static_cast<float>(p.zero_point_b));
+  const __m512 multiplier_f32x16 = _mm512_set1_ps(p.multiplier), bias_f32x16 = _mm512_set1_ps(p.bias);
+  for (size_t pixel = 0; pixel < p.pixels; ++pixel, a += p.n, b += p.b_stride, c += p.n) {
+    for (size_t i = 0; i < p.n; i += 64) {
+      __m512i a_i32x16[4], b_i32x16[4];
+      widen_block(_mm512_loadu_si512(a + i), a_i32x16);
+      widen_block(_mm512_loadu_si512(b + i), b_i32x16);
+      __m512 r_f32x16[4];
+      for (int j = 0; j < 4; ++j) {
+        const __m512 a_f32x16 = _mm512_sub_ps(_mm512_cvtepi32_ps(a_i32x16[j]), zero_a_f32x16);
+        const __m512 b_f32x16 = _mm512_sub_ps(_mm512_cvtepi32_ps(b_i32x16[j]), zero_b_f32x16);
+        const __m512 acc_f32x16 = _mm512_fmadd_ps(a_f32x16, b_f32x16, _mm512_setzero_ps());
+        r_f32x16[j] = _mm512_fmadd_ps(acc_f32x16, multiplier_f32x16, bias_f32x16);
+      }
+      store_block(r_f32x16, p.n - i, p.qmin, p.qmax, c + i);
+    }
+  }
+}
+
 // Entries are fetched as words: code >> 1 picks one of 128 words in four registers, code & 1 its byte.
 void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
   __m512i words[4];
@@ -405,6 +429,8 @@ void init_avx512(Kernels* kernels) {
   kernels->avg_pool_f32 = avg_pool<float>;
   kernels->add_qu8 = add<uint8_t>;
   kernels->add_f32 = add<float>;
+  kernels->mul_qu8 = mul<uint8_t>;
+  kernels->mul_f32 = mul<float>;
   kernels->table = table;
   kernels->quantize = quantize;
 }

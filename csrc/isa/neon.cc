@@ -254,6 +254,22 @@ void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, 
   }
 }
 
+// The factors are exact in f32 and so is their product; an fma with 0 gives no -0 where the integer is 0.
+template <typename Out>
+void mul(const MulParams* params, const uint8_t* a, const uint8_t* b, Out* c) {
+  const MulParams& p = *params;
+  const F32x16 one = splat_f32x16(1.0f), zero = splat_f32x16(0.0f);
+  const F32x16 minus_a = splat_f32x16(-static_cast<float>(p.zero_point_a));
+  const F32x16 minus_b = splat_f32x16(-static_cast<float>(p.zero_point_b));
+  const F32x16 multiplier = splat_f32x16(p.multiplier), bias = splat_f32x16(p.bias);
+  for (size_t pixel = 0; pixel < p.pixels; ++pixel, a += p.n, b += p.b_stride, c += p.n) {
+    for (size_t i = 0; i < p.n; i += 16) {
+      const F32x16 x = fma_f32x16(load_u8x16(a + i), one, minus_a), y = fma_f32x16(load_u8x16(b + i), one, minus_b);
+      store(fma_f32x16(fma_f32x16(x, y, zero), multiplier, bias), p.qmin, p.qmax, p.n - i, c + i);
+    }
+  }
+}
+
 // The table fills 16 registers. TBL looks up 64 entries and gives 0 for larger indices, TBX leaves what was there.
 void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
   const uint8x16x4_t from_0 = vld1q_u8_x4(table), from_64 = vld1q_u8_x4(table + 64),
@@ -357,6 +373,8 @@ void init_neon(Kernels* kernels) {
   kernels->avg_pool_f32 = avg_pool<float>;
   kernels->add_qu8 = add<uint8_t>;
   kernels->add_f32 = add<float>;
+  kernels->mul_qu8 = mul<uint8_t>;
+  kernels->mul_f32 = mul<float>;
   kernels->table = table;
   kernels->quantize = quantize;
 }

@@ -137,6 +137,17 @@ void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, 
   }
 }
 
+template <typename Out>
+void mul(const MulParams* params, const uint8_t* a, const uint8_t* b, Out* c) {
+  const MulParams& p = *params;
+  for (size_t pixel = 0; pixel < p.pixels; ++pixel, a += p.n, b += p.b_stride, c += p.n) {
+    for (size_t i = 0; i < p.n; ++i) {
+      const int32_t acc = (a[i] - p.zero_point_a) * (b[i] - p.zero_point_b);
+      store(fmaf(static_cast<float>(acc), p.multiplier, p.bias), p.qmin, p.qmax, c + i);
+    }
+  }
+}
+
 void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
   for (size_t i = 0; i < n; ++i) c[i] = table[a[i]];
 }
@@ -170,6 +181,8 @@ void init_scalar(Kernels* kernels) {
   kernels->avg_pool_f32 = avg_pool<float>;
   kernels->add_qu8 = add<uint8_t>;
   kernels->add_f32 = add<float>;
+  kernels->mul_qu8 = mul<uint8_t>;
+  kernels->mul_f32 = mul<float>;
   kernels->table = table;
   kernels->quantize = quantize;
 }

@@ -18,6 +18,7 @@ from qdeploy.exporter.layers import (
     Input,
     Layer,
     MaxPool2d,
+    Mul,
     Network,
     Quantize,
     Table,
@@ -105,6 +106,13 @@ def _emit_add(node: Node, layer: Add, inputs: list[Grid], out: Grid, is_float: b
     _check_bound(layer, np.array([255 * sum(map(abs, multipliers)) + abs(bias)]), is_float)
 
 
+def _emit_mul(node: Node, layer: Mul, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    multiplier = float(_f32(layer.scale[0] * inputs[0].scale * inputs[1].scale / out.scale))
+    bias = layer.shift[0] / out.scale + out.zero_point
+    node.attributes |= {"multiplier": multiplier, "bias": float(_f32(bias))}
+    _check_bound(layer, np.array([255 * 255 * abs(multiplier) + abs(bias)]), is_float)
+
+
 def _emit_avg_pool2d(node: Node, layer: AvgPool2d, inputs: list[Grid], out: Grid, is_float: bool) -> None:
     bias = layer.shift[0] / out.scale + out.zero_point
     multiplier = _f32(layer.scale[0] * inputs[0].scale / (layer.divisors * out.scale))
@@ -139,6 +147,7 @@ EMIT: dict[str, Callable[[Node, Any, list[Grid], Grid, bool], None]] = {
     "conv2d": _emit_weighted,
     "linear": _emit_weighted,
     "add": _emit_add,
+    "mul": _emit_mul,
     "avg_pool2d": _emit_avg_pool2d,
     "max_pool2d": _emit_max_pool2d,
     "table": _emit_table,

@@ -21,6 +21,7 @@ from qdeploy.exporter.layers import (
     Function,
     Layer,
     MaxPool2d,
+    Mul,
     Network,
     Pad,
     Reshape,
@@ -101,6 +102,16 @@ def _fold_factor(network: Network, add: Add) -> bool:
             factors[i] *= float(x.scale[0])
             add.factors = (factors[0], factors[1])
             add.inputs[i] = x.inputs[0]
+            return True
+    return False
+
+
+def _fold_scale(network: Network, mul: Mul) -> bool:
+    """A number times an operand is a number times the product."""
+    for i, x in enumerate(mul.inputs):
+        if isinstance(x, Affine) and x.uniform and not x.clamped and x.shift[0] == 0:
+            mul.scale = mul.scale * x.scale[0]
+            mul.inputs[i] = x.inputs[0]
             return True
     return False
 
@@ -201,6 +212,7 @@ REWRITES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
     "max_pool2d": (_merge_slices,),
     "avg_pool2d": (),
     "add": (_fold_factor, _fuse_add),
+    "mul": (_fold_scale,),
     "table": (_merge_table,),
     "concat": (),
     "reshape": (_merge_reshape,),

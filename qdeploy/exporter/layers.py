@@ -165,6 +165,15 @@ class Add(Layer):
     shift: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
 
+@dataclass(eq=False, kw_only=True)
+class Mul(Scaled):
+    """`scale * inputs[0] * inputs[1] + shift`; inputs[1] may be a gate, one number a channel."""
+
+    op = "mul"
+    scale: np.ndarray = field(default_factory=lambda: np.ones(1))
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+
 class Clamp(Layer):
     op = "clamp"
 

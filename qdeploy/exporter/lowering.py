@@ -30,6 +30,7 @@ from qdeploy.exporter.layers import (
     LearnedWeight,
     Linear,
     MaxPool2d,
+    Mul,
     Network,
     Pad,
     Quantize,
@@ -43,8 +44,8 @@ from qdeploy.exporter.trace import Trace, trace
 aten = torch.ops.aten
 L = TypeVar("L", bound=Layer)
 SUPPORTED = (
-    "conv2d, linear, BatchNorm, ReLU and other functions of one tensor, add, concatenation of channels, max and "
-    "average pools, reshape, padding by 0"
+    "conv2d, linear, BatchNorm, ReLU and other functions of one tensor, sums and products of two, concatenation of "
+    "channels, max and average pools, reshape, padding by 0"
 )
 
 
@@ -281,7 +282,14 @@ def _subtract_reversed(site: Site, a: Any, b: Any, alpha: float = 1) -> Layer:
 def _multiply(site: Site, a: Any, b: Any) -> Layer:
     if not isinstance(b, Layer):
         return _affine(site, a, b, 0.0)
-    return _affine(site, b, a, 0.0) if not isinstance(a, Layer) else _table(site, a, b)
+    if not isinstance(a, Layer):
+        return _affine(site, b, a, 0.0)
+    if _ancestor([a, b]) is not None:
+        return _table(site, a, b)
+    x, gate = (a, b) if a.shape == site.shape else (b, a)
+    if gate.shape not in (x.shape, (x.shape[0], *[1] * (len(x.shape) - 1))):
+        site.fail("two tensors of one shape or a gate of one number a channel", f"{list(a.shape)} and {list(b.shape)}")
+    return site.layer(Mul, [x, gate])
 
 
 def _divide(site: Site, a: Any, b: Any, **kwargs: Any) -> Layer:
@@ -323,8 +331,8 @@ def _table(site: Site, *args: Any, **kwargs: Any) -> Layer:
     root = _ancestor([a for a in args if isinstance(a, Layer)])
     if root is None:
         site.fail(
-            "an elementwise operator on functions of one tensor, or an addition",
-            "two tensors (as in attention or gates)",
+            "an elementwise operator on functions of one tensor, a sum or a product",
+            "two tensors (as in attention)",
         )
     functions = [_path(root, a) if isinstance(a, Layer) else _scalar(site, a) for a in args]
     return site.layer(

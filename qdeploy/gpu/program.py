@@ -157,6 +157,16 @@ class Add(Step):
         triton_int8.add(a, b, out, chw(self.output)[0], (ma, mb), bias, self.clamp)
 
 
+class Mul(Step):
+    kernel = "mul"
+
+    def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
+        a, b = self.inputs
+        multiplier, bias = (float(np.float32(self.node.attributes[key])) for key in ("multiplier", "bias"))
+        zero_points = (a.zero_point, b.zero_point)
+        triton_int8.mul(*values, out, chw(self.output)[0], zero_points, multiplier, bias, self.clamp)
+
+
 class Pool(Step):
     """max_pool2d and avg_pool2d."""
 
@@ -217,6 +227,7 @@ STEPS: dict[str, type[Step]] = {
     "conv2d": Conv,
     "linear": Conv,
     "add": Add,
+    "mul": Mul,
     "max_pool2d": Pool,
     "avg_pool2d": Pool,
     "table": Table,

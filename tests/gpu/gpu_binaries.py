@@ -154,6 +154,11 @@ def int8_variants() -> dict[str, Variant]:
             partial(triton_int8.lookup, x, torch.empty(256, dtype=torch.uint8), x, 256), {"_lookup_kernel": WIDE}
         ),
         "int8 add": Variant(partial(triton_int8.add, x, x, x, 256, (0.5, 0.5), 1.0, (0, 255)), {"_add_kernel": WIDE}),
+        "int8 mul": Variant(partial(triton_int8.mul, x, x, x, 256, (3, 4), 0.5, 1.0, (0, 255)), {"_mul_kernel": WIDE}),
+        "int8 mul by a gate": Variant(
+            partial(triton_int8.mul, x, activation(1, 256), x, 256, (3, 4), 0.5, 1.0, (0, 255)),
+            {"_mul_kernel": WIDE},
+        ),
         "int8 max pool": Variant(
             partial(triton_int8.pool, x, activation(28, 256), 256, kernel=(3, 3), stride=(2, 2), padding=(1, 1, 1, 1)),
             {"_pool_kernel": ("loads16",)},
