@@ -380,6 +380,14 @@ def test_versions_that_do_not_fit(tmp_path, version, requires):
         assert str(error.value) == f"{VERSIONS[version, requires]} in {path}"
 
 
+def test_an_op_of_a_later_version(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save(small_network(), path)
+    path.write_bytes(edited(lambda header: header["__metadata__"].update(format_version="1"))(path.read_bytes()))
+    expected = "expected format version 2 for the op `mul`, got 1 - at node `mul.5` of member `net` in "
+    assert refusal(load, path) == refusal(qdeploy.load_int_model, path) == f"{expected}{path}"
+
+
 def set_place(*keys: str | int, **changes):
     """A function of a file's bytes that changes the object that `keys` lead to in the first member."""
 
