@@ -765,7 +765,7 @@ def test_bad_options(path):
             InputError, match=r"expected float32 \[N, C, H, W\] or \[N, F\] with N >= 1, got .* - at the example"
         ):
             export(net, example, path, x)
-    with pytest.raises(ModelError, match="5 classes, got 2 - at classes"):
+    with pytest.raises(ModelError, match="expected 5 class names, got 2 - at the graph"):
         export(net, x, path, x, classes=["a", "b"])
     with pytest.raises(InputError, match="two or more networks, got 1"):
         export_ensemble([net], x, path, x)
