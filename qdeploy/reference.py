@@ -16,21 +16,23 @@ from qdeploy.graph import Graph, Member, Node, Tensor
 Numbers = np.ndarray | np.float32
 
 
-def run(graph: Graph, x: np.ndarray, taps: Sequence[str] = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+def run(
+    graph: Graph, x: np.ndarray, observe: Sequence[str] = ()
+) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
     """The output of `graph` for a batch, computed the plain way.
 
     x: f32 [N, C, H, W] or [N, F], or, where the graph has `preprocess`, u8 [N, H, W, C]. N may be 0.
     Returns f32 or the codes u8, [N, K] or [N, C, H, W]; of an ensemble the combined probabilities, f32 [N, K].
-    With `taps` (names of nodes, in an ensemble "member/node") returns (output, {name: array}) with their outputs.
-    Raises InputError for an x that does not fit and for an unknown tap.
+    With `observe` (names of nodes, in an ensemble "member/node") returns (output, {name: array}) with their outputs.
+    Raises InputError for an x that does not fit and for an unknown node.
     """
-    output, _, tapped = run_all(graph, x)
-    if not len(taps):
+    output, _, observed = run_all(graph, x)
+    if not len(observe):
         return output
-    unknown = [name for name in taps if name not in tapped]
+    unknown = [name for name in observe if name not in observed]
     if unknown:
-        raise InputError(f"expected the name of a node, got {unknown[0]!r} - at taps")
-    return output, {name: tapped[name] for name in taps}
+        raise InputError(f"expected the name of a node, got {unknown[0]!r} - at observe")
+    return output, {name: observed[name] for name in observe}
 
 
 def predict(graph: Graph, x: np.ndarray) -> np.ndarray:
@@ -39,16 +41,16 @@ def predict(graph: Graph, x: np.ndarray) -> np.ndarray:
 
 
 def run_all(graph: Graph, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """The output, the scores whose first largest is the class, and the output of every node by its tap name."""
+    """The output, the scores whose first largest is the class, and what every node gives, by its name for `observe`."""
     check_input(graph, x)
-    outputs, tapped = [], {}
+    outputs, observed = [], {}
     for member in graph.members:
         values = run_member(member, x)
         outputs.append(values[member.nodes[-1].output])
         prefix = f"{member.name}/" if graph.combine else ""
-        tapped.update({prefix + node.name: values[node.output] for node in member.nodes})
+        observed.update({prefix + node.name: values[node.output] for node in member.nodes})
     output, scores = combine(outputs, graph.combine)
-    return output, scores, tapped
+    return output, scores, observed
 
 
 def check_input(graph: Graph, x: np.ndarray) -> None:
