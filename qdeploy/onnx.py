@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qdeploy.errors import InputError
-from qdeploy.graph import Graph, Member, Node, Tensor
+from qdeploy.graph import Activation, Graph, Member, Node
 
 if TYPE_CHECKING:
     import onnx
@@ -85,7 +85,7 @@ class _Writer:
             values[node.output] = self.activation(value, output)
         return values[member.nodes[-1].output]
 
-    def activation(self, value: str, tensor: Tensor) -> str:
+    def activation(self, value: str, tensor: Activation) -> str:
         """Round to the codes of a u8 tensor and back, where the graph is quantized."""
         if not self.quantized or tensor.dtype != "u8":
             return value
@@ -102,7 +102,7 @@ class _Writer:
         zeros = self.constant(np.zeros(len(scale), np.int8))
         return self.add("DequantizeLinear", [self.constant(signed), self.constant(magnitude), zeros], axis=0)
 
-    def clamp(self, value: str, node: Node, output: Tensor) -> str:
+    def clamp(self, value: str, node: Node, output: Activation) -> str:
         """ReLU and its kin are the clamp; a bound at 0 or 255 is only the end of the u8 range unless it is the zero."""
         if output.dtype != "u8":
             return value
@@ -125,10 +125,10 @@ def finer(codes: np.ndarray) -> np.ndarray:
     return np.maximum(63 // np.maximum(np.abs(codes.reshape(len(codes), -1).astype(np.int64)).max(axis=1), 1), 1)
 
 
-Inputs = list[tuple[str, Tensor]]
+Inputs = list[tuple[str, Activation]]
 
 
-def _weighted(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _weighted(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     """conv2d and linear: out code = m*acc + b (+ m_res*q_res), so in real numbers the weight is codes*m*s_out/s_in."""
     (value, x), residual = inputs[0], inputs[1:]
     multiplier, bias = (node.constants[key].astype(np.float64) for key in ("multiplier", "bias"))
@@ -151,12 +151,12 @@ def _weighted(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
     return writer.clamp(result, node, output)
 
 
-def _without_residual(multiplier: float, residual: Tensor, output: Tensor) -> Tensor:
+def _without_residual(multiplier: float, residual: Activation, output: Activation) -> Activation:
     """The grid of (output - residual) over its whole range, which is (1 + |multiplier|) times that of the output."""
     size = abs(multiplier)
     largest = 255 - residual.zero_point if multiplier > 0 else residual.zero_point
     zero_point = (output.zero_point + size * largest) / (1 + size)
-    return Tensor("", output.shape, "u8", output.scale * (1 + size), round(zero_point))
+    return Activation("", output.shape, "u8", output.scale * (1 + size), round(zero_point))
 
 
 def _scaled(writer: _Writer, value: str, factor: float) -> str:
@@ -164,12 +164,12 @@ def _scaled(writer: _Writer, value: str, factor: float) -> str:
     return value if exact else writer.add("Mul", [value, writer.constant(np.float32(factor))])
 
 
-def _shifted(writer: _Writer, value: str, codes: float, output: Tensor) -> str:
+def _shifted(writer: _Writer, value: str, codes: float, output: Activation) -> str:
     exact = abs(codes) < 1e-3  # 0 but for the rounding of the constants in the file
     return value if exact else writer.add("Add", [value, writer.constant(np.float32(codes * output.scale))])
 
 
-def _add(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _add(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     multipliers = node.attributes["multipliers"]
     factors = [m * output.scale / tensor.scale for m, (_, tensor) in zip(multipliers, inputs, strict=True)]
     terms = [_scaled(writer, name, factor) for factor, (name, _) in zip(factors, inputs, strict=True)]
@@ -178,7 +178,7 @@ def _add(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
     return writer.clamp(_shifted(writer, writer.add("Add", terms), offset, output), node, output)
 
 
-def _mul(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _mul(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     """ONNX broadcasts a gate [N, C, 1, 1] as the engine does."""
     (a, a_tensor), (b, b_tensor) = inputs
     factor = node.attributes["multiplier"] * output.scale / (a_tensor.scale * b_tensor.scale)
@@ -186,7 +186,7 @@ def _mul(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
     return writer.clamp(_shifted(writer, result, node.attributes["bias"] - output.zero_point, output), node, output)
 
 
-def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     attributes = {f"{key}s": list(node.attributes[key]) for key in ("stride", "dilation")}
     shape = list(node.attributes["kernel"])
     return writer.add(
@@ -194,7 +194,7 @@ def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
     )
 
 
-def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     """One multiplier m: sum over the window times m. One for each number n of elements: their mean times n*m[n-1]."""
     (value, x) = inputs[0]
     multiplier = node.constants["multiplier"].astype(np.float64)
@@ -214,7 +214,7 @@ def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
     return writer.clamp(_shifted(writer, result, node.attributes["bias"] - output.zero_point, output), node, output)
 
 
-def _table(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _table(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     (value, x) = inputs[0]
     real = x.scale * (np.arange(256.0) - x.zero_point)
     identity = real
@@ -227,15 +227,15 @@ def _table(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
     return value
 
 
-def _concat(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _concat(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     return writer.add("Concat", [name for name, _ in inputs], axis=1)
 
 
-def _reshape(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _reshape(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     return writer.add("Reshape", [inputs[0][0], writer.constant(np.array([-1, *output.shape], np.int64))])
 
 
-OPS: dict[str, Callable[[_Writer, Node, Inputs, Tensor], str]] = {
+OPS: dict[str, Callable[[_Writer, Node, Inputs, Activation], str]] = {
     "conv2d": _weighted,
     "linear": _weighted,
     "add": _add,

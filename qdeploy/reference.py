@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from qdeploy.errors import InputError
-from qdeploy.graph import Graph, Member, Node, Tensor
+from qdeploy.graph import Activation, Graph, Member, Node
 
 Numbers = np.ndarray | np.float32
 
@@ -103,16 +103,16 @@ def fma32(a: Numbers, b: Numbers, c: Numbers) -> np.ndarray:
         return odd.view(np.float64).astype(np.float32)
 
 
-def quantize(x: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """f32 numbers to the u8 codes of `tensor`."""
-    inverse = np.float32(1) / np.float32(tensor.scale)
-    return np.clip(np.rint(fma32(x, inverse, np.float32(tensor.zero_point))), 0, 255).astype(np.uint8)
+def quantize(x: np.ndarray, activation: Activation) -> np.ndarray:
+    """f32 numbers to the u8 codes of `activation`."""
+    inverse = np.float32(1) / np.float32(activation.scale)
+    return np.clip(np.rint(fma32(x, inverse, np.float32(activation.zero_point))), 0, 255).astype(np.uint8)
 
 
-def preprocess_table(preprocess: dict[str, list[float]], tensor: Tensor) -> np.ndarray:
-    """The u8 [C, 256] table from pixel values to the codes of the input `tensor`; row c is channel c."""
+def preprocess_table(preprocess: dict[str, list[float]], activation: Activation) -> np.ndarray:
+    """The u8 [C, 256] table from pixel values to the codes of the input `activation`; row c is channel c."""
     mean, std = (np.asarray(preprocess[key], np.float32)[:, None] for key in ("mean", "std"))
-    return quantize((np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std, tensor)
+    return quantize((np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std, activation)
 
 
 def windows(x: np.ndarray, node: Node, kernel: tuple[int, int], dilation: tuple[int, int]) -> np.ndarray:
@@ -144,7 +144,7 @@ def to_f32(acc: np.ndarray) -> np.ndarray:
 # integer below K*255*2^(b-1) < 2^31, and f64 holds all integers up to 2^53.
 
 
-def conv2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def conv2d(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     weight, groups = node.constants["weight"], node.attributes["groups"]
     out_channels, depth, kh, kw = weight.shape
     x = values[0].astype(np.float64) - inputs[0].zero_point
@@ -157,23 +157,23 @@ def conv2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: T
     return requantize(acc.reshape(n, out_channels, oh, ow), node, values[1:])
 
 
-def linear(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def linear(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     acc = (values[0].astype(np.float64) - inputs[0].zero_point) @ node.constants["weight"].T.astype(np.float64)
     return requantize(acc, node, values[1:])
 
 
-def add(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def add(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     (a, b), (ma, mb) = (v.astype(np.float32) for v in values), map(np.float32, node.attributes["multipliers"])
     return fma32(a, ma, fma32(b, mb, np.float32(node.attributes["bias"])))
 
 
-def mul(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
-    a, b = (v.astype(np.int64) - tensor.zero_point for v, tensor in zip(values, inputs, strict=True))
+def mul(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    a, b = (v.astype(np.int64) - activation.zero_point for v, activation in zip(values, inputs, strict=True))
     multiplier, bias = (np.float32(node.attributes[key]) for key in ("multiplier", "bias"))
     return fma32(to_f32(a * b), multiplier, bias)  # a gate [C, 1, 1] is the same for all pixels
 
 
-def avg_pool2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def avg_pool2d(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     kernel, multiplier = node.attributes["kernel"], node.constants["multiplier"]
     x = values[0].astype(np.float64) - inputs[0].zero_point
     acc = windows(x, node, kernel, (1, 1)).sum(axis=(4, 5))
@@ -182,24 +182,24 @@ def avg_pool2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], outpu
     return fma32(to_f32(acc), m, np.float32(node.attributes["bias"]))
 
 
-def max_pool2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def max_pool2d(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     # A padding of 0 is no greater than the real element that every window holds.
     return windows(values[0], node, node.attributes["kernel"], node.attributes["dilation"]).max(axis=(4, 5))
 
 
-def table(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def table(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     return node.constants["table"][values[0]]
 
 
-def concat(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def concat(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     return np.concatenate(values, axis=1)
 
 
-def reshape(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def reshape(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     return values[0].reshape(len(values[0]), *output.shape)
 
 
-OPS: dict[str, Callable[[Node, list[np.ndarray], list[Tensor], Tensor], np.ndarray]] = {
+OPS: dict[str, Callable[[Node, list[np.ndarray], list[Activation], Activation], np.ndarray]] = {
     "conv2d": conv2d,
     "linear": linear,
     "add": add,

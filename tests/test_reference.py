@@ -14,7 +14,7 @@ from random_graphs import ensembles, generators, graphs
 
 from qdeploy import reference
 from qdeploy.errors import InputError
-from qdeploy.graph import Graph, Tensor
+from qdeploy.graph import Activation, Graph
 
 LARGEST = float(np.finfo(np.float32).max)
 LEAST = 2.0**-149
@@ -84,19 +84,19 @@ def test_fma_of_infinite_and_nan_operands():
 
 def test_inputs_are_rounded_half_to_even_and_clamped():
     x = np.array([0.5, 1.5, 2.5, -0.5, -7, 254.5, 255.5, 3e38, -3e38], np.float32)
-    assert reference.quantize(x, Tensor("x", (9,), "u8", 1.0, 0)).tolist() == [0, 2, 2, 0, 0, 254, 255, 255, 0]
-    assert reference.quantize(x, Tensor("x", (9,), "u8", 0.5, 3)).tolist() == [4, 6, 8, 2, 0, 255, 255, 255, 0]
-    assert reference.quantize(np.float32([3e38]), Tensor("x", (1,), "u8", 2.0**-126, 0)).tolist() == [255]
+    assert reference.quantize(x, Activation("x", (9,), "u8", 1.0, 0)).tolist() == [0, 2, 2, 0, 0, 254, 255, 255, 0]
+    assert reference.quantize(x, Activation("x", (9,), "u8", 0.5, 3)).tolist() == [4, 6, 8, 2, 0, 255, 255, 255, 0]
+    assert reference.quantize(np.float32([3e38]), Activation("x", (1,), "u8", 2.0**-126, 0)).tolist() == [255]
 
 
 def test_preprocess_table_is_the_quantized_pixel():
-    tensor = Tensor("x", (2, 1, 1), "u8", 0.018, 117)
-    table = reference.preprocess_table({"mean": [0.485, 0.5], "std": [0.229, 0.25]}, tensor)
+    activation = Activation("x", (2, 1, 1), "u8", 0.018, 117)
+    table = reference.preprocess_table({"mean": [0.485, 0.5], "std": [0.229, 0.25]}, activation)
     assert (table.shape, table.dtype) == ((2, 256), np.uint8)
     for channel, (mean, std) in enumerate([(0.485, 0.229), (0.5, 0.25)]):
         for v in (0, 1, 100, 255):
             x = (np.float32(v) / np.float32(255) - np.float32(mean)) / np.float32(std)
-            assert table[channel, v] == reference.quantize(x, tensor)
+            assert table[channel, v] == reference.quantize(x, activation)
 
 
 def plain_result(node, acc: int, channel: int, residual: int | None) -> float:

@@ -24,8 +24,7 @@ from qdeploy.exporter.layers import (
     Table,
     Weighted,
 )
-from qdeploy.graph import Member, Node
-from qdeploy.graph import Tensor as Activation
+from qdeploy.graph import Activation, Member, Node
 from qdeploy.ops import OPS
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, fx
 from qdeploy import reference
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
-from qdeploy.graph import Graph
-from qdeploy.graph import Tensor as Activation
+from qdeploy.graph import Activation, Graph
 from qdeploy.model import load_int_model
 
 REPORT_MACS = 16e9  # in all: an integer and a float run of so many take seconds

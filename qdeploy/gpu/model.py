@@ -22,7 +22,7 @@ from torch import Tensor
 from qdeploy import format
 from qdeploy.errors import InputError
 from qdeploy.gpu.program import Conv, Program, Step, as_array
-from qdeploy.graph import Tensor as Activation
+from qdeploy.graph import Activation
 from qdeploy.kernels import triton_ensemble
 from qdeploy.terminal import progress
 

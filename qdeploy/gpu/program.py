@@ -16,8 +16,7 @@ import triton
 from torch import Tensor
 
 from qdeploy.errors import ModelError
-from qdeploy.graph import Member, Node
-from qdeploy.graph import Tensor as Activation
+from qdeploy.graph import Activation, Member, Node
 from qdeploy.kernels import int8_tiles, triton_int8, triton_int8_conv
 from qdeploy.kernels.int8_tiles import Tile, TunedTiles
 from qdeploy.kernels.int8_weights import channel_stride, pack_conv
