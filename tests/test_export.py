@@ -261,6 +261,11 @@ def squeeze_and_excitation(net, x):
     return net.q("mul", 2 * (gate * x))
 
 
+def expanded_gate(net, x):
+    s = net.q("fc1", net.fc1(net.q("mean", x.mean((2, 3)))))
+    return net.q("mul", x * s.view(-1, 8, 1, 1).expand_as(x))
+
+
 def hard_gate(net, x):
     """MobileNetV3's: the clamp is the layer's, its division by 6 is a number times the product."""
     s = net.q("expand", F.relu6(net.expand(net.q("pool1", net.pool1(x))) + 3)) / 6
@@ -332,6 +337,7 @@ FLOWS = {  # flow: its modules, and the operations of the file that it and the c
         dict(reduce=conv(8, 3, 1), expand=conv(3, 8, 1)),
         "conv2d avg_pool2d conv2d conv2d table mul",
     ),
+    expanded_gate: (dict(fc1=nn.Linear(8, 8)), "conv2d avg_pool2d linear mul"),
     hard_gate: (dict(pool1=nn.AdaptiveAvgPool2d(1), expand=conv(8, 8, 1)), "conv2d avg_pool2d conv2d mul"),
     product_of_branches: (dict(conv1=conv(8, 8), conv2=conv(8, 8)), "conv2d conv2d conv2d table mul"),
     hard_swish_as_a_product: (dict(), "conv2d table avg_pool2d"),
@@ -610,6 +616,14 @@ UNSUPPORTED = {
     "row_gate": (
         lambda x: x * x.mean(3, keepdim=True),
         r"two tensors of one shape or a gate of one number a channel, got \[8, 6, 6\] and \[8, 6, 1\] - at module mul",
+    ),
+    "expanded_sum": (
+        lambda x: x + x.mean((2, 3), keepdim=True).expand_as(x),
+        "an expanded tensor that goes straight into a product, got aten.add of it - at module add",
+    ),
+    "expanded_row": (
+        lambda x: x * x.mean(3, keepdim=True).expand_as(x),
+        r"a gate of one number a channel to expand, got \[8, 6, 1\] to \[8, 6, 6\] - at module expand_as",
     ),
     "power": (
         lambda x: x ** x.mean((2, 3), keepdim=True),

@@ -58,6 +58,13 @@ def lower(net: nn.Module, example: Tensor) -> Network:
     return _lowered(trace(net, example))
 
 
+@dataclass(frozen=True)
+class Expanded:
+    """A gate that the network repeats for every pixel before it multiplies: a product does that by itself."""
+
+    gate: Layer
+
+
 @dataclass
 class Site:
     """Where an operator stands in the network: what its lowering function needs besides the arguments."""
@@ -147,6 +154,8 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
         site.fail(f"an operator that the engine has ({SUPPORTED})", f"aten.{site.operator}{advice}")
     if rule not in (_conv2d, _linear) and any(isinstance(a, LearnedWeight) for a in args):
         site.fail("a quantized weight that goes straight into conv2d or linear", f"aten.{site.operator} of it")
+    if rule is not _multiply and any(isinstance(a, Expanded) for a in args):
+        site.fail("an expanded tensor that goes straight into a product", f"aten.{site.operator} of it")
     return rule(site, *args, **kwargs)
 
 
@@ -279,7 +288,21 @@ def _subtract_reversed(site: Site, a: Any, b: Any, alpha: float = 1) -> Layer:
     return _affine(site, a, -alpha, b) if not isinstance(b, Layer) else _add(site, b, a, alpha=-alpha)
 
 
+def _is_gate(gate: Layer, shape: tuple[int, ...]) -> bool:
+    """One number a channel for a tensor of this shape."""
+    return gate.shape == (shape[0], *[1] * (len(shape) - 1))
+
+
+def _expand(site: Site, x: Layer, *_: Any, **__: Any) -> Layer | Expanded:
+    if x.shape == site.shape:
+        return x
+    if not _is_gate(x, site.shape):
+        site.fail("a gate of one number a channel to expand", f"{list(x.shape)} to {list(site.shape)}")
+    return Expanded(x)
+
+
 def _multiply(site: Site, a: Any, b: Any) -> Layer:
+    a, b = (x.gate if isinstance(x, Expanded) else x for x in (a, b))
     if not isinstance(b, Layer):
         return _affine(site, a, b, 0.0)
     if not isinstance(a, Layer):
@@ -287,7 +310,7 @@ def _multiply(site: Site, a: Any, b: Any) -> Layer:
     if _ancestor([a, b]) is not None:
         return _table(site, a, b)
     x, gate = (a, b) if a.shape == site.shape else (b, a)
-    if gate.shape not in (x.shape, (x.shape[0], *[1] * (len(x.shape) - 1))):
+    if x.shape != site.shape or gate.shape != x.shape and not _is_gate(gate, x.shape):
         site.fail("two tensors of one shape or a gate of one number a channel", f"{list(a.shape)} and {list(b.shape)}")
     return site.layer(Mul, [x, gate])
 
@@ -561,6 +584,7 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     aten.amax: _maximum_over,
     aten.slice: _slice,
     **{getattr(aten, name): _reshape for name in RESHAPES.split()},
+    **{getattr(aten, name): _expand for name in ("expand", "expand_as")},
     **{getattr(aten, name): _permute for name in ("permute", "transpose")},
     **{getattr(aten, name): _same for name in IDENTITIES.split()},
     **{getattr(aten, name): _table for name in FUNCTIONS.split()},

@@ -160,10 +160,10 @@ class Mul(Step):
     kernel = "mul"
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
-        a, b = self.inputs
+        a, b = values
+        zero_points = (self.inputs[0].zero_point, self.inputs[1].zero_point)
         multiplier, bias = (float(np.float32(self.node.attributes[key])) for key in ("multiplier", "bias"))
-        zero_points = (a.zero_point, b.zero_point)
-        triton_int8.mul(*values, out, chw(self.output)[0], zero_points, multiplier, bias, self.clamp)
+        triton_int8.mul(a, b, out, chw(self.output)[0], zero_points, multiplier, bias, self.clamp)
 
 
 class Pool(Step):
