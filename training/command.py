@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> dict:
         for seed in range(config.seed, config.seed + args.seeds):
             directory = args.out / f"seed{seed}"
             record = run(replace(config, seed=seed), benchmark, directory, fabric)
-            members.append({"seed": seed, **{key: record[key] for key in ("step", "validation", "test")}})
+            members.append({"seed": seed, **{key: record[key] for key in ("update", "validation", "test")}})
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(128 + stop.signum) from None
@@ -85,9 +85,9 @@ def show(summary: dict) -> None:
     """Prints the summary of `main` as a table; accuracies in percent."""
     test = summary["config"]["test_domain"]
     print(f"Accuracy on 80% of the held-out domain {test}, at the evaluation chosen by training-domain validation")
-    print(f"{'seed':>8} {'step':>6} {'validation':>11} {test:>11}")
+    print(f"{'seed':>8} {'update':>6} {'validation':>11} {test:>11}")
     for member in summary["members"]:
-        print(f"{member['seed']:>8} {member['step']:>6} {member['validation']:>11.2%} {member['test']:>11.2%}")
+        print(f"{member['seed']:>8} {member['update']:>6} {member['validation']:>11.2%} {member['test']:>11.2%}")
     scores = [member["test"] for member in summary["members"]]
     if len(scores) > 1:
         error = statistics.stdev(scores) / len(scores) ** 0.5

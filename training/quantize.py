@@ -54,7 +54,7 @@ def _state(*tensors: Tensor) -> tuple:
 
 
 class Quantizer(nn.Module):
-    """LSQ with its own step sizes: one float32 step (shape []), or one for each slice along axis 0 (shape [C])."""
+    """LSQ with its own step sizes: one float32 (shape []), or one for each slice along axis 0 (shape [C])."""
 
     prepared: _Prepared | None = None  # during a forward pass of the network
 
@@ -114,16 +114,16 @@ def quantize_(
     Args:
         net: the network. Its Parameter objects stay the same; shared modules and tied weights share one quantizer.
         weight_bits: 2 to 8 bits, signed, for every layer; or bits by layer name, and then only those layers.
-        activation_bits: 2 to 8 bits for the input of each of these layers (one step per tensor), or None. The range is
-            unsigned where calibration saw no negative value, else signed. Layers that read one tensor share one step.
-        per_channel: one step per output channel of a weight (QT-DoG appendix B), or one per weight.
-        init: the first steps: "lsq" 2*mean|v|/sqrt(qmax), "mse" (least squared error) or "minmax" (nothing clipped).
+        activation_bits: 2 to 8 bits for the input of each of these layers, or None. A tensor has one step size, which
+            all layers that read it share. Its range is unsigned where calibration saw no negative value, else signed.
+        per_channel: one step size per output channel of a weight (QT-DoG appendix B), or one per weight.
+        init: the first step sizes: "lsq" 2*mean|v|/sqrt(qmax), "mse" (least squared error), "minmax" (nothing clipped).
         grad_scale: "tensor" 1/sqrt(numel(weight)*qmax), "channel" with the elements of one channel, "none" 1.
         skip: names of layers to leave alone. None leaves the classifier: the quantizable layer registered last.
         calibration: batches of inputs, or (inputs, ...) tuples; required with `activation_bits`. The first 4 are used.
 
     Returns:
-        The trainable steps, in order; `step_group` makes an optimizer group of them.
+        The trainable step sizes, in order; `step_group` makes an optimizer group of them.
 
     Raises:
         InputError: bits out of range, an unknown layer or option, a layer quantized before, or missing calibration.
@@ -174,14 +174,14 @@ def step_group(net: nn.Module, lr: float) -> dict:
 
 @torch.no_grad()
 def project_steps_(net: nn.Module) -> None:
-    """Keeps every step at 1e-8 or more; call it after each optimizer step (LSQ is undefined for s <= 0)."""
+    """Keeps every step size at 1e-8 or more; call it after each optimizer step (LSQ is undefined for s <= 0)."""
     for step in step_parameters(net):
         step.clamp_(min=MIN_STEP)
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One quantized weight. Steps are medians over its channels; `error` is rms(w - Q(w)) / rms(w)."""
+    """One quantized weight. Step sizes are medians over its channels; `error` is rms(w - Q(w)) / rms(w)."""
 
     name: str
     shape: tuple[int, ...]
@@ -195,7 +195,7 @@ class LayerSummary:
 
 @torch.no_grad()
 def summary(net: nn.Module) -> list[LayerSummary]:
-    """What is quantized, how finely, and how far the steps are from the ones of least squared error."""
+    """What is quantized, how finely, and how far the step sizes are from the ones of least squared error."""
     rows = []
     found = quantizers(net)
     for key, quantizer in found.items():
@@ -256,7 +256,7 @@ def parametrized_weight(layer: nn.Module) -> parametrize.ParametrizationList:
 
 
 def _groups(value: Tensor, axis: int) -> Tensor:
-    """The elements that share a step, one row each."""
+    """The elements that share a step size, one row each."""
     return value.reshape(1, -1) if axis == -1 else value.flatten(1)
 
 
@@ -269,7 +269,7 @@ def _make_weight_quantizer(weight: Tensor, bits: int, per_channel: bool, init: s
 
 
 def training_scale(numel: int, numel_per_step: int, qmax: int, mode: str) -> float:
-    """The factor g on the gradient of a step (LSQ section 2.2); `mode` as `grad_scale` of `quantize_`."""
+    """The factor g on the gradient of a step size (LSQ section 2.2); `mode` as `grad_scale` of `quantize_`."""
     counts = {"tensor": numel * qmax, "channel": numel_per_step * qmax, "none": 1}
     if mode not in counts:
         raise InputError(f"expected grad_scale tensor, channel or none, got {mode!r} - at quantize_")
@@ -371,7 +371,7 @@ def _quantize_input(module: nn.Module, args: tuple) -> tuple:
 
 @dataclass
 class _Observed:
-    """What calibration saw of the tensors that share one step."""
+    """What calibration saw of the tensors that share one step size."""
 
     samples: list[Tensor]
     features: int = 1  # elements of one sample of the batch
