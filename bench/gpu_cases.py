@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qdeploy import format, reference
-from qdeploy.graph import Graph
+from qdeploy.graph import COMBINE, Graph
 from qdeploy.kernels.ensemble import combine
 from qdeploy.kernels.lsq import lsq, lsq_backward, lsq_many
 from qdeploy.terminal import columns, percent
@@ -263,7 +263,7 @@ def average(timer: Timer, members: int, images: int, classes: int) -> Report:
     logits = timer.randn(members, images, classes) * 3
     moved = logits.nbytes + 4 * images * classes + 8 * images
     report = Report(f"Ensemble average [{members}, {images}, {classes}]")
-    for rule in ("logits", "probs"):
+    for rule in COMBINE:
         kinds = {OURS: combine, EAGER: eager_average, COMPILED: compiled(eager_average)}
         runs: dict[str, Run] = {name: partial(function, logits, rule) for name, function in kinds.items()}
         found = timer.compare({COPY: copy_of(timer, moved)} | runs, GRAPHS, cold=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from qdeploy.graph import COMBINE
+
 
 @dataclass(frozen=True)
 class Target:
@@ -141,7 +143,7 @@ for peer, bound in (("eager", 10.0), ("torch.compile", 4.0)):
     TARGETS[f"gpu/weights/{peer}"] = Target(name, bound, "x", True)
     TARGETS[f"gpu/weights/{peer}/graph"] = Target(f"the same, both as a CUDA graph ({peer})", None, "x", True)
 for images, classes in ENSEMBLE:
-    for rule in ("logits", "probs"):
+    for rule in COMBINE:
         key, name = f"gpu/ensemble/{images}x{classes}/{rule}", f"ensemble average [5, {images}, {classes}] {rule}"
         bound = 0.90 if classes == 345 else None
         TARGETS[key] = Target(f"{name}, share of the copy rate", bound, "%", True)

@@ -213,7 +213,7 @@ OPS: dict[str, Callable[[Node, list[np.ndarray], list[Activation], Activation], 
 
 
 def combine(logits: list[np.ndarray], rule: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Output and scores of members with these outputs, f32 [N, K], under the rule "logits" or "probs" (None: one)."""
+    """Output and scores of members with these outputs, f32 [N, K], under a rule of COMBINE (None: one member)."""
     terms = [softmax(x) for x in logits] if rule == "probs" else logits
     if rule is None:
         return terms[0], terms[0]

@@ -22,7 +22,7 @@ import qdeploy
 from qdeploy import _engine, reference
 from qdeploy.errors import InputError, ModelError
 from qdeploy.format import save
-from qdeploy.graph import Graph
+from qdeploy.graph import COMBINE, Graph
 from qdeploy.ops import OPS
 
 ISAS = _engine.isas()
@@ -147,7 +147,7 @@ def test_accumulators_above_2_to_24_round_half_to_even(path):
     assert_equals_reference(graph, x, path, batches=(4,), threads=(1,))
 
 
-@pytest.mark.parametrize("rule", ["logits", "probs"])
+@pytest.mark.parametrize("rule", COMBINE)
 @pytest.mark.parametrize("classes", [1, 2, 7, 1000])
 def test_ensembles_of_many_classes_and_large_logits(path, rule, classes):
     rng = np.random.default_rng(classes)

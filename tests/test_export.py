@@ -19,6 +19,7 @@ import qdeploy
 from qdeploy import ExportError, InputError, ModelError, _engine, export, export_ensemble, format, reference
 from qdeploy.exporter.calibrate import Histogram
 from qdeploy.exporter.grid import grid_of_range
+from qdeploy.graph import COMBINE
 from qdeploy.kernels.lsq import lsq_codes
 from qdeploy.terminal import progress
 from qdeploy.training import quantize_, quantizers
@@ -935,7 +936,7 @@ def test_file_holds_the_codes_of_training(path):
             assert packed in path.read_bytes() and len(packed) == -(-codes.size * quantizer.bits // 8)
 
 
-@pytest.mark.parametrize("combine", ["logits", "probs"])
+@pytest.mark.parametrize("combine", COMBINE)
 def test_ensemble(combine, path):
     nets = [between(lambda net, x: net.q("conv", F.relu(x))) for _ in range(2)]
     for seed, net in enumerate(nets):

@@ -19,6 +19,7 @@ from torch import nn
 import qdeploy
 from qdeploy import reference
 from qdeploy.errors import InputError
+from qdeploy.graph import COMBINE
 from qdeploy.kernels import ensemble
 from qdeploy.kernels.ensemble import combine
 from qdeploy.training import command, trainer
@@ -123,7 +124,7 @@ def test_votes_that_tie_follow_the_mean_logit():
     assert combine(logits, "logits")[1].tolist() == [2]
 
 
-@pytest.mark.parametrize("rule", ["logits", "probs"])
+@pytest.mark.parametrize("rule", COMBINE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_ensemble_is_judged_with_the_bits_of_its_file(dtype, rule, monkeypatch):
     monkeypatch.setattr(ensemble, "ELEMENTS_PER_PIECE", 3 * 7)  # 50 rows of 7 in many pieces, the last one short
@@ -134,7 +135,7 @@ def test_an_ensemble_is_judged_with_the_bits_of_its_file(dtype, rule, monkeypatc
     assert np.array_equal(classes.numpy(), scores.argmax(-1))
 
 
-@pytest.mark.parametrize("rule", ["logits", "probs"])
+@pytest.mark.parametrize("rule", COMBINE)
 def test_logits_that_are_not_finite_spoil_their_image_alone(rule):
     logits = torch.zeros(2, 6, 3)
     logits[0, 0, 2] = torch.nan

@@ -104,7 +104,7 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
     """Accuracy of the ensemble on the held-out domain, and, for QT-DoG, the model file."""
     import torch
 
-    from qdeploy.kernels.ensemble import combine
+    from qdeploy.kernels.ensemble import RULES, combine
     from qdeploy.training import trainer
     from qdeploy.training.quantize import summary
 
@@ -115,7 +115,7 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
         logits = torch.stack([trainer.apply(net, benchmark, domain, positions) for net in nets])
     found: dict = {}
     if count > 1:
-        decided = {rule: combine(logits, rule)[1] for rule in ("logits", "probs", "vote")}
+        decided = {rule: combine(logits, rule)[1] for rule in RULES}
         found["ensemble"] = {rule: (classes == labels).float().mean().item() for rule, classes in decided.items()}
     if config.algorithm != "qt-dog":
         return found
