@@ -55,11 +55,12 @@ def _aligned(step: Tensor, value: Tensor, axis: int) -> Tensor:
     """The steps as float32, shaped to broadcast against the value; raises InputError where they do not fit."""
     if axis == -1:
         if step.numel() != 1:
-            raise InputError(f"expected one step for the whole tensor, got shape {list(step.shape)} - at qdeploy::lsq")
+            got = f"shape {list(step.shape)}"
+            raise InputError(f"expected one step size for the whole tensor, got {got} - at qdeploy::lsq")
         return step.float().reshape(())
     if not 0 <= axis < value.dim() or step.shape != (value.shape[axis],):
         raise InputError(
-            f"expected one step per element of axis {axis} of a value of shape {list(value.shape)}, "
+            f"expected one step size per element of axis {axis} of a value of shape {list(value.shape)}, "
             f"got shape {list(step.shape)} - at qdeploy::lsq"
         )
     return step.float().reshape([-1 if i == axis else 1 for i in range(value.dim())])

@@ -9,6 +9,7 @@ import numpy as np
 
 from qdeploy.errors import InputError
 from qdeploy.graph import Activation, Graph, Member, Node
+from qdeploy.validate import member_at, node_at
 
 if TYPE_CHECKING:
     import onnx
@@ -57,6 +58,7 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.nbytes = 0  # of the initializers
+        self.at = ""  # the member that is being written, for error texts
 
     def add(self, op: str, inputs: list[str], **attributes: Any) -> str:
         from onnx import helper
@@ -75,6 +77,7 @@ class _Writer:
 
     def member(self, member: Member) -> str:
         """Append one network; returns the name of its f32 output."""
+        self.at = member_at(member.name)
         values = {0: self.activation("x", member.tensors[0])}
         for node in member.nodes:
             inputs = [(values[i], member.tensors[i]) for i in node.inputs]
@@ -201,7 +204,8 @@ def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -
     window = int(np.prod(node.attributes["kernel"]))
     per_mean = multiplier * (window if multiplier.size == 1 else np.arange(1, window + 1))
     if np.ptp(per_mean) > 1e-5 * np.abs(per_mean).max():
-        raise InputError(f"expected an average over the real elements, got another weighting - at node '{node.name}'")
+        at = node_at(node, writer.at)
+        raise InputError(f"expected an average over the real elements, got another weighting - at {at}")
     mean = writer.add(
         "AveragePool",
         [value],
@@ -221,9 +225,8 @@ def _table(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> s
     if output.dtype == "u8":
         identity = np.clip(np.rint(real / output.scale + output.zero_point), 0, 255)
     if np.abs(node.constants["table"].astype(np.float64) - identity).max() > 1:
-        raise InputError(
-            f"expected no function but the identity (a table has no float32 twin), got one - at node '{node.name}'"
-        )
+        expected = "no function but the identity (a table has no float32 twin)"
+        raise InputError(f"expected {expected}, got one - at {node_at(node, writer.at)}")
     return value
 
 

@@ -130,9 +130,9 @@ def quantize_(
     """
     layers = _select(net, weight_bits, skip)
     for name, (layer, bits) in layers.items():
-        _check_bits(bits, name)
+        _check_bits(bits, f"layer `{name}`")
         if _weight_quantizer(layer) is not None:
-            raise InputError(f"expected a layer without quantizer, got one quantized before - at layer {name}")
+            raise InputError(f"expected a layer without quantizer, got one quantized before - at layer `{name}`")
     by_weight: dict[int, Quantizer] = {}
     for layer, bits in layers.values():
         key = id(layer.weight)
@@ -141,7 +141,7 @@ def quantize_(
         parametrize.register_parametrization(layer, "weight", by_weight[key])
     _quantize_together(net)
     if activation_bits is not None:
-        _check_bits(activation_bits, "activations")
+        _check_bits(activation_bits, "activation_bits")
         if calibration is None:
             raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
         targets = {name: layer for name, (layer, _) in layers.items()}
@@ -238,9 +238,9 @@ def _select(
     return {name: (layer, bits) for name, layer in layers.items() if (bits := wanted.get(name)) is not None}
 
 
-def _check_bits(bits: int, where: str) -> None:
+def _check_bits(bits: int, at: str) -> None:
     if not (isinstance(bits, int) and 2 <= bits <= 8):
-        raise InputError(f"expected 2 to 8 bits, got {bits!r} - at {where}")
+        raise InputError(f"expected 2 to 8 bits, got {bits!r} - at {at}")
 
 
 def _weight_quantizer(module: nn.Module) -> Quantizer | None:
@@ -448,7 +448,7 @@ def _observe(
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    if idle := [name for name in layers if not by_layer[name].samples]:
+    if idle := [f"`{name}`" for name in layers if not by_layer[name].samples]:
         raise InputError(f"expected calibration to reach every layer, got no input - at layer {', '.join(idle)}")
     group_of = {name: root(name) for name in layers}
     merged: dict[str, _Observed] = {}

@@ -145,7 +145,7 @@ def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int
     for i, domain in enumerate(benchmark.domains):
         training, validation = split(len(domain.labels), i, config.split_seed)
         if not len(validation):
-            raise InputError(f"expected 5 or more images, got {len(domain.labels)} - at domain {domain.name}")
+            raise InputError(f"expected 5 or more images, got {len(domain.labels)} - at domain `{domain.name}`")
         if i == target:
             sets[f"{domain.name}_in"] = (i, training)
         sets[f"{domain.name}_out"] = (i, validation)

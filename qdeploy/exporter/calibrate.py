@@ -152,7 +152,8 @@ def _adder(layer: Layer, histogram: Histogram) -> Callable[[np.ndarray], None]:
     def add(value: np.ndarray) -> None:
         values = np.clip(value, layer.low, layer.high)
         if not np.isfinite(values).all():
-            raise ExportError(f"expected finite activations, got NaN or infinity on calibration data - at {layer.name}")
+            got = "NaN or infinity on calibration data"
+            raise ExportError(f"expected finite activations, got {got} - at module `{layer.name}`")
         histogram.add(values)
 
     return add

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qdeploy import format
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, ModelError
 from qdeploy.gpu.program import Conv, Program, Step, as_array
 from qdeploy.graph import Activation
 from qdeploy.kernels import triton_ensemble
@@ -82,7 +82,10 @@ class GpuModel:
         graph = format.parse(content, path)
         self._content, self._path, self.device = content, path, device
         self._graph = graph
-        self._programs = [Program(member, device) for member in graph.members]
+        try:
+            self._programs = [Program(member, device) for member in graph.members]
+        except ModelError as error:
+            raise ModelError(f"{error} in {path}") from None
         self._images_per_chunk = max(1, (MAX_OFFSET - 1) // max(p.largest for p in self._programs))
         self._captured: OrderedDict[int, _Captured] = OrderedDict()
         self._lock = threading.Lock()
