@@ -150,7 +150,7 @@ for images, classes in ENSEMBLE:
         TARGETS[f"{key}/torch.compile"] = Target(f"{name}, times faster than torch.compile", None, "x", True)
 for name in ("qdeploy", "qdeploy, inputs too", "eager", "qdeploy, torch.compile"):
     bound = 1.03 if name == "qdeploy" else None
-    TARGETS[f"gpu/qat/{name}"] = Target(f"step of ResNet-50 with LSQ ({name}) / without", bound)
+    TARGETS[f"gpu/qat/{name}"] = Target(f"update of ResNet-50 with LSQ ({name}) / without", bound)
 for batch in INT8_BATCHES:
     name, bound = f"GPU: INT8 ResNet-50 b{batch}, times faster than", {1: 1.3, 256: 1.5}.get(batch)
     TARGETS[f"gpu/int8/{batch}/fp16 graph"] = Target(f"{name} FP16 channels last, CUDA graph", bound, "x", True)

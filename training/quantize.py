@@ -204,7 +204,7 @@ def summary(net: nn.Module) -> list[LayerSummary]:
             continue
         weight = parametrized_weight(net.get_submodule(name)).original.float()
         rest = weight / quantizer.step.reshape(-1, *[1] * (weight.dim() - 1))
-        best = initial_step(_groups(weight, quantizer.axis), quantizer.qmin, quantizer.qmax, "mse")
+        best = initial_step(_rows(weight, quantizer.axis), quantizer.qmin, quantizer.qmax, "mse")
         inputs = found.get(key.removesuffix("weight") + "input")
         rows.append(
             LayerSummary(
@@ -255,14 +255,14 @@ def parametrized_weight(layer: nn.Module) -> parametrize.ParametrizationList:
     return parametrizations.weight
 
 
-def _groups(value: Tensor, axis: int) -> Tensor:
+def _rows(value: Tensor, axis: int) -> Tensor:
     """The elements that share a step size, one row each."""
     return value.reshape(1, -1) if axis == -1 else value.flatten(1)
 
 
 def _make_weight_quantizer(weight: Tensor, bits: int, per_channel: bool, init: str, grad_scale: str) -> Quantizer:
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    rows = _groups(weight.float(), 0 if per_channel else -1)
+    rows = _rows(weight.float(), 0 if per_channel else -1)
     step = initial_step(rows, qmin, qmax, init)
     scale = training_scale(weight.numel(), weight.numel() // len(rows), qmax, grad_scale)
     return Quantizer(step if per_channel else step[0], qmin, qmax, scale)
@@ -278,7 +278,7 @@ def training_scale(numel: int, numel_per_step: int, qmax: int, mode: str) -> flo
 
 @torch.no_grad()
 def initial_step(rows: Tensor, qmin: int, qmax: int, method: str) -> Tensor:
-    """First step sizes, [groups], for float32 values [groups, n]; `method` as `init` of `quantize_`. At least 1e-8."""
+    """First step sizes, [rows], for float32 values [rows, n]; `method` as `init` of `quantize_`. At least 1e-8."""
     if method == "lsq":
         step = 2 * rows.abs().mean(1) / qmax**0.5
     elif method in ("mse", "minmax"):
@@ -392,27 +392,27 @@ def _attach_input_quantizers(
     grad_scale: str,
     calibration: Iterable,
 ) -> None:
-    observed, group_of = _observe(net, layers, calibration)
+    observed, bundle_of = _observe(net, layers, calibration)
     made: dict[str, Quantizer] = {}
     for name, layer in layers.items():
-        group = group_of[name]
-        if group not in made:
-            seen = observed[group]
+        bundle = bundle_of[name]
+        if bundle not in made:
+            seen = observed[bundle]
             values = torch.cat(seen.samples)
             qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if values.amin() < 0 else (0, 2**bits - 1)
             step = initial_step(values[None], qmin, qmax, init)[0]
             # Features of one sample, not of the batch (LSQ section 2.2): the scale does not change with the batch.
-            made[group] = Quantizer(step, qmin, qmax, training_scale(seen.features, seen.features, qmax, grad_scale))
-        layer.input_quantizer = made[group]
+            made[bundle] = Quantizer(step, qmin, qmax, training_scale(seen.features, seen.features, qmax, grad_scale))
+        layer.input_quantizer = made[bundle]
         layer.register_forward_pre_hook(_quantize_input)
 
 
 def _observe(
     net: nn.Module, layers: dict[str, nn.Module], calibration: Iterable
 ) -> tuple[dict[str, _Observed], dict[str, str]]:
-    """Runs the calibration batches in eval mode; returns what was seen by group, and the group of each layer.
+    """Runs the calibration batches in eval mode; returns what was seen by bundle, and the bundle of each layer.
 
-    Layers that read the very same tensor (the first convolution and the shortcut of a residual block) form a group:
+    Layers that read the very same tensor (the first convolution and the shortcut of a residual block) form a bundle:
     one tensor can have only one integer code.
     """
     parent = {name: name for name in layers}
@@ -450,9 +450,9 @@ def _observe(
             module.training = mode
     if idle := [f"`{name}`" for name in layers if not by_layer[name].samples]:
         raise InputError(f"expected calibration to reach every layer, got no input - at layer {', '.join(idle)}")
-    group_of = {name: root(name) for name in layers}
+    bundle_of = {name: root(name) for name in layers}
     merged: dict[str, _Observed] = {}
-    for name, group in group_of.items():
-        merged.setdefault(group, _Observed([])).samples += by_layer[name].samples
-        merged[group].features = by_layer[name].features
-    return merged, group_of
+    for name, bundle in bundle_of.items():
+        merged.setdefault(bundle, _Observed([])).samples += by_layer[name].samples
+        merged[bundle].features = by_layer[name].features
+    return merged, bundle_of

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qdeploy import format, reference
 from qdeploy.errors import InputError
-from qdeploy.exporter.calibrate import OBSERVERS, Scales, observe
+from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
 from qdeploy.exporter.emit import emit
 from qdeploy.exporter.fusion import fuse
 from qdeploy.exporter.lowering import lower
@@ -125,9 +125,9 @@ def _export(
     networks = [fuse(lower(net, example)) for net in nets.values()]
     for network in networks:
         quantize_weights(network, options.fallback_bits)
-    scales = [Scales(network, options.observer) for network in networks]
-    images = observe(scales, calibration, example.numpy(), preprocess, images_to_compare(networks))
-    members = [emit(name, network, scale.grids()) for name, network, scale in zip(nets, networks, scales, strict=True)]
+    grids = [Grids(network, options.observer) for network in networks]
+    images = observe(grids, calibration, example.numpy(), preprocess, images_to_compare(networks))
+    members = [emit(name, network, found.chosen()) for name, network, found in zip(nets, networks, grids, strict=True)]
     if preprocess is not None:
         for member in members:
             member.preprocess_table = reference.preprocess_table(preprocess, member.tensors[0])
