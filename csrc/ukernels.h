@@ -89,7 +89,7 @@ constexpr int32_t kGroupedWindow = 32;
 //
 // `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over taps t of
 //     a[p*a_stride + tap_offset[t] + n] * w[t*w_stride + n]
-// and the output rule as above. w is int8; w, comp, scale and bias are readable up to the next multiple of kMaxNr of n.
+// requantized as above. w is int8; w, comp, scale and bias are readable up to the next multiple of kMaxNr of n.
 struct DepthwiseParams {
   int32_t taps;
   int32_t n;

@@ -18,7 +18,7 @@
 // memory operands (fused). 2 pixels x 4 vectors = 8 accumulators + 4 sums + broadcast, product, ones = 15 of 16
 // registers; three pixels x 4 vectors spill. Inner loop at 2.7 GHz (Cascade Lake), weights in L1, GMAC/s: 7 bits 77 (6
 // pixels x 2 vectors: 72), 6: 86 (5x2: 81), 5: 96 (90), 4: 105 (92), 8: 56. Whole kernel, K = 512..4608: 73, 82, 91,
-// 98, 51; K = 64: 53, 58, 62, 63, 40, where the output rule and the start of a pixel pair cost 35 cycles a pixel. Zen 5
+// 98, 51; K = 64: 53, 58, 62, 63, 40, where requantization and the start of a pixel pair cost 35 cycles a pixel. Zen 5
 // at 4.28 GHz, K = 1024, and its limit of two multiplications a cycle: 135 (137), 175 (183), 198 (219), 209 (243), and
 // 8 bits 110 (137), where a weight vector serves both pixels from a register (as memory operand: 99). At 4 to 6 bits
 // that, with 3 pixels x 2 vectors, gains nothing: the bare instructions of 4 bits reach 214 (peak_loops.cc).

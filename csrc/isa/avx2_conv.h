@@ -1,4 +1,4 @@
-// What the convolutions with 256-bit vectors share: the walk over pixels and the output rule. A family `Weights` gives
+// What the convolutions with 256-bit vectors share: the walk over pixels and requantization. A family `Weights` gives
 //     kFormat, kS16Steps    ConvKernel::format and ::s16_steps
 //     kElementBytes         of a packed weight
 //     kMaxRows              pixels that share the registers
@@ -29,7 +29,7 @@ constexpr int kChunkBytes = 16384;  // of weights: half of L1
 typedef int32_t __attribute__((may_alias, aligned(1))) AnyInt32;  // any four bytes
 typedef int16_t __attribute__((may_alias, aligned(1))) AnyInt16;
 
-// ---- The output rule ------------------------------------------------------------------------------------------------
+// ---- Requantization -------------------------------------------------------------------------------------------------
 
 QD_INLINE __m256 u8_to_f32x8(const uint8_t* a) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a))));
@@ -135,7 +135,7 @@ struct Batch {
 template <int kRows, int kVectors>
 using Accumulators = __m256i[kRows][kVectors];
 
-// The output rule for kRows pixels of the batch from `pixel` on.
+// Requantizes and writes kRows pixels of the batch from `pixel` on.
 template <int kRows, int kVectors>
 QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVectors>& acc_i32x8, const Batch& batch,
                             int pixel) {

@@ -1,5 +1,5 @@
 // What the AVX-512 convolutions share: the walk over tiles, the address of a pixel, the next-panel prefetch and the
-// output rule. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
+// requantization. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
 //     kFormat               the packing of its weights
 //     kStep                 bytes of k between two calls of Prefetch::step
 //     kS16Steps             ConvKernel::s16_steps
@@ -74,7 +74,7 @@ struct Prefetch {
   }
 };
 
-// ---- The output rule ------------------------------------------------------------------------------------------------
+// ---- Requantization -------------------------------------------------------------------------------------------------
 
 QDEPLOY_INLINE __m512 residual_f32x16(const uint8_t* residual) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(residual))));

@@ -14,10 +14,10 @@
 //
 // So a tile of 14 pixels x 32 channels: 28 accumulators hide the latency (10 would do) and need only 16 loads, which
 // leaves the load ports room for prefetches and L2; with two weights and one or two broadcasts it fills the 32
-// registers. Measured in one process against a peak of 306 GMAC/s for the bare instruction, epilogue included (GCC 12):
-// 290 at K = 1024, 294 for 3x3 x 256, 267 at K = 256, 208 at K = 64. 14 separate row pointers instead of two groups at
-// a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. The epilogue costs some 110 cycles a tile, 63 of
-// them because 126 conversions, fma, packs and clamps share ports 0 and 5; each tap some 12 cycles.
+// registers. Measured in one process against a peak of 306 GMAC/s for the bare instruction, requantization included (GCC
+// 12): 290 at K = 1024, 294 for 3x3 x 256, 267 at K = 256, 208 at K = 64. 14 separate row pointers instead of two groups
+// at a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. Requantization costs some 110 cycles a tile, 63
+// of them because 126 conversions, fma, packs and clamps share ports 0 and 5; each tap some 12 cycles.
 //
 // Preconditions: those of ConvParams; k may be any multiple of 4, steps of 16 are the fast ones. Reads of activations
 // and weights are exact here; only the residual of the last channels is over-read, by less than 32 bytes.
@@ -93,9 +93,9 @@ struct Vnni {
   }
 };
 
-// ---- The output rule under the next group ---------------------------------------------------------------------------
+// ---- Requantization under the next group ----------------------------------------------------------------------------
 //
-// The output rule of a tile takes some 300 instructions that are not dot products. Behind the dot products they leave
+// The requantization of a tile takes some 300 instructions that are not dot products. Behind the dot products they leave
 // ports 0 and 1 idle for 45 to 75 cycles a tile on Zen 5, because they fill the schedulers before the next tile gets
 // in. So a group of 7 x 32 runs its first k-steps while the group before it is written, one pixel a step:
 //

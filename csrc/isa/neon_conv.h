@@ -1,4 +1,4 @@
-// What the NEON convolutions share: the walk over tiles, the next-panel prefetch, narrow stores and the output rule.
+// What the NEON convolutions share: the walk over tiles, the next-panel prefetch, narrow stores and requantization.
 // A family `Dot` gives
 //     kMr, kGroups       the shape of its tiles
 //     Sums<P>            the accumulators of P pixels x 16 channels:
@@ -43,7 +43,7 @@ struct Prefetch {
   }
 };
 
-// ---- The output rule ------------------------------------------------------------------------------------------------
+// ---- Requantization -------------------------------------------------------------------------------------------------
 
 // 16 neighbouring channels.
 struct F32x16 {
