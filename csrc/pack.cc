@@ -122,7 +122,7 @@ size_t set_sizes(const Layer& layer) {
     channels = conv->panels * kernel.nr;
     bytes = conv->panels * static_cast<int64_t>(conv->panel_bytes);
   }
-  for (AlignedBuffer* constants : {&conv->comp, &conv->scale, &conv->bias}) {
+  for (AlignedBuffer* constants : {&conv->comp, &conv->multiplier, &conv->bias}) {
     *constants = AlignedBuffer(static_cast<size_t>(channels) * 4);
   }
   return static_cast<size_t>(round_up(bytes, 64));
@@ -197,7 +197,7 @@ void set_channel(const Layer& layer, int64_t channel, int32_t sum) {
   for (int64_t i = 0; i < conv.repeat; ++i) {
     const int64_t at = i * layer.channels() + channel;
     reinterpret_cast<int32_t*>(conv.comp.data())[at] = (a_offset - layer.in.zero_point) * sum;
-    reinterpret_cast<float*>(conv.scale.data())[at] = layer.data.multiplier[channel];
+    reinterpret_cast<float*>(conv.multiplier.data())[at] = layer.data.multiplier[channel];
     reinterpret_cast<float*>(conv.bias.data())[at] = layer.data.bias[channel];
   }
 }

@@ -20,14 +20,14 @@ constexpr size_t kOverread = 64;
 // One panel (nr output channels) times a list of tiles. A tile is `groups` groups of r pixels; the pixels of a group
 // lie at a constant stride, the groups anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
 //     (a[tile.a[g] + p*a_stride + tap_offset[t] + i] - a_offset) * w[t][i][n]
-// then r = fma(float(acc), scale[n], bias[n]), with a residual r = fma(float(residual), residual_scale, r), and
+// then r = fma(float(acc), multiplier[n], bias[n]), and with a residual r = fma(float(residual), residual_multiplier, r).
 // c = clamp(rint(r), qmin, qmax), or r itself for the f32 kernel. comp = (a_offset - zero_point) * sum of the channel's
 // codes, so that the kernel's own a_offset (0, or 128 where it needs signed activations) never shows in acc.
 //
 // Packed panel, WeightFormat::s8x4:  int8  w[taps][k/4][nr][4]   element (t, i, n) at ((t*(k/4) + i/4)*nr + n)*4 + i%4
 //               WeightFormat::s16x2: int16 w[taps][k/2][nr][2]   likewise with 2
-// k is a multiple of 4; bytes beyond the real channels meet zero weights. comp, scale and bias hold nr entries, zeros
-// beyond the real channels.
+// k is a multiple of 4; bytes beyond the real channels meet zero weights. comp, multiplier and bias hold nr entries,
+// zeros beyond the real channels.
 enum class WeightFormat : int32_t { s8x4, s16x2 };
 
 struct ConvTile {
@@ -47,13 +47,13 @@ struct ConvParams {
   const int32_t* tap_offset;
   const void* w;  // 64-byte aligned
   const int32_t* comp;
-  const float* scale;
+  const float* multiplier;
   const float* bias;
   void* c;  // first channel of this panel: uint8_t or float
   ptrdiff_t c_stride;
   const uint8_t* residual;  // null: none. May be the very memory of c (same offsets and stride)
   ptrdiff_t residual_stride;
-  float residual_scale;
+  float residual_multiplier;
   uint8_t qmin, qmax;
   const void* prefetch;  // the panel that will be needed next; a hint, any address
   size_t prefetch_bytes;
@@ -89,7 +89,7 @@ constexpr int32_t kGroupedWindow = 32;
 //
 // `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over taps t of
 //     a[p*a_stride + tap_offset[t] + n] * w[t*w_stride + n]
-// requantized as above. w is int8; w, comp, scale and bias are readable up to the next multiple of kMaxNr of n.
+// requantized as above. w is int8; w, comp, multiplier and bias are readable up to the next multiple of kMaxNr of n.
 struct DepthwiseParams {
   int32_t taps;
   int32_t n;
@@ -99,7 +99,7 @@ struct DepthwiseParams {
   const int8_t* w;
   ptrdiff_t w_stride;
   const int32_t* comp;
-  const float* scale;
+  const float* multiplier;
   const float* bias;
   uint8_t* c;
   ptrdiff_t c_stride;
@@ -121,19 +121,19 @@ struct PoolParams {
 };
 using MaxPoolFn = void (*)(const PoolParams* params, uint8_t* c);
 
-// acc = sum - zero_point*rows*cols; r = fma(float(acc), scale, bias)
+// acc = sum - zero_point*rows*cols; r = fma(float(acc), multiplier, bias)
 struct AvgPoolParams {
   PoolParams window;
   int32_t zero_point;
-  float scale, bias;
+  float multiplier, bias;
   uint8_t qmin, qmax;
 };
 using AvgPoolQu8Fn = void (*)(const AvgPoolParams* params, uint8_t* c);
 using AvgPoolF32Fn = void (*)(const AvgPoolParams* params, float* c);
 
-// r = fma(float(a), scale_a, fma(float(b), scale_b, bias)). c may be a or b.
+// r = fma(float(a), multiplier_a, fma(float(b), multiplier_b, bias)). c may be a or b.
 struct AddParams {
-  float scale_a, scale_b, bias;
+  float multiplier_a, multiplier_b, bias;
   uint8_t qmin, qmax;
 };
 using AddQu8Fn = void (*)(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, uint8_t* c);

@@ -189,7 +189,7 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const uint8_t* a, uint
             v % 2 == 0 ? _mm256_permute2x128_si256(low, high, 0x20) : _mm256_permute2x128_si256(low, high, 0x31);
         const __m256i comp = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.comp + n + 8 * v));
         r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum, comp)),
-                                     _mm256_loadu_ps(p.scale + n + 8 * v), _mm256_loadu_ps(p.bias + n + 8 * v));
+                                     _mm256_loadu_ps(p.multiplier + n + 8 * v), _mm256_loadu_ps(p.bias + n + 8 * v));
       }
       store(r_f32x8, p.qmin, p.qmax, static_cast<size_t>(p.n - n), c + i * p.c_stride + n);
     }
@@ -227,7 +227,7 @@ void max_pool(const PoolParams* params, uint8_t* c) {
 template <typename Out>
 void avg_pool(const AvgPoolParams* params, Out* c) {
   const PoolParams& p = params->window;
-  const __m256 scale_f32x8 = _mm256_set1_ps(params->scale), bias_f32x8 = _mm256_set1_ps(params->bias);
+  const __m256 multiplier_f32x8 = _mm256_set1_ps(params->multiplier), bias_f32x8 = _mm256_set1_ps(params->bias);
   const __m256i comp_i32x8 = _mm256_set1_epi32(-params->zero_point * static_cast<int32_t>(p.rows * p.cols));
   const uint8_t* window = p.a;
   for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
@@ -245,7 +245,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
       }
       __m256 r_f32x8[4];
       QD_UNROLL for (int v = 0; v < 4; ++v) {
-        r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[v]), scale_f32x8, bias_f32x8);
+        r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[v]), multiplier_f32x8, bias_f32x8);
       }
       store(r_f32x8, params->qmin, params->qmax, p.n - n, c + n);
     }
@@ -256,13 +256,14 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
 
 template <typename Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
-  const __m256 scale_a_f32x8 = _mm256_set1_ps(params->scale_a), scale_b_f32x8 = _mm256_set1_ps(params->scale_b);
+  const __m256 multiplier_a_f32x8 = _mm256_set1_ps(params->multiplier_a),
+               multiplier_b_f32x8 = _mm256_set1_ps(params->multiplier_b);
   const __m256 bias_f32x8 = _mm256_set1_ps(params->bias);
   for (size_t i = 0; i < n; i += 32) {
     __m256 r_f32x8[4];
     QD_UNROLL for (int v = 0; v < 4; ++v) {
-      const __m256 r_b_f32x8 = _mm256_fmadd_ps(u8_to_f32x8(b + i + 8 * v), scale_b_f32x8, bias_f32x8);
-      r_f32x8[v] = _mm256_fmadd_ps(u8_to_f32x8(a + i + 8 * v), scale_a_f32x8, r_b_f32x8);
+      const __m256 r_b_f32x8 = _mm256_fmadd_ps(u8_to_f32x8(b + i + 8 * v), multiplier_b_f32x8, bias_f32x8);
+      r_f32x8[v] = _mm256_fmadd_ps(u8_to_f32x8(a + i + 8 * v), multiplier_a_f32x8, r_b_f32x8);
     }
     store(r_f32x8, params->qmin, params->qmax, n - i, c + i);
   }

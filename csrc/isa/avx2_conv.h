@@ -141,17 +141,17 @@ QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVect
                             int pixel) {
   __m256 r_f32x8[kRows][4] = {};
   QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-    const __m256 scale_f32x8 = _mm256_loadu_ps(p.scale + 8 * v), bias_f32x8 = _mm256_loadu_ps(p.bias + 8 * v);
+    const __m256 multiplier_f32x8 = _mm256_loadu_ps(p.multiplier + 8 * v), bias_f32x8 = _mm256_loadu_ps(p.bias + 8 * v);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      r_f32x8[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[r][v]), scale_f32x8, bias_f32x8);
+      r_f32x8[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[r][v]), multiplier_f32x8, bias_f32x8);
     }
   }
   if (p.residual) {
-    const __m256 scale_f32x8 = _mm256_set1_ps(p.residual_scale);
+    const __m256 multiplier_f32x8 = _mm256_set1_ps(p.residual_multiplier);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
       const uint8_t* residual = p.residual + batch.residual[pixel + r];
       QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-        r_f32x8[r][v] = _mm256_fmadd_ps(u8_to_f32x8(residual + 8 * v), scale_f32x8, r_f32x8[r][v]);
+        r_f32x8[r][v] = _mm256_fmadd_ps(u8_to_f32x8(residual + 8 * v), multiplier_f32x8, r_f32x8[r][v]);
       }
     }
   }

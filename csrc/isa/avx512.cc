@@ -284,7 +284,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
       __m512 r_f32x16[4];
       for (int j = 0; j < 4; ++j)
         r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum_i32x16[j], offset_i32x16)),
-                                      _mm512_set1_ps(params->scale), _mm512_set1_ps(params->bias));
+                                      _mm512_set1_ps(params->multiplier), _mm512_set1_ps(params->bias));
       store_block(r_f32x16, p.n - n, params->qmin, params->qmax, c + n);
     }
   }
@@ -294,7 +294,8 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
 
 template <class Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
-  const __m512 scale_a_f32x16 = _mm512_set1_ps(params->scale_a), scale_b_f32x16 = _mm512_set1_ps(params->scale_b);
+  const __m512 multiplier_a_f32x16 = _mm512_set1_ps(params->multiplier_a),
+               multiplier_b_f32x16 = _mm512_set1_ps(params->multiplier_b);
   const __m512 bias_f32x16 = _mm512_set1_ps(params->bias);
   for (size_t i = 0; i < n; i += 64) {
     __m512i a_i32x16[4], b_i32x16[4];
@@ -302,8 +303,8 @@ void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, 
     widen_block(_mm512_loadu_si512(b + i), b_i32x16);
     __m512 r_f32x16[4];
     for (int j = 0; j < 4; ++j)
-      r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a_i32x16[j]), scale_a_f32x16,
-                                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(b_i32x16[j]), scale_b_f32x16, bias_f32x16));
+      r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a_i32x16[j]), multiplier_a_f32x16,
+                                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(b_i32x16[j]), multiplier_b_f32x16, bias_f32x16));
     store_block(r_f32x16, n - i, params->qmin, params->qmax, c + i);
   }
 }

@@ -89,11 +89,11 @@ template <int R, int G>
 struct Output {
   const ConvParams& params;
   const ConvTile& tile;
-  __m512 scale_f32x16[2], bias_f32x16[2];
+  __m512 multiplier_f32x16[2], bias_f32x16[2];
 
   QDEPLOY_INLINE Output(const ConvParams& params, const ConvTile& tile) : params(params), tile(tile) {
     for (int j = 0; j < 2; ++j) {
-      scale_f32x16[j] = _mm512_loadu_ps(params.scale + 16 * j);
+      multiplier_f32x16[j] = _mm512_loadu_ps(params.multiplier + 16 * j);
       bias_f32x16[j] = _mm512_loadu_ps(params.bias + 16 * j);
     }
   }
@@ -101,10 +101,10 @@ struct Output {
 
   template <bool kResidual>
   QDEPLOY_INLINE __m512 real(__m512i acc_i32x16, int q, int j) const {
-    __m512 x_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), scale_f32x16[j], bias_f32x16[j]);
+    __m512 x_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), multiplier_f32x16[j], bias_f32x16[j]);
     if (kResidual) {
       const __m512 residual = residual_f32x16(residual_pixel(params, tile, q / R, q % R) + 16 * j);
-      x_f32x16 = _mm512_fmadd_ps(residual, _mm512_set1_ps(params.residual_scale), x_f32x16);
+      x_f32x16 = _mm512_fmadd_ps(residual, _mm512_set1_ps(params.residual_multiplier), x_f32x16);
     }
     return x_f32x16;
   }

@@ -56,7 +56,7 @@ QDEPLOY_INLINE void interleave(const __m512i (&x_u8x64)[4], __m512i (&block)[4])
 
 // What 64 channels need besides their weights, in block order.
 struct DepthwiseChannels {
-  __m512 comp_i32x16[4], scale_f32x16[4], bias_f32x16[4];
+  __m512 comp_i32x16[4], multiplier_f32x16[4], bias_f32x16[4];
   __mmask64 mask;
 };
 
@@ -98,7 +98,8 @@ QDEPLOY_INLINE void depthwise_pixels(const DepthwiseParams& p, const DepthwiseCh
     __m512 r_f32x16[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
-      r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[q][j]), channels.scale_f32x16[j], channels.bias_f32x16[j]);
+      r_f32x16[j] =
+          _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[q][j]), channels.multiplier_f32x16[j], channels.bias_f32x16[j]);
     _mm512_mask_storeu_epi8(c + q * p.c_stride, channels.mask, quantize_u8x64(r_f32x16, p.qmin, p.qmax));
   }
 }
@@ -109,7 +110,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   for (int32_t n = 0; n < p.n; n += 64) {
     DepthwiseChannels channels;
     load_block_order(p.comp + n, channels.comp_i32x16);
-    load_block_order(p.scale + n, channels.scale_f32x16);
+    load_block_order(p.multiplier + n, channels.multiplier_f32x16);
     load_block_order(p.bias + n, channels.bias_f32x16);
     channels.mask = first_lanes(static_cast<size_t>(p.n - n));
     const uint8_t* a = p.a + n;

@@ -14,10 +14,10 @@
 //
 // So a tile of 14 pixels x 32 channels: 28 accumulators hide the latency (10 would do) and need only 16 loads, which
 // leaves the load ports room for prefetches and L2; with two weights and one or two broadcasts it fills the 32
-// registers. Measured in one process against a peak of 306 GMAC/s for the bare instruction, requantization included (GCC
-// 12): 290 at K = 1024, 294 for 3x3 x 256, 267 at K = 256, 208 at K = 64. 14 separate row pointers instead of two groups
-// at a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. Requantization costs some 110 cycles a tile, 63
-// of them because 126 conversions, fma, packs and clamps share ports 0 and 5; each tap some 12 cycles.
+// registers. Measured with GCC 12 in one process, requantization included, against a peak of 306 GMAC/s for the bare
+// instruction: 290 at K = 1024, 294 for 3x3 x 256, 267 at K = 256, 208 at K = 64. 14 separate row pointers instead of
+// two groups at a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. Requantization costs some 110 cycles
+// a tile, 63 of them because 126 conversions, fma, packs and clamps share ports 0 and 5; each tap some 12 cycles.
 //
 // Preconditions: those of ConvParams; k may be any multiple of 4, steps of 16 are the fast ones. Reads of activations
 // and weights are exact here; only the residual of the last channels is over-read, by less than 32 bytes.
@@ -95,7 +95,7 @@ struct Vnni {
 
 // ---- Requantization under the next group ----------------------------------------------------------------------------
 //
-// The requantization of a tile takes some 300 instructions that are not dot products. Behind the dot products they leave
+// Requantization of a tile takes some 300 instructions that are not dot products. Behind the dot products they leave
 // ports 0 and 1 idle for 45 to 75 cycles a tile on Zen 5, because they fill the schedulers before the next tile gets
 // in. So a group of 7 x 32 runs its first k-steps while the group before it is written, one pixel a step:
 //
@@ -130,11 +130,11 @@ struct Destination {
     __m512 x_f32x16[2];
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
-      x_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16[j]), _mm512_loadu_ps(params.scale + 16 * j),
+      x_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16[j]), _mm512_loadu_ps(params.multiplier + 16 * j),
                                     _mm512_loadu_ps(params.bias + 16 * j));
       if (kResidual)
-        x_f32x16[j] =
-            _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(params.residual_scale), x_f32x16[j]);
+        x_f32x16[j] = _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(params.residual_multiplier),
+                                      x_f32x16[j]);
     }
     const __m512i packed_i16x32 = _mm512_packs_epi32(_mm512_cvtps_epi32(x_f32x16[0]), _mm512_cvtps_epi32(x_f32x16[1]));
     const __m512i c_u8x64 = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(packed_i16x32, packed_i16x32));

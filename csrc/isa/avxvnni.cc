@@ -100,7 +100,7 @@ QD_INLINE void load_block_order(const void* x, __m256 (&x_f32x8)[4]) {
 
 // What 32 channels need besides their weights, in block order.
 struct DepthwiseChannels {
-  __m256 comp_i32x8[4], scale_f32x8[4], bias_f32x8[4];
+  __m256 comp_i32x8[4], multiplier_f32x8[4], bias_f32x8[4];
   size_t n;  // left from here on
 };
 
@@ -133,7 +133,7 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const DepthwiseChannel
     __m256i r_i32x8[4];
     QD_UNROLL for (int j = 0; j < 4; ++j) {
       r_i32x8[j] = _mm256_cvtps_epi32(
-          _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[i][j]), channels.scale_f32x8[j], channels.bias_f32x8[j]));
+          _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[i][j]), channels.multiplier_f32x8[j], channels.bias_f32x8[j]));
     }
     const __m256i c_u8x32 =
         _mm256_packus_epi16(_mm256_packs_epi32(r_i32x8[0], r_i32x8[1]), _mm256_packs_epi32(r_i32x8[2], r_i32x8[3]));
@@ -146,7 +146,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   for (int32_t n = 0; n < p.n; n += 32) {
     DepthwiseChannels channels;
     load_block_order(p.comp + n, channels.comp_i32x8);
-    load_block_order(p.scale + n, channels.scale_f32x8);
+    load_block_order(p.multiplier + n, channels.multiplier_f32x8);
     load_block_order(p.bias + n, channels.bias_f32x8);
     channels.n = static_cast<size_t>(p.n - n);
     const uint8_t* a = p.a + n;

@@ -231,13 +231,13 @@ template <typename Out>
 void avg_pool(const AvgPoolParams* params, Out* c) {
   const PoolParams& p = params->window;
   const int32x4_t comp_i32x4 = vdupq_n_s32(-params->zero_point * static_cast<int32_t>(p.rows * p.cols));
-  const F32x16 scale = splat_f32x16(params->scale), bias = splat_f32x16(params->bias);
+  const F32x16 multiplier = splat_f32x16(params->multiplier), bias = splat_f32x16(params->bias);
   const uint8_t* window = p.a;
   for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
     for (size_t n = 0; n < p.n; n += 16) {
       int32x4_t acc_i32x4[4] = {comp_i32x4, comp_i32x4, comp_i32x4, comp_i32x4};
       add_window(p, window + n, acc_i32x4);
-      store(fma_f32x16(convert_i32x16(acc_i32x4), scale, bias), params->qmin, params->qmax, p.n - n, c + n);
+      store(fma_f32x16(convert_i32x16(acc_i32x4), multiplier, bias), params->qmin, params->qmax, p.n - n, c + n);
     }
   }
 }
@@ -247,10 +247,11 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
 template <typename Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
   const AddParams& p = *params;
-  const F32x16 scale_a = splat_f32x16(p.scale_a), scale_b = splat_f32x16(p.scale_b), bias = splat_f32x16(p.bias);
+  const F32x16 multiplier_a = splat_f32x16(p.multiplier_a), multiplier_b = splat_f32x16(p.multiplier_b),
+               bias = splat_f32x16(p.bias);
   for (size_t i = 0; i < n; i += 16) {
-    const F32x16 r_b = fma_f32x16(load_u8x16(b + i), scale_b, bias);
-    store(fma_f32x16(load_u8x16(a + i), scale_a, r_b), p.qmin, p.qmax, n - i, c + i);
+    const F32x16 r_b = fma_f32x16(load_u8x16(b + i), multiplier_b, bias);
+    store(fma_f32x16(load_u8x16(a + i), multiplier_a, r_b), p.qmin, p.qmax, n - i, c + i);
   }
 }
 

@@ -138,7 +138,7 @@ QDEPLOY_INLINE void store(F32x16 r, uint8_t, uint8_t, size_t n, float* c) {
 }
 
 QDEPLOY_INLINE void write_depthwise(const DepthwiseParams& p, int32_t n, const int32x4_t (&acc_i32x4)[4], uint8_t* c) {
-  const F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(p.scale + n), load_f32x16(p.bias + n));
+  const F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(p.multiplier + n), load_f32x16(p.bias + n));
   store(r, p.qmin, p.qmax, static_cast<size_t>(p.n - n), c);
 }
 
@@ -158,9 +158,9 @@ struct Pixel {
 
 QDEPLOY_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_i32x4)[4], const Pixel& pixel,
                                 bool f32) {
-  F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(params.scale), load_f32x16(params.bias));
+  F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(params.multiplier), load_f32x16(params.bias));
   if (params.residual) {
-    r = fma_f32x16(load_u8x16(params.residual + pixel.residual), splat_f32x16(params.residual_scale), r);
+    r = fma_f32x16(load_u8x16(params.residual + pixel.residual), splat_f32x16(params.residual_multiplier), r);
   }
   const size_t n = static_cast<size_t>(params.n);
   if (f32) {

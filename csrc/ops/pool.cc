@@ -131,7 +131,7 @@ void run_avg_pool2d(const StepRun& run) {
   params.qmax = run.node().qmax;
   for_each_window(run, pool.window, [&](const PoolParams& window, int64_t offset) {
     params.window = window;
-    params.scale = pool.multiplier[pool.multiplier.size() == 1 ? 0 : window.rows * window.cols - 1];
+    params.multiplier = pool.multiplier[pool.multiplier.size() == 1 ? 0 : window.rows * window.cols - 1];
     if (run.out().is_f32) {
       run.kernels().avg_pool_f32(&params, run.to_f32() + offset);
     } else {

@@ -178,11 +178,11 @@ void place_weights(const ConvKernel& kernel, const ConvCase& x, std::vector<int8
   p->w = w;
 }
 
-// comp, scale and bias. Returns comp for the scalar kernel, whose a_offset is 0.
+// comp, multiplier and bias. Returns comp for the scalar kernel, whose a_offset is 0.
 std::vector<int32_t> place_channels(const ConvKernel& kernel, const ConvCase& x, const std::vector<int8_t>& codes,
                                     int zero_point, Random& random, ConvParams* p) {
   int32_t* comp = memory().comp.place<int32_t>(kernel.nr, x.at_end, random);
-  float* scale = memory().scale.place<float>(kernel.nr, x.at_end, random);
+  float* multiplier = memory().multiplier.place<float>(kernel.nr, x.at_end, random);
   float* bias = memory().bias.place<float>(kernel.nr, x.at_end, random);
   const int depth = x.taps * x.window();
   const double largest_sum =
@@ -193,10 +193,10 @@ std::vector<int32_t> place_channels(const ConvKernel& kernel, const ConvCase& x,
     for (int i = 0; i < depth && n < x.n; ++i) sum += codes[n * depth + i];
     comp[n] = (kernel.a_offset - zero_point) * sum;
     comp_expected[n] = -zero_point * sum;
-    scale[n] = n < x.n ? random_scale(largest_sum, random) : 0;
+    multiplier[n] = n < x.n ? random_multiplier(largest_sum, random) : 0;
     bias[n] = n < x.n ? random_bias(random) : 0;
   }
-  p->comp = comp, p->scale = scale, p->bias = bias;
+  p->comp = comp, p->multiplier = multiplier, p->bias = bias;
   return comp_expected;
 }
 
@@ -209,7 +209,7 @@ uint8_t* place_output(const ConvCase& x, int slots, Random& random, ConvParams* 
   if (x.residual) {
     p->residual = x.in_place ? outputs.c : memory().residual.place<uint8_t>(count, x.at_end, random);
     p->residual_stride = x.c_stride;
-    p->residual_scale = random.uniform() * 4 - 2;
+    p->residual_multiplier = random.uniform() * 4 - 2;
   }
   return outputs.expected;
 }
@@ -243,11 +243,11 @@ void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<Con
     p.n = std::min(scalar.nr, n - first);
     pack(scalar, codes + first * depth, p.taps, p.k, p.n, const_cast<void*>(p.w));
     std::vector<int32_t> comp(scalar.nr);
-    std::vector<float> scale(scalar.nr), bias(scalar.nr);
+    std::vector<float> multiplier(scalar.nr), bias(scalar.nr);
     std::copy_n(all.comp + first, p.n, comp.begin());
-    std::copy_n(all.scale + first, p.n, scale.begin());
+    std::copy_n(all.multiplier + first, p.n, multiplier.begin());
     std::copy_n(all.bias + first, p.n, bias.begin());
-    p.comp = comp.data(), p.scale = scale.data(), p.bias = bias.data();
+    p.comp = comp.data(), p.multiplier = multiplier.data(), p.bias = bias.data();
     p.c = static_cast<uint8_t*>(all.c) + first * (f32 ? 4 : 1);
     if (all.residual) p.residual = all.residual + first;
     (f32 ? scalar.f32 : scalar.qu8)(&p, pixels.data(), pixels.size());
@@ -304,7 +304,7 @@ double bench_case(const ConvKernel& kernel, int k, int r, int groups, int tiles,
   Aligned<uint8_t> a(static_cast<size_t>(pixels) * k, 3), w(panel * n_panels, 1),
       c(static_cast<size_t>(pixels) * channels);
   Aligned<int32_t> comp(kernel.nr);
-  Aligned<float> scale(kernel.nr, 0.01f), bias(kernel.nr, 1.f);
+  Aligned<float> multiplier(kernel.nr, 0.01f), bias(kernel.nr, 1.f);
   std::vector<ConvTile> list(tiles);
   for (int i = 0; i < tiles; ++i)
     for (int g = 0; g < groups; ++g) {
@@ -316,8 +316,8 @@ double bench_case(const ConvKernel& kernel, int k, int r, int groups, int tiles,
   ConvParams p{};
   p.taps = 1, p.k = k, p.n = kernel.nr;
   p.a = a.data(), p.a_stride = k, p.tap_offset = &offset;
-  p.comp = comp.data(), p.scale = scale.data(), p.bias = bias.data();
-  p.c_stride = p.residual_stride = channels, p.residual_scale = 0.5f;
+  p.comp = comp.data(), p.multiplier = multiplier.data(), p.bias = bias.data();
+  p.c_stride = p.residual_stride = channels, p.residual_multiplier = 0.5f;
   p.qmax = 255, p.prefetch_bytes = panel;
   return rate(1.0 * pixels * k * kernel.nr * n_panels, [&] {
     for (int i = 0; i < n_panels; ++i) {
