@@ -81,15 +81,15 @@ struct NarrowWeights {
   }
 
   template <int kRows, int kVectors>
-  static QD_INLINE void accumulate(const Chunk& chunk, const uint8_t* const* pixels,
+  static QD_INLINE void accumulate(const Slab& slab, const uint8_t* const* pixels,
                                    Accumulators<kRows, kVectors>& acc_i32x8) {
     constexpr int kBlock = kSums == 8 ? 32 : 16;
-    const int8_t* w = chunk.w;
+    const int8_t* w = slab.w;
     const __m256i ones = _mm256_set1_epi16(1);
-    const uint32_t k = static_cast<uint32_t>(chunk.k);
-    for (int32_t t = 0; t < chunk.taps; ++t) {
+    const uint32_t k = static_cast<uint32_t>(slab.k);
+    for (int32_t t = 0; t < slab.taps; ++t) {
       const uint8_t* a[kRows];
-      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + chunk.tap_offset[t] + chunk.begin;
+      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.tap_offset[t] + slab.begin;
       for (uint32_t i = k / kBlock; i > 0; --i) {
         asm("" : "+r"(i));  // a plain counter: GCC would compute the end of w instead, for every tap anew
         multiply<kBlock>(a, w, ones, acc_i32x8);
@@ -101,19 +101,19 @@ struct NarrowWeights {
   }
 };
 
-// 8 bits: s16 times s16 in vpmaddwd. The chunk's activations are widened once into a buffer, so that the inner loop has
+// 8 bits: s16 times s16 in vpmaddwd. The slab's activations are widened once into a buffer, so that the inner loop has
 // no shuffle: 56 GMAC/s, against 49 with a broadcast and two vpshufb for every four bytes.
 struct WideWeights {
   static constexpr WeightFormat kFormat = WeightFormat::s16x2;
   static constexpr int kMaxRows = 2;
   static constexpr int kElementBytes = 2;
   static constexpr int kS16Steps = 0;
-  static constexpr int kBufferElements = kChunkBytes / (kNr * kElementBytes) + 32;  // rounding of k, of the last store
+  static constexpr int kBufferElements = kSlabBytes / (kNr * kElementBytes) + 32;  // rounding of k, of the last store
 
-  static QD_INLINE void widen_pixel(const Chunk& chunk, const uint8_t* pixel, uint16_t* a_u16) {
-    for (int32_t t = 0; t < chunk.taps; ++t, a_u16 += chunk.k) {
-      const uint8_t* a = pixel + chunk.tap_offset[t] + chunk.begin;
-      for (int32_t i = 0; i < chunk.k; i += 16) {
+  static QD_INLINE void widen_pixel(const Slab& slab, const uint8_t* pixel, uint16_t* a_u16) {
+    for (int32_t t = 0; t < slab.taps; ++t, a_u16 += slab.k) {
+      const uint8_t* a = pixel + slab.tap_offset[t] + slab.begin;
+      for (int32_t i = 0; i < slab.k; i += 16) {
         const __m256i a_u16x16 = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(a_u16 + i), a_u16x16);
       }
@@ -141,16 +141,16 @@ struct WideWeights {
   }
 
   template <int kRows, int kVectors>
-  static QD_INLINE void accumulate(const Chunk& chunk, const uint8_t* const* pixels,
+  static QD_INLINE void accumulate(const Slab& slab, const uint8_t* const* pixels,
                                    Accumulators<kRows, kVectors>& acc_i32x8) {
     alignas(32) uint16_t a_u16[kRows][kBufferElements];
     const uint16_t* a[kRows];
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      widen_pixel(chunk, pixels[r], a_u16[r]);
+      widen_pixel(slab, pixels[r], a_u16[r]);
       a[r] = a_u16[r];
     }
-    const int8_t* w = chunk.w;
-    const uint32_t k = static_cast<uint32_t>(chunk.taps * chunk.k);
+    const int8_t* w = slab.w;
+    const uint32_t k = static_cast<uint32_t>(slab.taps * slab.k);
     for (uint32_t i = k / 8; i > 0; --i) multiply<8>(a, w, acc_i32x8);
     if (k & 4) multiply<4>(a, w, acc_i32x8);
   }

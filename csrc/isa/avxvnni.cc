@@ -54,13 +54,13 @@ struct DotWeights {
   }
 
   template <int kRows, int kVectors>
-  static QD_INLINE void accumulate(const Chunk& chunk, const uint8_t* const* pixels,
+  static QD_INLINE void accumulate(const Slab& slab, const uint8_t* const* pixels,
                                    Accumulators<kRows, kVectors>& acc_i32x8) {
-    const int8_t* w = chunk.w;
-    for (int32_t t = 0; t < chunk.taps; ++t) {
+    const int8_t* w = slab.w;
+    for (int32_t t = 0; t < slab.taps; ++t) {
       const uint8_t* a[kRows];
-      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + chunk.tap_offset[t] + chunk.begin;
-      int32_t k = chunk.k;
+      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.tap_offset[t] + slab.begin;
+      int32_t k = slab.k;
       for (; k >= 16; k -= 16) multiply<16>(a, w, acc_i32x8);
       if (k & 8) multiply<8>(a, w, acc_i32x8);
       if (k & 4) multiply<4>(a, w, acc_i32x8);
