@@ -17,9 +17,9 @@ constexpr size_t kOverread = 64;
 
 // ---- Convolution and linear -----------------------------------------------------------------------------------------
 //
-// One panel (nr output channels) times a list of tiles. A tile is `groups` groups of r pixels; the pixels of a group
-// lie at a constant stride, the groups anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
-//     (a[tile.a[g] + p*a_stride + tap_offset[t] + i] - a_offset) * w[t][i][n]
+// One panel (nr output channels) times a list of tiles. A tile is `strips` strips of r pixels; the pixels of a strip
+// lie at a constant stride, the strips anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
+//     (a[tile.a[s] + p*a_stride + tap_offset[t] + i] - a_offset) * w[t][i][n]
 // then r = fma(float(acc), multiplier[n], bias[n]), and with a residual r = fma(float(residual), residual_multiplier, r).
 // c = clamp(rint(r), qmin, qmax), or r itself for the f32 kernel. comp = (a_offset - zero_point) * sum of the channel's
 // codes, so that the kernel's own a_offset (0, or 128 where it needs signed activations) never shows in acc.
@@ -31,11 +31,11 @@ constexpr size_t kOverread = 64;
 enum class WeightFormat : int32_t { s8x4, s16x2 };
 
 struct ConvTile {
-  uint32_t a[2];         // first pixel of each group, tap offset not included
-  uint32_t c[2];         // first pixel of each group in the output, in output elements
+  uint32_t a[2];         // first pixel of each strip, tap offset not included
+  uint32_t c[2];         // first pixel of each strip in the output, in output elements
   uint32_t residual[2];  // likewise in the residual
-  uint8_t r;             // pixels per group, 1..mr
-  uint8_t groups;        // 1..ConvKernel::groups
+  uint8_t r;             // pixels of a strip, 1..mr
+  uint8_t strips;        // 1..ConvKernel::strips
 };
 
 struct ConvParams {
@@ -66,8 +66,8 @@ struct ConvKernel {
   const char* name;  // qu8_qc8w_conv_{pixels}x{NR}c{KR}__{isa}, with _w{bits} where narrower weights are a precondition
   ConvFn qu8;        // u8 output
   ConvFn f32;        // f32 output
-  int32_t mr;        // most pixels in a group
-  int32_t groups;    // most groups in a tile, 1 or 2
+  int32_t mr;        // most pixels in a strip
+  int32_t strips;    // most strips in a tile, 1 or 2
   int32_t nr;        // channels in a panel, at most kMaxNr
   WeightFormat format;
   // 0: exact for the codes of Kernels::conv. Else the kernel adds in 16 bits the products of that many consecutive
@@ -80,8 +80,8 @@ constexpr int32_t kMaxNr = 64;
 
 // Convolutions of few channels a group (ResNeXt has 4 to 32), where a dense panel would be mostly zeros. k is now the
 // channels of one group, 4..16; each lane picks its own four bytes of a window of kGroupedWindow bytes:
-//     acc[p][n] = comp[n] + sum over taps t, steps s < k/4, bytes i < 4 of
-//         a[tile.a[g] + p*a_stride + tap_offset[t] + 4*lanes[s*nr + n] + i] * w[t][4*s + i][n]
+//     acc[p][n] = comp[n] + sum over taps t, quads q < k/4, bytes i < 4 of
+//         a[tile.a[s] + p*a_stride + tap_offset[t] + 4*lanes[q*nr + n] + i] * w[t][4*q + i][n]
 // with lanes below kGroupedWindow/4, w packed as s8x4, and everything else as above.
 constexpr int32_t kGroupedWindow = 32;
 

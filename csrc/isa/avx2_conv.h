@@ -243,11 +243,11 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   batch.prefetch = static_cast<const char*>(p.prefetch);
   batch.prefetch_lines = p.prefetch_bytes / 64;
   for (const ConvTile* tile = tiles; tile != tiles + n_tiles; ++tile) {
-    for (int g = 0; g < tile->groups; ++g) {
+    for (int s = 0; s < tile->strips; ++s) {
       for (int i = 0; i < tile->r; ++i) {
-        batch.a[batch.pixels] = p.a + tile->a[g] + i * p.a_stride;
-        batch.c[batch.pixels] = tile->c[g] + i * p.c_stride;
-        batch.residual[batch.pixels] = tile->residual[g] + i * p.residual_stride;
+        batch.a[batch.pixels] = p.a + tile->a[s] + i * p.a_stride;
+        batch.c[batch.pixels] = tile->c[s] + i * p.c_stride;
+        batch.residual[batch.pixels] = tile->residual[s] + i * p.residual_stride;
         if (++batch.pixels == kBatch) run(p, slab_taps, slab_k, &batch);
       }
     }

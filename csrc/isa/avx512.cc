@@ -74,11 +74,11 @@ struct Maddubs {
   static constexpr int sets(int) { return 1; }  // the chain through an accumulator is one vpaddd
 
   // One dword of k at byte i.
-  template <int R, int G>
-  static QDEPLOY_INLINE void step(__m512i (&acc)[1][G * R][2], const Pixels (&a)[G], const char* w, int i) {
+  template <int R, int S>
+  static QDEPLOY_INLINE void step(__m512i (&acc)[1][S * R][2], const Pixels (&a)[S], const char* w, int i) {
     const __m512i w0_i8x64 = load(w), w1_i8x64 = load(w + 64);
 #pragma GCC unroll 14
-    for (int q = 0; q < R * G; ++q) {
+    for (int q = 0; q < R * S; ++q) {
       const __m512i a_u8x64 = broadcast(a[q / R][q % R] + i);
       add_i32(acc[0][q][0], widen(maddubs(a_u8x64, w0_i8x64)));
       add_i32(acc[0][q][1], widen(maddubs(a_u8x64, w1_i8x64)));
@@ -86,12 +86,12 @@ struct Maddubs {
   }
 
   // kDepth dwords of k from byte i on, summed in s16.
-  template <int kDepth, int R, int G>
-  static QDEPLOY_INLINE void steps(__m512i (&acc)[1][G * R][2], const Pixels (&a)[G], const char* w, int i) {
-    if (kDepth == 1) return step<R, G>(acc, a, w, i);
+  template <int kDepth, int R, int S>
+  static QDEPLOY_INLINE void steps(__m512i (&acc)[1][S * R][2], const Pixels (&a)[S], const char* w, int i) {
+    if (kDepth == 1) return step<R, S>(acc, a, w, i);
 #pragma GCC unroll 6
-    for (int first = 0; first < R * G; first += kTogether) {
-      const int pixels = R * G - first < kTogether ? R * G - first : kTogether;
+    for (int first = 0; first < R * S; first += kTogether) {
+      const int pixels = R * S - first < kTogether ? R * S - first : kTogether;
       __m512i sum_i16x32[kTogether][2];
 #pragma GCC unroll 8
       for (int d = 0; d < kDepth; ++d) {
@@ -119,29 +119,29 @@ struct Maddubs {
   }
 
   // kBytes of k, as many at a time as fit s16.
-  template <int kBytes, int R, int G>
-  static QDEPLOY_INLINE void multiply(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char*& w) {
+  template <int kBytes, int R, int S>
+  static QDEPLOY_INLINE void multiply(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char*& w) {
     constexpr int kDepth = kBytes / 4 < kSums ? kBytes / 4 : kSums;
 #pragma GCC unroll 4
-    for (int i = 0; i < kBytes; i += 4 * kDepth) steps<kDepth, R, G>(acc, a, w + 32 * i, i);
+    for (int i = 0; i < kBytes; i += 4 * kDepth) steps<kDepth, R, S>(acc, a, w + 32 * i, i);
     w += 32 * kBytes;
 #pragma GCC unroll 2
-    for (int g = 0; g < G; ++g) a[g].p += kBytes;
+    for (int s = 0; s < S; ++s) a[s].p += kBytes;
   }
 
-  template <int R, int G>
-  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
+  template <int R, int S>
+  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
                                         Prefetch& prefetch) {
     for (; k >= kBlock; k -= kBlock) {
       for (int i = 0; i < kBlock; i += kStep) prefetch.step();
-      multiply<kBlock, R, G>(acc, a, w);
+      multiply<kBlock, R, S>(acc, a, w);
     }
     for (; kBlock > 16 && k >= 16; k -= 16) {
       prefetch.step();
-      multiply<16, R, G>(acc, a, w);
+      multiply<16, R, S>(acc, a, w);
     }
-    for (; k >= 8; k -= 8) multiply<8, R, G>(acc, a, w);
-    for (; k > 0; k -= 4) multiply<4, R, G>(acc, a, w);
+    for (; k >= 8; k -= 8) multiply<8, R, S>(acc, a, w);
+    for (; k > 0; k -= 4) multiply<4, R, S>(acc, a, w);
     return w;
   }
 };
@@ -156,20 +156,20 @@ struct Madd {
   static constexpr int kS16Steps = 0;
   static constexpr int sets(int) { return 1; }
 
-  template <int R, int G>
-  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
+  template <int R, int S>
+  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
                                         Prefetch& prefetch) {
-    alignas(64) uint16_t a_u16[G * R][kBlock];
+    alignas(64) uint16_t a_u16[S * R][kBlock];
     for (; k > 0; k -= kBlock) {
       const int32_t width = k < kBlock ? k : kBlock;
 #pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) {
+      for (int s = 0; s < S; ++s) {
         for (int32_t i = 0; i < width; i += 32)
 #pragma GCC unroll 7
           for (int p = 0; p < R; ++p)
-            _mm512_store_si512(&a_u16[g * R + p][i],
-                               _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a[g][p] + i))));
-        a[g].p += kBlock;
+            _mm512_store_si512(&a_u16[s * R + p][i],
+                               _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a[s][p] + i))));
+        a[s].p += kBlock;
       }
       for (int32_t i = 0; i < width; i += kStep) {
         prefetch.step();
@@ -177,7 +177,7 @@ struct Madd {
         for (int pair = 0; pair < 2; ++pair) {
           const __m512i w0_i16x32 = load(w + 128 * pair), w1_i16x32 = load(w + 128 * pair + 64);
 #pragma GCC unroll 14
-          for (int q = 0; q < G * R; ++q) {
+          for (int q = 0; q < S * R; ++q) {
             const __m512i a_u16x32 = broadcast(&a_u16[q][i + 2 * pair]);
             add_i32(acc[0][q][0], madd(a_u16x32, w0_i16x32));
             add_i32(acc[0][q][1], madd(a_u16x32, w1_i16x32));

@@ -16,7 +16,7 @@
 // leaves the load ports room for prefetches and L2; with two weights and one or two broadcasts it fills the 32
 // registers. Measured with GCC 12 in one process, requantization included, against a peak of 306 GMAC/s for the bare
 // instruction: 290 at K = 1024, 294 for 3x3 x 256, 267 at K = 256, 208 at K = 64. 14 separate row pointers instead of
-// two groups at a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. Requantization costs some 110 cycles
+// two strips at a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. Requantization costs some 110 cycles
 // a tile, 63 of them because 126 conversions, fma, packs and clamps share ports 0 and 5; each tap some 12 cycles.
 //
 // Preconditions: those of ConvParams; k may be any multiple of 4, steps of 16 are the fast ones. Reads of activations
@@ -31,7 +31,7 @@ QDEPLOY_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, __m512i w_i8x64) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc_i32x16) : "v"(a_u8x64), "v"(w_i8x64));
 }
 
-// Four bytes of pixel kPixel of a group. As asm, or GCC makes a pointer of each of the seven addresses and spills them.
+// Four bytes of pixel kPixel of a strip. As asm, or GCC makes a pointer of each of the seven addresses and spills them.
 template <int kPixel, int kOffset>
 QDEPLOY_INLINE __m512i broadcast(const Pixels& a) {
   __m512i a_u8x64;
@@ -53,56 +53,56 @@ struct Vnni {
 
   static constexpr int sets(int pixels) { return pixels <= 2 ? 4 : pixels <= 4 ? 2 : 1; }
 
-  template <int kStep, int kPixel, int R, int G, int kSets>
-  static QDEPLOY_INLINE void pixels(__m512i (&acc)[kSets][G * R][2], const Pixels (&a)[G], __m512i w0_i8x64,
+  template <int kStep, int kPixel, int R, int S, int kSets>
+  static QDEPLOY_INLINE void pixels(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], __m512i w0_i8x64,
                                     __m512i w1_i8x64) {
-    if constexpr (kPixel < G * R) {
+    if constexpr (kPixel < S * R) {
       const __m512i a_u8x64 = broadcast<kPixel % R, 4 * kStep>(a[kPixel / R]);
       dot(acc[kStep % kSets][kPixel][0], a_u8x64, w0_i8x64);
       dot(acc[kStep % kSets][kPixel][1], a_u8x64, w1_i8x64);
-      pixels<kStep, kPixel + 1, R, G>(acc, a, w0_i8x64, w1_i8x64);
+      pixels<kStep, kPixel + 1, R, S>(acc, a, w0_i8x64, w1_i8x64);
     }
   }
 
   // Bytes 4*kStep .. 4*kStep+3 of k for all pixels.
-  template <int kStep, int R, int G, int kSets>
-  static QDEPLOY_INLINE void step(__m512i (&acc)[kSets][G * R][2], const Pixels (&a)[G], const char* w) {
-    pixels<kStep, 0, R, G>(acc, a, _mm512_load_si512(w + 128 * kStep), _mm512_load_si512(w + 128 * kStep + 64));
+  template <int kStep, int R, int S, int kSets>
+  static QDEPLOY_INLINE void step(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], const char* w) {
+    pixels<kStep, 0, R, S>(acc, a, _mm512_load_si512(w + 128 * kStep), _mm512_load_si512(w + 128 * kStep + 64));
   }
 
-  template <int R, int G, int kSets>
-  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[kSets][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
+  template <int R, int S, int kSets>
+  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[kSets][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
                                         Prefetch& prefetch) {
     for (; k >= 16; k -= 16) {
       prefetch.step();
-      step<0, R, G>(acc, a, w);
-      step<1, R, G>(acc, a, w);
-      step<2, R, G>(acc, a, w);
-      step<3, R, G>(acc, a, w);
+      step<0, R, S>(acc, a, w);
+      step<1, R, S>(acc, a, w);
+      step<2, R, S>(acc, a, w);
+      step<3, R, S>(acc, a, w);
       w += 4 * 128;
 #pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) a[g].p += 16;
+      for (int s = 0; s < S; ++s) a[s].p += 16;
     }
     for (; k > 0; k -= 4) {
-      step<0, R, G>(acc, a, w);
+      step<0, R, S>(acc, a, w);
       w += 128;
 #pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) a[g].p += 4;
+      for (int s = 0; s < S; ++s) a[s].p += 4;
     }
     return w;
   }
 };
 
-// ---- Requantization under the next group ----------------------------------------------------------------------------
+// ---- Requantization under the next strip ----------------------------------------------------------------------------
 //
 // Requantization of a tile takes some 300 instructions that are not dot products. Behind the dot products they leave
 // ports 0 and 1 idle for 45 to 75 cycles a tile on Zen 5, because they fill the schedulers before the next tile gets
-// in. So a group of 7 x 32 runs its first k-steps while the group before it is written, one pixel a step:
+// in. So a strip of 7 x 32 runs its first k-steps while the strip before it is written, one pixel a step:
 //
-//     step 0 of this group   | pixel 0 of the previous one
+//     step 0 of this strip   | pixel 0 of the previous one
 //     step 1                 | pixel 1                       14 accumulators each, and one pair less after each pixel
 //     ..                     | ..
-//     the rest of k, then this group is the previous one
+//     the rest of k, then this strip is the previous one
 //
 // Measured on Zen 5 (peak 541 GMAC/s), before and after: K = 64 450 and 500, with residual 398 and 455; K = 128 486 and
 // 510, 459 and 490; K = 256 510 and 525; K = 512 526 and 537.
@@ -116,10 +116,10 @@ struct Destination {
   explicit Destination(const ConvParams& params) : mask(static_cast<__mmask32>((uint64_t{1} << params.n) - 1)) {}
 
   // Residuals are often in L2 or beyond.
-  void set(const ConvParams& params, const ConvTile& tile, int group, int pixels) {
-    c = static_cast<uint8_t*>(params.c) + tile.c[group];
+  void set(const ConvParams& params, const ConvTile& tile, int strip, int pixels) {
+    c = static_cast<uint8_t*>(params.c) + tile.c[strip];
     if (!kResidual) return;
-    residual = params.residual + tile.residual[group];
+    residual = params.residual + tile.residual[strip];
 #pragma GCC unroll 7
     for (int p = 0; p < pixels; ++p)
       _mm_prefetch(reinterpret_cast<const char*>(residual + p * params.residual_stride), _MM_HINT_T0);
@@ -147,7 +147,7 @@ struct Destination {
   }
 };
 
-// Steps kStep .. kSteps-1 of a group, each with a pixel of the previous one; the last step takes all that are left. The
+// Steps kStep .. kSteps-1 of a strip, each with a pixel of the previous one; the last step takes all that are left. The
 // barriers keep that order: GCC would load constants for all pixels in advance and spill accumulators for them.
 template <int kStep, int kSteps, int R, bool kResidual, class Start>
 QDEPLOY_INLINE void steps_and_pixels(const ConvParams& params, const __m512i (&previous)[R][2],
@@ -166,7 +166,7 @@ QDEPLOY_INLINE void steps_and_pixels(const ConvParams& params, const __m512i (&p
   }
 }
 
-// Computes tiles from the front of the list while they have R pixels a group; returns how many. kSteps: at most k/4.
+// Computes tiles from the front of the list while they have R pixels a strip; returns how many. kSteps: at most k/4.
 template <int kSteps, int R, bool kResidual>
 __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles,
                                                 Prefetch& prefetch) {
@@ -179,14 +179,14 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
   size_t done = 0;
   do {
     const ConvTile& tile = tiles[done];
-    for (int g = 0; g < tile.groups; ++g) {
+    for (int s = 0; s < tile.strips; ++s) {
       const auto start = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 7
         for (int p = 0; p < R; ++p)
 #pragma GCC unroll 2
           for (int j = 0; j < 2; ++j) acc[0][p][j] = _mm512_loadu_si512(params.comp + 16 * j);
       };
-      Pixels a[1] = {{params.a + tile.a[g] + params.tap_offset[0], stride, stride3, stride5}};
+      Pixels a[1] = {{params.a + tile.a[s] + params.tap_offset[0], stride, stride3, stride5}};
       const char* w = static_cast<const char*>(params.w);
       int32_t k = params.k;
       if (to.c) {
@@ -198,10 +198,10 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
       } else {
         start();
       }
-      to.set(params, tile, g, R);
+      to.set(params, tile, s, R);
       w = Vnni::tap<R, 1>(acc, a, w, k, ahead);
       for (int32_t t = 1; t < params.taps; ++t) {
-        a[0].p = params.a + tile.a[g] + params.tap_offset[t];
+        a[0].p = params.a + tile.a[s] + params.tap_offset[t];
         w = Vnni::tap<R, 1>(acc, a, w, params.k, ahead);
       }
 #pragma GCC unroll 7
@@ -215,7 +215,7 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
 }
 
 // Half a tile reads weights twice as often: that pays where they stay in L1, under short sums or under many tiles (a
-// 7x7 map would lose 4 %). Groups of fewer than 5 pixels would wait for the latency of the dot product.
+// 7x7 map would lose 4 %). Strips of fewer than 5 pixels would wait for the latency of the dot product.
 void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   const int depth = params->taps * params->k;
   const bool in_l1 = depth <= 384 || (depth <= 1152 && n_tiles >= 16);
@@ -250,13 +250,13 @@ template <int kSteps, int R, bool kResidual>
 __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
   __m512i lanes[kSteps][2];
 #pragma GCC unroll 4
-  for (int s = 0; s < kSteps; ++s)
+  for (int q = 0; q < kSteps; ++q)
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) lanes[s][j] = _mm512_loadu_si512(params.lanes + 32 * s + 16 * j);
+    for (int j = 0; j < 2; ++j) lanes[q][j] = _mm512_loadu_si512(params.lanes + 32 * q + 16 * j);
   size_t done = 0;
   do {
     const ConvTile& tile = tiles[done];
-    for (int g = 0; g < tile.groups; ++g) {
+    for (int s = 0; s < tile.strips; ++s) {
       __m512i acc[R][2];
 #pragma GCC unroll 7
       for (int p = 0; p < R; ++p)
@@ -264,22 +264,22 @@ __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const Con
         for (int j = 0; j < 2; ++j) acc[p][j] = _mm512_loadu_si512(params.comp + 16 * j);
       const char* w = static_cast<const char*>(params.w);
       for (int32_t t = 0; t < params.taps; ++t) {
-        const uint8_t* a = params.a + tile.a[g] + params.tap_offset[t];
+        const uint8_t* a = params.a + tile.a[s] + params.tap_offset[t];
 #pragma GCC unroll 4
-        for (int s = 0; s < kSteps; ++s) {
+        for (int q = 0; q < kSteps; ++q) {
           const __m512i w0_i8x64 = _mm512_load_si512(w), w1_i8x64 = _mm512_load_si512(w + 64);
 #pragma GCC unroll 7
           for (int p = 0; p < R; ++p) {
             const __m512i a_u8x32 =
                 _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + p * params.a_stride)));
-            dot(acc[p][0], _mm512_permutexvar_epi32(lanes[s][0], a_u8x32), w0_i8x64);
-            dot(acc[p][1], _mm512_permutexvar_epi32(lanes[s][1], a_u8x32), w1_i8x64);
+            dot(acc[p][0], _mm512_permutexvar_epi32(lanes[q][0], a_u8x32), w0_i8x64);
+            dot(acc[p][1], _mm512_permutexvar_epi32(lanes[q][1], a_u8x32), w1_i8x64);
           }
           w += 128;
         }
       }
       Destination<kResidual> to(params);
-      to.set(params, tile, g, R);
+      to.set(params, tile, s, R);
 #pragma GCC unroll 7
       for (int p = 0; p < R; ++p) to.write(params, acc[p]);
     }
@@ -331,7 +331,7 @@ void init_avx512vnni(Kernels* kernels) {
     kernels->conv[bits] = conv_kernel<Vnni>("qu8_qc8w_conv_14x32c4__avx512vnni");
     kernels->conv[bits].qu8 = conv_overlapped;
   }
-  kernels->grouped = {"qu8_qc8w_grouped_14x32c4__avx512vnni", conv_grouped, nullptr, kMr, kGroups, kNr, Vnni::kFormat};
+  kernels->grouped = {"qu8_qc8w_grouped_14x32c4__avx512vnni", conv_grouped, nullptr, kMr, kStrips, kNr, Vnni::kFormat};
   kernels->depthwise = depthwise<DepthwiseVnni>;
 }
 

@@ -32,7 +32,7 @@
 //
 // Tile of 2 pixels x 16 channels: 16 accumulators, 8 sums in s16, 4 weights, one DUP: 29 of 32 registers. Each pixel
 // reads the weights anew (L1: one load every other cycle); sums of two pixels at once would need 8 registers more.
-// Pixels of a tile may lie anywhere (mr 1, groups 2), so no width leaves a pixel alone. The figures are those of Arm's
+// Pixels of a tile may lie anywhere (mr 1, strips 2), so no width leaves a pixel alone. The figures are those of Arm's
 // optimization guides and of the disassembly (GCC 12.2); none is measured, for want of such a CPU.
 //
 // Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one k-step before
@@ -65,7 +65,7 @@ QDEPLOY_INLINE void add_pairs(int32x4_t& acc, int16x8_t sum) {
 // kSums products fit s16.
 template <int kSums>
 struct Smlal {
-  static constexpr int kMr = 1, kGroups = 2;
+  static constexpr int kMr = 1, kStrips = 2;
   static constexpr int kBlock = kSums < 4 ? 16 : 4 * kSums;  // bytes of k
 
   template <int P>

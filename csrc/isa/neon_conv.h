@@ -1,6 +1,6 @@
 // What the NEON convolutions share: the walk over tiles, the next-panel prefetch, narrow stores and requantization.
 // A family `Dot` gives
-//     kMr, kGroups       the shape of its tiles
+//     kMr, kStrips       the shape of its tiles
 //     Sums<P>            the accumulators of P pixels x 16 channels:
 //         Sums(comp, w)                   starts them
 //         add_tap(a, w, k, prefetch)      adds k bytes of one tap at a[0..P-1], returns w advanced
@@ -149,10 +149,10 @@ struct Pixel {
   const uint8_t* a;
   ptrdiff_t c, residual;
 
-  QDEPLOY_INLINE Pixel(const ConvParams& params, const ConvTile& tile, int group, int i) {
-    a = params.a + tile.a[group] + i * params.a_stride;
-    c = tile.c[group] + i * params.c_stride;
-    residual = tile.residual[group] + i * params.residual_stride;
+  QDEPLOY_INLINE Pixel(const ConvParams& params, const ConvTile& tile, int strip, int i) {
+    a = params.a + tile.a[strip] + i * params.a_stride;
+    c = tile.c[strip] + i * params.c_stride;
+    residual = tile.residual[strip] + i * params.residual_stride;
   }
 };
 
@@ -174,7 +174,7 @@ QDEPLOY_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_
 template <class Dot, int P>
 __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles,
                                      Prefetch& prefetch) {
-  static_assert(Dot::kMr == 1 || Dot::kGroups == 1, "pixel q of a tile: group q / kMr");
+  static_assert(Dot::kMr == 1 || Dot::kStrips == 1, "pixel q of a tile: strip q / kMr");
   Prefetch ahead = prefetch;  // a copy that can live in registers
   size_t done = 0;
   do {
@@ -192,7 +192,7 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
       const int32x4_t acc_i32x4[4] = {sums.total(q, 0), sums.total(q, 1), sums.total(q, 2), sums.total(q, 3)};
       write_pixel(params, acc_i32x4, Pixel(params, tiles[done], q / Dot::kMr, q % Dot::kMr), f32);
     }
-  } while (++done < n_tiles && tiles[done].r * tiles[done].groups == P);
+  } while (++done < n_tiles && tiles[done].r * tiles[done].strips == P);
   prefetch = ahead;
   return done;
 }
@@ -201,7 +201,7 @@ using Run = size_t (*)(const ConvParams&, bool, const ConvTile*, size_t, Prefetc
 
 template <class Dot, int P>
 constexpr Run run_of() {
-  if constexpr (P <= Dot::kMr * Dot::kGroups) return run<Dot, P>;
+  if constexpr (P <= Dot::kMr * Dot::kStrips) return run<Dot, P>;
   return nullptr;
 }
 
@@ -211,14 +211,14 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
                                   run_of<Dot, 5>()};
   Prefetch prefetch(*params);
   for (size_t done = 0; done < n_tiles;) {
-    const int pixels = tiles[done].r * tiles[done].groups;
+    const int pixels = tiles[done].r * tiles[done].strips;
     done += kRuns[pixels - 1](*params, kF32, tiles + done, n_tiles - done, prefetch);
   }
 }
 
 template <class Dot>
 constexpr ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, Dot::kGroups, kNr, WeightFormat::s8x4, 0, 128};
+  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, Dot::kStrips, kNr, WeightFormat::s8x4, 0, 128};
 }
 
 }  // namespace

@@ -35,7 +35,7 @@ QDEPLOY_INLINE void dot(int32x4_t& acc_i32x4, int8x16_t a_i8x16, int8x16_t w_i8x
 }
 
 struct Sdot {
-  static constexpr int kMr = 5, kGroups = 1;
+  static constexpr int kMr = 5, kStrips = 1;
 
   template <int P>
   struct Sums {

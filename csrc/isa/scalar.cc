@@ -28,7 +28,7 @@ namespace qdeploy {
 namespace {
 
 constexpr int kMr = 7;
-constexpr int kGroups = 2;
+constexpr int kStrips = 2;
 constexpr int kNr = 16;
 
 // The clamp comes first, in float, where it equals clamp(rint(r)) because the bounds are integers: any r, even one that
@@ -62,15 +62,15 @@ template <typename Out>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   const ConvParams& p = *params;
   for (const ConvTile* tile = tiles; tile != tiles + n_tiles; ++tile) {
-    for (int g = 0; g < tile->groups; ++g) {
+    for (int s = 0; s < tile->strips; ++s) {
       for (int pixel = 0; pixel < tile->r; ++pixel) {
         int32_t acc[kNr];
-        accumulate_pixel(p, p.a + tile->a[g] + pixel * p.a_stride, acc);
-        Out* c = static_cast<Out*>(p.c) + tile->c[g] + pixel * p.c_stride;
+        accumulate_pixel(p, p.a + tile->a[s] + pixel * p.a_stride, acc);
+        Out* c = static_cast<Out*>(p.c) + tile->c[s] + pixel * p.c_stride;
         for (int32_t n = 0; n < p.n; ++n) {
           float r = fmaf(static_cast<float>(acc[n]), p.multiplier[n], p.bias[n]);
           if (p.residual) {
-            const uint8_t q = p.residual[tile->residual[g] + pixel * p.residual_stride + n];
+            const uint8_t q = p.residual[tile->residual[s] + pixel * p.residual_stride + n];
             r = fmaf(static_cast<float>(q), p.residual_multiplier, r);
           }
           store(r, p.qmin, p.qmax, c + n);
@@ -174,7 +174,7 @@ bool quantize(const QuantizeParams* params) {
 void init_scalar(Kernels* kernels) {
   kernels->isa = "scalar";
   const ConvKernel kernel = {
-      "qu8_qc8w_conv_14x16c4__scalar", conv<uint8_t>, conv<float>, kMr, kGroups, kNr, WeightFormat::s8x4};
+      "qu8_qc8w_conv_14x16c4__scalar", conv<uint8_t>, conv<float>, kMr, kStrips, kNr, WeightFormat::s8x4};
   for (int bits = 2; bits <= 8; ++bits) kernels->conv[bits] = kernel;
   kernels->grouped = {};
   kernels->depthwise = depthwise;
