@@ -20,14 +20,14 @@ constexpr size_t kOverread = 64;
 // One panel (nr output channels) times a list of tiles. A tile is `strips` strips of r pixels; the pixels of a strip
 // lie at a constant stride, the strips anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
 //     (a[tile.a[s] + p*a_stride + tap_offset[t] + i] - a_offset) * w[t][i][n]
-// then r = fma(float(acc), multiplier[n], bias[n]), and with a residual r = fma(float(residual), residual_multiplier, r).
+// then r = fma(float(acc), multiplier[n], bias[n]), with a residual r = fma(float(residual), residual_multiplier, r).
 // c = clamp(rint(r), qmin, qmax), or r itself for the f32 kernel. comp = (a_offset - zero_point) * sum of the channel's
 // codes, so that the kernel's own a_offset (0, or 128 where it needs signed activations) never shows in acc.
 //
 // Packed panel, WeightFormat::s8x4:  int8  w[taps][k/4][nr][4]   element (t, i, n) at ((t*(k/4) + i/4)*nr + n)*4 + i%4
 //               WeightFormat::s16x2: int16 w[taps][k/2][nr][2]   likewise with 2
-// k is a multiple of 4; bytes beyond the real channels meet zero weights. comp, multiplier and bias hold nr entries,
-// zeros beyond the real channels.
+// k is a multiple of 4: a tap consists of quads, four neighbouring bytes each. Bytes beyond the real channels meet zero
+// weights. comp, multiplier and bias hold nr entries, zeros beyond the real channels.
 enum class WeightFormat : int32_t { s8x4, s16x2 };
 
 struct ConvTile {
@@ -71,9 +71,9 @@ struct ConvKernel {
   int32_t nr;        // channels in a panel, at most kMaxNr
   WeightFormat format;
   // 0: exact for the codes of Kernels::conv. Else the kernel adds in 16 bits the products of that many consecutive
-  // steps of 4 bytes, counted from the start of a tap and apart for bytes 0, 1 and bytes 2, 3 of a step. It is exact
-  // for any codes of which the positive ones add up to at most 128 there, and the negative ones too: 255 * 128 < 2^15.
-  int32_t s16_steps = 0;
+  // quads, counted from the start of a tap and apart for bytes 0, 1 and bytes 2, 3 of a quad. It is exact for any codes
+  // of which the positive ones add up to at most 128 there, and the negative ones too: 255 * 128 < 2^15.
+  int32_t s16_quads = 0;
   int32_t a_offset = 0;  // what the kernel subtracts from activations, see above
 };
 constexpr int32_t kMaxNr = 64;

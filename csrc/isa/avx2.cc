@@ -43,29 +43,29 @@ QD_INLINE void multiply_s16(__m256i& product, const __m256i& a, const __m256i& w
 QD_INLINE void widen(__m256i& sum, const __m256i& ones) { asm volatile("vpmaddwd %1, %0, %0" : "+x"(sum) : "x"(ones)); }
 QD_INLINE void add_i16(__m256i& sum, const __m256i& b) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(b)); }
 
-// Codes of which kSums vpmaddubsw results fit s16: all codes of few bits, and what ConvKernel::s16_steps tells.
+// Codes of which kSums vpmaddubsw results fit s16: all codes of few bits, and what ConvKernel::s16_quads tells.
 template <int kSums>
 struct NarrowWeights {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kMaxRows = 2;
   static constexpr int kElementBytes = 1;
-  static constexpr int kS16Steps = kSums;
+  static constexpr int kS16Quads = kSums;
 
   // kBytes of k, a multiple of 4, as many at a time as fit s16.
   template <int kBytes, int kRows, int kVectors>
   static QD_INLINE void multiply(const uint8_t* (&a)[kRows], const int8_t*& w, const __m256i& ones,
                                  Accumulators<kRows, kVectors>& acc_i32x8) {
-    constexpr int kGroups = kBytes / 4 < kSums ? kBytes / 4 : kSums;  // of 4 bytes, summed in s16
-    QD_UNROLL for (int i = 0; i < kBytes; i += 4 * kGroups) {
+    constexpr int kQuads = kBytes / 4 < kSums ? kBytes / 4 : kSums;  // summed in s16
+    QD_UNROLL for (int i = 0; i < kBytes; i += 4 * kQuads) {
       QD_UNROLL for (int r = 0; r < kRows; ++r) {
         __m256i sum_i16x16[kVectors];
-        QD_UNROLL for (int g = 0; g < kGroups; ++g) {
+        QD_UNROLL for (int q = 0; q < kQuads; ++q) {
           __m256i a_u8x32;
-          broadcast(a_u8x32, a[r] + i + 4 * g);
+          broadcast(a_u8x32, a[r] + i + 4 * q);
           QD_UNROLL for (int v = 0; v < kVectors; ++v) {
             __m256i product_i16x16;
-            multiply_u8s8(product_i16x16, a_u8x32, w + ((i / 4 + g) * kPanelVectors + v) * kVectorBytes);
-            if (g == 0) {
+            multiply_u8s8(product_i16x16, a_u8x32, w + ((i / 4 + q) * kPanelVectors + v) * kVectorBytes);
+            if (q == 0) {
               sum_i16x16[v] = product_i16x16;
             } else {
               add_i16(sum_i16x16[v], product_i16x16);
@@ -107,7 +107,7 @@ struct WideWeights {
   static constexpr WeightFormat kFormat = WeightFormat::s16x2;
   static constexpr int kMaxRows = 2;
   static constexpr int kElementBytes = 2;
-  static constexpr int kS16Steps = 0;
+  static constexpr int kS16Quads = 0;
   static constexpr int kBufferElements = kSlabBytes / (kNr * kElementBytes) + 32;  // rounding of k, of the last store
 
   static QD_INLINE void widen_pixel(const Slab& slab, const uint8_t* pixel, uint16_t* a_u16) {

@@ -1,5 +1,5 @@
 // What the convolutions with 256-bit vectors share: the walk over pixels and requantization. A family `Weights` gives
-//     kFormat, kS16Steps    ConvKernel::format and ::s16_steps
+//     kFormat, kS16Quads    ConvKernel::format and ::s16_quads
 //     kElementBytes         of a packed weight
 //     kMaxRows              pixels that share the registers
 //     accumulate<R, V>(slab, pixels, acc)   adds a slab of the panel to R pixels x V vectors
@@ -257,7 +257,7 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
 
 template <typename Weights>
 ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Weights, false>, conv<Weights, true>, 7, 2, kNr, Weights::kFormat, Weights::kS16Steps};
+  return {name, conv<Weights, false>, conv<Weights, true>, 7, 2, kNr, Weights::kFormat, Weights::kS16Quads};
 }
 
 }  // namespace

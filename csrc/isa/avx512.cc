@@ -14,7 +14,7 @@
 // The rates are of one core of Zen 5 at 4.28 GHz, the limits two multiplications a cycle there; the additions take some
 // of their slots: the bare instructions of eight sums reach 433 (peak_loops.cc). Intel has two ports for all of them (0
 // and 5), so "all" counts. A layer goes to the kernel of the fewest bits that its codes allow, not those of its file:
-// ConvKernel::s16_steps.
+// ConvKernel::s16_quads.
 //
 // Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]: one vector is 16 channels x 4.
 //               s16x2: w[taps][k/2][32][2].
@@ -62,20 +62,20 @@ QDEPLOY_INLINE __m512i widen(__m512i x_i16x32) {
 QDEPLOY_INLINE void add_i16(__m512i& sum, __m512i x) { asm volatile("vpaddw %1, %0, %0" : "+v"(sum) : "v"(x)); }
 QDEPLOY_INLINE void add_i32(__m512i& sum, __m512i x) { asm volatile("vpaddd %1, %0, %0" : "+v"(sum) : "v"(x)); }
 
-// Codes of at most 7, 6, 5 or 4 bits for kSums = 1, 2, 4 or 8, and what ConvKernel::s16_steps tells.
+// Codes of at most 7, 6, 5 or 4 bits for kSums = 1, 2, 4 or 8, and what ConvKernel::s16_quads tells.
 template <int kSums>
 struct Maddubs {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
-  static constexpr int kStep = 16;
+  static constexpr int kFetchBytes = 16;
   static constexpr int kBlock = kSums == 8 ? 32 : 16;  // bytes of k in a round of the inner loop
   static constexpr int kMr = kSums == 1 ? 7 : kSums == 8 ? 4 : 6;
   static constexpr int kTogether = kSums == 8 ? 4 : 2;  // pixels
-  static constexpr int kS16Steps = kSums;
+  static constexpr int kS16Quads = kSums;
   static constexpr int sets(int) { return 1; }  // the chain through an accumulator is one vpaddd
 
-  // One dword of k at byte i.
+  // The quad of k at byte i.
   template <int R, int S>
-  static QDEPLOY_INLINE void step(__m512i (&acc)[1][S * R][2], const Pixels (&a)[S], const char* w, int i) {
+  static QDEPLOY_INLINE void add_quad(__m512i (&acc)[1][S * R][2], const Pixels (&a)[S], const char* w, int i) {
     const __m512i w0_i8x64 = load(w), w1_i8x64 = load(w + 64);
 #pragma GCC unroll 14
     for (int q = 0; q < R * S; ++q) {
@@ -85,23 +85,23 @@ struct Maddubs {
     }
   }
 
-  // kDepth dwords of k from byte i on, summed in s16.
-  template <int kDepth, int R, int S>
-  static QDEPLOY_INLINE void steps(__m512i (&acc)[1][S * R][2], const Pixels (&a)[S], const char* w, int i) {
-    if (kDepth == 1) return step<R, S>(acc, a, w, i);
+  // kQuads quads of k from byte i on, summed in s16.
+  template <int kQuads, int R, int S>
+  static QDEPLOY_INLINE void add_quads(__m512i (&acc)[1][S * R][2], const Pixels (&a)[S], const char* w, int i) {
+    if (kQuads == 1) return add_quad<R, S>(acc, a, w, i);
 #pragma GCC unroll 6
     for (int first = 0; first < R * S; first += kTogether) {
       const int pixels = R * S - first < kTogether ? R * S - first : kTogether;
       __m512i sum_i16x32[kTogether][2];
 #pragma GCC unroll 8
-      for (int d = 0; d < kDepth; ++d) {
-        const __m512i w0_i8x64 = load(w + 128 * d), w1_i8x64 = load(w + 128 * d + 64);
+      for (int quad = 0; quad < kQuads; ++quad) {
+        const __m512i w0_i8x64 = load(w + 128 * quad), w1_i8x64 = load(w + 128 * quad + 64);
 #pragma GCC unroll 4
         for (int p = 0; p < pixels; ++p) {
           const int q = first + p;
-          const __m512i a_u8x64 = broadcast(a[q / R][q % R] + i + 4 * d);
+          const __m512i a_u8x64 = broadcast(a[q / R][q % R] + i + 4 * quad);
           const __m512i product0_i16x32 = maddubs(a_u8x64, w0_i8x64);
-          if (d == 0) {
+          if (quad == 0) {
             sum_i16x32[p][0] = product0_i16x32;
             sum_i16x32[p][1] = maddubs(a_u8x64, w1_i8x64);
           } else {
@@ -121,9 +121,9 @@ struct Maddubs {
   // kBytes of k, as many at a time as fit s16.
   template <int kBytes, int R, int S>
   static QDEPLOY_INLINE void multiply(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char*& w) {
-    constexpr int kDepth = kBytes / 4 < kSums ? kBytes / 4 : kSums;
+    constexpr int kQuads = kBytes / 4 < kSums ? kBytes / 4 : kSums;
 #pragma GCC unroll 4
-    for (int i = 0; i < kBytes; i += 4 * kDepth) steps<kDepth, R, S>(acc, a, w + 32 * i, i);
+    for (int i = 0; i < kBytes; i += 4 * kQuads) add_quads<kQuads, R, S>(acc, a, w + 32 * i, i);
     w += 32 * kBytes;
 #pragma GCC unroll 2
     for (int s = 0; s < S; ++s) a[s].p += kBytes;
@@ -133,11 +133,11 @@ struct Maddubs {
   static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
                                         Prefetch& prefetch) {
     for (; k >= kBlock; k -= kBlock) {
-      for (int i = 0; i < kBlock; i += kStep) prefetch.step();
+      for (int i = 0; i < kBlock; i += kFetchBytes) prefetch.fetch();
       multiply<kBlock, R, S>(acc, a, w);
     }
     for (; kBlock > 16 && k >= 16; k -= 16) {
-      prefetch.step();
+      prefetch.fetch();
       multiply<16, R, S>(acc, a, w);
     }
     for (; k >= 8; k -= 8) multiply<8, R, S>(acc, a, w);
@@ -150,10 +150,10 @@ struct Maddubs {
 // shuffle per broadcast instead would cost 5 instructions for 64 products.
 struct Madd {
   static constexpr WeightFormat kFormat = WeightFormat::s16x2;
-  static constexpr int kStep = 4;
+  static constexpr int kFetchBytes = 4;
   static constexpr int kBlock = 64;
   static constexpr int kMr = 7;
-  static constexpr int kS16Steps = 0;
+  static constexpr int kS16Quads = 0;
   static constexpr int sets(int) { return 1; }
 
   template <int R, int S>
@@ -171,8 +171,8 @@ struct Madd {
                                _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a[s][p] + i))));
         a[s].p += kBlock;
       }
-      for (int32_t i = 0; i < width; i += kStep) {
-        prefetch.step();
+      for (int32_t i = 0; i < width; i += kFetchBytes) {
+        prefetch.fetch();
 #pragma GCC unroll 2
         for (int pair = 0; pair < 2; ++pair) {
           const __m512i w0_i16x32 = load(w + 128 * pair), w1_i16x32 = load(w + 128 * pair + 64);

@@ -1,8 +1,8 @@
 // What the AVX-512 convolutions share: the walk over tiles, the address of a pixel, the next-panel prefetch and the
 // requantization. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
 //     kFormat               the packing of its weights
-//     kStep                 bytes of k between two calls of Prefetch::step
-//     kS16Steps             ConvKernel::s16_steps
+//     kFetchBytes           bytes of k between two calls of Prefetch::fetch
+//     kS16Quads             ConvKernel::s16_quads
 //     kMr                   most pixels in a strip, at most 7
 //     sets(pixels)          how many sets of accumulators hide the latency of its sums
 //     tap<R, S>(acc, a, w, k, prefetch)   adds one tap to acc, advances a, returns w advanced
@@ -51,23 +51,23 @@ struct Pixels {
   }
 };
 
-// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a line per k-step, while this
-// one is in use. The cursor runs across the tiles of a call and rests at the end of the panel. Free of branches: a loop
-// over a number of lines known at run time cost a quarter of the speed. Where there are too few steps for all lines, a
-// step fetches two: to rely on the hardware for every other one works on Cascade Lake and costs Zen 5 a third of the
-// speed of 7x7 maps. More lines per step gain 4 % for one tile of one pixel, where DRAM is the limit anyway, and cost
-// 20 % for several tiles.
+// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a line every kFetchBytes of k,
+// while this one is in use. The cursor runs across the tiles of a call and rests at the end of the panel. Free of
+// branches: a loop over a number of lines known at run time cost a quarter of the speed. Where fetches are too few for
+// all lines, a fetch takes two: to rely on the hardware for every other one works on Cascade Lake and costs Zen 5 a
+// third of the speed of 7x7 maps. More lines a fetch gain 4 % for one tile of one pixel, where DRAM is the limit anyway,
+// and cost 20 % for several tiles.
 struct Prefetch {
   uintptr_t at, end;
-  size_t stride, second;  // the second line of a step: 0 bytes behind the first, or 64
+  size_t stride, second;  // the second line of a fetch: 0 bytes behind the first, or 64
 
-  Prefetch(const ConvParams& params, size_t steps) {
+  Prefetch(const ConvParams& params, size_t fetches) {
     at = reinterpret_cast<uintptr_t>(params.prefetch);
     end = at + params.prefetch_bytes;
-    stride = steps * 64 >= params.prefetch_bytes ? 64 : 128;
+    stride = fetches * 64 >= params.prefetch_bytes ? 64 : 128;
     second = stride - 64;
   }
-  QDEPLOY_INLINE void step() {
+  QDEPLOY_INLINE void fetch() {
     _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
     _mm_prefetch(reinterpret_cast<const char*>(at + second), _MM_HINT_T1);
     at = at + stride < end ? at + stride : end;
@@ -218,13 +218,13 @@ size_t run_next(const ConvParams& params, bool f32, const ConvTile* tiles, size_
 
 template <class Dot, bool kF32>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
-  Prefetch prefetch(*params, n_tiles * params->taps * (params->k / Dot::kStep));
+  Prefetch prefetch(*params, n_tiles * params->taps * (params->k / Dot::kFetchBytes));
   for (size_t done = 0; done < n_tiles;) done += run_next<Dot>(*params, kF32, tiles + done, n_tiles - done, prefetch);
 }
 
 template <class Dot>
 constexpr ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, kStrips, kNr, Dot::kFormat, Dot::kS16Steps};
+  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, kStrips, kNr, Dot::kFormat, Dot::kS16Quads};
 }
 
 }  // namespace

@@ -3,10 +3,10 @@
 // Convolution: acc[p][n] = comp[n] + sum a[p][i] * w[i][n]. One vpdpbusd adds 16 channels x 4 bytes of k, exactly.
 //
 // Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]
-//     one k-step of 4:  | n=0: i i+1 i+2 i+3 | n=1: i i+1 i+2 i+3 | .. n=15 |   first vector
+//     one quad of k:    | n=0: i i+1 i+2 i+3 | n=1: i i+1 i+2 i+3 | .. n=15 |   first vector
 //                       | n=16 ..                                  .. n=31 |   second vector
 //
-//     instruction              ports (Cascade Lake)   in one k-step of a 14 x 32 tile
+//     instruction              ports (Cascade Lake)   for one quad of a 14 x 32 tile
 //     vpdpbusd zmm             0, 5 (latency 5)       28 in 14 cycles: the limit
 //     vpbroadcastd zmm, m32    2, 3                   14
 //     vmovdqa64 zmm, m512      2, 3                    2: with the broadcasts 8 cycles
@@ -19,7 +19,7 @@
 // two strips at a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. Requantization costs some 110 cycles
 // a tile, 63 of them because 126 conversions, fma, packs and clamps share ports 0 and 5; each tap some 12 cycles.
 //
-// Preconditions: those of ConvParams; k may be any multiple of 4, steps of 16 are the fast ones. Reads of activations
+// Preconditions: those of ConvParams; k may be any multiple of 4, those of 16 are the fast ones. Reads of activations
 // and weights are exact here; only the residual of the last channels is over-read, by less than 32 bytes.
 #include "avx512_depthwise.h"
 
@@ -47,44 +47,44 @@ QDEPLOY_INLINE __m512i broadcast(const Pixels& a) {
 
 struct Vnni {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
-  static constexpr int kStep = 16;
+  static constexpr int kFetchBytes = 16;
   static constexpr int kMr = 7;
-  static constexpr int kS16Steps = 0;
+  static constexpr int kS16Quads = 0;
 
   static constexpr int sets(int pixels) { return pixels <= 2 ? 4 : pixels <= 4 ? 2 : 1; }
 
-  template <int kStep, int kPixel, int R, int S, int kSets>
+  template <int kQuad, int kPixel, int R, int S, int kSets>
   static QDEPLOY_INLINE void pixels(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], __m512i w0_i8x64,
                                     __m512i w1_i8x64) {
     if constexpr (kPixel < S * R) {
-      const __m512i a_u8x64 = broadcast<kPixel % R, 4 * kStep>(a[kPixel / R]);
-      dot(acc[kStep % kSets][kPixel][0], a_u8x64, w0_i8x64);
-      dot(acc[kStep % kSets][kPixel][1], a_u8x64, w1_i8x64);
-      pixels<kStep, kPixel + 1, R, S>(acc, a, w0_i8x64, w1_i8x64);
+      const __m512i a_u8x64 = broadcast<kPixel % R, 4 * kQuad>(a[kPixel / R]);
+      dot(acc[kQuad % kSets][kPixel][0], a_u8x64, w0_i8x64);
+      dot(acc[kQuad % kSets][kPixel][1], a_u8x64, w1_i8x64);
+      pixels<kQuad, kPixel + 1, R, S>(acc, a, w0_i8x64, w1_i8x64);
     }
   }
 
-  // Bytes 4*kStep .. 4*kStep+3 of k for all pixels.
-  template <int kStep, int R, int S, int kSets>
-  static QDEPLOY_INLINE void step(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], const char* w) {
-    pixels<kStep, 0, R, S>(acc, a, _mm512_load_si512(w + 128 * kStep), _mm512_load_si512(w + 128 * kStep + 64));
+  // Bytes 4*kQuad .. 4*kQuad+3 of k for all pixels.
+  template <int kQuad, int R, int S, int kSets>
+  static QDEPLOY_INLINE void add_quad(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], const char* w) {
+    pixels<kQuad, 0, R, S>(acc, a, _mm512_load_si512(w + 128 * kQuad), _mm512_load_si512(w + 128 * kQuad + 64));
   }
 
   template <int R, int S, int kSets>
   static QDEPLOY_INLINE const char* tap(__m512i (&acc)[kSets][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
                                         Prefetch& prefetch) {
     for (; k >= 16; k -= 16) {
-      prefetch.step();
-      step<0, R, S>(acc, a, w);
-      step<1, R, S>(acc, a, w);
-      step<2, R, S>(acc, a, w);
-      step<3, R, S>(acc, a, w);
+      prefetch.fetch();
+      add_quad<0, R, S>(acc, a, w);
+      add_quad<1, R, S>(acc, a, w);
+      add_quad<2, R, S>(acc, a, w);
+      add_quad<3, R, S>(acc, a, w);
       w += 4 * 128;
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s) a[s].p += 16;
     }
     for (; k > 0; k -= 4) {
-      step<0, R, S>(acc, a, w);
+      add_quad<0, R, S>(acc, a, w);
       w += 128;
 #pragma GCC unroll 2
       for (int s = 0; s < S; ++s) a[s].p += 4;
@@ -97,10 +97,10 @@ struct Vnni {
 //
 // Requantization of a tile takes some 300 instructions that are not dot products. Behind the dot products they leave
 // ports 0 and 1 idle for 45 to 75 cycles a tile on Zen 5, because they fill the schedulers before the next tile gets
-// in. So a strip of 7 x 32 runs its first k-steps while the strip before it is written, one pixel a step:
+// in. So a strip of 7 x 32 runs its first quads while the strip before it is written, one pixel a quad:
 //
-//     step 0 of this strip   | pixel 0 of the previous one
-//     step 1                 | pixel 1                       14 accumulators each, and one pair less after each pixel
+//     quad 0 of this strip   | pixel 0 of the previous one
+//     quad 1                 | pixel 1                       14 accumulators each, and one pair less after each pixel
 //     ..                     | ..
 //     the rest of k, then this strip is the previous one
 //
@@ -147,27 +147,27 @@ struct Destination {
   }
 };
 
-// Steps kStep .. kSteps-1 of a strip, each with a pixel of the previous one; the last step takes all that are left. The
+// Quads kQuad .. kQuads-1 of a strip, each with a pixel of the previous one; the last quad takes all that are left. The
 // barriers keep that order: GCC would load constants for all pixels in advance and spill accumulators for them.
-template <int kStep, int kSteps, int R, bool kResidual, class Start>
-QDEPLOY_INLINE void steps_and_pixels(const ConvParams& params, const __m512i (&previous)[R][2],
+template <int kQuad, int kQuads, int R, bool kResidual, class Start>
+QDEPLOY_INLINE void quads_and_pixels(const ConvParams& params, const __m512i (&previous)[R][2],
                                      Destination<kResidual>& to, __m512i (&acc)[1][R][2], const Pixels (&a)[1],
                                      const char* w, const Start& start) {
-  if constexpr (kStep < kSteps) {
+  if constexpr (kQuad < kQuads) {
 #pragma GCC unroll 7
-    for (int pixel = kStep; pixel < (kStep == kSteps - 1 ? R : kStep + 1) && pixel < R; ++pixel) {
+    for (int pixel = kQuad; pixel < (kQuad == kQuads - 1 ? R : kQuad + 1) && pixel < R; ++pixel) {
       to.write(params, previous[pixel]);
       asm volatile("" ::: "memory");
     }
-    if (kStep == 0) start();
-    Vnni::step<kStep, R, 1>(acc, a, w);
+    if (kQuad == 0) start();
+    Vnni::add_quad<kQuad, R, 1>(acc, a, w);
     asm volatile("" ::: "memory");
-    steps_and_pixels<kStep + 1, kSteps, R>(params, previous, to, acc, a, w, start);
+    quads_and_pixels<kQuad + 1, kQuads, R>(params, previous, to, acc, a, w, start);
   }
 }
 
-// Computes tiles from the front of the list while they have R pixels a strip; returns how many. kSteps: at most k/4.
-template <int kSteps, int R, bool kResidual>
+// Computes tiles from the front of the list while they have R pixels a strip; returns how many. kQuads: at most k/4.
+template <int kQuads, int R, bool kResidual>
 __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles,
                                                 Prefetch& prefetch) {
   Prefetch ahead = prefetch;  // a copy that can live in registers
@@ -190,11 +190,11 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
       const char* w = static_cast<const char*>(params.w);
       int32_t k = params.k;
       if (to.c) {
-        for (int line = 0; line < kSteps / 4; ++line) ahead.step();
-        steps_and_pixels<0, kSteps, R>(params, previous, to, acc, a, w, start);
-        a[0].p += 4 * kSteps;
-        w += 128 * kSteps;
-        k -= 4 * kSteps;
+        for (int line = 0; line < kQuads / 4; ++line) ahead.fetch();
+        quads_and_pixels<0, kQuads, R>(params, previous, to, acc, a, w, start);
+        a[0].p += 4 * kQuads;
+        w += 128 * kQuads;
+        k -= 4 * kQuads;
       } else {
         start();
       }
@@ -228,7 +228,7 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
        {run_overlapped<6, 5, true>, run_overlapped<6, 6, true>, run_overlapped<6, 7, true>}},
       {{run_overlapped<8, 5, false>, run_overlapped<8, 6, false>, run_overlapped<8, 7, false>},
        {run_overlapped<8, 5, true>, run_overlapped<8, 6, true>, run_overlapped<8, 7, true>}}};
-  Prefetch prefetch(*params, 2 * n_tiles * params->taps * (params->k / Vnni::kStep));
+  Prefetch prefetch(*params, 2 * n_tiles * params->taps * (params->k / Vnni::kFetchBytes));
   for (size_t done = 0; done < n_tiles;) {
     const int r = tiles[done].r;
     if (r < kLeast) {
@@ -246,11 +246,11 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
 // broadcast. Two permutations (ports 1 and 2 on Zen 5, 5 on Cascade Lake) for two dot products; with 4 channels a group
 // all 64 products of each count, where a dense panel of 32 would use 8.
 
-template <int kSteps, int R, bool kResidual>
+template <int kQuads, int R, bool kResidual>
 __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
-  __m512i lanes[kSteps][2];
+  __m512i lanes[kQuads][2];
 #pragma GCC unroll 4
-  for (int q = 0; q < kSteps; ++q)
+  for (int q = 0; q < kQuads; ++q)
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) lanes[q][j] = _mm512_loadu_si512(params.lanes + 32 * q + 16 * j);
   size_t done = 0;
@@ -266,7 +266,7 @@ __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const Con
       for (int32_t t = 0; t < params.taps; ++t) {
         const uint8_t* a = params.a + tile.a[s] + params.tap_offset[t];
 #pragma GCC unroll 4
-        for (int q = 0; q < kSteps; ++q) {
+        for (int q = 0; q < kQuads; ++q) {
           const __m512i w0_i8x64 = _mm512_load_si512(w), w1_i8x64 = _mm512_load_si512(w + 64);
 #pragma GCC unroll 7
           for (int p = 0; p < R; ++p) {
@@ -287,13 +287,13 @@ __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const Con
   return done;
 }
 
-template <int kSteps, bool kResidual>
+template <int kQuads, bool kResidual>
 void conv_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
   using Run = size_t (*)(const ConvParams&, const ConvTile*, size_t);
-  static constexpr Run kRuns[kMr] = {run_grouped<kSteps, 1, kResidual>, run_grouped<kSteps, 2, kResidual>,
-                                     run_grouped<kSteps, 3, kResidual>, run_grouped<kSteps, 4, kResidual>,
-                                     run_grouped<kSteps, 5, kResidual>, run_grouped<kSteps, 6, kResidual>,
-                                     run_grouped<kSteps, 7, kResidual>};
+  static constexpr Run kRuns[kMr] = {run_grouped<kQuads, 1, kResidual>, run_grouped<kQuads, 2, kResidual>,
+                                     run_grouped<kQuads, 3, kResidual>, run_grouped<kQuads, 4, kResidual>,
+                                     run_grouped<kQuads, 5, kResidual>, run_grouped<kQuads, 6, kResidual>,
+                                     run_grouped<kQuads, 7, kResidual>};
   for (size_t done = 0; done < n_tiles;) done += kRuns[tiles[done].r - 1](params, tiles + done, n_tiles - done);
 }
 

@@ -3,7 +3,7 @@
 // Convolution: one vpdpbusd adds 8 channels x 4 bytes of k, exactly for any code of 8 bits. The panel is that of
 // avx2.cc, s8x4 with NR = 32: a vpbroadcastd of a[i..i+3] meets four vectors of 8 channels.
 //
-//     instruction               in one k-step of 3 pixels x 4 vectors
+//     instruction               for one quad of 3 pixels x 4 vectors
 //     vpdpbusd ymm              12 in 6 cycles (two a cycle on Golden Cove and Zen 5; latency 5 and 4)
 //     vpbroadcastd ymm, m32      3
 //     vmovdqa ymm, m256          4: with the broadcasts 3.5 cycles at two loads a cycle
@@ -35,7 +35,7 @@ struct DotWeights {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kMaxRows = 3;
   static constexpr int kElementBytes = 1;
-  static constexpr int kS16Steps = 0;
+  static constexpr int kS16Quads = 0;
 
   template <int kBytes, int kRows, int kVectors>
   static QD_INLINE void multiply(const uint8_t* (&a)[kRows], const int8_t*& w,

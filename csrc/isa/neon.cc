@@ -35,7 +35,7 @@
 // Pixels of a tile may lie anywhere (mr 1, strips 2), so no width leaves a pixel alone. The figures are those of Arm's
 // optimization guides and of the disassembly (GCC 12.2); none is measured, for want of such a CPU.
 //
-// Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one k-step before
+// Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one quad before
 // its use, which in-order CPUs need. The s16 sums are volatile asm: given intrinsics GCC 12 spills them.
 #include "neon_conv.h"
 
@@ -87,39 +87,40 @@ struct Smlal {
       }
     }
 
-    // Step kStep of kSteps and those after it, four bytes of k each: pixel q of the block that begins at a and w.
-    template <int kStep, int kSteps>
-    QDEPLOY_INLINE void steps(int q, const uint8_t* a, int16x8_t (&sum_i16x8)[8], const int8_t* w, Prefetch& prefetch) {
-      if constexpr (kStep < kSteps) {
-        if (q == 0 && kStep % 4 == 0) prefetch.step();
-        const int8x16_t a_i8x4 = broadcast_centred(a + 4 * kStep);
-        const int8_t* next = kStep + 1 < kSteps || q + 1 == P ? w + 64 * (kStep + 1) : w;
+    // Quad kQuad of kQuads and those after it: pixel q of the block that begins at a and w.
+    template <int kQuad, int kQuads>
+    QDEPLOY_INLINE void add_quads(int q, const uint8_t* a, int16x8_t (&sum_i16x8)[8], const int8_t* w,
+                                  Prefetch& prefetch) {
+      if constexpr (kQuad < kQuads) {
+        if (q == 0 && kQuad % 4 == 0) prefetch.fetch();
+        const int8x16_t a_i8x4 = broadcast_centred(a + 4 * kQuad);
+        const int8_t* next = kQuad + 1 < kQuads || q + 1 == P ? w + 64 * (kQuad + 1) : w;
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          if (kStep % kSums == 0) {
+          if (kQuad % kSums == 0) {
             multiply(sum_i16x8[2 * j], sum_i16x8[2 * j + 1], a_i8x4, w_i8x16[j]);
           } else {
             multiply_add(sum_i16x8[2 * j], sum_i16x8[2 * j + 1], a_i8x4, w_i8x16[j]);
           }
           w_i8x16[j] = load_in_order(next + 16 * j);
         }
-        if ((kStep + 1) % kSums == 0 || kStep + 1 == kSteps) {
+        if ((kQuad + 1) % kSums == 0 || kQuad + 1 == kQuads) {
 #pragma GCC unroll 8
           for (int h = 0; h < 8; ++h) add_pairs(acc_i32x4[q][h], sum_i16x8[h]);
         }
-        steps<kStep + 1, kSteps>(q, a, sum_i16x8, w, prefetch);
+        add_quads<kQuad + 1, kQuads>(q, a, sum_i16x8, w, prefetch);
       }
     }
 
-    template <int kSteps>
+    template <int kQuads>
     QDEPLOY_INLINE const int8_t* block(const uint8_t* (&a)[P], const int8_t* w, Prefetch& prefetch) {
 #pragma GCC unroll 2
       for (int q = 0; q < P; ++q) {
         int16x8_t sum_i16x8[8];
-        steps<0, kSteps>(q, a[q], sum_i16x8, w, prefetch);
-        a[q] += 4 * kSteps;
+        add_quads<0, kQuads>(q, a[q], sum_i16x8, w, prefetch);
+        a[q] += 4 * kQuads;
       }
-      return w + 64 * kSteps;
+      return w + 64 * kQuads;
     }
 
     QDEPLOY_INLINE const int8_t* add_tap(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {

@@ -30,14 +30,14 @@ QDEPLOY_INLINE int8x16_t load_in_order(const int8_t* w) {
   return w_i8x16;
 }
 
-// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a line per k-step, while this
-// one is in use. The cursor runs across the tiles of a call and rests at the end of the panel.
+// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a line every 16 bytes of k,
+// while this one is in use. The cursor runs across the tiles of a call and rests at the end of the panel.
 struct Prefetch {
   uintptr_t at, end;
 
   explicit Prefetch(const ConvParams& params)
       : at(reinterpret_cast<uintptr_t>(params.prefetch)), end(at + params.prefetch_bytes) {}
-  QDEPLOY_INLINE void step() {
+  QDEPLOY_INLINE void fetch() {
     __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
     at = at + 64 < end ? at + 64 : end;
   }

@@ -3,7 +3,7 @@
 // Convolution: acc[p][n] = comp[n] + sum (a[p][i] - 128) * w[i][n]. One SDOT adds 4 channels x 4 bytes of k, exactly. A
 // register holds 16 bytes of a pixel, of which SDOT picks four: no broadcasts.
 //
-// Packed panel, s8x4:  w[taps][k/4][16 channels][4 bytes of k]; four vectors a k-step:
+// Packed panel, s8x4:  w[taps][k/4][16 channels][4 bytes of k]; four vectors a quad:
 //     | n=0 i..i+3 | n=1 i..i+3 | n=2 i..i+3 | n=3 i..i+3 |   n=4..7   |   n=8..11   |   n=12..15
 //
 //     instruction          Cortex-A720 (Neoverse V2), a cycle      in 16 bytes of k of 5 x 16 (1280 products)
@@ -18,7 +18,7 @@
 // of accumulators, for CPUs that wait for the whole latency of SDOT. The figures are those of Arm's optimization guides
 // and of the disassembly (GCC 12.2); none is measured, for want of such a CPU.
 //
-// Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one k-step before
+// Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one quad before
 // its use, which in-order CPUs need. Activations are read up to 12 bytes too far.
 #include "neon_conv.h"
 
@@ -29,7 +29,7 @@ QDEPLOY_INLINE int8x16_t load_centred(const uint8_t* a) {
   return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(a), vdupq_n_u8(0x80)));
 }
 
-// As volatile asm, here and below: given intrinsics GCC 12 moves the loads of many steps to the front and spills.
+// As volatile asm, here and below: given intrinsics GCC 12 moves the loads of many quads to the front and spills.
 QDEPLOY_INLINE void dot(int32x4_t& acc_i32x4, int8x16_t a_i8x16, int8x16_t w_i8x16) {
   asm volatile("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc_i32x4) : "w"(a_i8x16), "w"(w_i8x16));
 }
@@ -58,7 +58,7 @@ struct Sdot {
 
     // Bytes 4*kLane .. 4*kLane+3 of each a.
     template <int kLane>
-    QDEPLOY_INLINE void step(const int8x16_t (&a_i8x16)[P], const int8_t* w) {
+    QDEPLOY_INLINE void add_quad(const int8x16_t (&a_i8x16)[P], const int8_t* w) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
 #pragma GCC unroll 8
@@ -74,16 +74,16 @@ struct Sdot {
     QDEPLOY_INLINE const int8_t* add_tap(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {
       int8x16_t a_i8x16[P];
       for (; k >= 16; k -= 16) {
-        prefetch.step();
+        prefetch.fetch();
 #pragma GCC unroll 8
         for (int q = 0; q < P; ++q) {
           a_i8x16[q] = load_centred(a[q]);
           a[q] += 16;
         }
-        step<0>(a_i8x16, w);
-        step<1>(a_i8x16, w);
-        step<2>(a_i8x16, w);
-        step<3>(a_i8x16, w);
+        add_quad<0>(a_i8x16, w);
+        add_quad<1>(a_i8x16, w);
+        add_quad<2>(a_i8x16, w);
+        add_quad<3>(a_i8x16, w);
         w += 256;
       }
 #pragma GCC unroll 1
@@ -93,7 +93,7 @@ struct Sdot {
           a_i8x16[q] = load_centred(a[q]);
           a[q] += 4;
         }
-        step<0>(a_i8x16, w);
+        add_quad<0>(a_i8x16, w);
         w += 64;
       }
       return w;

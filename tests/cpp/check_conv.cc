@@ -13,7 +13,7 @@ struct ConvCase {
   int bits, r, strips, taps, k, n;
   int outputs = 0;  // of each group of k channels; 0: a dense kernel
   int a_stride, c_stride;
-  bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_steps allows
+  bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_quads allows
   bool residual, in_place, f32, at_end;
   Fill a_fill, w_fill;
   uint8_t qmin, qmax;
@@ -41,7 +41,7 @@ ConvCase random_case(const ConvKernel& kernel, int bits, int r, int strips, Rand
   const int strides[] = {x.k, x.k + 1, 3, 6, 2 * x.k + 5, 0, -x.k};
   x.a_stride = random.pick(strides);
   x.c_stride = x.n + (random.range(0, 1) ? 0 : random.range(1, 70));
-  x.wide_codes = kernel.s16_steps > 0 && random.range(0, 1);
+  x.wide_codes = kernel.s16_quads > 0 && random.range(0, 1);
   x.residual = random.range(0, 1);
   x.f32 = random.range(0, 2) == 0;
   x.in_place = x.residual && !x.f32 && random.range(0, 1);
@@ -110,10 +110,10 @@ void place_input(const ConvCase& x, const std::vector<ConvTile>& tiles, Random& 
 
 // Any codes that sum up to at most 128 on either side of zero wherever the kernel adds their products in 16 bits: the
 // first ones that are too large take all that is left, so that most sums are exactly 128.
-void limit_sums(int8_t* codes, int k, int s16_steps) {
-  for (int begin = 0; begin < k; begin += 4 * s16_steps) {
-    int left[2][2] = {{128, 128}, {128, 128}};  // [half of a step][positive or negative]
-    for (int i = begin; i < std::min(k, begin + 4 * s16_steps); ++i) {
+void limit_sums(int8_t* codes, int k, int s16_quads) {
+  for (int begin = 0; begin < k; begin += 4 * s16_quads) {
+    int left[2][2] = {{128, 128}, {128, 128}};  // [half of a quad][positive or negative]
+    for (int i = begin; i < std::min(k, begin + 4 * s16_quads); ++i) {
       int& limit = left[i / 2 % 2][codes[i] < 0];
       const int magnitude = std::min(std::abs(codes[i]), limit);
       limit -= magnitude;
@@ -127,7 +127,7 @@ std::vector<int8_t> random_codes(const ConvKernel& kernel, const ConvCase& x, Ra
   std::vector<int8_t> codes(static_cast<size_t>(x.n) * x.taps * x.window());
   const int largest = 1 << ((x.wide_codes ? 8 : x.bits) - 1);
   for (int8_t& code : codes) code = static_cast<int8_t>(fill_value(x.w_fill, -largest, largest - 1, random));
-  for (int t = 0; t < x.n * x.taps && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_steps);
+  for (int t = 0; t < x.n * x.taps && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_quads);
   return codes;
 }
 
