@@ -264,7 +264,7 @@ void interleave_rows(const int8_t* rows, int64_t row_stride, int64_t lanes, int6
                      uint8_t* panel) {
   if (kernel.format == WeightFormat::s8x4) {
     for (int64_t i = 0; i < count; i += 4, panel += kernel.nr * 4) {
-#pragma GCC unroll 8
+#pragma GCC unroll 8  // rounds at a time: their number is not known here
       for (int64_t lane = 0; lane < lanes; ++lane) memcpy(panel + lane * 4, rows + lane * row_stride + i, 4);
     }
     return;

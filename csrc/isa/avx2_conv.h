@@ -13,9 +13,7 @@
 #include <stdint.h>
 
 #include "../ukernels.h"
-
-#define QD_INLINE inline __attribute__((always_inline))
-#define QD_UNROLL _Pragma("GCC unroll 8")
+#include "compiler.h"
 
 namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags

@@ -18,8 +18,7 @@
 #pragma GCC diagnostic pop
 
 #include "../ukernels.h"
-
-#define QDEPLOY_INLINE inline __attribute__((always_inline))
+#include "compiler.h"
 
 namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags
@@ -31,7 +30,7 @@ struct Pixels {
   const uint8_t* p;
   ptrdiff_t s, s3, s5;
 
-  QDEPLOY_INLINE const uint8_t* operator[](int i) const {
+  QD_INLINE const uint8_t* operator[](int i) const {
     switch (i) {
       case 0:
         return p;
@@ -55,8 +54,8 @@ struct Pixels {
 // while this one is in use. The cursor runs across the tiles of a call and rests at the end of the panel. Free of
 // branches: a loop over a number of lines known at run time cost a quarter of the speed. Where fetches are too few for
 // all lines, a fetch takes two: to rely on the hardware for every other one works on Cascade Lake and costs Zen 5 a
-// third of the speed of 7x7 maps. More lines a fetch gain 4 % for one tile of one pixel, where DRAM is the limit anyway,
-// and cost 20 % for several tiles.
+// third of the speed of 7x7 maps. More lines a fetch gain 4 % for one tile of one pixel, where DRAM is the limit
+// anyway, and cost 20 % for several tiles.
 struct Prefetch {
   uintptr_t at, end;
   size_t stride, second;  // the second line of a fetch: 0 bytes behind the first, or 64
@@ -67,7 +66,7 @@ struct Prefetch {
     stride = fetches * 64 >= params.prefetch_bytes ? 64 : 128;
     second = stride - 64;
   }
-  QDEPLOY_INLINE void fetch() {
+  QD_INLINE void fetch() {
     _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
     _mm_prefetch(reinterpret_cast<const char*>(at + second), _MM_HINT_T1);
     at = at + stride < end ? at + stride : end;
@@ -76,11 +75,11 @@ struct Prefetch {
 
 // ---- Requantization -------------------------------------------------------------------------------------------------
 
-QDEPLOY_INLINE __m512 residual_f32x16(const uint8_t* residual) {
+QD_INLINE __m512 residual_f32x16(const uint8_t* residual) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(residual))));
 }
 
-QDEPLOY_INLINE const uint8_t* residual_pixel(const ConvParams& params, const ConvTile& tile, int strip, int pixel) {
+QD_INLINE const uint8_t* residual_pixel(const ConvParams& params, const ConvTile& tile, int strip, int pixel) {
   return params.residual + tile.residual[strip] + pixel * params.residual_stride;
 }
 
@@ -91,16 +90,16 @@ struct Output {
   const ConvTile& tile;
   __m512 multiplier_f32x16[2], bias_f32x16[2];
 
-  QDEPLOY_INLINE Output(const ConvParams& params, const ConvTile& tile) : params(params), tile(tile) {
+  QD_INLINE Output(const ConvParams& params, const ConvTile& tile) : params(params), tile(tile) {
     for (int j = 0; j < 2; ++j) {
       multiplier_f32x16[j] = _mm512_loadu_ps(params.multiplier + 16 * j);
       bias_f32x16[j] = _mm512_loadu_ps(params.bias + 16 * j);
     }
   }
-  QDEPLOY_INLINE size_t offset(int q) const { return tile.c[q / R] + q % R * params.c_stride; }
+  QD_INLINE size_t offset(int q) const { return tile.c[q / R] + q % R * params.c_stride; }
 
   template <bool kResidual>
-  QDEPLOY_INLINE __m512 real(__m512i acc_i32x16, int q, int j) const {
+  QD_INLINE __m512 real(__m512i acc_i32x16, int q, int j) const {
     __m512 x_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), multiplier_f32x16[j], bias_f32x16[j]);
     if (kResidual) {
       const __m512 residual = residual_f32x16(residual_pixel(params, tile, q / R, q % R) + 16 * j);
@@ -111,18 +110,16 @@ struct Output {
 
   // Saturating packs clamp to 0..255; two pixels leave one vector in channel order after one permutation of dwords.
   template <bool kResidual>
-  QDEPLOY_INLINE void store_u8(const __m512i (&acc)[S * R][2]) const {
+  QD_INLINE void store_u8(const __m512i (&acc)[S * R][2]) const {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i qmin_u8x64 = _mm512_set1_epi8(static_cast<char>(params.qmin));
     const __m512i qmax_u8x64 = _mm512_set1_epi8(static_cast<char>(params.qmax));
     const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << params.n) - 1);
     uint8_t* c = static_cast<uint8_t*>(params.c);
-#pragma GCC unroll 7
-    for (int q = 0; q < S * R; q += 2) {
+    QD_UNROLL for (int q = 0; q < S * R; q += 2) {
       const int next = q + 1 < S * R ? q + 1 : q;
       __m512i packed_i16x32[2];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
+      QD_UNROLL for (int i = 0; i < 2; ++i) {
         const int pixel = i == 0 ? q : next;
         packed_i16x32[i] = _mm512_packs_epi32(_mm512_cvtps_epi32(real<kResidual>(acc[pixel][0], pixel, 0)),
                                               _mm512_cvtps_epi32(real<kResidual>(acc[pixel][1], pixel, 1)));
@@ -135,11 +132,10 @@ struct Output {
   }
 
   template <bool kResidual>
-  QDEPLOY_INLINE void store_f32(const __m512i (&acc)[S * R][2]) const {
+  QD_INLINE void store_f32(const __m512i (&acc)[S * R][2]) const {
     float* c = static_cast<float*>(params.c);
     const uint32_t mask = static_cast<uint32_t>((uint64_t{1} << params.n) - 1);
-#pragma GCC unroll 14
-    for (int q = 0; q < S * R; ++q) {
+    QD_UNROLL for (int q = 0; q < S * R; ++q) {
       _mm512_mask_storeu_ps(c + offset(q), static_cast<__mmask16>(mask), real<kResidual>(acc[q][0], q, 0));
       _mm512_mask_storeu_ps(c + offset(q) + 16, static_cast<__mmask16>(mask >> 16), real<kResidual>(acc[q][1], q, 1));
     }
@@ -160,19 +156,17 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
   do {
     const ConvTile& tile = tiles[done];
     __m512i acc[kSets][S * R][2];
-#pragma GCC unroll 14
-    for (int q = 0; q < S * R; ++q)
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
+    QD_UNROLL for (int q = 0; q < S * R; ++q) {
+      QD_UNROLL for (int j = 0; j < 2; ++j) {
         acc[0][q][j] = _mm512_loadu_si512(params.comp + 16 * j);
-#pragma GCC unroll 3
-        for (int set = 1; set < kSets; ++set) acc[set][q][j] = _mm512_setzero_si512();
+        QD_UNROLL for (int set = 1; set < kSets; ++set) acc[set][q][j] = _mm512_setzero_si512();
       }
+    }
 
     if (params.residual) {  // needed at the end of the tile, often in L2 or beyond: 2 % at k = 64 and 128
-#pragma GCC unroll 14
-      for (int q = 0; q < S * R; ++q)
+      QD_UNROLL for (int q = 0; q < S * R; ++q) {
         _mm_prefetch(reinterpret_cast<const char*>(residual_pixel(params, tile, q / R, q % R)), _MM_HINT_T0);
+      }
     }
 
     const ptrdiff_t stride = params.a_stride;
@@ -181,17 +175,17 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
     const char* w = static_cast<const char*>(params.w);
     for (int32_t t = 0; t < params.taps; ++t) {
       Pixels a[S];
-#pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) a[s] = {params.a + tile.a[s] + params.tap_offset[t], stride, stride3, stride5};
+      QD_UNROLL for (int s = 0; s < S; ++s) {
+        a[s] = {params.a + tile.a[s] + params.tap_offset[t], stride, stride3, stride5};
+      }
       w = Dot::template tap<R, S>(acc, a, w, params.k, ahead);
     }
 
-#pragma GCC unroll 3
-    for (int set = 1; set < kSets; ++set)
-#pragma GCC unroll 14
-      for (int q = 0; q < S * R; ++q)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) acc[0][q][j] = _mm512_add_epi32(acc[0][q][j], acc[set][q][j]);
+    QD_UNROLL for (int set = 1; set < kSets; ++set) {
+      QD_UNROLL for (int q = 0; q < S * R; ++q) {
+        QD_UNROLL for (int j = 0; j < 2; ++j) acc[0][q][j] = _mm512_add_epi32(acc[0][q][j], acc[set][q][j]);
+      }
+    }
 
     const Output<R, S> output(params, tile);
     if (f32) {

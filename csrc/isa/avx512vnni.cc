@@ -27,13 +27,13 @@ namespace qdeploy {
 namespace {
 
 // GCC 12 spills the accumulators of _mm512_dpbusd_epi32; an asm operand that is read and written stays in its register.
-QDEPLOY_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, __m512i w_i8x64) {
+QD_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, __m512i w_i8x64) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc_i32x16) : "v"(a_u8x64), "v"(w_i8x64));
 }
 
 // Four bytes of pixel kPixel of a strip. As asm, or GCC makes a pointer of each of the seven addresses and spills them.
 template <int kPixel, int kOffset>
-QDEPLOY_INLINE __m512i broadcast(const Pixels& a) {
+QD_INLINE __m512i broadcast(const Pixels& a) {
   __m512i a_u8x64;
   if constexpr (kPixel == 0) asm("vpbroadcastd %c2(%1), %0" : "=v"(a_u8x64) : "r"(a.p), "i"(kOffset));
   if constexpr (kPixel == 1) asm("vpbroadcastd %c3(%1,%2), %0" : "=v"(a_u8x64) : "r"(a.p), "r"(a.s), "i"(kOffset));
@@ -54,8 +54,8 @@ struct Vnni {
   static constexpr int sets(int pixels) { return pixels <= 2 ? 4 : pixels <= 4 ? 2 : 1; }
 
   template <int kQuad, int kPixel, int R, int S, int kSets>
-  static QDEPLOY_INLINE void pixels(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], __m512i w0_i8x64,
-                                    __m512i w1_i8x64) {
+  static QD_INLINE void pixels(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], __m512i w0_i8x64,
+                               __m512i w1_i8x64) {
     if constexpr (kPixel < S * R) {
       const __m512i a_u8x64 = broadcast<kPixel % R, 4 * kQuad>(a[kPixel / R]);
       dot(acc[kQuad % kSets][kPixel][0], a_u8x64, w0_i8x64);
@@ -66,13 +66,13 @@ struct Vnni {
 
   // Bytes 4*kQuad .. 4*kQuad+3 of k for all pixels.
   template <int kQuad, int R, int S, int kSets>
-  static QDEPLOY_INLINE void add_quad(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], const char* w) {
+  static QD_INLINE void add_quad(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], const char* w) {
     pixels<kQuad, 0, R, S>(acc, a, _mm512_load_si512(w + 128 * kQuad), _mm512_load_si512(w + 128 * kQuad + 64));
   }
 
   template <int R, int S, int kSets>
-  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[kSets][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
-                                        Prefetch& prefetch) {
+  static QD_INLINE const char* tap(__m512i (&acc)[kSets][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
+                                   Prefetch& prefetch) {
     for (; k >= 16; k -= 16) {
       prefetch.fetch();
       add_quad<0, R, S>(acc, a, w);
@@ -80,14 +80,12 @@ struct Vnni {
       add_quad<2, R, S>(acc, a, w);
       add_quad<3, R, S>(acc, a, w);
       w += 4 * 128;
-#pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) a[s].p += 16;
+      QD_UNROLL for (int s = 0; s < S; ++s) a[s].p += 16;
     }
     for (; k > 0; k -= 4) {
       add_quad<0, R, S>(acc, a, w);
       w += 128;
-#pragma GCC unroll 2
-      for (int s = 0; s < S; ++s) a[s].p += 4;
+      QD_UNROLL for (int s = 0; s < S; ++s) a[s].p += 4;
     }
     return w;
   }
@@ -120,16 +118,15 @@ struct Destination {
     c = static_cast<uint8_t*>(params.c) + tile.c[strip];
     if (!kResidual) return;
     residual = params.residual + tile.residual[strip];
-#pragma GCC unroll 7
-    for (int p = 0; p < pixels; ++p)
+    QD_UNROLL for (int p = 0; p < pixels; ++p) {
       _mm_prefetch(reinterpret_cast<const char*>(residual + p * params.residual_stride), _MM_HINT_T0);
+    }
   }
 
-  QDEPLOY_INLINE void write(const ConvParams& params, const __m512i (&acc_i32x16)[2]) {
+  QD_INLINE void write(const ConvParams& params, const __m512i (&acc_i32x16)[2]) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512 x_f32x16[2];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
+    QD_UNROLL for (int j = 0; j < 2; ++j) {
       x_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16[j]), _mm512_loadu_ps(params.multiplier + 16 * j),
                                     _mm512_loadu_ps(params.bias + 16 * j));
       if (kResidual)
@@ -150,12 +147,10 @@ struct Destination {
 // Quads kQuad .. kQuads-1 of a strip, each with a pixel of the previous one; the last quad takes all that are left. The
 // barriers keep that order: GCC would load constants for all pixels in advance and spill accumulators for them.
 template <int kQuad, int kQuads, int R, bool kResidual, class Start>
-QDEPLOY_INLINE void quads_and_pixels(const ConvParams& params, const __m512i (&previous)[R][2],
-                                     Destination<kResidual>& to, __m512i (&acc)[1][R][2], const Pixels (&a)[1],
-                                     const char* w, const Start& start) {
+QD_INLINE void quads_and_pixels(const ConvParams& params, const __m512i (&previous)[R][2], Destination<kResidual>& to,
+                                __m512i (&acc)[1][R][2], const Pixels (&a)[1], const char* w, const Start& start) {
   if constexpr (kQuad < kQuads) {
-#pragma GCC unroll 7
-    for (int pixel = kQuad; pixel < (kQuad == kQuads - 1 ? R : kQuad + 1) && pixel < R; ++pixel) {
+    QD_UNROLL for (int pixel = kQuad; pixel < (kQuad == kQuads - 1 ? R : kQuad + 1) && pixel < R; ++pixel) {
       to.write(params, previous[pixel]);
       asm volatile("" ::: "memory");
     }
@@ -181,10 +176,9 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
     const ConvTile& tile = tiles[done];
     for (int s = 0; s < tile.strips; ++s) {
       const auto start = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 7
-        for (int p = 0; p < R; ++p)
-#pragma GCC unroll 2
-          for (int j = 0; j < 2; ++j) acc[0][p][j] = _mm512_loadu_si512(params.comp + 16 * j);
+        QD_UNROLL for (int p = 0; p < R; ++p) {
+          QD_UNROLL for (int j = 0; j < 2; ++j) acc[0][p][j] = _mm512_loadu_si512(params.comp + 16 * j);
+        }
       };
       Pixels a[1] = {{params.a + tile.a[s] + params.tap_offset[0], stride, stride3, stride5}};
       const char* w = static_cast<const char*>(params.w);
@@ -204,12 +198,10 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
         a[0].p = params.a + tile.a[s] + params.tap_offset[t];
         w = Vnni::tap<R, 1>(acc, a, w, params.k, ahead);
       }
-#pragma GCC unroll 7
-      for (int p = 0; p < R; ++p) previous[p][0] = acc[0][p][0], previous[p][1] = acc[0][p][1];
+      QD_UNROLL for (int p = 0; p < R; ++p) previous[p][0] = acc[0][p][0], previous[p][1] = acc[0][p][1];
     }
   } while (++done < n_tiles && tiles[done].r == R);
-#pragma GCC unroll 7
-  for (int p = 0; p < R; ++p) to.write(params, previous[p]);
+  QD_UNROLL for (int p = 0; p < R; ++p) to.write(params, previous[p]);
   prefetch = ahead;
   return done;
 }
@@ -249,27 +241,23 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
 template <int kQuads, int R, bool kResidual>
 __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
   __m512i lanes[kQuads][2];
-#pragma GCC unroll 4
-  for (int q = 0; q < kQuads; ++q)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) lanes[q][j] = _mm512_loadu_si512(params.lanes + 32 * q + 16 * j);
+  QD_UNROLL for (int q = 0; q < kQuads; ++q) {
+    QD_UNROLL for (int j = 0; j < 2; ++j) lanes[q][j] = _mm512_loadu_si512(params.lanes + 32 * q + 16 * j);
+  }
   size_t done = 0;
   do {
     const ConvTile& tile = tiles[done];
     for (int s = 0; s < tile.strips; ++s) {
       __m512i acc[R][2];
-#pragma GCC unroll 7
-      for (int p = 0; p < R; ++p)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) acc[p][j] = _mm512_loadu_si512(params.comp + 16 * j);
+      QD_UNROLL for (int p = 0; p < R; ++p) {
+        QD_UNROLL for (int j = 0; j < 2; ++j) acc[p][j] = _mm512_loadu_si512(params.comp + 16 * j);
+      }
       const char* w = static_cast<const char*>(params.w);
       for (int32_t t = 0; t < params.taps; ++t) {
         const uint8_t* a = params.a + tile.a[s] + params.tap_offset[t];
-#pragma GCC unroll 4
-        for (int q = 0; q < kQuads; ++q) {
+        QD_UNROLL for (int q = 0; q < kQuads; ++q) {
           const __m512i w0_i8x64 = _mm512_load_si512(w), w1_i8x64 = _mm512_load_si512(w + 64);
-#pragma GCC unroll 7
-          for (int p = 0; p < R; ++p) {
+          QD_UNROLL for (int p = 0; p < R; ++p) {
             const __m512i a_u8x32 =
                 _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + p * params.a_stride)));
             dot(acc[p][0], _mm512_permutexvar_epi32(lanes[q][0], a_u8x32), w0_i8x64);
@@ -280,8 +268,7 @@ __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const Con
       }
       Destination<kResidual> to(params);
       to.set(params, tile, s, R);
-#pragma GCC unroll 7
-      for (int p = 0; p < R; ++p) to.write(params, acc[p]);
+      QD_UNROLL for (int p = 0; p < R; ++p) to.write(params, acc[p]);
     }
   } while (++done < n_tiles && tiles[done].r == R);
   return done;
@@ -317,8 +304,8 @@ void conv_grouped(const ConvParams* params, const ConvTile* tiles, size_t n_tile
 
 struct DepthwiseVnni {
   using Weights = __m512i;
-  static QDEPLOY_INLINE Weights weights(__m512i w_i8x64) { return w_i8x64; }
-  static QDEPLOY_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, Weights w_i8x64) {
+  static QD_INLINE Weights weights(__m512i w_i8x64) { return w_i8x64; }
+  static QD_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, Weights w_i8x64) {
     qdeploy::dot(acc_i32x16, a_u8x64, w_i8x64);
   }
 };
