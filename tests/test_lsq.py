@@ -108,7 +108,7 @@ def test_half_precision_values_are_quantized_in_float32(dtype):
 @pytest.mark.parametrize(
     ("step", "axis", "text"),
     [
-        (torch.ones(3), -1, r"expected one step for the whole tensor, got shape \[3\] - at qdeploy::lsq"),
+        (torch.ones(3), -1, r"expected one step size for the whole tensor, got shape \[3\] - at qdeploy::lsq"),
         (torch.ones(3), 0, r"axis 0 of a value of shape \[4, 5\], got shape \[3\] - at qdeploy::lsq"),
         (torch.ones(4), 2, r"axis 2 of a value of shape \[4, 5\], got shape \[4\]"),
     ],
