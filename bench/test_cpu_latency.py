@@ -98,7 +98,7 @@ def test_avx512_without_vnni(benchmark, results, networks, rounds, progress):
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_codes_that_fill_their_bits(benchmark, results, networks, rounds, progress, isa):
-    """Without VNNI the speed depends on the sums of the codes (ConvKernel::s16_steps)."""
+    """Without VNNI the speed depends on the sums of the codes (ConvKernel::s16_quads)."""
     report = restricted(benchmark, networks.full_range("resnet50", 7), rounds, progress, isa)
     results.report(f"ResNet-50, {isa}, codes that fill 7 bits", report, {"openvino int8": f"{isa}/full"})
 

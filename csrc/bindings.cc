@@ -94,7 +94,7 @@ std::string kernel_of(const Program& program, const Step& step) {
 std::string tile_of(const Step& step) {
   if (!step.conv || !step.conv->kernel) return "";
   const ConvKernel& kernel = *step.conv->kernel;
-  return std::to_string(kernel.mr * kernel.groups) + "x" + std::to_string(kernel.nr);
+  return std::to_string(kernel.mr * kernel.strips) + "x" + std::to_string(kernel.nr);
 }
 
 py::list plan(Session& session, int64_t batch) {

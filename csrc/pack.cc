@@ -53,8 +53,8 @@ bool fits_grouped(const Layer& layer, const ConvKernel& kernel) {
 std::vector<int32_t> grouped_lanes(const Layer& layer, int64_t nr) {
   const int64_t depth = layer.depth(), outputs = layer.channels() / layer.data.groups;
   std::vector<int32_t> lanes;
-  for (int64_t step = 0; step < depth / 4; ++step) {
-    for (int64_t n = 0; n < nr; ++n) lanes.push_back(static_cast<int32_t>(n / outputs * (depth / 4) + step));
+  for (int64_t quad = 0; quad < depth / 4; ++quad) {
+    for (int64_t n = 0; n < nr; ++n) lanes.push_back(static_cast<int32_t>(n / outputs * (depth / 4) + quad));
   }
   return lanes;
 }
@@ -122,7 +122,7 @@ size_t set_sizes(const Layer& layer) {
     channels = conv->panels * kernel.nr;
     bytes = conv->panels * static_cast<int64_t>(conv->panel_bytes);
   }
-  for (AlignedBuffer* constants : {&conv->comp, &conv->scale, &conv->bias}) {
+  for (AlignedBuffer* constants : {&conv->comp, &conv->multiplier, &conv->bias}) {
     *constants = AlignedBuffer(static_cast<size_t>(channels) * 4);
   }
   return static_cast<size_t>(round_up(bytes, 64));
@@ -133,10 +133,10 @@ size_t set_sizes(const Layer& layer) {
 // Two words of 8 codes each, and the same as bytes: in vector registers of any instruction set.
 typedef uint64_t Words __attribute__((vector_size(16)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
-constexpr int64_t kCodesPerStep = 16;
+constexpr int64_t kCodesPerBlock = 16;
 
-// `count` codes that begin at bit `first_bit` of `packed`. Works in steps of kCodesPerStep codes: may read 8 bytes
-// behind the last step and writes all of it.
+// `count` codes that begin at bit `first_bit` of `packed`. Works by blocks of kCodesPerBlock codes: may read
+// 8 bytes behind the last block and writes all of it.
 void unpack_codes(const uint8_t* packed, int bits, int64_t first_bit, int64_t count, int8_t* codes) {
   packed += first_bit / 8;
   if (bits == 8) {
@@ -148,7 +148,7 @@ void unpack_codes(const uint8_t* packed, int bits, int64_t first_bit, int64_t co
   const uint64_t quarters = ((uint64_t{1} << 2 * bits) - 1) * 0x0000000100000001;  // 2 codes of 4, twice
   const uint64_t eighths = ((uint64_t{1} << bits) - 1) * 0x0001000100010001;       // 1 code of 2, four times
   const int shift = static_cast<int>(first_bit % 8), gap = 8 - bits;
-  for (int64_t i = 0; i < count; i += kCodesPerStep, packed += 2 * bits) {
+  for (int64_t i = 0; i < count; i += kCodesPerBlock, packed += 2 * bits) {
     uint64_t word[2];  // 8 codes and the bits before them fit a word: 8 * 7 + 7 < 64
     memcpy(&word[0], packed, 8);
     memcpy(&word[1], packed + bits, 8);
@@ -197,7 +197,7 @@ void set_channel(const Layer& layer, int64_t channel, int32_t sum) {
   for (int64_t i = 0; i < conv.repeat; ++i) {
     const int64_t at = i * layer.channels() + channel;
     reinterpret_cast<int32_t*>(conv.comp.data())[at] = (a_offset - layer.in.zero_point) * sum;
-    reinterpret_cast<float*>(conv.scale.data())[at] = layer.data.multiplier[channel];
+    reinterpret_cast<float*>(conv.multiplier.data())[at] = layer.data.multiplier[channel];
     reinterpret_cast<float*>(conv.bias.data())[at] = layer.data.bias[channel];
   }
 }
@@ -264,7 +264,7 @@ void interleave_rows(const int8_t* rows, int64_t row_stride, int64_t lanes, int6
                      uint8_t* panel) {
   if (kernel.format == WeightFormat::s8x4) {
     for (int64_t i = 0; i < count; i += 4, panel += kernel.nr * 4) {
-#pragma GCC unroll 8
+#pragma GCC unroll 8  // rounds at a time: their number is not known here
       for (int64_t lane = 0; lane < lanes; ++lane) memcpy(panel + lane * 4, rows + lane * row_stride + i, 4);
     }
     return;
@@ -294,11 +294,11 @@ void pair_up(const int8_t* codes, size_t count, Pairs* pairs) {
   }
 }
 
-// Whether a kernel is exact for these codes of one channel, by ConvKernel::s16_steps.
+// Whether a kernel is exact for these codes of one channel, by ConvKernel::s16_quads.
 bool fits_s16(const Pairs& pairs, const PackedConv& conv, const ConvKernel& kernel) {
-  if (kernel.s16_steps == 0 || kernel.nr != conv.kernel->nr) return false;
+  if (kernel.s16_quads == 0 || kernel.nr != conv.kernel->nr) return false;
   const int16_t *sums = pairs.sum.data(), *magnitudes = pairs.magnitude.data();
-  const int32_t k = conv.k / 2, span = 2 * kernel.s16_steps;  // in pairs, two of which are a step
+  const int32_t k = conv.k / 2, span = 2 * kernel.s16_quads;  // in pairs, two of which are a quad
   for (size_t tap = 0; tap < conv.tap_offset.size(); ++tap, sums += k, magnitudes += k) {
     for (int32_t begin = 0; begin < k; begin += span) {
       const int32_t end = std::min(k, begin + span);
@@ -322,7 +322,7 @@ class Packer {
   Packer(const ModelFile& file, uint8_t* weights) : file_(file), weights_(weights) {}
 
   // Kernels of fewer bits are faster, and most of the codes that training gives are far smaller than the largest one:
-  // where the sums of every channel fit (ConvKernel::s16_steps), a layer gets the kernel of fewer bits, just as exact.
+  // where the sums of every channel fit (ConvKernel::s16_quads), a layer gets the kernel of fewer bits, just as exact.
   void choose_kernel(const Kernels& kernels, const Layer& layer);
 
   // Reads, unpacks, checks the bound on the results and packs panel `panel` (depthwise: everything) to weights +
@@ -343,7 +343,7 @@ class Packer {
 // The bytes of the file that hold these bits, with 8 more to read behind them.
 const uint8_t* Packer::read_bits(uint64_t offset, int64_t first_bit, int64_t bits) {
   const int64_t begin = first_bit / 8, end = (first_bit + bits + 7) / 8;
-  const size_t slack = kCodesPerStep + 8;  // what unpack_codes reads behind the last code
+  const size_t slack = kCodesPerBlock + 8;  // what unpack_codes reads behind the last code
   if (packed_.size() < end - begin + slack) packed_.resize(end - begin + slack);
   file_.read(offset + begin, static_cast<size_t>(end - begin), packed_.data());
   return packed_.data();
@@ -353,10 +353,10 @@ void Packer::choose_kernel(const Kernels& kernels, const Layer& layer) {
   PackedConv* conv = layer.conv.get();
   if (conv->is_depthwise || !conv->lanes.empty()) return;
   const ConvKernel *kernel = &kernels.conv[2], *widest = conv->kernel;
-  while (kernel < widest && kernel->s16_steps == 0) ++kernel;
+  while (kernel < widest && kernel->s16_quads == 0) ++kernel;
   const int64_t count = layer.codes_per_channel();
   const int bits = layer.data.bits;
-  codes_.resize(round_up(count, kCodesPerStep));
+  codes_.resize(round_up(count, kCodesPerBlock));
   rows_.resize(conv->tap_offset.size() * conv->k);
   for (int64_t channel = 0; channel < layer.channels() && kernel < widest; ++channel) {
     const int64_t bit = channel * count * bits;
@@ -375,7 +375,7 @@ void Packer::pack_panel(const Layer& layer, int64_t panel) {
   const int64_t first = panel * nr, lanes = std::min(nr, out - first);
   const int64_t row = static_cast<int64_t>(conv.tap_offset.size()) * conv.k;
   const int64_t row_stride = round_up(row, 128) + 64;  // an odd number of cache lines: rows do not share a cache set
-  codes_.resize(round_up(count, kCodesPerStep));
+  codes_.resize(round_up(count, kCodesPerBlock));
   rows_.resize(lanes * row_stride);
   const uint8_t* packed = read_bits(layer.data.codes, first * count * bits, lanes * count * bits);
   uint8_t* to = weights_ + conv.weight_offset + panel * conv.panel_bytes;

@@ -15,12 +15,12 @@ double seconds_since(Clock::time_point begin) { return std::chrono::duration<dou
 
 // Of the fastest slice: one in which the machine was disturbed does not count.
 double best_gmacs(const PeakLoop& loop, double seconds) {
-  constexpr long kSteps = 2000;
+  constexpr long kRounds = 2000;
   double best = 0;
   for (const auto begin = Clock::now(); seconds_since(begin) < seconds;) {
     const auto slice = Clock::now();
-    loop.run(kSteps);
-    const double gmacs = 1e-9 * kSteps * kPeakAccumulators * loop.macs_per_step / seconds_since(slice);
+    loop.run(kRounds);
+    const double gmacs = 1e-9 * kRounds * kPeakAccumulators * loop.macs_per_round / seconds_since(slice);
     if (gmacs > best) best = gmacs;
   }
   return best;

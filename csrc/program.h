@@ -37,10 +37,10 @@ struct PackedConv {
   int32_t k = 0;                       // bytes per tap
   int64_t panels = 1;
   size_t panel_bytes = 0;
-  size_t weight_offset = 0;            // in Program::weights
-  std::vector<int32_t> panel_channel;  // first input channel that a panel reads
-  std::vector<int32_t> lanes;          // ConvParams::lanes of a grouped kernel; empty: dense panels
-  AlignedBuffer comp, scale, bias;     // int32, float, float; one entry per channel, panels * nr of them
+  size_t weight_offset = 0;              // in Program::weights
+  std::vector<int32_t> panel_channel;    // first input channel that a panel reads
+  std::vector<int32_t> lanes;            // ConvParams::lanes of a grouped kernel; empty: dense panels
+  AlignedBuffer comp, multiplier, bias;  // int32, float, float; one entry per channel, panels * nr of them
 };
 
 struct Step {

@@ -12,11 +12,11 @@ struct Run {
   int64_t a, c, residual, length;
 };
 
-struct Steps {  // distances between neighbours in one dimension
+struct Strides {  // distances between neighbours in one dimension
   int64_t a, c, residual;
 };
 
-bool continues(const Steps& outer, const Steps& inner, int64_t length) {
+bool continues(const Strides& outer, const Strides& inner, int64_t length) {
   return outer.a == inner.a * length && outer.c == inner.c * length && outer.residual == inner.residual * length;
 }
 
@@ -30,9 +30,9 @@ std::vector<Run> runs_of(const Program& program, const Step& step, int64_t image
   const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
   const Activation& residual = residual_of(program, step);
   const Window& window = conv_of(*step.node)->window;
-  const Steps pixel = {window.stride[1] * in.c, out.c, residual.c};
-  const Steps row = {window.stride[0] * in.row_pitch, out.row_pitch, residual.row_pitch};
-  const Steps image = {in.image_pitch, out.image_pitch, residual.image_pitch};
+  const Strides pixel = {window.stride[1] * in.c, out.c, residual.c};
+  const Strides row = {window.stride[0] * in.row_pitch, out.row_pitch, residual.row_pitch};
+  const Strides image = {in.image_pitch, out.image_pitch, residual.image_pitch};
   const int64_t start = in.origin - window.padding[0] * in.row_pitch - window.padding[1] * in.c;
 
   int64_t length = out.w, rows = out.h;
@@ -50,17 +50,17 @@ std::vector<Run> runs_of(const Program& program, const Step& step, int64_t image
   return runs;
 }
 
-// Cuts the runs into groups of nearly equal size, at most mr pixels, and pairs groups of one size into tiles.
+// Cuts the runs into strips of nearly equal length, at most mr pixels, and pairs strips of one length into tiles.
 std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t images) {
   const ConvKernel& kernel = *step.conv->kernel;
-  const int64_t a_step = conv_of(*step.node)->window.stride[1] * program.activations[step.inputs[0]].c;
-  const int64_t c_step = program.activations[step.output].c, residual_step = residual_of(program, step).c;
+  const int64_t a_stride = conv_of(*step.node)->window.stride[1] * program.activations[step.inputs[0]].c;
+  const int64_t c_stride = program.activations[step.output].c, residual_stride = residual_of(program, step).c;
   std::vector<ConvTile> tiles;
-  std::vector<int> open(kernel.mr + 1, -1);  // the tile of each group size that has room
+  std::vector<int> open(kernel.mr + 1, -1);  // the tile with room for a strip of that length; -1: none
   for (const Run& run : runs_of(program, step, images)) {
-    const int64_t groups = (run.length + kernel.mr - 1) / kernel.mr;
-    for (int64_t g = 0, begin = 0; g < groups; ++g) {
-      const int64_t end = run.length * (g + 1) / groups;
+    const int64_t strips = (run.length + kernel.mr - 1) / kernel.mr;
+    for (int64_t s = 0, begin = 0; s < strips; ++s) {
+      const int64_t end = run.length * (s + 1) / strips;
       const int r = static_cast<int>(end - begin);
       if (open[r] < 0) {
         open[r] = static_cast<int>(tiles.size());
@@ -68,10 +68,10 @@ std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t
         tiles.back().r = static_cast<uint8_t>(r);
       }
       ConvTile& tile = tiles[open[r]];
-      tile.a[tile.groups] = static_cast<uint32_t>(run.a + begin * a_step);
-      tile.c[tile.groups] = static_cast<uint32_t>(run.c + begin * c_step);
-      tile.residual[tile.groups] = static_cast<uint32_t>(run.residual + begin * residual_step);
-      if (++tile.groups == kernel.groups) open[r] = -1;
+      tile.a[tile.strips] = static_cast<uint32_t>(run.a + begin * a_stride);
+      tile.c[tile.strips] = static_cast<uint32_t>(run.c + begin * c_stride);
+      tile.residual[tile.strips] = static_cast<uint32_t>(run.residual + begin * residual_stride);
+      if (++tile.strips == kernel.strips) open[r] = -1;
       begin = end;
     }
   }
@@ -87,7 +87,7 @@ int64_t tiles_per_block(const Program& program, const Step& step) {
   const Window& window = conv_of(*step.node)->window;
   const bool pointwise = window.kernel[0] * window.kernel[1] == 1;
   const bool many_outputs = pointwise && out.c > in.c, large_input = pointwise && in.c * in.h * in.w > 256 * 1024;
-  const int64_t tile = step.conv->kernel->mr * step.conv->kernel->groups;
+  const int64_t tile = step.conv->kernel->mr * step.conv->kernel->strips;
   return many_outputs || large_input ? (56 + tile - 1) / tile : 0;
 }
 

@@ -17,25 +17,25 @@ constexpr size_t kOverread = 64;
 
 // ---- Convolution and linear -----------------------------------------------------------------------------------------
 //
-// One panel (nr output channels) times a list of tiles. A tile is `groups` groups of r pixels; the pixels of a group
-// lie at a constant stride, the groups anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
-//     (a[tile.a[g] + p*a_stride + tap_offset[t] + i] - a_offset) * w[t][i][n]
-// then r = fma(float(acc), scale[n], bias[n]), with a residual r = fma(float(residual), residual_scale, r), and
+// One panel (nr output channels) times a list of tiles. A tile is `strips` strips of r pixels; the pixels of a strip
+// lie at a constant stride, the strips anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
+//     (a[tile.a[s] + p*a_stride + tap_offset[t] + i] - a_offset) * w[t][i][n]
+// then r = fma(float(acc), multiplier[n], bias[n]), with a residual r = fma(float(residual), residual_multiplier, r).
 // c = clamp(rint(r), qmin, qmax), or r itself for the f32 kernel. comp = (a_offset - zero_point) * sum of the channel's
 // codes, so that the kernel's own a_offset (0, or 128 where it needs signed activations) never shows in acc.
 //
 // Packed panel, WeightFormat::s8x4:  int8  w[taps][k/4][nr][4]   element (t, i, n) at ((t*(k/4) + i/4)*nr + n)*4 + i%4
 //               WeightFormat::s16x2: int16 w[taps][k/2][nr][2]   likewise with 2
-// k is a multiple of 4; bytes beyond the real channels meet zero weights. comp, scale and bias hold nr entries, zeros
-// beyond the real channels.
+// k is a multiple of 4: a tap consists of quads, four neighbouring bytes each. Bytes beyond the real channels meet zero
+// weights. comp, multiplier and bias hold nr entries, zeros beyond the real channels.
 enum class WeightFormat : int32_t { s8x4, s16x2 };
 
 struct ConvTile {
-  uint32_t a[2];         // first pixel of each group, tap offset not included
-  uint32_t c[2];         // first pixel of each group in the output, in output elements
+  uint32_t a[2];         // first pixel of each strip, tap offset not included
+  uint32_t c[2];         // first pixel of each strip in the output, in output elements
   uint32_t residual[2];  // likewise in the residual
-  uint8_t r;             // pixels per group, 1..mr
-  uint8_t groups;        // 1..ConvKernel::groups
+  uint8_t r;             // pixels of a strip, 1..mr
+  uint8_t strips;        // 1..ConvKernel::strips
 };
 
 struct ConvParams {
@@ -47,13 +47,13 @@ struct ConvParams {
   const int32_t* tap_offset;
   const void* w;  // 64-byte aligned
   const int32_t* comp;
-  const float* scale;
+  const float* multiplier;
   const float* bias;
   void* c;  // first channel of this panel: uint8_t or float
   ptrdiff_t c_stride;
   const uint8_t* residual;  // null: none. May be the very memory of c (same offsets and stride)
   ptrdiff_t residual_stride;
-  float residual_scale;
+  float residual_multiplier;
   uint8_t qmin, qmax;
   const void* prefetch;  // the panel that will be needed next; a hint, any address
   size_t prefetch_bytes;
@@ -66,22 +66,22 @@ struct ConvKernel {
   const char* name;  // qu8_qc8w_conv_{pixels}x{NR}c{KR}__{isa}, with _w{bits} where narrower weights are a precondition
   ConvFn qu8;        // u8 output
   ConvFn f32;        // f32 output
-  int32_t mr;        // most pixels in a group
-  int32_t groups;    // most groups in a tile, 1 or 2
+  int32_t mr;        // most pixels in a strip
+  int32_t strips;    // most strips in a tile, 1 or 2
   int32_t nr;        // channels in a panel, at most kMaxNr
   WeightFormat format;
   // 0: exact for the codes of Kernels::conv. Else the kernel adds in 16 bits the products of that many consecutive
-  // steps of 4 bytes, counted from the start of a tap and apart for bytes 0, 1 and bytes 2, 3 of a step. It is exact
-  // for any codes of which the positive ones add up to at most 128 there, and the negative ones too: 255 * 128 < 2^15.
-  int32_t s16_steps = 0;
+  // quads, counted from the start of a tap and apart for bytes 0, 1 and bytes 2, 3 of a quad. It is exact for any codes
+  // of which the positive ones add up to at most 128 there, and the negative ones too: 255 * 128 < 2^15.
+  int32_t s16_quads = 0;
   int32_t a_offset = 0;  // what the kernel subtracts from activations, see above
 };
 constexpr int32_t kMaxNr = 64;
 
 // Convolutions of few channels a group (ResNeXt has 4 to 32), where a dense panel would be mostly zeros. k is now the
 // channels of one group, 4..16; each lane picks its own four bytes of a window of kGroupedWindow bytes:
-//     acc[p][n] = comp[n] + sum over taps t, steps s < k/4, bytes i < 4 of
-//         a[tile.a[g] + p*a_stride + tap_offset[t] + 4*lanes[s*nr + n] + i] * w[t][4*s + i][n]
+//     acc[p][n] = comp[n] + sum over taps t, quads q < k/4, bytes i < 4 of
+//         a[tile.a[s] + p*a_stride + tap_offset[t] + 4*lanes[q*nr + n] + i] * w[t][4*q + i][n]
 // with lanes below kGroupedWindow/4, w packed as s8x4, and everything else as above.
 constexpr int32_t kGroupedWindow = 32;
 
@@ -89,7 +89,7 @@ constexpr int32_t kGroupedWindow = 32;
 //
 // `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over taps t of
 //     a[p*a_stride + tap_offset[t] + n] * w[t*w_stride + n]
-// and the output rule as above. w is int8; w, comp, scale and bias are readable up to the next multiple of kMaxNr of n.
+// requantized as above. w is int8; w, comp, multiplier and bias are readable up to the next multiple of kMaxNr of n.
 struct DepthwiseParams {
   int32_t taps;
   int32_t n;
@@ -99,7 +99,7 @@ struct DepthwiseParams {
   const int8_t* w;
   ptrdiff_t w_stride;
   const int32_t* comp;
-  const float* scale;
+  const float* multiplier;
   const float* bias;
   uint8_t* c;
   ptrdiff_t c_stride;
@@ -121,19 +121,19 @@ struct PoolParams {
 };
 using MaxPoolFn = void (*)(const PoolParams* params, uint8_t* c);
 
-// acc = sum - zero_point*rows*cols; r = fma(float(acc), scale, bias)
+// acc = sum - zero_point*rows*cols; r = fma(float(acc), multiplier, bias)
 struct AvgPoolParams {
   PoolParams window;
   int32_t zero_point;
-  float scale, bias;
+  float multiplier, bias;
   uint8_t qmin, qmax;
 };
 using AvgPoolQu8Fn = void (*)(const AvgPoolParams* params, uint8_t* c);
 using AvgPoolF32Fn = void (*)(const AvgPoolParams* params, float* c);
 
-// r = fma(float(a), scale_a, fma(float(b), scale_b, bias)). c may be a or b.
+// r = fma(float(a), multiplier_a, fma(float(b), multiplier_b, bias)). c may be a or b.
 struct AddParams {
-  float scale_a, scale_b, bias;
+  float multiplier_a, multiplier_b, bias;
   uint8_t qmin, qmax;
 };
 using AddQu8Fn = void (*)(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, uint8_t* c);

@@ -52,11 +52,12 @@ def _kernels(module: str) -> ModuleType:
 
 
 def _aligned(step: Tensor, value: Tensor, axis: int) -> Tensor:
-    """The steps as float32, shaped to broadcast against the value; raises InputError where they do not fit."""
+    """The step sizes as float32, shaped to broadcast against the value; raises InputError where they do not fit."""
     if axis == -1:
         if step.numel() != 1:
-            got = f"shape {list(step.shape)}"
-            raise InputError(f"expected one step size for the whole tensor, got {got} - at qdeploy::lsq")
+            raise InputError(
+                f"expected one step size for the whole tensor, got shape {list(step.shape)} - at qdeploy::lsq"
+            )
         return step.float().reshape(())
     if not 0 <= axis < value.dim() or step.shape != (value.shape[axis],):
         raise InputError(
@@ -67,24 +68,24 @@ def _aligned(step: Tensor, value: Tensor, axis: int) -> Tensor:
 
 
 def _rounded(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int) -> tuple[Tensor, Tensor]:
-    """The codes as float32, and the steps that broadcast against them."""
+    """The codes as float32, and the step sizes that broadcast against them."""
     s = _aligned(step, value, axis)
     return value.float().div(s).clamp_(qmin, qmax).round_(), s
 
 
 @torch.library.custom_op("qdeploy::lsq", mutates_args=())
 def lsq(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Tensor:
-    """Fake-quantizes `value` with learned steps.
+    """Fake-quantizes `value` with learned step sizes.
 
     Args:
         value: any shape; float32, bfloat16 or float16. The result has its shape and type.
         step: the step sizes, > 0: shape [] or [1] when `axis` is -1, else [value.shape[axis]].
         qmin, qmax: the integer range, e.g. -64 and 63 for 7 signed bits, 0 and 255 for 8 unsigned bits.
-        axis: the axis along which every slice has its own step, or -1 for one step.
-        grad_scale: factor on the gradient of the steps (training_scale in `qdeploy.training.quantize`).
+        axis: the axis along which every slice has its own step size, or -1 for one step size.
+        grad_scale: factor on the gradient of the step sizes (training_scale in `qdeploy.training.quantize`).
 
     Raises:
-        InputError: the steps do not fit the value and the axis.
+        InputError: the step sizes do not fit the value and the axis.
     """
     if on_gpu(value):
         _aligned(step, value, axis)
@@ -191,7 +192,7 @@ def _lsq_many_backward(
     qmaxs: Sequence[int],
     grad_scales: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of values and of steps in two flat buffers, the second without gaps."""
+    """The gradients of values and of step sizes in two flat buffers, the second without gaps."""
     kernels = _kernels(MANY)
     tables = kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales)))
     counters = torch.zeros(tables.groups, dtype=torch.int32, device=tables.device)
@@ -249,7 +250,7 @@ class _LsqMany(torch.autograd.Function):
 
 
 def _halves(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Values and steps."""
+    """Values and step sizes."""
     return tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
 
 
@@ -265,12 +266,12 @@ def lsq_many(
 
     Args:
         values: the weights of a network, say.
-        steps: for each value one step, shape [], or one for each slice along its axis 0.
+        steps: for each value one step size, shape [], or one for each slice along its axis 0.
         ranges: qmin and qmax of each.
-        grad_scales: the factor on the gradient of the steps of each.
+        grad_scales: the factor on the gradient of the step sizes of each.
 
     Raises:
-        InputError: steps that do not fit their value.
+        InputError: step sizes that do not fit their value.
     """
     if values and on_gpu(values[0]):
         constants = (*zip(*ranges, strict=True), tuple(grad_scales))
@@ -283,7 +284,7 @@ def lsq_many(
 
 
 def one_launch(values: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
-    """Are all float32 on one device, each slice with a step of its own one row of memory?"""
+    """Are all float32 on one device, each slice with a step size of its own one row of memory?"""
     tensors = [*values, *steps]
     return (
         {tensor.dtype for tensor in tensors} == {torch.float32}
@@ -297,6 +298,6 @@ def one_launch(values: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def lsq_codes(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int) -> Tensor:
-    """The integer codes that `lsq` multiplies by the steps: int8, or uint8 when `qmin` is not negative."""
+    """The integer codes that `lsq` multiplies by the step sizes: int8, or uint8 when `qmin` is not negative."""
     codes, _ = _rounded(value, step, qmin, qmax, axis)
     return codes.to(torch.int8 if qmin < 0 else torch.uint8)

@@ -232,7 +232,7 @@ def add(
     bias: float,
     clamp: tuple[int, int],
 ) -> None:
-    """The sum of two u8 [N, H, W, stride] under the output rule."""
+    """The requantized sum of two u8 [N, H, W, stride]."""
     n, h, w, out_stride = out.shape
     grid, blocks = _elementwise(n * h * w, channels)
     _add_kernel[grid](
@@ -263,7 +263,7 @@ def mul(
     bias: float,
     clamp: tuple[int, int],
 ) -> None:
-    """The product of two u8 [N, H, W, stride] under the output rule; b may be a gate [N, 1, 1, stride]."""
+    """The requantized product of two u8 [N, H, W, stride]; b may be a gate [N, 1, 1, stride]."""
     n, h, w, out_stride = out.shape
     grid, blocks = _elementwise(n * h * w, channels)
     _mul_kernel[grid](
@@ -300,7 +300,7 @@ def pool(
     bias: float = 0.0,
     clamp: tuple[int, int] = (0, 255),
 ) -> None:
-    """Maximum of the codes (multiplier None), or their average under the output rule; shapes as for `conv`."""
+    """Maximum of the codes (multiplier None), or their requantized average; shapes as for `conv`."""
     n, oh, ow, out_stride = out.shape
     _, h, w, x_stride = x.shape
     taps = kernel[0] * kernel[1]

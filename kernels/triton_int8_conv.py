@@ -6,7 +6,7 @@ Groups and depthwise too are one implicit product, pixels [M] by outputs [N] ove
 
 Tensor cores take signed bytes of both sides; q - 128 is q with its top bit flipped, and the second term is a constant
 of the output. Padding counts as q = zero_point, so it takes part in both sums and drops out. Integer sums are exact in
-any order, so no tile shape can change a bit; the output rule is one conversion and one or two fma in float32.
+any order, so no tile shape can change a bit; requantization is one conversion and one or two fma in float32.
 
 Groups: as many groups as fill 32 input channels form a superblock, whose weights are block-diagonal (ResNeXt's 4
 channels a group: 8 groups; depthwise: 32). The zeros cost products that tensor cores have to spare.
@@ -152,7 +152,7 @@ def conv(
     residual: Tensor | None = None,
     residual_multiplier: float = 0.0,
 ) -> None:
-    """Convolution or linear layer (then H = W = 1) with its output rule.
+    """Convolution or linear layer (then H = W = 1) with its requantization.
 
     x: u8 [N, H, W, stride]; out: u8 (clamped) or f32 [N, OH, OW, stride]; residual: u8 [N, OH, OW, stride] or None.
     padding: top, left, bottom, right.

@@ -3,12 +3,12 @@
 A dense tensor is a row-major matrix [M, N] of its memory, whatever the order of its dimensions. With `outer` elements
 before the axis of the channels and `inner` after it,
 
-    steps by row     M = outer * channels, N = inner             step of an element: row % channels
-    steps by column  M = outer,            N = channels * inner  step of an element: col // inner
+    step sizes by row     M = outer * channels, N = inner             that of an element: row % channels
+    step sizes by column  M = outer,            N = channels * inner  that of an element: col // inner
 
-and one step for the whole tensor is one row. Forward moves 8 bytes per float32 element. Backward moves 12: it reads
-value and gradient once, writes the gradient of the value, and one partial sum of dL/ds for each row or column of its
-tile, which `_sum_partials` adds up. Shapes and types alone decide the order of every sum, so two runs give the same
+and one step size for the whole tensor is one row. Forward moves 8 bytes per float32 element. Backward moves 12: it
+reads value and gradient once, writes the gradient of the value, and one partial sum of dL/ds for each row or column of
+its tile, which `_sum_partials` adds up. Shapes and types alone decide the order of every sum, so two runs give the same
 bits. Terms are float32 and sums float64, so that other orders (of `lsq`, of `lsq_many`) agree in the float32 result;
 in these kernels float64 takes no more registers than float32 (56 against 56 for one row, sm_80).
 
@@ -65,7 +65,7 @@ def _tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Where this program's tile lies: its start (int64), offsets from there (int32) and mask; and its steps."""
+    """Where this program's tile lies: its start (int64), offsets from there (int32) and mask; and its step sizes."""
     pid = tl.program_id(0)
     N = tl.cast(N_vec, tl.int64) * VEC  # VEC shows the compiler that rows begin on 16 bytes
     row, col = (pid // tiles_n).to(tl.int64) * BLOCK_M, (pid % tiles_n).to(tl.int64) * BLOCK_N

@@ -30,17 +30,17 @@ PIECE = tl.constexpr(64)  # elements of a row; every convolution of ResNet-50 bu
 # The row of a tensor in `Tables.facts`, int64.
 VALUE = tl.constexpr(0)  # address
 STEP = tl.constexpr(1)  # address
-ROWS = tl.constexpr(2)  # slices with a step of their own
+ROWS = tl.constexpr(2)  # slices with a step size of their own
 LENGTH = tl.constexpr(3)  # elements of a row
 ALIGNED = tl.constexpr(4)  # do all rows begin on 16 bytes?
 QMIN = tl.constexpr(5)
 QMAX = tl.constexpr(6)
 START = tl.constexpr(7)  # first element in the flat buffer of values
-STEP_START = tl.constexpr(8)  # the same of steps
+STEP_START = tl.constexpr(8)  # the same of step sizes
 PARTIAL_START = tl.constexpr(9)  # the same of partial sums
 GROUP_ROWS = tl.constexpr(10)  # rows whose programs form a group
 GROUP_START = tl.constexpr(11)  # first group of the tensor among all
-SCALE = tl.constexpr(12)  # bits of the float64 factor on the gradient of the steps
+SCALE = tl.constexpr(12)  # bits of the float64 factor on the gradient of the step sizes
 FACTS = tl.constexpr(13)
 
 
@@ -54,7 +54,7 @@ def _group(facts, first):
 
 @triton.jit
 def _pieces(facts, first, end_row, VEC: tl.constexpr, COUNT: tl.constexpr):
-    """Offsets of COUNT pieces of a tensor from piece `first`, mask, values, steps and range."""
+    """Offsets of COUNT pieces of a tensor from piece `first`, mask, values, step sizes and range."""
     length = tl.load(facts + LENGTH).to(tl.int32) // VEC * VEC  # shows the compiler that rows begin on 16 bytes
     per_row = tl.cdiv(length, PIECE)
     piece = first + tl.arange(0, COUNT)[:, None]
@@ -122,7 +122,7 @@ def _backward_pieces(
 def _sum_rows(
     facts, start_row, end_row, partials, partial_ptr, grad_step_ptr, COUNT: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """The gradients of the steps of up to COUNT rows, each from so many partial sums."""
+    """The gradients of the step sizes of up to COUNT rows, each from so many partial sums."""
     row = start_row + tl.arange(0, COUNT)
     mask = row < end_row
     total = tl.zeros((COUNT, WIDTH), tl.float64)
@@ -208,7 +208,7 @@ class Tables:
         )
 
     def point_to(self, tensors: Sequence[Tensor]) -> bool:
-        """Is the memory of values and steps where it was?"""
+        """Is the memory of values and step sizes where it was?"""
         return _addresses(tensors) == self._addresses
 
 
@@ -284,7 +284,7 @@ def forward_many(tables: Tables) -> tuple[Tensor, Tensor]:
 def backward_many(
     grads: Sequence[Tensor], values: Sequence[Tensor], tables: Tables, counters: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The flat buffers of the gradients of values and of steps. `counters` are zeros, int32 [groups], and stay so."""
+    """Flat buffers of the gradients of values and of step sizes. `counters` are zeros, int32 [groups], and stay so."""
     device = tables.device
     with torch.cuda.device(device.index if device.type == "cuda" else -1):
         if _capturing():

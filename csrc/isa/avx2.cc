@@ -18,7 +18,7 @@
 // memory operands (fused). 2 pixels x 4 vectors = 8 accumulators + 4 sums + broadcast, product, ones = 15 of 16
 // registers; three pixels x 4 vectors spill. Inner loop at 2.7 GHz (Cascade Lake), weights in L1, GMAC/s: 7 bits 77 (6
 // pixels x 2 vectors: 72), 6: 86 (5x2: 81), 5: 96 (90), 4: 105 (92), 8: 56. Whole kernel, K = 512..4608: 73, 82, 91,
-// 98, 51; K = 64: 53, 58, 62, 63, 40, where the output rule and the start of a pixel pair cost 35 cycles a pixel. Zen 5
+// 98, 51; K = 64: 53, 58, 62, 63, 40, where requantization and the start of a pixel pair cost 35 cycles a pixel. Zen 5
 // at 4.28 GHz, K = 1024, and its limit of two multiplications a cycle: 135 (137), 175 (183), 198 (219), 209 (243), and
 // 8 bits 110 (137), where a weight vector serves both pixels from a register (as memory operand: 99). At 4 to 6 bits
 // that, with 3 pixels x 2 vectors, gains nothing: the bare instructions of 4 bits reach 214 (peak_loops.cc).
@@ -43,29 +43,29 @@ QD_INLINE void multiply_s16(__m256i& product, const __m256i& a, const __m256i& w
 QD_INLINE void widen(__m256i& sum, const __m256i& ones) { asm volatile("vpmaddwd %1, %0, %0" : "+x"(sum) : "x"(ones)); }
 QD_INLINE void add_i16(__m256i& sum, const __m256i& b) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(b)); }
 
-// Codes of which kSums vpmaddubsw results fit s16: all codes of few bits, and what ConvKernel::s16_steps tells.
+// Codes of which kSums vpmaddubsw results fit s16: all codes of few bits, and what ConvKernel::s16_quads tells.
 template <int kSums>
 struct NarrowWeights {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kMaxRows = 2;
   static constexpr int kElementBytes = 1;
-  static constexpr int kS16Steps = kSums;
+  static constexpr int kS16Quads = kSums;
 
   // kBytes of k, a multiple of 4, as many at a time as fit s16.
   template <int kBytes, int kRows, int kVectors>
   static QD_INLINE void multiply(const uint8_t* (&a)[kRows], const int8_t*& w, const __m256i& ones,
                                  Accumulators<kRows, kVectors>& acc_i32x8) {
-    constexpr int kGroups = kBytes / 4 < kSums ? kBytes / 4 : kSums;  // of 4 bytes, summed in s16
-    QD_UNROLL for (int i = 0; i < kBytes; i += 4 * kGroups) {
+    constexpr int kQuads = kBytes / 4 < kSums ? kBytes / 4 : kSums;  // summed in s16
+    QD_UNROLL for (int i = 0; i < kBytes; i += 4 * kQuads) {
       QD_UNROLL for (int r = 0; r < kRows; ++r) {
         __m256i sum_i16x16[kVectors];
-        QD_UNROLL for (int g = 0; g < kGroups; ++g) {
+        QD_UNROLL for (int q = 0; q < kQuads; ++q) {
           __m256i a_u8x32;
-          broadcast(a_u8x32, a[r] + i + 4 * g);
+          broadcast(a_u8x32, a[r] + i + 4 * q);
           QD_UNROLL for (int v = 0; v < kVectors; ++v) {
             __m256i product_i16x16;
-            multiply_u8s8(product_i16x16, a_u8x32, w + ((i / 4 + g) * kPanelVectors + v) * kVectorBytes);
-            if (g == 0) {
+            multiply_u8s8(product_i16x16, a_u8x32, w + ((i / 4 + q) * kPanelVectors + v) * kVectorBytes);
+            if (q == 0) {
               sum_i16x16[v] = product_i16x16;
             } else {
               add_i16(sum_i16x16[v], product_i16x16);
@@ -81,15 +81,15 @@ struct NarrowWeights {
   }
 
   template <int kRows, int kVectors>
-  static QD_INLINE void accumulate(const Chunk& chunk, const uint8_t* const* pixels,
+  static QD_INLINE void accumulate(const Slab& slab, const uint8_t* const* pixels,
                                    Accumulators<kRows, kVectors>& acc_i32x8) {
     constexpr int kBlock = kSums == 8 ? 32 : 16;
-    const int8_t* w = chunk.w;
+    const int8_t* w = slab.w;
     const __m256i ones = _mm256_set1_epi16(1);
-    const uint32_t k = static_cast<uint32_t>(chunk.k);
-    for (int32_t t = 0; t < chunk.taps; ++t) {
+    const uint32_t k = static_cast<uint32_t>(slab.k);
+    for (int32_t t = 0; t < slab.taps; ++t) {
       const uint8_t* a[kRows];
-      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + chunk.tap_offset[t] + chunk.begin;
+      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.tap_offset[t] + slab.begin;
       for (uint32_t i = k / kBlock; i > 0; --i) {
         asm("" : "+r"(i));  // a plain counter: GCC would compute the end of w instead, for every tap anew
         multiply<kBlock>(a, w, ones, acc_i32x8);
@@ -101,19 +101,19 @@ struct NarrowWeights {
   }
 };
 
-// 8 bits: s16 times s16 in vpmaddwd. The chunk's activations are widened once into a buffer, so that the inner loop has
+// 8 bits: s16 times s16 in vpmaddwd. The slab's activations are widened once into a buffer, so that the inner loop has
 // no shuffle: 56 GMAC/s, against 49 with a broadcast and two vpshufb for every four bytes.
 struct WideWeights {
   static constexpr WeightFormat kFormat = WeightFormat::s16x2;
   static constexpr int kMaxRows = 2;
   static constexpr int kElementBytes = 2;
-  static constexpr int kS16Steps = 0;
-  static constexpr int kBufferElements = kChunkBytes / (kNr * kElementBytes) + 32;  // rounding of k, of the last store
+  static constexpr int kS16Quads = 0;
+  static constexpr int kBufferElements = kSlabBytes / (kNr * kElementBytes) + 32;  // rounding of k, of the last store
 
-  static QD_INLINE void widen_pixel(const Chunk& chunk, const uint8_t* pixel, uint16_t* a_u16) {
-    for (int32_t t = 0; t < chunk.taps; ++t, a_u16 += chunk.k) {
-      const uint8_t* a = pixel + chunk.tap_offset[t] + chunk.begin;
-      for (int32_t i = 0; i < chunk.k; i += 16) {
+  static QD_INLINE void widen_pixel(const Slab& slab, const uint8_t* pixel, uint16_t* a_u16) {
+    for (int32_t t = 0; t < slab.taps; ++t, a_u16 += slab.k) {
+      const uint8_t* a = pixel + slab.tap_offset[t] + slab.begin;
+      for (int32_t i = 0; i < slab.k; i += 16) {
         const __m256i a_u16x16 = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(a_u16 + i), a_u16x16);
       }
@@ -141,16 +141,16 @@ struct WideWeights {
   }
 
   template <int kRows, int kVectors>
-  static QD_INLINE void accumulate(const Chunk& chunk, const uint8_t* const* pixels,
+  static QD_INLINE void accumulate(const Slab& slab, const uint8_t* const* pixels,
                                    Accumulators<kRows, kVectors>& acc_i32x8) {
     alignas(32) uint16_t a_u16[kRows][kBufferElements];
     const uint16_t* a[kRows];
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      widen_pixel(chunk, pixels[r], a_u16[r]);
+      widen_pixel(slab, pixels[r], a_u16[r]);
       a[r] = a_u16[r];
     }
-    const int8_t* w = chunk.w;
-    const uint32_t k = static_cast<uint32_t>(chunk.taps * chunk.k);
+    const int8_t* w = slab.w;
+    const uint32_t k = static_cast<uint32_t>(slab.taps * slab.k);
     for (uint32_t i = k / 8; i > 0; --i) multiply<8>(a, w, acc_i32x8);
     if (k & 4) multiply<4>(a, w, acc_i32x8);
   }
@@ -189,7 +189,7 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const uint8_t* a, uint
             v % 2 == 0 ? _mm256_permute2x128_si256(low, high, 0x20) : _mm256_permute2x128_si256(low, high, 0x31);
         const __m256i comp = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.comp + n + 8 * v));
         r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum, comp)),
-                                     _mm256_loadu_ps(p.scale + n + 8 * v), _mm256_loadu_ps(p.bias + n + 8 * v));
+                                     _mm256_loadu_ps(p.multiplier + n + 8 * v), _mm256_loadu_ps(p.bias + n + 8 * v));
       }
       store(r_f32x8, p.qmin, p.qmax, static_cast<size_t>(p.n - n), c + i * p.c_stride + n);
     }
@@ -227,7 +227,7 @@ void max_pool(const PoolParams* params, uint8_t* c) {
 template <typename Out>
 void avg_pool(const AvgPoolParams* params, Out* c) {
   const PoolParams& p = params->window;
-  const __m256 scale_f32x8 = _mm256_set1_ps(params->scale), bias_f32x8 = _mm256_set1_ps(params->bias);
+  const __m256 multiplier_f32x8 = _mm256_set1_ps(params->multiplier), bias_f32x8 = _mm256_set1_ps(params->bias);
   const __m256i comp_i32x8 = _mm256_set1_epi32(-params->zero_point * static_cast<int32_t>(p.rows * p.cols));
   const uint8_t* window = p.a;
   for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
@@ -245,7 +245,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
       }
       __m256 r_f32x8[4];
       QD_UNROLL for (int v = 0; v < 4; ++v) {
-        r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[v]), scale_f32x8, bias_f32x8);
+        r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[v]), multiplier_f32x8, bias_f32x8);
       }
       store(r_f32x8, params->qmin, params->qmax, p.n - n, c + n);
     }
@@ -256,13 +256,14 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
 
 template <typename Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
-  const __m256 scale_a_f32x8 = _mm256_set1_ps(params->scale_a), scale_b_f32x8 = _mm256_set1_ps(params->scale_b);
+  const __m256 multiplier_a_f32x8 = _mm256_set1_ps(params->multiplier_a),
+               multiplier_b_f32x8 = _mm256_set1_ps(params->multiplier_b);
   const __m256 bias_f32x8 = _mm256_set1_ps(params->bias);
   for (size_t i = 0; i < n; i += 32) {
     __m256 r_f32x8[4];
     QD_UNROLL for (int v = 0; v < 4; ++v) {
-      const __m256 r_b_f32x8 = _mm256_fmadd_ps(u8_to_f32x8(b + i + 8 * v), scale_b_f32x8, bias_f32x8);
-      r_f32x8[v] = _mm256_fmadd_ps(u8_to_f32x8(a + i + 8 * v), scale_a_f32x8, r_b_f32x8);
+      const __m256 r_b_f32x8 = _mm256_fmadd_ps(u8_to_f32x8(b + i + 8 * v), multiplier_b_f32x8, bias_f32x8);
+      r_f32x8[v] = _mm256_fmadd_ps(u8_to_f32x8(a + i + 8 * v), multiplier_a_f32x8, r_b_f32x8);
     }
     store(r_f32x8, params->qmin, params->qmax, n - i, c + i);
   }

@@ -1,11 +1,11 @@
-// What the convolutions with 256-bit vectors share: the walk over pixels and the output rule. A family `Weights` gives
-//     kFormat, kS16Steps    ConvKernel::format and ::s16_steps
+// What the convolutions with 256-bit vectors share: the walk over pixels and requantization. A family `Weights` gives
+//     kFormat, kS16Quads    ConvKernel::format and ::s16_quads
 //     kElementBytes         of a packed weight
 //     kMaxRows              pixels that share the registers
-//     accumulate<R, V>(chunk, pixels, acc)   adds a piece of the panel to R pixels x V vectors
+//     accumulate<R, V>(slab, pixels, acc)   adds a slab of the panel to R pixels x V vectors
 //
 // Four vectors need weights at 19 bytes a cycle, which L2 does not keep up with (4 bits: 94 instead of 105). So the
-// pixels of all tiles are taken in batches, and a batch finishes one L1-sized chunk of the panel before the next one;
+// pixels of all tiles are taken in batches, and a batch finishes one L1-sized slab of the panel before the next one;
 // its accumulators wait in memory. Pixels pair up across tiles and rows: no width wastes anything.
 #pragma once
 #include <immintrin.h>
@@ -13,9 +13,7 @@
 #include <stdint.h>
 
 #include "../ukernels.h"
-
-#define QD_INLINE inline __attribute__((always_inline))
-#define QD_UNROLL _Pragma("GCC unroll 8")
+#include "compiler.h"
 
 namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags
@@ -23,13 +21,13 @@ namespace {  // internal linkage: each file compiles its own copy with its own -
 constexpr int kNr = 32;
 constexpr int kPanelVectors = 4;  // of 8 channels
 constexpr int kVectorBytes = 32;
-constexpr int kBatch = 42;          // pixels; a multiple of 2 and 3 rows, and of the 14 of a full tile
-constexpr int kChunkBytes = 16384;  // of weights: half of L1
+constexpr int kBatch = 42;         // pixels; a multiple of 2 and 3 rows, and of the 14 of a full tile
+constexpr int kSlabBytes = 16384;  // of weights: half of L1
 
 typedef int32_t __attribute__((may_alias, aligned(1))) AnyInt32;  // any four bytes
 typedef int16_t __attribute__((may_alias, aligned(1))) AnyInt16;
 
-// ---- The output rule ------------------------------------------------------------------------------------------------
+// ---- Requantization -------------------------------------------------------------------------------------------------
 
 QD_INLINE __m256 u8_to_f32x8(const uint8_t* a) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a))));
@@ -109,8 +107,8 @@ QD_INLINE void broadcast(__m256i& b, const void* a) {
 }
 QD_INLINE void add_i32(__m256i& sum, const __m256i& b) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(b)); }
 
-// A piece of the panel: some whole taps, or k bytes of one tap from byte `begin` on.
-struct Chunk {
+// A slab of the panel: some whole taps, or k bytes of one tap from byte `begin` on.
+struct Slab {
   const int32_t* tap_offset;
   int32_t taps;
   int32_t begin;
@@ -126,7 +124,7 @@ struct Batch {
   const uint8_t* a[kBatch];
   ptrdiff_t c[kBatch];
   ptrdiff_t residual[kBatch];
-  alignas(32) int32_t acc[kBatch][kNr];  // between two chunks
+  alignas(32) int32_t acc[kBatch][kNr];  // between two slabs
   const char* prefetch;                  // what is left to fetch of the next panel
   size_t prefetch_lines;
 };
@@ -135,23 +133,23 @@ struct Batch {
 template <int kRows, int kVectors>
 using Accumulators = __m256i[kRows][kVectors];
 
-// The output rule for kRows pixels of the batch from `pixel` on.
+// Requantizes and writes kRows pixels of the batch from `pixel` on.
 template <int kRows, int kVectors>
 QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVectors>& acc_i32x8, const Batch& batch,
                             int pixel) {
   __m256 r_f32x8[kRows][4] = {};
   QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-    const __m256 scale_f32x8 = _mm256_loadu_ps(p.scale + 8 * v), bias_f32x8 = _mm256_loadu_ps(p.bias + 8 * v);
+    const __m256 multiplier_f32x8 = _mm256_loadu_ps(p.multiplier + 8 * v), bias_f32x8 = _mm256_loadu_ps(p.bias + 8 * v);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      r_f32x8[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[r][v]), scale_f32x8, bias_f32x8);
+      r_f32x8[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[r][v]), multiplier_f32x8, bias_f32x8);
     }
   }
   if (p.residual) {
-    const __m256 scale_f32x8 = _mm256_set1_ps(p.residual_scale);
+    const __m256 multiplier_f32x8 = _mm256_set1_ps(p.residual_multiplier);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
       const uint8_t* residual = p.residual + batch.residual[pixel + r];
       QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-        r_f32x8[r][v] = _mm256_fmadd_ps(u8_to_f32x8(residual + 8 * v), scale_f32x8, r_f32x8[r][v]);
+        r_f32x8[r][v] = _mm256_fmadd_ps(u8_to_f32x8(residual + 8 * v), multiplier_f32x8, r_f32x8[r][v]);
       }
     }
   }
@@ -167,29 +165,29 @@ QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVect
 
 // The next panel comes from DRAM: every few pixels fetch a piece of it, so that it is in L2 when it is due.
 QD_INLINE void prefetch_share(Batch* batch) {
-  constexpr size_t kLines = kChunkBytes / 64 / (kBatch / 3) + 1;
+  constexpr size_t kLines = kSlabBytes / 64 / (kBatch / 3) + 1;
   const size_t lines = batch->prefetch_lines < kLines ? batch->prefetch_lines : kLines;
   for (size_t i = 0; i < lines; ++i) _mm_prefetch(batch->prefetch + 64 * i, _MM_HINT_T1);
   batch->prefetch += 64 * lines;
   batch->prefetch_lines -= lines;
 }
 
-// Adds one chunk to the pixels begin.. of the batch, kRows at a time as long as so many are left, and writes them after
-// the last chunk. Returns the first pixel that is not done.
+// Adds one slab to the pixels begin.. of the batch, kRows at a time as long as so many are left, and writes them after
+// the last slab. Returns the first pixel that is not done.
 template <typename Weights, int kRows, int kVectors>
-__attribute__((noinline)) int run_chunk(const ConvParams& p, const Chunk& chunk, Batch* batch, int begin) {
+__attribute__((noinline)) int run_slab(const ConvParams& p, const Slab& slab, Batch* batch, int begin) {
   int pixel = begin;
   for (; pixel + kRows <= batch->pixels; pixel += kRows) {
     Accumulators<kRows, kVectors> acc_i32x8;
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      const int32_t* acc = chunk.first ? p.comp : batch->acc[pixel + r];
+      const int32_t* acc = slab.first ? p.comp : batch->acc[pixel + r];
       QD_UNROLL for (int v = 0; v < kVectors; ++v) {
         acc_i32x8[r][v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(acc + 8 * v));
       }
     }
     if (batch->prefetch_lines > 0) prefetch_share(batch);
-    Weights::accumulate(chunk, batch->a + pixel, acc_i32x8);
-    if (chunk.last) {
+    Weights::accumulate(slab, batch->a + pixel, acc_i32x8);
+    if (slab.last) {
       write_pixels<kRows, kVectors>(p, acc_i32x8, *batch, pixel);
     } else {
       QD_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -204,24 +202,24 @@ __attribute__((noinline)) int run_chunk(const ConvParams& p, const Chunk& chunk,
 
 // All pixels from `begin` on: kRows at a time, then what is left.
 template <typename Weights, int kRows, int kVectors>
-void run_pixels(const ConvParams& p, const Chunk& chunk, Batch* batch, int begin) {
-  const int done = run_chunk<Weights, kRows, kVectors>(p, chunk, batch, begin);
-  if constexpr (kRows > 1) run_pixels<Weights, kRows - 1, kVectors>(p, chunk, batch, done);
+void run_pixels(const ConvParams& p, const Slab& slab, Batch* batch, int begin) {
+  const int done = run_slab<Weights, kRows, kVectors>(p, slab, batch, begin);
+  if constexpr (kRows > 1) run_pixels<Weights, kRows - 1, kVectors>(p, slab, batch, done);
 }
 
 template <typename Weights, int kVectors>
-void run_batch(const ConvParams& p, int32_t chunk_taps, int32_t chunk_k, Batch* batch) {
-  for (int32_t t = 0; t < p.taps; t += chunk_taps) {
-    for (int32_t i = 0; i < p.k; i += chunk_k) {
-      Chunk chunk;
-      chunk.tap_offset = p.tap_offset + t;
-      chunk.taps = p.taps - t < chunk_taps ? p.taps - t : chunk_taps;
-      chunk.begin = i;
-      chunk.k = p.k - i < chunk_k ? p.k - i : chunk_k;
-      chunk.w = static_cast<const int8_t*>(p.w) + (static_cast<size_t>(t) * p.k + i) * (kNr * Weights::kElementBytes);
-      chunk.first = t == 0 && i == 0;
-      chunk.last = t + chunk_taps >= p.taps && i + chunk_k >= p.k;
-      run_pixels<Weights, Weights::kMaxRows, kVectors>(p, chunk, batch, 0);
+void run_batch(const ConvParams& p, int32_t slab_taps, int32_t slab_k, Batch* batch) {
+  for (int32_t t = 0; t < p.taps; t += slab_taps) {
+    for (int32_t i = 0; i < p.k; i += slab_k) {
+      Slab slab;
+      slab.tap_offset = p.tap_offset + t;
+      slab.taps = p.taps - t < slab_taps ? p.taps - t : slab_taps;
+      slab.begin = i;
+      slab.k = p.k - i < slab_k ? p.k - i : slab_k;
+      slab.w = static_cast<const int8_t*>(p.w) + (static_cast<size_t>(t) * p.k + i) * (kNr * Weights::kElementBytes);
+      slab.first = t == 0 && i == 0;
+      slab.last = t + slab_taps >= p.taps && i + slab_k >= p.k;
+      run_pixels<Weights, Weights::kMaxRows, kVectors>(p, slab, batch, 0);
     }
   }
   batch->pixels = 0;
@@ -232,10 +230,10 @@ int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 template <typename Weights, bool kF32>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   const ConvParams& p = *params;
-  constexpr int32_t kMaxK = kChunkBytes / (kNr * Weights::kElementBytes);
+  constexpr int32_t kMaxK = kSlabBytes / (kNr * Weights::kElementBytes);
   const int32_t max_taps = p.k < kMaxK ? kMaxK / p.k : 1;
-  const int32_t chunk_taps = ceil_div(p.taps, ceil_div(p.taps, max_taps));
-  const int32_t chunk_k = (ceil_div(p.k, ceil_div(p.k, kMaxK)) + 31) & ~31;
+  const int32_t slab_taps = ceil_div(p.taps, ceil_div(p.taps, max_taps));
+  const int32_t slab_k = (ceil_div(p.k, ceil_div(p.k, kMaxK)) + 31) & ~31;
   const auto run = p.n > 16 ? run_batch<Weights, 4> : run_batch<Weights, 2>;
   Batch batch;
   batch.pixels = 0;
@@ -243,21 +241,21 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   batch.prefetch = static_cast<const char*>(p.prefetch);
   batch.prefetch_lines = p.prefetch_bytes / 64;
   for (const ConvTile* tile = tiles; tile != tiles + n_tiles; ++tile) {
-    for (int g = 0; g < tile->groups; ++g) {
+    for (int s = 0; s < tile->strips; ++s) {
       for (int i = 0; i < tile->r; ++i) {
-        batch.a[batch.pixels] = p.a + tile->a[g] + i * p.a_stride;
-        batch.c[batch.pixels] = tile->c[g] + i * p.c_stride;
-        batch.residual[batch.pixels] = tile->residual[g] + i * p.residual_stride;
-        if (++batch.pixels == kBatch) run(p, chunk_taps, chunk_k, &batch);
+        batch.a[batch.pixels] = p.a + tile->a[s] + i * p.a_stride;
+        batch.c[batch.pixels] = tile->c[s] + i * p.c_stride;
+        batch.residual[batch.pixels] = tile->residual[s] + i * p.residual_stride;
+        if (++batch.pixels == kBatch) run(p, slab_taps, slab_k, &batch);
       }
     }
   }
-  run(p, chunk_taps, chunk_k, &batch);
+  run(p, slab_taps, slab_k, &batch);
 }
 
 template <typename Weights>
 ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Weights, false>, conv<Weights, true>, 7, 2, kNr, Weights::kFormat, Weights::kS16Steps};
+  return {name, conv<Weights, false>, conv<Weights, true>, 7, 2, kNr, Weights::kFormat, Weights::kS16Quads};
 }
 
 }  // namespace

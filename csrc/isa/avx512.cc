@@ -14,7 +14,7 @@
 // The rates are of one core of Zen 5 at 4.28 GHz, the limits two multiplications a cycle there; the additions take some
 // of their slots: the bare instructions of eight sums reach 433 (peak_loops.cc). Intel has two ports for all of them (0
 // and 5), so "all" counts. A layer goes to the kernel of the fewest bits that its codes allow, not those of its file:
-// ConvKernel::s16_steps.
+// ConvKernel::s16_quads.
 //
 // Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]: one vector is 16 channels x 4.
 //               s16x2: w[taps][k/2][32][2].
@@ -33,75 +33,71 @@ namespace {
 alignas(64) constexpr int16_t kOnes[32] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                            1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-QDEPLOY_INLINE __m512i broadcast(const void* a) {
+QD_INLINE __m512i broadcast(const void* a) {
   __m512i a_u8x64;
   asm volatile("vpbroadcastd %1, %0" : "=v"(a_u8x64) : "m"(*static_cast<const uint8_t (*)[4]>(a)));
   return a_u8x64;
 }
-QDEPLOY_INLINE __m512i load(const char* w) {
+QD_INLINE __m512i load(const char* w) {
   __m512i w_i8x64;
   asm volatile("vmovdqa64 %1, %0" : "=v"(w_i8x64) : "m"(*reinterpret_cast<const __m512i*>(w)));
   return w_i8x64;
 }
-QDEPLOY_INLINE __m512i maddubs(__m512i a_u8x64, __m512i w_i8x64) {
+QD_INLINE __m512i maddubs(__m512i a_u8x64, __m512i w_i8x64) {
   __m512i sum_i16x32;
   asm volatile("vpmaddubsw %2, %1, %0" : "=v"(sum_i16x32) : "v"(a_u8x64), "v"(w_i8x64));
   return sum_i16x32;
 }
-QDEPLOY_INLINE __m512i madd(__m512i a_u16x32, __m512i w_i16x32) {
+QD_INLINE __m512i madd(__m512i a_u16x32, __m512i w_i16x32) {
   __m512i sum_i32x16;
   asm volatile("vpmaddwd %2, %1, %0" : "=v"(sum_i32x16) : "v"(a_u16x32), "v"(w_i16x32));
   return sum_i32x16;
 }
 // Pairs added to int32; the ones come from memory, because the accumulators leave no register.
-QDEPLOY_INLINE __m512i widen(__m512i x_i16x32) {
+QD_INLINE __m512i widen(__m512i x_i16x32) {
   __m512i sum_i32x16;
   asm volatile("vpmaddwd %2, %1, %0" : "=v"(sum_i32x16) : "v"(x_i16x32), "m"(kOnes));
   return sum_i32x16;
 }
-QDEPLOY_INLINE void add_i16(__m512i& sum, __m512i x) { asm volatile("vpaddw %1, %0, %0" : "+v"(sum) : "v"(x)); }
-QDEPLOY_INLINE void add_i32(__m512i& sum, __m512i x) { asm volatile("vpaddd %1, %0, %0" : "+v"(sum) : "v"(x)); }
+QD_INLINE void add_i16(__m512i& sum, __m512i x) { asm volatile("vpaddw %1, %0, %0" : "+v"(sum) : "v"(x)); }
+QD_INLINE void add_i32(__m512i& sum, __m512i x) { asm volatile("vpaddd %1, %0, %0" : "+v"(sum) : "v"(x)); }
 
-// Codes of at most 7, 6, 5 or 4 bits for kSums = 1, 2, 4 or 8, and what ConvKernel::s16_steps tells.
+// Codes of at most 7, 6, 5 or 4 bits for kSums = 1, 2, 4 or 8, and what ConvKernel::s16_quads tells.
 template <int kSums>
 struct Maddubs {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
-  static constexpr int kStep = 16;
+  static constexpr int kFetchBytes = 16;
   static constexpr int kBlock = kSums == 8 ? 32 : 16;  // bytes of k in a round of the inner loop
   static constexpr int kMr = kSums == 1 ? 7 : kSums == 8 ? 4 : 6;
   static constexpr int kTogether = kSums == 8 ? 4 : 2;  // pixels
-  static constexpr int kS16Steps = kSums;
+  static constexpr int kS16Quads = kSums;
   static constexpr int sets(int) { return 1; }  // the chain through an accumulator is one vpaddd
 
-  // One dword of k at byte i.
-  template <int R, int G>
-  static QDEPLOY_INLINE void step(__m512i (&acc)[1][G * R][2], const Pixels (&a)[G], const char* w, int i) {
+  // The quad of k at byte i.
+  template <int R, int S>
+  static QD_INLINE void add_quad(__m512i (&acc)[1][S * R][2], const Pixels (&a)[S], const char* w, int i) {
     const __m512i w0_i8x64 = load(w), w1_i8x64 = load(w + 64);
-#pragma GCC unroll 14
-    for (int q = 0; q < R * G; ++q) {
+    QD_UNROLL for (int q = 0; q < R * S; ++q) {
       const __m512i a_u8x64 = broadcast(a[q / R][q % R] + i);
       add_i32(acc[0][q][0], widen(maddubs(a_u8x64, w0_i8x64)));
       add_i32(acc[0][q][1], widen(maddubs(a_u8x64, w1_i8x64)));
     }
   }
 
-  // kDepth dwords of k from byte i on, summed in s16.
-  template <int kDepth, int R, int G>
-  static QDEPLOY_INLINE void steps(__m512i (&acc)[1][G * R][2], const Pixels (&a)[G], const char* w, int i) {
-    if (kDepth == 1) return step<R, G>(acc, a, w, i);
-#pragma GCC unroll 6
-    for (int first = 0; first < R * G; first += kTogether) {
-      const int pixels = R * G - first < kTogether ? R * G - first : kTogether;
+  // kQuads quads of k from byte i on, summed in s16.
+  template <int kQuads, int R, int S>
+  static QD_INLINE void add_quads(__m512i (&acc)[1][S * R][2], const Pixels (&a)[S], const char* w, int i) {
+    if (kQuads == 1) return add_quad<R, S>(acc, a, w, i);
+    QD_UNROLL for (int first = 0; first < R * S; first += kTogether) {
+      const int pixels = R * S - first < kTogether ? R * S - first : kTogether;
       __m512i sum_i16x32[kTogether][2];
-#pragma GCC unroll 8
-      for (int d = 0; d < kDepth; ++d) {
-        const __m512i w0_i8x64 = load(w + 128 * d), w1_i8x64 = load(w + 128 * d + 64);
-#pragma GCC unroll 4
-        for (int p = 0; p < pixels; ++p) {
+      QD_UNROLL for (int quad = 0; quad < kQuads; ++quad) {
+        const __m512i w0_i8x64 = load(w + 128 * quad), w1_i8x64 = load(w + 128 * quad + 64);
+        QD_UNROLL for (int p = 0; p < pixels; ++p) {
           const int q = first + p;
-          const __m512i a_u8x64 = broadcast(a[q / R][q % R] + i + 4 * d);
+          const __m512i a_u8x64 = broadcast(a[q / R][q % R] + i + 4 * quad);
           const __m512i product0_i16x32 = maddubs(a_u8x64, w0_i8x64);
-          if (d == 0) {
+          if (quad == 0) {
             sum_i16x32[p][0] = product0_i16x32;
             sum_i16x32[p][1] = maddubs(a_u8x64, w1_i8x64);
           } else {
@@ -110,8 +106,7 @@ struct Maddubs {
           }
         }
       }
-#pragma GCC unroll 4
-      for (int p = 0; p < pixels; ++p) {
+      QD_UNROLL for (int p = 0; p < pixels; ++p) {
         add_i32(acc[0][first + p][0], widen(sum_i16x32[p][0]));
         add_i32(acc[0][first + p][1], widen(sum_i16x32[p][1]));
       }
@@ -119,29 +114,27 @@ struct Maddubs {
   }
 
   // kBytes of k, as many at a time as fit s16.
-  template <int kBytes, int R, int G>
-  static QDEPLOY_INLINE void multiply(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char*& w) {
-    constexpr int kDepth = kBytes / 4 < kSums ? kBytes / 4 : kSums;
-#pragma GCC unroll 4
-    for (int i = 0; i < kBytes; i += 4 * kDepth) steps<kDepth, R, G>(acc, a, w + 32 * i, i);
+  template <int kBytes, int R, int S>
+  static QD_INLINE void multiply(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char*& w) {
+    constexpr int kQuads = kBytes / 4 < kSums ? kBytes / 4 : kSums;
+    QD_UNROLL for (int i = 0; i < kBytes; i += 4 * kQuads) add_quads<kQuads, R, S>(acc, a, w + 32 * i, i);
     w += 32 * kBytes;
-#pragma GCC unroll 2
-    for (int g = 0; g < G; ++g) a[g].p += kBytes;
+    QD_UNROLL for (int s = 0; s < S; ++s) a[s].p += kBytes;
   }
 
-  template <int R, int G>
-  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
-                                        Prefetch& prefetch) {
+  template <int R, int S>
+  static QD_INLINE const char* tap(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
+                                   Prefetch& prefetch) {
     for (; k >= kBlock; k -= kBlock) {
-      for (int i = 0; i < kBlock; i += kStep) prefetch.step();
-      multiply<kBlock, R, G>(acc, a, w);
+      for (int i = 0; i < kBlock; i += kFetchBytes) prefetch.fetch();
+      multiply<kBlock, R, S>(acc, a, w);
     }
     for (; kBlock > 16 && k >= 16; k -= 16) {
-      prefetch.step();
-      multiply<16, R, G>(acc, a, w);
+      prefetch.fetch();
+      multiply<16, R, S>(acc, a, w);
     }
-    for (; k >= 8; k -= 8) multiply<8, R, G>(acc, a, w);
-    for (; k > 0; k -= 4) multiply<4, R, G>(acc, a, w);
+    for (; k >= 8; k -= 8) multiply<8, R, S>(acc, a, w);
+    for (; k > 0; k -= 4) multiply<4, R, S>(acc, a, w);
     return w;
   }
 };
@@ -150,34 +143,32 @@ struct Maddubs {
 // shuffle per broadcast instead would cost 5 instructions for 64 products.
 struct Madd {
   static constexpr WeightFormat kFormat = WeightFormat::s16x2;
-  static constexpr int kStep = 4;
+  static constexpr int kFetchBytes = 4;
   static constexpr int kBlock = 64;
   static constexpr int kMr = 7;
-  static constexpr int kS16Steps = 0;
+  static constexpr int kS16Quads = 0;
   static constexpr int sets(int) { return 1; }
 
-  template <int R, int G>
-  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[1][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
-                                        Prefetch& prefetch) {
-    alignas(64) uint16_t a_u16[G * R][kBlock];
+  template <int R, int S>
+  static QD_INLINE const char* tap(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
+                                   Prefetch& prefetch) {
+    alignas(64) uint16_t a_u16[S * R][kBlock];
     for (; k > 0; k -= kBlock) {
       const int32_t width = k < kBlock ? k : kBlock;
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) {
-        for (int32_t i = 0; i < width; i += 32)
-#pragma GCC unroll 7
-          for (int p = 0; p < R; ++p)
-            _mm512_store_si512(&a_u16[g * R + p][i],
-                               _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a[g][p] + i))));
-        a[g].p += kBlock;
+      QD_UNROLL for (int s = 0; s < S; ++s) {
+        for (int32_t i = 0; i < width; i += 32) {
+          QD_UNROLL for (int p = 0; p < R; ++p) {
+            _mm512_store_si512(&a_u16[s * R + p][i],
+                               _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a[s][p] + i))));
+          }
+        }
+        a[s].p += kBlock;
       }
-      for (int32_t i = 0; i < width; i += kStep) {
-        prefetch.step();
-#pragma GCC unroll 2
-        for (int pair = 0; pair < 2; ++pair) {
+      for (int32_t i = 0; i < width; i += kFetchBytes) {
+        prefetch.fetch();
+        QD_UNROLL for (int pair = 0; pair < 2; ++pair) {
           const __m512i w0_i16x32 = load(w + 128 * pair), w1_i16x32 = load(w + 128 * pair + 64);
-#pragma GCC unroll 14
-          for (int q = 0; q < G * R; ++q) {
+          QD_UNROLL for (int q = 0; q < S * R; ++q) {
             const __m512i a_u16x32 = broadcast(&a_u16[q][i + 2 * pair]);
             add_i32(acc[0][q][0], madd(a_u16x32, w0_i16x32));
             add_i32(acc[0][q][1], madd(a_u16x32, w1_i16x32));
@@ -197,10 +188,10 @@ struct DepthwiseMadd {
   struct Weights {
     __m512i even_i16x32, odd_i16x32;
   };
-  static QDEPLOY_INLINE Weights weights(__m512i w_i8x64) {
+  static QD_INLINE Weights weights(__m512i w_i8x64) {
     return {_mm512_srai_epi16(_mm512_slli_epi16(w_i8x64, 8), 8), _mm512_srai_epi16(w_i8x64, 8)};
   }
-  static QDEPLOY_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, const Weights& w) {
+  static QD_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, const Weights& w) {
     const __m512i even_u16x32 = _mm512_and_si512(a_u8x64, _mm512_set1_epi16(255)),
                   odd_u16x32 = _mm512_srli_epi16(a_u8x64, 8);
     acc_i32x16 = _mm512_add_epi32(acc_i32x16, _mm512_madd_epi16(even_u16x32, w.even_i16x32));
@@ -228,7 +219,7 @@ void max_pool(const PoolParams* params, uint8_t* c) {
 }
 
 // Widens u8 to int32 in block order.
-QDEPLOY_INLINE void widen_block(__m512i x_u8x64, __m512i (&block_i32x16)[4]) {
+QD_INLINE void widen_block(__m512i x_u8x64, __m512i (&block_i32x16)[4]) {
   const __m512i zero = _mm512_setzero_si512();
   const __m512i low_u16x32 = _mm512_unpacklo_epi8(x_u8x64, zero), high_u16x32 = _mm512_unpackhi_epi8(x_u8x64, zero);
   block_i32x16[0] = _mm512_unpacklo_epi16(low_u16x32, zero);
@@ -238,7 +229,7 @@ QDEPLOY_INLINE void widen_block(__m512i x_u8x64, __m512i (&block_i32x16)[4]) {
 }
 
 // Sums of 64 channels over the window at `row`, in u16 for as long as 255 * pixels fits.
-QDEPLOY_INLINE void window_sums(const PoolParams& p, const uint8_t* row, __m512i (&sum_i32x16)[4]) {
+QD_INLINE void window_sums(const PoolParams& p, const uint8_t* row, __m512i (&sum_i32x16)[4]) {
   constexpr size_t kFits = 257;  // 257 * 255 = 65535
   const __m512i zero = _mm512_setzero_si512();
   __m512i low_u16x32 = zero, high_u16x32 = zero;
@@ -263,10 +254,10 @@ QDEPLOY_INLINE void window_sums(const PoolParams& p, const uint8_t* row, __m512i
   flush();
 }
 
-QDEPLOY_INLINE void store_block(const __m512 (&r_f32x16)[4], size_t left, uint8_t qmin, uint8_t qmax, uint8_t* c) {
+QD_INLINE void store_block(const __m512 (&r_f32x16)[4], size_t left, uint8_t qmin, uint8_t qmax, uint8_t* c) {
   _mm512_mask_storeu_epi8(c, first_lanes(left), quantize_u8x64(r_f32x16, qmin, qmax));
 }
-QDEPLOY_INLINE void store_block(__m512 (&r_f32x16)[4], size_t left, uint8_t, uint8_t, float* c) {
+QD_INLINE void store_block(__m512 (&r_f32x16)[4], size_t left, uint8_t, uint8_t, float* c) {
   transpose_lanes(r_f32x16);
   for (int j = 0; j < 4; ++j)
     _mm512_mask_storeu_ps(c + 16 * j, static_cast<__mmask16>(first_lanes(left) >> (16 * j)), r_f32x16[j]);
@@ -284,7 +275,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
       __m512 r_f32x16[4];
       for (int j = 0; j < 4; ++j)
         r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(sum_i32x16[j], offset_i32x16)),
-                                      _mm512_set1_ps(params->scale), _mm512_set1_ps(params->bias));
+                                      _mm512_set1_ps(params->multiplier), _mm512_set1_ps(params->bias));
       store_block(r_f32x16, p.n - n, params->qmin, params->qmax, c + n);
     }
   }
@@ -294,7 +285,8 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
 
 template <class Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
-  const __m512 scale_a_f32x16 = _mm512_set1_ps(params->scale_a), scale_b_f32x16 = _mm512_set1_ps(params->scale_b);
+  const __m512 multiplier_a_f32x16 = _mm512_set1_ps(params->multiplier_a),
+               multiplier_b_f32x16 = _mm512_set1_ps(params->multiplier_b);
   const __m512 bias_f32x16 = _mm512_set1_ps(params->bias);
   for (size_t i = 0; i < n; i += 64) {
     __m512i a_i32x16[4], b_i32x16[4];
@@ -302,8 +294,8 @@ void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, 
     widen_block(_mm512_loadu_si512(b + i), b_i32x16);
     __m512 r_f32x16[4];
     for (int j = 0; j < 4; ++j)
-      r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a_i32x16[j]), scale_a_f32x16,
-                                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(b_i32x16[j]), scale_b_f32x16, bias_f32x16));
+      r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(a_i32x16[j]), multiplier_a_f32x16,
+                                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(b_i32x16[j]), multiplier_b_f32x16, bias_f32x16));
     store_block(r_f32x16, n - i, params->qmin, params->qmax, c + i);
   }
 }
@@ -360,7 +352,7 @@ struct Quantizer {
       : inv_scale_f32x16(_mm512_set1_ps(p.inv_scale)), zero_point_f32x16(_mm512_set1_ps(p.zero_point)) {}
 
   // Codes of up to 16 neighbouring floats, in int32.
-  QDEPLOY_INLINE __m512i operator()(const float* a, __mmask16 mask) {
+  QD_INLINE __m512i operator()(const float* a, __mmask16 mask) {
     constexpr int kNanOrInfinity = 0x01 | 0x08 | 0x10 | 0x80;
     const __m512 x_f32x16 = _mm512_maskz_loadu_ps(mask, a);
     not_finite = static_cast<__mmask16>(not_finite | _mm512_fpclass_ps_mask(x_f32x16, kNanOrInfinity));

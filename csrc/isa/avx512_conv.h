@@ -1,11 +1,11 @@
 // What the AVX-512 convolutions share: the walk over tiles, the address of a pixel, the next-panel prefetch and the
-// output rule. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
+// requantization. Why a tile is 14 x 32 is told in avx512vnni.cc. A family `Dot` gives
 //     kFormat               the packing of its weights
-//     kStep                 bytes of k between two calls of Prefetch::step
-//     kS16Steps             ConvKernel::s16_steps
-//     kMr                   most pixels in a group, at most 7
+//     kFetchBytes           bytes of k between two calls of Prefetch::fetch
+//     kS16Quads             ConvKernel::s16_quads
+//     kMr                   most pixels in a strip, at most 7
 //     sets(pixels)          how many sets of accumulators hide the latency of its sums
-//     tap<R, G>(acc, a, w, k, prefetch)   adds one tap to acc, advances a, returns w advanced
+//     tap<R, S>(acc, a, w, k, prefetch)   adds one tap to acc, advances a, returns w advanced
 #pragma once
 #if !defined(__clang__)
 // GCC 12 otherwise moves or even spills accumulators around the loops: 1 to 4 % at k <= 256.
@@ -18,20 +18,19 @@
 #pragma GCC diagnostic pop
 
 #include "../ukernels.h"
-
-#define QDEPLOY_INLINE inline __attribute__((always_inline))
+#include "compiler.h"
 
 namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags
 
-constexpr int kMr = 7, kGroups = 2, kNr = 32;
+constexpr int kMr = 7, kStrips = 2, kNr = 32;
 
-// The pixels of one group: p, p+s .. p+6s from one base register and three stride registers.
+// The pixels of one strip: p, p+s .. p+6s from one base register and three stride registers.
 struct Pixels {
   const uint8_t* p;
   ptrdiff_t s, s3, s5;
 
-  QDEPLOY_INLINE const uint8_t* operator[](int i) const {
+  QD_INLINE const uint8_t* operator[](int i) const {
     switch (i) {
       case 0:
         return p;
@@ -51,78 +50,76 @@ struct Pixels {
   }
 };
 
-// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a line per k-step, while this
-// one is in use. The cursor runs across the tiles of a call and rests at the end of the panel. Free of branches: a loop
-// over a number of lines known at run time cost a quarter of the speed. Where there are too few steps for all lines, a
-// step fetches two: to rely on the hardware for every other one works on Cascade Lake and costs Zen 5 a third of the
-// speed of 7x7 maps. More lines per step gain 4 % for one tile of one pixel, where DRAM is the limit anyway, and cost
-// 20 % for several tiles.
+// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a line every kFetchBytes of k,
+// while this one is in use. The cursor runs across the tiles of a call and rests at the end of the panel. Free of
+// branches: a loop over a number of lines known at run time cost a quarter of the speed. Where fetches are too few for
+// all lines, a fetch takes two: to rely on the hardware for every other one works on Cascade Lake and costs Zen 5 a
+// third of the speed of 7x7 maps. More lines a fetch gain 4 % for one tile of one pixel, where DRAM is the limit
+// anyway, and cost 20 % for several tiles.
 struct Prefetch {
   uintptr_t at, end;
-  size_t stride, second;  // the second line of a step: 0 bytes behind the first, or 64
+  size_t stride, second;  // the second line of a fetch: 0 bytes behind the first, or 64
 
-  Prefetch(const ConvParams& params, size_t steps) {
+  Prefetch(const ConvParams& params, size_t fetches) {
     at = reinterpret_cast<uintptr_t>(params.prefetch);
     end = at + params.prefetch_bytes;
-    stride = steps * 64 >= params.prefetch_bytes ? 64 : 128;
+    stride = fetches * 64 >= params.prefetch_bytes ? 64 : 128;
     second = stride - 64;
   }
-  QDEPLOY_INLINE void step() {
+  QD_INLINE void fetch() {
     _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
     _mm_prefetch(reinterpret_cast<const char*>(at + second), _MM_HINT_T1);
     at = at + stride < end ? at + stride : end;
   }
 };
 
-// ---- The output rule ------------------------------------------------------------------------------------------------
+// ---- Requantization -------------------------------------------------------------------------------------------------
 
-QDEPLOY_INLINE __m512 residual_f32x16(const uint8_t* residual) {
+QD_INLINE __m512 residual_f32x16(const uint8_t* residual) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(residual))));
 }
 
-QDEPLOY_INLINE const uint8_t* residual_pixel(const ConvParams& params, const ConvTile& tile, int group, int pixel) {
-  return params.residual + tile.residual[group] + pixel * params.residual_stride;
+QD_INLINE const uint8_t* residual_pixel(const ConvParams& params, const ConvTile& tile, int strip, int pixel) {
+  return params.residual + tile.residual[strip] + pixel * params.residual_stride;
 }
 
 // One tile: where each of its pixels goes, and what every pixel needs.
-template <int R, int G>
+template <int R, int S>
 struct Output {
   const ConvParams& params;
   const ConvTile& tile;
-  __m512 scale_f32x16[2], bias_f32x16[2];
+  __m512 multiplier_f32x16[2], bias_f32x16[2];
 
-  QDEPLOY_INLINE Output(const ConvParams& params, const ConvTile& tile) : params(params), tile(tile) {
+  QD_INLINE Output(const ConvParams& params, const ConvTile& tile) : params(params), tile(tile) {
     for (int j = 0; j < 2; ++j) {
-      scale_f32x16[j] = _mm512_loadu_ps(params.scale + 16 * j);
+      multiplier_f32x16[j] = _mm512_loadu_ps(params.multiplier + 16 * j);
       bias_f32x16[j] = _mm512_loadu_ps(params.bias + 16 * j);
     }
   }
-  QDEPLOY_INLINE size_t offset(int q) const { return tile.c[q / R] + q % R * params.c_stride; }
+  QD_INLINE size_t offset(int q) const { return tile.c[q / R] + q % R * params.c_stride; }
 
   template <bool kResidual>
-  QDEPLOY_INLINE __m512 real(__m512i acc_i32x16, int q, int j) const {
-    __m512 x_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), scale_f32x16[j], bias_f32x16[j]);
+  QD_INLINE __m512 real(__m512i acc_i32x16, int q, int j) const {
+    __m512 x_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), multiplier_f32x16[j], bias_f32x16[j]);
     if (kResidual) {
       const __m512 residual = residual_f32x16(residual_pixel(params, tile, q / R, q % R) + 16 * j);
-      x_f32x16 = _mm512_fmadd_ps(residual, _mm512_set1_ps(params.residual_scale), x_f32x16);
+      x_f32x16 = _mm512_fmadd_ps(residual, _mm512_set1_ps(params.residual_multiplier), x_f32x16);
     }
     return x_f32x16;
   }
 
   // Saturating packs clamp to 0..255; two pixels leave one vector in channel order after one permutation of dwords.
   template <bool kResidual>
-  QDEPLOY_INLINE void store_u8(const __m512i (&acc)[G * R][2]) const {
+  QD_INLINE void store_u8(const __m512i (&acc)[S * R][2]) const {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i qmin_u8x64 = _mm512_set1_epi8(static_cast<char>(params.qmin));
     const __m512i qmax_u8x64 = _mm512_set1_epi8(static_cast<char>(params.qmax));
     const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << params.n) - 1);
     uint8_t* c = static_cast<uint8_t*>(params.c);
-#pragma GCC unroll 7
-    for (int q = 0; q < G * R; q += 2) {
-      const int next = q + 1 < G * R ? q + 1 : q;
+    QD_UNROLL for (int q = 0; q < S * R; q += 2) {
+      const int next = q + 1 < S * R ? q + 1 : q;
       __m512i packed_i16x32[2];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
+      QD_UNROLL for (int i = 0; i < 2; ++i) {
         const int pixel = i == 0 ? q : next;
         packed_i16x32[i] = _mm512_packs_epi32(_mm512_cvtps_epi32(real<kResidual>(acc[pixel][0], pixel, 0)),
                                               _mm512_cvtps_epi32(real<kResidual>(acc[pixel][1], pixel, 1)));
@@ -135,11 +132,10 @@ struct Output {
   }
 
   template <bool kResidual>
-  QDEPLOY_INLINE void store_f32(const __m512i (&acc)[G * R][2]) const {
+  QD_INLINE void store_f32(const __m512i (&acc)[S * R][2]) const {
     float* c = static_cast<float*>(params.c);
     const uint32_t mask = static_cast<uint32_t>((uint64_t{1} << params.n) - 1);
-#pragma GCC unroll 14
-    for (int q = 0; q < G * R; ++q) {
+    QD_UNROLL for (int q = 0; q < S * R; ++q) {
       _mm512_mask_storeu_ps(c + offset(q), static_cast<__mmask16>(mask), real<kResidual>(acc[q][0], q, 0));
       _mm512_mask_storeu_ps(c + offset(q) + 16, static_cast<__mmask16>(mask >> 16), real<kResidual>(acc[q][1], q, 1));
     }
@@ -151,28 +147,26 @@ struct Output {
 // Computes tiles from the front of the list while they have this shape; returns how many. Taps outside, channels
 // inside, one set of accumulators for the whole of K; few pixels get kSets of them, or the latency of the dot product
 // would show. (u8 or f32 output is a branch per tile, not a template: that would double half a megabyte of code.)
-template <class Dot, int R, int G>
+template <class Dot, int R, int S>
 __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles,
                                      Prefetch& prefetch) {
-  constexpr int kSets = Dot::sets(R * G);
+  constexpr int kSets = Dot::sets(R * S);
   Prefetch ahead = prefetch;  // a copy that can live in registers
   size_t done = 0;
   do {
     const ConvTile& tile = tiles[done];
-    __m512i acc[kSets][G * R][2];
-#pragma GCC unroll 14
-    for (int q = 0; q < G * R; ++q)
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
+    __m512i acc[kSets][S * R][2];
+    QD_UNROLL for (int q = 0; q < S * R; ++q) {
+      QD_UNROLL for (int j = 0; j < 2; ++j) {
         acc[0][q][j] = _mm512_loadu_si512(params.comp + 16 * j);
-#pragma GCC unroll 3
-        for (int set = 1; set < kSets; ++set) acc[set][q][j] = _mm512_setzero_si512();
+        QD_UNROLL for (int set = 1; set < kSets; ++set) acc[set][q][j] = _mm512_setzero_si512();
       }
+    }
 
     if (params.residual) {  // needed at the end of the tile, often in L2 or beyond: 2 % at k = 64 and 128
-#pragma GCC unroll 14
-      for (int q = 0; q < G * R; ++q)
+      QD_UNROLL for (int q = 0; q < S * R; ++q) {
         _mm_prefetch(reinterpret_cast<const char*>(residual_pixel(params, tile, q / R, q % R)), _MM_HINT_T0);
+      }
     }
 
     const ptrdiff_t stride = params.a_stride;
@@ -180,26 +174,26 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
     asm("" : "+r"(stride3), "+r"(stride5));  // or GCC recomputes them, or makes a pointer per pixel
     const char* w = static_cast<const char*>(params.w);
     for (int32_t t = 0; t < params.taps; ++t) {
-      Pixels a[G];
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) a[g] = {params.a + tile.a[g] + params.tap_offset[t], stride, stride3, stride5};
-      w = Dot::template tap<R, G>(acc, a, w, params.k, ahead);
+      Pixels a[S];
+      QD_UNROLL for (int s = 0; s < S; ++s) {
+        a[s] = {params.a + tile.a[s] + params.tap_offset[t], stride, stride3, stride5};
+      }
+      w = Dot::template tap<R, S>(acc, a, w, params.k, ahead);
     }
 
-#pragma GCC unroll 3
-    for (int set = 1; set < kSets; ++set)
-#pragma GCC unroll 14
-      for (int q = 0; q < G * R; ++q)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) acc[0][q][j] = _mm512_add_epi32(acc[0][q][j], acc[set][q][j]);
+    QD_UNROLL for (int set = 1; set < kSets; ++set) {
+      QD_UNROLL for (int q = 0; q < S * R; ++q) {
+        QD_UNROLL for (int j = 0; j < 2; ++j) acc[0][q][j] = _mm512_add_epi32(acc[0][q][j], acc[set][q][j]);
+      }
+    }
 
-    const Output<R, G> output(params, tile);
+    const Output<R, S> output(params, tile);
     if (f32) {
       params.residual ? output.template store_f32<true>(acc[0]) : output.template store_f32<false>(acc[0]);
     } else {
       params.residual ? output.template store_u8<true>(acc[0]) : output.template store_u8<false>(acc[0]);
     }
-  } while (++done < n_tiles && tiles[done].r == R && tiles[done].groups == G);
+  } while (++done < n_tiles && tiles[done].r == R && tiles[done].strips == S);
   prefetch = ahead;
   return done;
 }
@@ -208,23 +202,23 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
 template <class Dot>
 size_t run_next(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles, Prefetch& prefetch) {
   using Run = size_t (*)(const ConvParams&, bool, const ConvTile*, size_t, Prefetch&);
-  constexpr auto r = [](int pixels) { return pixels < Dot::kMr ? pixels : Dot::kMr; };  // no code for larger groups
-  static constexpr Run kRuns[kGroups][kMr] = {{run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, r(4), 1>,
+  constexpr auto r = [](int pixels) { return pixels < Dot::kMr ? pixels : Dot::kMr; };  // no code for longer strips
+  static constexpr Run kRuns[kStrips][kMr] = {{run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, r(4), 1>,
                                                run<Dot, r(5), 1>, run<Dot, r(6), 1>, run<Dot, r(7), 1>},
                                               {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, r(4), 2>,
                                                run<Dot, r(5), 2>, run<Dot, r(6), 2>, run<Dot, r(7), 2>}};
-  return kRuns[tiles->groups - 1][tiles->r - 1](params, f32, tiles, n_tiles, prefetch);
+  return kRuns[tiles->strips - 1][tiles->r - 1](params, f32, tiles, n_tiles, prefetch);
 }
 
 template <class Dot, bool kF32>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
-  Prefetch prefetch(*params, n_tiles * params->taps * (params->k / Dot::kStep));
+  Prefetch prefetch(*params, n_tiles * params->taps * (params->k / Dot::kFetchBytes));
   for (size_t done = 0; done < n_tiles;) done += run_next<Dot>(*params, kF32, tiles + done, n_tiles - done, prefetch);
 }
 
 template <class Dot>
 constexpr ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, kGroups, kNr, Dot::kFormat, Dot::kS16Steps};
+  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, kStrips, kNr, Dot::kFormat, Dot::kS16Quads};
 }
 
 }  // namespace

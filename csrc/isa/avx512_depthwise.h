@@ -16,7 +16,7 @@ namespace qdeploy {
 namespace {
 
 // 4x4 transposition of 128-bit lanes: from natural order to block order and back.
-QDEPLOY_INLINE void transpose_lanes(__m512 (&x_f32x16)[4]) {
+QD_INLINE void transpose_lanes(__m512 (&x_f32x16)[4]) {
   const __m512 a = _mm512_shuffle_f32x4(x_f32x16[0], x_f32x16[1], 0x88),
                b = _mm512_shuffle_f32x4(x_f32x16[2], x_f32x16[3], 0x88);
   const __m512 c = _mm512_shuffle_f32x4(x_f32x16[0], x_f32x16[1], 0xdd),
@@ -27,15 +27,15 @@ QDEPLOY_INLINE void transpose_lanes(__m512 (&x_f32x16)[4]) {
   x_f32x16[3] = _mm512_shuffle_f32x4(c, d, 0xdd);
 }
 
-QDEPLOY_INLINE void load_block_order(const void* x, __m512 (&x_f32x16)[4]) {
+QD_INLINE void load_block_order(const void* x, __m512 (&x_f32x16)[4]) {
   for (int j = 0; j < 4; ++j) x_f32x16[j] = _mm512_loadu_ps(static_cast<const float*>(x) + 16 * j);
   transpose_lanes(x_f32x16);
 }
 
-QDEPLOY_INLINE __mmask64 first_lanes(size_t n) { return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
+QD_INLINE __mmask64 first_lanes(size_t n) { return n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1; }
 
 // rint, clamp and narrowing of 64 values in block order.
-QDEPLOY_INLINE __m512i quantize_u8x64(const __m512 (&r_f32x16)[4], uint8_t qmin, uint8_t qmax) {
+QD_INLINE __m512i quantize_u8x64(const __m512 (&r_f32x16)[4], uint8_t qmin, uint8_t qmax) {
   const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(r_f32x16[0]), _mm512_cvtps_epi32(r_f32x16[1]));
   const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(r_f32x16[2]), _mm512_cvtps_epi32(r_f32x16[3]));
   const __m512i c_u8x64 = _mm512_packus_epi16(low, high);
@@ -43,7 +43,7 @@ QDEPLOY_INLINE __m512i quantize_u8x64(const __m512 (&r_f32x16)[4], uint8_t qmin,
                          _mm512_set1_epi8(static_cast<char>(qmax)));
 }
 
-QDEPLOY_INLINE void interleave(const __m512i (&x_u8x64)[4], __m512i (&block)[4]) {
+QD_INLINE void interleave(const __m512i (&x_u8x64)[4], __m512i (&block)[4]) {
   const __m512i low01 = _mm512_unpacklo_epi8(x_u8x64[0], x_u8x64[1]),
                 low23 = _mm512_unpacklo_epi8(x_u8x64[2], x_u8x64[3]);
   const __m512i high01 = _mm512_unpackhi_epi8(x_u8x64[0], x_u8x64[1]),
@@ -56,49 +56,43 @@ QDEPLOY_INLINE void interleave(const __m512i (&x_u8x64)[4], __m512i (&block)[4])
 
 // What 64 channels need besides their weights, in block order.
 struct DepthwiseChannels {
-  __m512 comp_i32x16[4], scale_f32x16[4], bias_f32x16[4];
+  __m512 comp_i32x16[4], multiplier_f32x16[4], bias_f32x16[4];
   __mmask64 mask;
 };
 
 // P neighbouring pixels of 64 channels. Dot::Weights is what Dot::weights makes of a block of codes, for Dot::dot.
 template <class Dot, int P>
-QDEPLOY_INLINE void depthwise_pixels(const DepthwiseParams& p, const DepthwiseChannels& channels, const uint8_t* a,
-                                     const int8_t* w, uint8_t* c) {
+QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const DepthwiseChannels& channels, const uint8_t* a,
+                                const int8_t* w, uint8_t* c) {
   __m512i acc[P][4];
-#pragma GCC unroll 4
-  for (int q = 0; q < P; ++q)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) acc[q][j] = _mm512_castps_si512(channels.comp_i32x16[j]);
+  QD_UNROLL for (int q = 0; q < P; ++q) {
+    QD_UNROLL for (int j = 0; j < 4; ++j) acc[q][j] = _mm512_castps_si512(channels.comp_i32x16[j]);
+  }
 
   for (int32_t t = 0; t < p.taps; t += 4) {
     __m512i x[4], block[4];
     ptrdiff_t offset[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {  // beyond the last tap: that tap again, with zero weights
+    QD_UNROLL for (int i = 0; i < 4; ++i) {  // beyond the last tap: that tap again, with zero weights
       const int32_t tap = t + i < p.taps ? t + i : p.taps - 1;
       offset[i] = p.tap_offset[tap];
       x[i] = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(t + i < p.taps ? 0xff : 0), w + tap * p.w_stride);
     }
     interleave(x, block);
     typename Dot::Weights weights[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) weights[j] = Dot::weights(block[j]);
-#pragma GCC unroll 4
-    for (int q = 0; q < P; ++q) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_si512(a + q * p.a_stride + offset[i]);
+    QD_UNROLL for (int j = 0; j < 4; ++j) weights[j] = Dot::weights(block[j]);
+    QD_UNROLL for (int q = 0; q < P; ++q) {
+      QD_UNROLL for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_si512(a + q * p.a_stride + offset[i]);
       interleave(x, block);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) Dot::dot(acc[q][j], block[j], weights[j]);
+      QD_UNROLL for (int j = 0; j < 4; ++j) Dot::dot(acc[q][j], block[j], weights[j]);
     }
   }
 
-#pragma GCC unroll 4
-  for (int q = 0; q < P; ++q) {
+  QD_UNROLL for (int q = 0; q < P; ++q) {
     __m512 r_f32x16[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j)
-      r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[q][j]), channels.scale_f32x16[j], channels.bias_f32x16[j]);
+    QD_UNROLL for (int j = 0; j < 4; ++j) {
+      r_f32x16[j] =
+          _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[q][j]), channels.multiplier_f32x16[j], channels.bias_f32x16[j]);
+    }
     _mm512_mask_storeu_epi8(c + q * p.c_stride, channels.mask, quantize_u8x64(r_f32x16, p.qmin, p.qmax));
   }
 }
@@ -109,7 +103,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   for (int32_t n = 0; n < p.n; n += 64) {
     DepthwiseChannels channels;
     load_block_order(p.comp + n, channels.comp_i32x16);
-    load_block_order(p.scale + n, channels.scale_f32x16);
+    load_block_order(p.multiplier + n, channels.multiplier_f32x16);
     load_block_order(p.bias + n, channels.bias_f32x16);
     channels.mask = first_lanes(static_cast<size_t>(p.n - n));
     const uint8_t* a = p.a + n;

@@ -3,10 +3,10 @@
 // Convolution: acc[p][n] = comp[n] + sum a[p][i] * w[i][n]. One vpdpbusd adds 16 channels x 4 bytes of k, exactly.
 //
 // Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]
-//     one k-step of 4:  | n=0: i i+1 i+2 i+3 | n=1: i i+1 i+2 i+3 | .. n=15 |   first vector
+//     one quad of k:    | n=0: i i+1 i+2 i+3 | n=1: i i+1 i+2 i+3 | .. n=15 |   first vector
 //                       | n=16 ..                                  .. n=31 |   second vector
 //
-//     instruction              ports (Cascade Lake)   in one k-step of a 14 x 32 tile
+//     instruction              ports (Cascade Lake)   for one quad of a 14 x 32 tile
 //     vpdpbusd zmm             0, 5 (latency 5)       28 in 14 cycles: the limit
 //     vpbroadcastd zmm, m32    2, 3                   14
 //     vmovdqa64 zmm, m512      2, 3                    2: with the broadcasts 8 cycles
@@ -14,12 +14,12 @@
 //
 // So a tile of 14 pixels x 32 channels: 28 accumulators hide the latency (10 would do) and need only 16 loads, which
 // leaves the load ports room for prefetches and L2; with two weights and one or two broadcasts it fills the 32
-// registers. Measured in one process against a peak of 306 GMAC/s for the bare instruction, epilogue included (GCC 12):
-// 290 at K = 1024, 294 for 3x3 x 256, 267 at K = 256, 208 at K = 64. 14 separate row pointers instead of two groups at
-// a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. The epilogue costs some 110 cycles a tile, 63 of
-// them because 126 conversions, fma, packs and clamps share ports 0 and 5; each tap some 12 cycles.
+// registers. Measured with GCC 12 in one process, requantization included, against a peak of 306 GMAC/s for the bare
+// instruction: 290 at K = 1024, 294 for 3x3 x 256, 267 at K = 256, 208 at K = 64. 14 separate row pointers instead of
+// two strips at a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. Requantization costs some 110 cycles
+// a tile, 63 of them because 126 conversions, fma, packs and clamps share ports 0 and 5; each tap some 12 cycles.
 //
-// Preconditions: those of ConvParams; k may be any multiple of 4, steps of 16 are the fast ones. Reads of activations
+// Preconditions: those of ConvParams; k may be any multiple of 4, those of 16 are the fast ones. Reads of activations
 // and weights are exact here; only the residual of the last channels is over-read, by less than 32 bytes.
 #include "avx512_depthwise.h"
 
@@ -27,13 +27,13 @@ namespace qdeploy {
 namespace {
 
 // GCC 12 spills the accumulators of _mm512_dpbusd_epi32; an asm operand that is read and written stays in its register.
-QDEPLOY_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, __m512i w_i8x64) {
+QD_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, __m512i w_i8x64) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc_i32x16) : "v"(a_u8x64), "v"(w_i8x64));
 }
 
-// Four bytes of pixel kPixel of a group. As asm, or GCC makes a pointer of each of the seven addresses and spills them.
+// Four bytes of pixel kPixel of a strip. As asm, or GCC makes a pointer of each of the seven addresses and spills them.
 template <int kPixel, int kOffset>
-QDEPLOY_INLINE __m512i broadcast(const Pixels& a) {
+QD_INLINE __m512i broadcast(const Pixels& a) {
   __m512i a_u8x64;
   if constexpr (kPixel == 0) asm("vpbroadcastd %c2(%1), %0" : "=v"(a_u8x64) : "r"(a.p), "i"(kOffset));
   if constexpr (kPixel == 1) asm("vpbroadcastd %c3(%1,%2), %0" : "=v"(a_u8x64) : "r"(a.p), "r"(a.s), "i"(kOffset));
@@ -47,62 +47,60 @@ QDEPLOY_INLINE __m512i broadcast(const Pixels& a) {
 
 struct Vnni {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
-  static constexpr int kStep = 16;
+  static constexpr int kFetchBytes = 16;
   static constexpr int kMr = 7;
-  static constexpr int kS16Steps = 0;
+  static constexpr int kS16Quads = 0;
 
   static constexpr int sets(int pixels) { return pixels <= 2 ? 4 : pixels <= 4 ? 2 : 1; }
 
-  template <int kStep, int kPixel, int R, int G, int kSets>
-  static QDEPLOY_INLINE void pixels(__m512i (&acc)[kSets][G * R][2], const Pixels (&a)[G], __m512i w0_i8x64,
-                                    __m512i w1_i8x64) {
-    if constexpr (kPixel < G * R) {
-      const __m512i a_u8x64 = broadcast<kPixel % R, 4 * kStep>(a[kPixel / R]);
-      dot(acc[kStep % kSets][kPixel][0], a_u8x64, w0_i8x64);
-      dot(acc[kStep % kSets][kPixel][1], a_u8x64, w1_i8x64);
-      pixels<kStep, kPixel + 1, R, G>(acc, a, w0_i8x64, w1_i8x64);
+  template <int kQuad, int kPixel, int R, int S, int kSets>
+  static QD_INLINE void pixels(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], __m512i w0_i8x64,
+                               __m512i w1_i8x64) {
+    if constexpr (kPixel < S * R) {
+      const __m512i a_u8x64 = broadcast<kPixel % R, 4 * kQuad>(a[kPixel / R]);
+      dot(acc[kQuad % kSets][kPixel][0], a_u8x64, w0_i8x64);
+      dot(acc[kQuad % kSets][kPixel][1], a_u8x64, w1_i8x64);
+      pixels<kQuad, kPixel + 1, R, S>(acc, a, w0_i8x64, w1_i8x64);
     }
   }
 
-  // Bytes 4*kStep .. 4*kStep+3 of k for all pixels.
-  template <int kStep, int R, int G, int kSets>
-  static QDEPLOY_INLINE void step(__m512i (&acc)[kSets][G * R][2], const Pixels (&a)[G], const char* w) {
-    pixels<kStep, 0, R, G>(acc, a, _mm512_load_si512(w + 128 * kStep), _mm512_load_si512(w + 128 * kStep + 64));
+  // Bytes 4*kQuad .. 4*kQuad+3 of k for all pixels.
+  template <int kQuad, int R, int S, int kSets>
+  static QD_INLINE void add_quad(__m512i (&acc)[kSets][S * R][2], const Pixels (&a)[S], const char* w) {
+    pixels<kQuad, 0, R, S>(acc, a, _mm512_load_si512(w + 128 * kQuad), _mm512_load_si512(w + 128 * kQuad + 64));
   }
 
-  template <int R, int G, int kSets>
-  static QDEPLOY_INLINE const char* tap(__m512i (&acc)[kSets][G * R][2], Pixels (&a)[G], const char* w, int32_t k,
-                                        Prefetch& prefetch) {
+  template <int R, int S, int kSets>
+  static QD_INLINE const char* tap(__m512i (&acc)[kSets][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
+                                   Prefetch& prefetch) {
     for (; k >= 16; k -= 16) {
-      prefetch.step();
-      step<0, R, G>(acc, a, w);
-      step<1, R, G>(acc, a, w);
-      step<2, R, G>(acc, a, w);
-      step<3, R, G>(acc, a, w);
+      prefetch.fetch();
+      add_quad<0, R, S>(acc, a, w);
+      add_quad<1, R, S>(acc, a, w);
+      add_quad<2, R, S>(acc, a, w);
+      add_quad<3, R, S>(acc, a, w);
       w += 4 * 128;
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) a[g].p += 16;
+      QD_UNROLL for (int s = 0; s < S; ++s) a[s].p += 16;
     }
     for (; k > 0; k -= 4) {
-      step<0, R, G>(acc, a, w);
+      add_quad<0, R, S>(acc, a, w);
       w += 128;
-#pragma GCC unroll 2
-      for (int g = 0; g < G; ++g) a[g].p += 4;
+      QD_UNROLL for (int s = 0; s < S; ++s) a[s].p += 4;
     }
     return w;
   }
 };
 
-// ---- The output rule under the next group ---------------------------------------------------------------------------
+// ---- Requantization under the next strip ----------------------------------------------------------------------------
 //
-// The output rule of a tile takes some 300 instructions that are not dot products. Behind the dot products they leave
+// Requantization of a tile takes some 300 instructions that are not dot products. Behind the dot products they leave
 // ports 0 and 1 idle for 45 to 75 cycles a tile on Zen 5, because they fill the schedulers before the next tile gets
-// in. So a group of 7 x 32 runs its first k-steps while the group before it is written, one pixel a step:
+// in. So a strip of 7 x 32 runs its first quads while the strip before it is written, one pixel a quad:
 //
-//     step 0 of this group   | pixel 0 of the previous one
-//     step 1                 | pixel 1                       14 accumulators each, and one pair less after each pixel
+//     quad 0 of this strip   | pixel 0 of the previous one
+//     quad 1                 | pixel 1                       14 accumulators each, and one pair less after each pixel
 //     ..                     | ..
-//     the rest of k, then this group is the previous one
+//     the rest of k, then this strip is the previous one
 //
 // Measured on Zen 5 (peak 541 GMAC/s), before and after: K = 64 450 and 500, with residual 398 and 455; K = 128 486 and
 // 510, 459 and 490; K = 256 510 and 525; K = 512 526 and 537.
@@ -116,25 +114,24 @@ struct Destination {
   explicit Destination(const ConvParams& params) : mask(static_cast<__mmask32>((uint64_t{1} << params.n) - 1)) {}
 
   // Residuals are often in L2 or beyond.
-  void set(const ConvParams& params, const ConvTile& tile, int group, int pixels) {
-    c = static_cast<uint8_t*>(params.c) + tile.c[group];
+  void set(const ConvParams& params, const ConvTile& tile, int strip, int pixels) {
+    c = static_cast<uint8_t*>(params.c) + tile.c[strip];
     if (!kResidual) return;
-    residual = params.residual + tile.residual[group];
-#pragma GCC unroll 7
-    for (int p = 0; p < pixels; ++p)
+    residual = params.residual + tile.residual[strip];
+    QD_UNROLL for (int p = 0; p < pixels; ++p) {
       _mm_prefetch(reinterpret_cast<const char*>(residual + p * params.residual_stride), _MM_HINT_T0);
+    }
   }
 
-  QDEPLOY_INLINE void write(const ConvParams& params, const __m512i (&acc_i32x16)[2]) {
+  QD_INLINE void write(const ConvParams& params, const __m512i (&acc_i32x16)[2]) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512 x_f32x16[2];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      x_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16[j]), _mm512_loadu_ps(params.scale + 16 * j),
+    QD_UNROLL for (int j = 0; j < 2; ++j) {
+      x_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16[j]), _mm512_loadu_ps(params.multiplier + 16 * j),
                                     _mm512_loadu_ps(params.bias + 16 * j));
       if (kResidual)
-        x_f32x16[j] =
-            _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(params.residual_scale), x_f32x16[j]);
+        x_f32x16[j] = _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(params.residual_multiplier),
+                                      x_f32x16[j]);
     }
     const __m512i packed_i16x32 = _mm512_packs_epi32(_mm512_cvtps_epi32(x_f32x16[0]), _mm512_cvtps_epi32(x_f32x16[1]));
     const __m512i c_u8x64 = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(packed_i16x32, packed_i16x32));
@@ -147,27 +144,25 @@ struct Destination {
   }
 };
 
-// Steps kStep .. kSteps-1 of a group, each with a pixel of the previous one; the last step takes all that are left. The
+// Quads kQuad .. kQuads-1 of a strip, each with a pixel of the previous one; the last quad takes all that are left. The
 // barriers keep that order: GCC would load constants for all pixels in advance and spill accumulators for them.
-template <int kStep, int kSteps, int R, bool kResidual, class Start>
-QDEPLOY_INLINE void steps_and_pixels(const ConvParams& params, const __m512i (&previous)[R][2],
-                                     Destination<kResidual>& to, __m512i (&acc)[1][R][2], const Pixels (&a)[1],
-                                     const char* w, const Start& start) {
-  if constexpr (kStep < kSteps) {
-#pragma GCC unroll 7
-    for (int pixel = kStep; pixel < (kStep == kSteps - 1 ? R : kStep + 1) && pixel < R; ++pixel) {
+template <int kQuad, int kQuads, int R, bool kResidual, class Start>
+QD_INLINE void quads_and_pixels(const ConvParams& params, const __m512i (&previous)[R][2], Destination<kResidual>& to,
+                                __m512i (&acc)[1][R][2], const Pixels (&a)[1], const char* w, const Start& start) {
+  if constexpr (kQuad < kQuads) {
+    QD_UNROLL for (int pixel = kQuad; pixel < (kQuad == kQuads - 1 ? R : kQuad + 1) && pixel < R; ++pixel) {
       to.write(params, previous[pixel]);
       asm volatile("" ::: "memory");
     }
-    if (kStep == 0) start();
-    Vnni::step<kStep, R, 1>(acc, a, w);
+    if (kQuad == 0) start();
+    Vnni::add_quad<kQuad, R, 1>(acc, a, w);
     asm volatile("" ::: "memory");
-    steps_and_pixels<kStep + 1, kSteps, R>(params, previous, to, acc, a, w, start);
+    quads_and_pixels<kQuad + 1, kQuads, R>(params, previous, to, acc, a, w, start);
   }
 }
 
-// Computes tiles from the front of the list while they have R pixels a group; returns how many. kSteps: at most k/4.
-template <int kSteps, int R, bool kResidual>
+// Computes tiles from the front of the list while they have R pixels a strip; returns how many. kQuads: at most k/4.
+template <int kQuads, int R, bool kResidual>
 __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles,
                                                 Prefetch& prefetch) {
   Prefetch ahead = prefetch;  // a copy that can live in registers
@@ -179,43 +174,40 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
   size_t done = 0;
   do {
     const ConvTile& tile = tiles[done];
-    for (int g = 0; g < tile.groups; ++g) {
+    for (int s = 0; s < tile.strips; ++s) {
       const auto start = [&]() __attribute__((always_inline)) {
-#pragma GCC unroll 7
-        for (int p = 0; p < R; ++p)
-#pragma GCC unroll 2
-          for (int j = 0; j < 2; ++j) acc[0][p][j] = _mm512_loadu_si512(params.comp + 16 * j);
+        QD_UNROLL for (int p = 0; p < R; ++p) {
+          QD_UNROLL for (int j = 0; j < 2; ++j) acc[0][p][j] = _mm512_loadu_si512(params.comp + 16 * j);
+        }
       };
-      Pixels a[1] = {{params.a + tile.a[g] + params.tap_offset[0], stride, stride3, stride5}};
+      Pixels a[1] = {{params.a + tile.a[s] + params.tap_offset[0], stride, stride3, stride5}};
       const char* w = static_cast<const char*>(params.w);
       int32_t k = params.k;
       if (to.c) {
-        for (int line = 0; line < kSteps / 4; ++line) ahead.step();
-        steps_and_pixels<0, kSteps, R>(params, previous, to, acc, a, w, start);
-        a[0].p += 4 * kSteps;
-        w += 128 * kSteps;
-        k -= 4 * kSteps;
+        for (int line = 0; line < kQuads / 4; ++line) ahead.fetch();
+        quads_and_pixels<0, kQuads, R>(params, previous, to, acc, a, w, start);
+        a[0].p += 4 * kQuads;
+        w += 128 * kQuads;
+        k -= 4 * kQuads;
       } else {
         start();
       }
-      to.set(params, tile, g, R);
+      to.set(params, tile, s, R);
       w = Vnni::tap<R, 1>(acc, a, w, k, ahead);
       for (int32_t t = 1; t < params.taps; ++t) {
-        a[0].p = params.a + tile.a[g] + params.tap_offset[t];
+        a[0].p = params.a + tile.a[s] + params.tap_offset[t];
         w = Vnni::tap<R, 1>(acc, a, w, params.k, ahead);
       }
-#pragma GCC unroll 7
-      for (int p = 0; p < R; ++p) previous[p][0] = acc[0][p][0], previous[p][1] = acc[0][p][1];
+      QD_UNROLL for (int p = 0; p < R; ++p) previous[p][0] = acc[0][p][0], previous[p][1] = acc[0][p][1];
     }
   } while (++done < n_tiles && tiles[done].r == R);
-#pragma GCC unroll 7
-  for (int p = 0; p < R; ++p) to.write(params, previous[p]);
+  QD_UNROLL for (int p = 0; p < R; ++p) to.write(params, previous[p]);
   prefetch = ahead;
   return done;
 }
 
 // Half a tile reads weights twice as often: that pays where they stay in L1, under short sums or under many tiles (a
-// 7x7 map would lose 4 %). Groups of fewer than 5 pixels would wait for the latency of the dot product.
+// 7x7 map would lose 4 %). Strips of fewer than 5 pixels would wait for the latency of the dot product.
 void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   const int depth = params->taps * params->k;
   const bool in_l1 = depth <= 384 || (depth <= 1152 && n_tiles >= 16);
@@ -228,7 +220,7 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
        {run_overlapped<6, 5, true>, run_overlapped<6, 6, true>, run_overlapped<6, 7, true>}},
       {{run_overlapped<8, 5, false>, run_overlapped<8, 6, false>, run_overlapped<8, 7, false>},
        {run_overlapped<8, 5, true>, run_overlapped<8, 6, true>, run_overlapped<8, 7, true>}}};
-  Prefetch prefetch(*params, 2 * n_tiles * params->taps * (params->k / Vnni::kStep));
+  Prefetch prefetch(*params, 2 * n_tiles * params->taps * (params->k / Vnni::kFetchBytes));
   for (size_t done = 0; done < n_tiles;) {
     const int r = tiles[done].r;
     if (r < kLeast) {
@@ -246,54 +238,49 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
 // broadcast. Two permutations (ports 1 and 2 on Zen 5, 5 on Cascade Lake) for two dot products; with 4 channels a group
 // all 64 products of each count, where a dense panel of 32 would use 8.
 
-template <int kSteps, int R, bool kResidual>
+template <int kQuads, int R, bool kResidual>
 __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
-  __m512i lanes[kSteps][2];
-#pragma GCC unroll 4
-  for (int s = 0; s < kSteps; ++s)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) lanes[s][j] = _mm512_loadu_si512(params.lanes + 32 * s + 16 * j);
+  __m512i lanes[kQuads][2];
+  QD_UNROLL for (int q = 0; q < kQuads; ++q) {
+    QD_UNROLL for (int j = 0; j < 2; ++j) lanes[q][j] = _mm512_loadu_si512(params.lanes + 32 * q + 16 * j);
+  }
   size_t done = 0;
   do {
     const ConvTile& tile = tiles[done];
-    for (int g = 0; g < tile.groups; ++g) {
+    for (int s = 0; s < tile.strips; ++s) {
       __m512i acc[R][2];
-#pragma GCC unroll 7
-      for (int p = 0; p < R; ++p)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) acc[p][j] = _mm512_loadu_si512(params.comp + 16 * j);
+      QD_UNROLL for (int p = 0; p < R; ++p) {
+        QD_UNROLL for (int j = 0; j < 2; ++j) acc[p][j] = _mm512_loadu_si512(params.comp + 16 * j);
+      }
       const char* w = static_cast<const char*>(params.w);
       for (int32_t t = 0; t < params.taps; ++t) {
-        const uint8_t* a = params.a + tile.a[g] + params.tap_offset[t];
-#pragma GCC unroll 4
-        for (int s = 0; s < kSteps; ++s) {
+        const uint8_t* a = params.a + tile.a[s] + params.tap_offset[t];
+        QD_UNROLL for (int q = 0; q < kQuads; ++q) {
           const __m512i w0_i8x64 = _mm512_load_si512(w), w1_i8x64 = _mm512_load_si512(w + 64);
-#pragma GCC unroll 7
-          for (int p = 0; p < R; ++p) {
+          QD_UNROLL for (int p = 0; p < R; ++p) {
             const __m512i a_u8x32 =
                 _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + p * params.a_stride)));
-            dot(acc[p][0], _mm512_permutexvar_epi32(lanes[s][0], a_u8x32), w0_i8x64);
-            dot(acc[p][1], _mm512_permutexvar_epi32(lanes[s][1], a_u8x32), w1_i8x64);
+            dot(acc[p][0], _mm512_permutexvar_epi32(lanes[q][0], a_u8x32), w0_i8x64);
+            dot(acc[p][1], _mm512_permutexvar_epi32(lanes[q][1], a_u8x32), w1_i8x64);
           }
           w += 128;
         }
       }
       Destination<kResidual> to(params);
-      to.set(params, tile, g, R);
-#pragma GCC unroll 7
-      for (int p = 0; p < R; ++p) to.write(params, acc[p]);
+      to.set(params, tile, s, R);
+      QD_UNROLL for (int p = 0; p < R; ++p) to.write(params, acc[p]);
     }
   } while (++done < n_tiles && tiles[done].r == R);
   return done;
 }
 
-template <int kSteps, bool kResidual>
+template <int kQuads, bool kResidual>
 void conv_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
   using Run = size_t (*)(const ConvParams&, const ConvTile*, size_t);
-  static constexpr Run kRuns[kMr] = {run_grouped<kSteps, 1, kResidual>, run_grouped<kSteps, 2, kResidual>,
-                                     run_grouped<kSteps, 3, kResidual>, run_grouped<kSteps, 4, kResidual>,
-                                     run_grouped<kSteps, 5, kResidual>, run_grouped<kSteps, 6, kResidual>,
-                                     run_grouped<kSteps, 7, kResidual>};
+  static constexpr Run kRuns[kMr] = {run_grouped<kQuads, 1, kResidual>, run_grouped<kQuads, 2, kResidual>,
+                                     run_grouped<kQuads, 3, kResidual>, run_grouped<kQuads, 4, kResidual>,
+                                     run_grouped<kQuads, 5, kResidual>, run_grouped<kQuads, 6, kResidual>,
+                                     run_grouped<kQuads, 7, kResidual>};
   for (size_t done = 0; done < n_tiles;) done += kRuns[tiles[done].r - 1](params, tiles + done, n_tiles - done);
 }
 
@@ -317,8 +304,8 @@ void conv_grouped(const ConvParams* params, const ConvTile* tiles, size_t n_tile
 
 struct DepthwiseVnni {
   using Weights = __m512i;
-  static QDEPLOY_INLINE Weights weights(__m512i w_i8x64) { return w_i8x64; }
-  static QDEPLOY_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, Weights w_i8x64) {
+  static QD_INLINE Weights weights(__m512i w_i8x64) { return w_i8x64; }
+  static QD_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, Weights w_i8x64) {
     qdeploy::dot(acc_i32x16, a_u8x64, w_i8x64);
   }
 };
@@ -331,7 +318,7 @@ void init_avx512vnni(Kernels* kernels) {
     kernels->conv[bits] = conv_kernel<Vnni>("qu8_qc8w_conv_14x32c4__avx512vnni");
     kernels->conv[bits].qu8 = conv_overlapped;
   }
-  kernels->grouped = {"qu8_qc8w_grouped_14x32c4__avx512vnni", conv_grouped, nullptr, kMr, kGroups, kNr, Vnni::kFormat};
+  kernels->grouped = {"qu8_qc8w_grouped_14x32c4__avx512vnni", conv_grouped, nullptr, kMr, kStrips, kNr, Vnni::kFormat};
   kernels->depthwise = depthwise<DepthwiseVnni>;
 }
 

@@ -3,7 +3,7 @@
 // Convolution: one vpdpbusd adds 8 channels x 4 bytes of k, exactly for any code of 8 bits. The panel is that of
 // avx2.cc, s8x4 with NR = 32: a vpbroadcastd of a[i..i+3] meets four vectors of 8 channels.
 //
-//     instruction               in one k-step of 3 pixels x 4 vectors
+//     instruction               for one quad of 3 pixels x 4 vectors
 //     vpdpbusd ymm              12 in 6 cycles (two a cycle on Golden Cove and Zen 5; latency 5 and 4)
 //     vpbroadcastd ymm, m32      3
 //     vmovdqa ymm, m256          4: with the broadcasts 3.5 cycles at two loads a cycle
@@ -35,7 +35,7 @@ struct DotWeights {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kMaxRows = 3;
   static constexpr int kElementBytes = 1;
-  static constexpr int kS16Steps = 0;
+  static constexpr int kS16Quads = 0;
 
   template <int kBytes, int kRows, int kVectors>
   static QD_INLINE void multiply(const uint8_t* (&a)[kRows], const int8_t*& w,
@@ -54,13 +54,13 @@ struct DotWeights {
   }
 
   template <int kRows, int kVectors>
-  static QD_INLINE void accumulate(const Chunk& chunk, const uint8_t* const* pixels,
+  static QD_INLINE void accumulate(const Slab& slab, const uint8_t* const* pixels,
                                    Accumulators<kRows, kVectors>& acc_i32x8) {
-    const int8_t* w = chunk.w;
-    for (int32_t t = 0; t < chunk.taps; ++t) {
+    const int8_t* w = slab.w;
+    for (int32_t t = 0; t < slab.taps; ++t) {
       const uint8_t* a[kRows];
-      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + chunk.tap_offset[t] + chunk.begin;
-      int32_t k = chunk.k;
+      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.tap_offset[t] + slab.begin;
+      int32_t k = slab.k;
       for (; k >= 16; k -= 16) multiply<16>(a, w, acc_i32x8);
       if (k & 8) multiply<8>(a, w, acc_i32x8);
       if (k & 4) multiply<4>(a, w, acc_i32x8);
@@ -100,7 +100,7 @@ QD_INLINE void load_block_order(const void* x, __m256 (&x_f32x8)[4]) {
 
 // What 32 channels need besides their weights, in block order.
 struct DepthwiseChannels {
-  __m256 comp_i32x8[4], scale_f32x8[4], bias_f32x8[4];
+  __m256 comp_i32x8[4], multiplier_f32x8[4], bias_f32x8[4];
   size_t n;  // left from here on
 };
 
@@ -133,7 +133,7 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const DepthwiseChannel
     __m256i r_i32x8[4];
     QD_UNROLL for (int j = 0; j < 4; ++j) {
       r_i32x8[j] = _mm256_cvtps_epi32(
-          _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[i][j]), channels.scale_f32x8[j], channels.bias_f32x8[j]));
+          _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[i][j]), channels.multiplier_f32x8[j], channels.bias_f32x8[j]));
     }
     const __m256i c_u8x32 =
         _mm256_packus_epi16(_mm256_packs_epi32(r_i32x8[0], r_i32x8[1]), _mm256_packs_epi32(r_i32x8[2], r_i32x8[3]));
@@ -146,7 +146,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   for (int32_t n = 0; n < p.n; n += 32) {
     DepthwiseChannels channels;
     load_block_order(p.comp + n, channels.comp_i32x8);
-    load_block_order(p.scale + n, channels.scale_f32x8);
+    load_block_order(p.multiplier + n, channels.multiplier_f32x8);
     load_block_order(p.bias + n, channels.bias_f32x8);
     channels.n = static_cast<size_t>(p.n - n);
     const uint8_t* a = p.a + n;

@@ -32,10 +32,10 @@
 //
 // Tile of 2 pixels x 16 channels: 16 accumulators, 8 sums in s16, 4 weights, one DUP: 29 of 32 registers. Each pixel
 // reads the weights anew (L1: one load every other cycle); sums of two pixels at once would need 8 registers more.
-// Pixels of a tile may lie anywhere (mr 1, groups 2), so no width leaves a pixel alone. The figures are those of Arm's
+// Pixels of a tile may lie anywhere (mr 1, strips 2), so no width leaves a pixel alone. The figures are those of Arm's
 // optimization guides and of the disassembly (GCC 12.2); none is measured, for want of such a CPU.
 //
-// Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one k-step before
+// Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one quad before
 // its use, which in-order CPUs need. The s16 sums are volatile asm: given intrinsics GCC 12 spills them.
 #include "neon_conv.h"
 
@@ -43,29 +43,27 @@ namespace qdeploy {
 namespace {
 
 // Four activations minus 128, in all four words.
-QDEPLOY_INLINE int8x16_t broadcast_centred(const uint8_t* a) {
+QD_INLINE int8x16_t broadcast_centred(const uint8_t* a) {
   uint32_t a_u8x4;
   __builtin_memcpy(&a_u8x4, a, 4);
   return vreinterpretq_s8_u32(vdupq_n_u32(a_u8x4 ^ 0x80808080));
 }
 
 // The '&' keeps the sums out of the registers of a and w, from which GCC 12 would have to move them away.
-QDEPLOY_INLINE void multiply(int16x8_t& low, int16x8_t& high, int8x16_t a, int8x16_t w) {
+QD_INLINE void multiply(int16x8_t& low, int16x8_t& high, int8x16_t a, int8x16_t w) {
   asm volatile("smull %0.8h, %1.8b, %2.8b" : "=&w"(low) : "w"(a), "w"(w));
   asm volatile("smull2 %0.8h, %1.16b, %2.16b" : "=&w"(high) : "w"(a), "w"(w));
 }
-QDEPLOY_INLINE void multiply_add(int16x8_t& low, int16x8_t& high, int8x16_t a, int8x16_t w) {
+QD_INLINE void multiply_add(int16x8_t& low, int16x8_t& high, int8x16_t a, int8x16_t w) {
   asm volatile("smlal %0.8h, %1.8b, %2.8b" : "+w"(low) : "w"(a), "w"(w));
   asm volatile("smlal2 %0.8h, %1.16b, %2.16b" : "+w"(high) : "w"(a), "w"(w));
 }
-QDEPLOY_INLINE void add_pairs(int32x4_t& acc, int16x8_t sum) {
-  asm volatile("sadalp %0.4s, %1.8h" : "+w"(acc) : "w"(sum));
-}
+QD_INLINE void add_pairs(int32x4_t& acc, int16x8_t sum) { asm volatile("sadalp %0.4s, %1.8h" : "+w"(acc) : "w"(sum)); }
 
 // kSums products fit s16.
 template <int kSums>
 struct Smlal {
-  static constexpr int kMr = 1, kGroups = 2;
+  static constexpr int kMr = 1, kStrips = 2;
   static constexpr int kBlock = kSums < 4 ? 16 : 4 * kSums;  // bytes of k
 
   template <int P>
@@ -73,56 +71,51 @@ struct Smlal {
     int32x4_t acc_i32x4[P][8];
     int8x16_t w_i8x16[4];  // the weights of the next four bytes of k
 
-    QDEPLOY_INLINE Sums(const int32_t* comp, const int8_t* w) {
+    QD_INLINE Sums(const int32_t* comp, const int8_t* w) {
       const int32x4_t zero = vdupq_n_s32(0);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
+      QD_UNROLL for (int j = 0; j < 4; ++j) {
         w_i8x16[j] = load_in_order(w + 16 * j);
         const int32x4_t comp_i32x4 = vld1q_s32(comp + 4 * j);
-#pragma GCC unroll 2
-        for (int q = 0; q < P; ++q) {
+        QD_UNROLL for (int q = 0; q < P; ++q) {
           acc_i32x4[q][2 * j] = vzip1q_s32(comp_i32x4, zero);
           acc_i32x4[q][2 * j + 1] = vzip2q_s32(comp_i32x4, zero);
         }
       }
     }
 
-    // Step kStep of kSteps and those after it, four bytes of k each: pixel q of the block that begins at a and w.
-    template <int kStep, int kSteps>
-    QDEPLOY_INLINE void steps(int q, const uint8_t* a, int16x8_t (&sum_i16x8)[8], const int8_t* w, Prefetch& prefetch) {
-      if constexpr (kStep < kSteps) {
-        if (q == 0 && kStep % 4 == 0) prefetch.step();
-        const int8x16_t a_i8x4 = broadcast_centred(a + 4 * kStep);
-        const int8_t* next = kStep + 1 < kSteps || q + 1 == P ? w + 64 * (kStep + 1) : w;
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          if (kStep % kSums == 0) {
+    // Quad kQuad of kQuads and those after it: pixel q of the block that begins at a and w.
+    template <int kQuad, int kQuads>
+    QD_INLINE void add_quads(int q, const uint8_t* a, int16x8_t (&sum_i16x8)[8], const int8_t* w, Prefetch& prefetch) {
+      if constexpr (kQuad < kQuads) {
+        if (q == 0 && kQuad % 4 == 0) prefetch.fetch();
+        const int8x16_t a_i8x4 = broadcast_centred(a + 4 * kQuad);
+        const int8_t* next = kQuad + 1 < kQuads || q + 1 == P ? w + 64 * (kQuad + 1) : w;
+        QD_UNROLL for (int j = 0; j < 4; ++j) {
+          if (kQuad % kSums == 0) {
             multiply(sum_i16x8[2 * j], sum_i16x8[2 * j + 1], a_i8x4, w_i8x16[j]);
           } else {
             multiply_add(sum_i16x8[2 * j], sum_i16x8[2 * j + 1], a_i8x4, w_i8x16[j]);
           }
           w_i8x16[j] = load_in_order(next + 16 * j);
         }
-        if ((kStep + 1) % kSums == 0 || kStep + 1 == kSteps) {
-#pragma GCC unroll 8
-          for (int h = 0; h < 8; ++h) add_pairs(acc_i32x4[q][h], sum_i16x8[h]);
+        if ((kQuad + 1) % kSums == 0 || kQuad + 1 == kQuads) {
+          QD_UNROLL for (int h = 0; h < 8; ++h) add_pairs(acc_i32x4[q][h], sum_i16x8[h]);
         }
-        steps<kStep + 1, kSteps>(q, a, sum_i16x8, w, prefetch);
+        add_quads<kQuad + 1, kQuads>(q, a, sum_i16x8, w, prefetch);
       }
     }
 
-    template <int kSteps>
-    QDEPLOY_INLINE const int8_t* block(const uint8_t* (&a)[P], const int8_t* w, Prefetch& prefetch) {
-#pragma GCC unroll 2
-      for (int q = 0; q < P; ++q) {
+    template <int kQuads>
+    QD_INLINE const int8_t* block(const uint8_t* (&a)[P], const int8_t* w, Prefetch& prefetch) {
+      QD_UNROLL for (int q = 0; q < P; ++q) {
         int16x8_t sum_i16x8[8];
-        steps<0, kSteps>(q, a[q], sum_i16x8, w, prefetch);
-        a[q] += 4 * kSteps;
+        add_quads<0, kQuads>(q, a[q], sum_i16x8, w, prefetch);
+        a[q] += 4 * kQuads;
       }
-      return w + 64 * kSteps;
+      return w + 64 * kQuads;
     }
 
-    QDEPLOY_INLINE const int8_t* add_tap(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {
+    QD_INLINE const int8_t* add_tap(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {
       for (; k >= kBlock; k -= kBlock) w = block<kBlock / 4>(a, w, prefetch);
       if (kBlock > 32 && k & 32) w = block<8>(a, w, prefetch);
       if (kBlock > 16 && k & 16) w = block<4>(a, w, prefetch);
@@ -131,9 +124,7 @@ struct Smlal {
       return w;
     }
 
-    QDEPLOY_INLINE int32x4_t total(int q, int j) const {
-      return vpaddq_s32(acc_i32x4[q][2 * j], acc_i32x4[q][2 * j + 1]);
-    }
+    QD_INLINE int32x4_t total(int q, int j) const { return vpaddq_s32(acc_i32x4[q][2 * j], acc_i32x4[q][2 * j + 1]); }
   };
 };
 
@@ -142,20 +133,18 @@ struct Smlal {
 // kPixels neighbouring pixels of 16 channels. Activations and weights are widened to 16 bits: 2 UXTL and 4 SMLAL for 16
 // products, and 2 SXTL for the weights of all pixels.
 template <int kPixels>
-QDEPLOY_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const uint8_t* a, uint8_t* c) {
+QD_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const uint8_t* a, uint8_t* c) {
   int32x4_t acc_i32x4[kPixels][4];
-#pragma GCC unroll 4
-  for (int q = 0; q < kPixels; ++q)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) acc_i32x4[q][j] = vld1q_s32(p.comp + n + 4 * j);
+  QD_UNROLL for (int q = 0; q < kPixels; ++q) {
+    QD_UNROLL for (int j = 0; j < 4; ++j) acc_i32x4[q][j] = vld1q_s32(p.comp + n + 4 * j);
+  }
 
   const int8_t* w = p.w + n;
   for (int32_t t = 0; t < p.taps; ++t, w += p.w_stride) {
     const int8x16_t w_i8x16 = vld1q_s8(w);
     const int16x8_t w_low_i16x8 = vmovl_s8(vget_low_s8(w_i8x16)), w_high_i16x8 = vmovl_high_s8(w_i8x16);
     const uint8_t* a_tap = a + p.tap_offset[t];
-#pragma GCC unroll 4
-    for (int q = 0; q < kPixels; ++q) {
+    QD_UNROLL for (int q = 0; q < kPixels; ++q) {
       const uint8x16_t a_u8x16 = vld1q_u8(a_tap + q * p.a_stride);
       const int16x8_t a_low_i16x8 = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(a_u8x16)));
       const int16x8_t a_high_i16x8 = vreinterpretq_s16_u16(vmovl_high_u8(a_u8x16));
@@ -166,8 +155,7 @@ QDEPLOY_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const 
       acc[3] = vmlal_high_s16(acc[3], a_high_i16x8, w_high_i16x8);
     }
   }
-#pragma GCC unroll 4
-  for (int q = 0; q < kPixels; ++q) write_depthwise(p, n, acc_i32x4[q], c + q * p.c_stride);
+  QD_UNROLL for (int q = 0; q < kPixels; ++q) write_depthwise(p, n, acc_i32x4[q], c + q * p.c_stride);
 }
 
 void depthwise(const DepthwiseParams* params, size_t pixels) {
@@ -199,13 +187,13 @@ void max_pool(const PoolParams* params, uint8_t* c) {
   }
 }
 
-QDEPLOY_INLINE void add_u16x8(int32x4_t& low_i32x4, int32x4_t& high_i32x4, uint16x8_t x_u16x8) {
+QD_INLINE void add_u16x8(int32x4_t& low_i32x4, int32x4_t& high_i32x4, uint16x8_t x_u16x8) {
   low_i32x4 = vaddq_s32(low_i32x4, vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(x_u16x8))));
   high_i32x4 = vaddq_s32(high_i32x4, vreinterpretq_s32_u32(vmovl_high_u16(x_u16x8)));
 }
 
 // Adds 16 channels over the window at `row` to `sum`, in u16 for as long as 255 * pixels fits.
-QDEPLOY_INLINE void add_window(const PoolParams& p, const uint8_t* row, int32x4_t (&sum_i32x4)[4]) {
+QD_INLINE void add_window(const PoolParams& p, const uint8_t* row, int32x4_t (&sum_i32x4)[4]) {
   constexpr size_t kFits = 257;  // 257 * 255 = 65535
   uint16x8_t low_u16x8 = vdupq_n_u16(0), high_u16x8 = vdupq_n_u16(0);
   size_t pixels = 0;
@@ -231,13 +219,13 @@ template <typename Out>
 void avg_pool(const AvgPoolParams* params, Out* c) {
   const PoolParams& p = params->window;
   const int32x4_t comp_i32x4 = vdupq_n_s32(-params->zero_point * static_cast<int32_t>(p.rows * p.cols));
-  const F32x16 scale = splat_f32x16(params->scale), bias = splat_f32x16(params->bias);
+  const F32x16 multiplier = splat_f32x16(params->multiplier), bias = splat_f32x16(params->bias);
   const uint8_t* window = p.a;
   for (size_t i = 0; i < p.pixels; ++i, window += p.a_stride, c += p.c_stride) {
     for (size_t n = 0; n < p.n; n += 16) {
       int32x4_t acc_i32x4[4] = {comp_i32x4, comp_i32x4, comp_i32x4, comp_i32x4};
       add_window(p, window + n, acc_i32x4);
-      store(fma_f32x16(convert_i32x16(acc_i32x4), scale, bias), params->qmin, params->qmax, p.n - n, c + n);
+      store(fma_f32x16(convert_i32x16(acc_i32x4), multiplier, bias), params->qmin, params->qmax, p.n - n, c + n);
     }
   }
 }
@@ -247,10 +235,11 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
 template <typename Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
   const AddParams& p = *params;
-  const F32x16 scale_a = splat_f32x16(p.scale_a), scale_b = splat_f32x16(p.scale_b), bias = splat_f32x16(p.bias);
+  const F32x16 multiplier_a = splat_f32x16(p.multiplier_a), multiplier_b = splat_f32x16(p.multiplier_b),
+               bias = splat_f32x16(p.bias);
   for (size_t i = 0; i < n; i += 16) {
-    const F32x16 r_b = fma_f32x16(load_u8x16(b + i), scale_b, bias);
-    store(fma_f32x16(load_u8x16(a + i), scale_a, r_b), p.qmin, p.qmax, n - i, c + i);
+    const F32x16 r_b = fma_f32x16(load_u8x16(b + i), multiplier_b, bias);
+    store(fma_f32x16(load_u8x16(a + i), multiplier_a, r_b), p.qmin, p.qmax, n - i, c + i);
   }
 }
 
@@ -287,7 +276,7 @@ void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
 // ---- Input ----------------------------------------------------------------------------------------------------------
 
 // x, the lanes begin .. begin + 3 of a longer vector, with 0 in lanes n and above.
-QDEPLOY_INLINE float32x4_t first_lanes(float32x4_t x_f32x4, size_t n, uint32_t begin) {
+QD_INLINE float32x4_t first_lanes(float32x4_t x_f32x4, size_t n, uint32_t begin) {
   const uint32_t lanes[4] = {0, 1, 2, 3};
   const uint32x4_t lane_u32x4 = vaddq_u32(vld1q_u32(lanes), vdupq_n_u32(begin));
   const uint32x4_t mask_u32x4 = vcltq_u32(lane_u32x4, vdupq_n_u32(static_cast<uint32_t>(n)));
@@ -304,7 +293,7 @@ struct Quantizer {
         not_finite_u32x4(vdupq_n_u32(0)) {}
 
   // Codes of the first n of 16 neighbouring floats. Those beyond may be NaN: they count as 0.
-  QDEPLOY_INLINE uint8x16_t operator()(const float* a, size_t n) {
+  QD_INLINE uint8x16_t operator()(const float* a, size_t n) {
     F32x16 x = load_f32x16(a);
     for (int j = 0; j < 4; ++j) {
       if (n < 16) x.v[j] = first_lanes(x.v[j], n, 4 * j);

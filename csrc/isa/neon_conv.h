@@ -1,6 +1,6 @@
-// What the NEON convolutions share: the walk over tiles, the next-panel prefetch, narrow stores and the output rule.
+// What the NEON convolutions share: the walk over tiles, the next-panel prefetch, narrow stores and requantization.
 // A family `Dot` gives
-//     kMr, kGroups       the shape of its tiles
+//     kMr, kStrips       the shape of its tiles
 //     Sums<P>            the accumulators of P pixels x 16 channels:
 //         Sums(comp, w)                   starts them
 //         add_tap(a, w, k, prefetch)      adds k bytes of one tap at a[0..P-1], returns w advanced
@@ -15,8 +15,7 @@
 #include <stdint.h>
 
 #include "../ukernels.h"
-
-#define QDEPLOY_INLINE inline __attribute__((always_inline))
+#include "compiler.h"
 
 namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags
@@ -24,65 +23,63 @@ namespace {  // internal linkage: each file compiles its own copy with its own -
 constexpr int kNr = 16;
 
 // A load that stays where it is written, and is not shared with an equal one.
-QDEPLOY_INLINE int8x16_t load_in_order(const int8_t* w) {
+QD_INLINE int8x16_t load_in_order(const int8_t* w) {
   int8x16_t w_i8x16;
   asm volatile("ldr %q0, %1" : "=w"(w_i8x16) : "m"(*reinterpret_cast<const int8x16_t*>(w)));
   return w_i8x16;
 }
 
-// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a line per k-step, while this
-// one is in use. The cursor runs across the tiles of a call and rests at the end of the panel.
+// Weights come from DRAM at every inference: the panel needed next is fetched into L2, a line every 16 bytes of k,
+// while this one is in use. The cursor runs across the tiles of a call and rests at the end of the panel.
 struct Prefetch {
   uintptr_t at, end;
 
   explicit Prefetch(const ConvParams& params)
       : at(reinterpret_cast<uintptr_t>(params.prefetch)), end(at + params.prefetch_bytes) {}
-  QDEPLOY_INLINE void step() {
+  QD_INLINE void fetch() {
     __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
     at = at + 64 < end ? at + 64 : end;
   }
 };
 
-// ---- The output rule ------------------------------------------------------------------------------------------------
+// ---- Requantization -------------------------------------------------------------------------------------------------
 
 // 16 neighbouring channels.
 struct F32x16 {
   float32x4_t v[4];
 };
 
-QDEPLOY_INLINE F32x16 splat_f32x16(float x) {
-  return {{vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}};
-}
+QD_INLINE F32x16 splat_f32x16(float x) { return {{vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}}; }
 
-QDEPLOY_INLINE F32x16 load_f32x16(const float* x) {
+QD_INLINE F32x16 load_f32x16(const float* x) {
   return {{vld1q_f32(x), vld1q_f32(x + 4), vld1q_f32(x + 8), vld1q_f32(x + 12)}};
 }
 
-QDEPLOY_INLINE F32x16 convert_i32x16(const int32x4_t (&x)[4]) {
+QD_INLINE F32x16 convert_i32x16(const int32x4_t (&x)[4]) {
   return {{vcvtq_f32_s32(x[0]), vcvtq_f32_s32(x[1]), vcvtq_f32_s32(x[2]), vcvtq_f32_s32(x[3])}};
 }
 
-QDEPLOY_INLINE F32x16 load_u8x16(const uint8_t* x) {
+QD_INLINE F32x16 load_u8x16(const uint8_t* x) {
   const uint8x16_t x_u8x16 = vld1q_u8(x);
   const uint16x8_t low_u16x8 = vmovl_u8(vget_low_u8(x_u8x16)), high_u16x8 = vmovl_high_u8(x_u8x16);
   return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low_u16x8))), vcvtq_f32_u32(vmovl_high_u16(low_u16x8)),
            vcvtq_f32_u32(vmovl_u16(vget_low_u16(high_u16x8))), vcvtq_f32_u32(vmovl_high_u16(high_u16x8))}};
 }
 
-QDEPLOY_INLINE F32x16 fma_f32x16(const F32x16& x, const F32x16& y, const F32x16& z) {
+QD_INLINE F32x16 fma_f32x16(const F32x16& x, const F32x16& y, const F32x16& z) {
   return {{vfmaq_f32(z.v[0], x.v[0], y.v[0]), vfmaq_f32(z.v[1], x.v[1], y.v[1]), vfmaq_f32(z.v[2], x.v[2], y.v[2]),
            vfmaq_f32(z.v[3], x.v[3], y.v[3])}};
 }
 
 // rint (half to even) and saturation to 0..255 for any r: FCVTNU gives 0 for negative r and NaN, UQXTN the rest.
-QDEPLOY_INLINE uint8x16_t round_u8x16(const F32x16& r) {
+QD_INLINE uint8x16_t round_u8x16(const F32x16& r) {
   const uint16x8_t low_u16x8 = vqmovn_high_u32(vqmovn_u32(vcvtnq_u32_f32(r.v[0])), vcvtnq_u32_f32(r.v[1]));
   const uint16x8_t high_u16x8 = vqmovn_high_u32(vqmovn_u32(vcvtnq_u32_f32(r.v[2])), vcvtnq_u32_f32(r.v[3]));
   return vqmovn_high_u16(vqmovn_u16(low_u16x8), high_u16x8);
 }
 
 // The first n (at most 16) channels, in the pieces of 8, 4, 2, 1 that n consists of.
-QDEPLOY_INLINE void store_u8(uint8x16_t c_u8x16, size_t n, uint8_t* c) {
+QD_INLINE void store_u8(uint8x16_t c_u8x16, size_t n, uint8_t* c) {
   if (n >= 16) {
     vst1q_u8(c, c_u8x16);
     return;
@@ -108,11 +105,11 @@ QDEPLOY_INLINE void store_u8(uint8x16_t c_u8x16, size_t n, uint8_t* c) {
   if (n & 1) vst1_lane_u8(c, c_u8x8, 0);
 }
 
-QDEPLOY_INLINE void store(const F32x16& r, uint8_t qmin, uint8_t qmax, size_t n, uint8_t* c) {
+QD_INLINE void store(const F32x16& r, uint8_t qmin, uint8_t qmax, size_t n, uint8_t* c) {
   store_u8(vminq_u8(vmaxq_u8(round_u8x16(r), vdupq_n_u8(qmin)), vdupq_n_u8(qmax)), n, c);
 }
 
-QDEPLOY_INLINE void store(F32x16 r, uint8_t, uint8_t, size_t n, float* c) {
+QD_INLINE void store(F32x16 r, uint8_t, uint8_t, size_t n, float* c) {
   if (n >= 16) {
     for (int j = 0; j < 4; ++j) vst1q_f32(c + 4 * j, r.v[j]);
     return;
@@ -137,8 +134,8 @@ QDEPLOY_INLINE void store(F32x16 r, uint8_t, uint8_t, size_t n, float* c) {
   if (n & 1) vst1_lane_f32(c, r_f32x2, 0);
 }
 
-QDEPLOY_INLINE void write_depthwise(const DepthwiseParams& p, int32_t n, const int32x4_t (&acc_i32x4)[4], uint8_t* c) {
-  const F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(p.scale + n), load_f32x16(p.bias + n));
+QD_INLINE void write_depthwise(const DepthwiseParams& p, int32_t n, const int32x4_t (&acc_i32x4)[4], uint8_t* c) {
+  const F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(p.multiplier + n), load_f32x16(p.bias + n));
   store(r, p.qmin, p.qmax, static_cast<size_t>(p.n - n), c);
 }
 
@@ -149,18 +146,17 @@ struct Pixel {
   const uint8_t* a;
   ptrdiff_t c, residual;
 
-  QDEPLOY_INLINE Pixel(const ConvParams& params, const ConvTile& tile, int group, int i) {
-    a = params.a + tile.a[group] + i * params.a_stride;
-    c = tile.c[group] + i * params.c_stride;
-    residual = tile.residual[group] + i * params.residual_stride;
+  QD_INLINE Pixel(const ConvParams& params, const ConvTile& tile, int strip, int i) {
+    a = params.a + tile.a[strip] + i * params.a_stride;
+    c = tile.c[strip] + i * params.c_stride;
+    residual = tile.residual[strip] + i * params.residual_stride;
   }
 };
 
-QDEPLOY_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_i32x4)[4], const Pixel& pixel,
-                                bool f32) {
-  F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(params.scale), load_f32x16(params.bias));
+QD_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_i32x4)[4], const Pixel& pixel, bool f32) {
+  F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(params.multiplier), load_f32x16(params.bias));
   if (params.residual) {
-    r = fma_f32x16(load_u8x16(params.residual + pixel.residual), splat_f32x16(params.residual_scale), r);
+    r = fma_f32x16(load_u8x16(params.residual + pixel.residual), splat_f32x16(params.residual_multiplier), r);
   }
   const size_t n = static_cast<size_t>(params.n);
   if (f32) {
@@ -174,7 +170,7 @@ QDEPLOY_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_
 template <class Dot, int P>
 __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles,
                                      Prefetch& prefetch) {
-  static_assert(Dot::kMr == 1 || Dot::kGroups == 1, "pixel q of a tile: group q / kMr");
+  static_assert(Dot::kMr == 1 || Dot::kStrips == 1, "pixel q of a tile: strip q / kMr");
   Prefetch ahead = prefetch;  // a copy that can live in registers
   size_t done = 0;
   do {
@@ -182,17 +178,16 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
     typename Dot::template Sums<P> sums(params.comp, w);
     for (int32_t t = 0; t < params.taps; ++t) {
       const uint8_t* a[P];
-#pragma GCC unroll 8
-      for (int q = 0; q < P; ++q)
+      QD_UNROLL for (int q = 0; q < P; ++q) {
         a[q] = Pixel(params, tiles[done], q / Dot::kMr, q % Dot::kMr).a + params.tap_offset[t];
+      }
       w = sums.add_tap(a, w, params.k, ahead);
     }
-#pragma GCC unroll 8
-    for (int q = 0; q < P; ++q) {
+    QD_UNROLL for (int q = 0; q < P; ++q) {
       const int32x4_t acc_i32x4[4] = {sums.total(q, 0), sums.total(q, 1), sums.total(q, 2), sums.total(q, 3)};
       write_pixel(params, acc_i32x4, Pixel(params, tiles[done], q / Dot::kMr, q % Dot::kMr), f32);
     }
-  } while (++done < n_tiles && tiles[done].r * tiles[done].groups == P);
+  } while (++done < n_tiles && tiles[done].r * tiles[done].strips == P);
   prefetch = ahead;
   return done;
 }
@@ -201,7 +196,7 @@ using Run = size_t (*)(const ConvParams&, bool, const ConvTile*, size_t, Prefetc
 
 template <class Dot, int P>
 constexpr Run run_of() {
-  if constexpr (P <= Dot::kMr * Dot::kGroups) return run<Dot, P>;
+  if constexpr (P <= Dot::kMr * Dot::kStrips) return run<Dot, P>;
   return nullptr;
 }
 
@@ -211,14 +206,14 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
                                   run_of<Dot, 5>()};
   Prefetch prefetch(*params);
   for (size_t done = 0; done < n_tiles;) {
-    const int pixels = tiles[done].r * tiles[done].groups;
+    const int pixels = tiles[done].r * tiles[done].strips;
     done += kRuns[pixels - 1](*params, kF32, tiles + done, n_tiles - done, prefetch);
   }
 }
 
 template <class Dot>
 constexpr ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, Dot::kGroups, kNr, WeightFormat::s8x4, 0, 128};
+  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, Dot::kStrips, kNr, WeightFormat::s8x4, 0, 128};
 }
 
 }  // namespace

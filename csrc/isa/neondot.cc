@@ -3,7 +3,7 @@
 // Convolution: acc[p][n] = comp[n] + sum (a[p][i] - 128) * w[i][n]. One SDOT adds 4 channels x 4 bytes of k, exactly. A
 // register holds 16 bytes of a pixel, of which SDOT picks four: no broadcasts.
 //
-// Packed panel, s8x4:  w[taps][k/4][16 channels][4 bytes of k]; four vectors a k-step:
+// Packed panel, s8x4:  w[taps][k/4][16 channels][4 bytes of k]; four vectors a quad:
 //     | n=0 i..i+3 | n=1 i..i+3 | n=2 i..i+3 | n=3 i..i+3 |   n=4..7   |   n=8..11   |   n=12..15
 //
 //     instruction          Cortex-A720 (Neoverse V2), a cycle      in 16 bytes of k of 5 x 16 (1280 products)
@@ -18,24 +18,24 @@
 // of accumulators, for CPUs that wait for the whole latency of SDOT. The figures are those of Arm's optimization guides
 // and of the disassembly (GCC 12.2); none is measured, for want of such a CPU.
 //
-// Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one k-step before
+// Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one quad before
 // its use, which in-order CPUs need. Activations are read up to 12 bytes too far.
 #include "neon_conv.h"
 
 namespace qdeploy {
 namespace {
 
-QDEPLOY_INLINE int8x16_t load_centred(const uint8_t* a) {
+QD_INLINE int8x16_t load_centred(const uint8_t* a) {
   return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(a), vdupq_n_u8(0x80)));
 }
 
-// As volatile asm, here and below: given intrinsics GCC 12 moves the loads of many steps to the front and spills.
-QDEPLOY_INLINE void dot(int32x4_t& acc_i32x4, int8x16_t a_i8x16, int8x16_t w_i8x16) {
+// As volatile asm, here and below: given intrinsics GCC 12 moves the loads of many quads to the front and spills.
+QD_INLINE void dot(int32x4_t& acc_i32x4, int8x16_t a_i8x16, int8x16_t w_i8x16) {
   asm volatile("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc_i32x4) : "w"(a_i8x16), "w"(w_i8x16));
 }
 
 struct Sdot {
-  static constexpr int kMr = 5, kGroups = 1;
+  static constexpr int kMr = 5, kStrips = 1;
 
   template <int P>
   struct Sums {
@@ -43,26 +43,21 @@ struct Sdot {
     int32x4_t acc_i32x4[kSets][P][4];
     int8x16_t w_i8x16[4];  // the weights of the next four bytes of k
 
-    QDEPLOY_INLINE Sums(const int32_t* comp, const int8_t* w) {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
+    QD_INLINE Sums(const int32_t* comp, const int8_t* w) {
+      QD_UNROLL for (int j = 0; j < 4; ++j) {
         w_i8x16[j] = load_in_order(w + 16 * j);
-#pragma GCC unroll 8
-        for (int q = 0; q < P; ++q) {
+        QD_UNROLL for (int q = 0; q < P; ++q) {
           acc_i32x4[0][q][j] = vld1q_s32(comp + 4 * j);
-#pragma GCC unroll 3
-          for (int set = 1; set < kSets; ++set) acc_i32x4[set][q][j] = vdupq_n_s32(0);
+          QD_UNROLL for (int set = 1; set < kSets; ++set) acc_i32x4[set][q][j] = vdupq_n_s32(0);
         }
       }
     }
 
     // Bytes 4*kLane .. 4*kLane+3 of each a.
     template <int kLane>
-    QDEPLOY_INLINE void step(const int8x16_t (&a_i8x16)[P], const int8_t* w) {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-#pragma GCC unroll 8
-        for (int q = 0; q < P; ++q) {
+    QD_INLINE void add_quad(const int8x16_t (&a_i8x16)[P], const int8_t* w) {
+      QD_UNROLL for (int j = 0; j < 4; ++j) {
+        QD_UNROLL for (int q = 0; q < P; ++q) {
           asm volatile("sdot %0.4s, %1.16b, %2.4b[%c3]"
                        : "+w"(acc_i32x4[kLane % kSets][q][j])
                        : "w"(w_i8x16[j]), "w"(a_i8x16[q]), "i"(kLane));
@@ -71,38 +66,35 @@ struct Sdot {
       }
     }
 
-    QDEPLOY_INLINE const int8_t* add_tap(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {
+    QD_INLINE const int8_t* add_tap(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {
       int8x16_t a_i8x16[P];
       for (; k >= 16; k -= 16) {
-        prefetch.step();
-#pragma GCC unroll 8
-        for (int q = 0; q < P; ++q) {
+        prefetch.fetch();
+        QD_UNROLL for (int q = 0; q < P; ++q) {
           a_i8x16[q] = load_centred(a[q]);
           a[q] += 16;
         }
-        step<0>(a_i8x16, w);
-        step<1>(a_i8x16, w);
-        step<2>(a_i8x16, w);
-        step<3>(a_i8x16, w);
+        add_quad<0>(a_i8x16, w);
+        add_quad<1>(a_i8x16, w);
+        add_quad<2>(a_i8x16, w);
+        add_quad<3>(a_i8x16, w);
         w += 256;
       }
-#pragma GCC unroll 1
+#pragma GCC unroll 1  // not at all: three rounds at most, and rare
       for (; k > 0; k -= 4) {
-#pragma GCC unroll 8
-        for (int q = 0; q < P; ++q) {
+        QD_UNROLL for (int q = 0; q < P; ++q) {
           a_i8x16[q] = load_centred(a[q]);
           a[q] += 4;
         }
-        step<0>(a_i8x16, w);
+        add_quad<0>(a_i8x16, w);
         w += 64;
       }
       return w;
     }
 
-    QDEPLOY_INLINE int32x4_t total(int q, int j) const {
+    QD_INLINE int32x4_t total(int q, int j) const {
       int32x4_t sum = acc_i32x4[0][q][j];
-#pragma GCC unroll 3
-      for (int set = 1; set < kSets; ++set) sum = vaddq_s32(sum, acc_i32x4[set][q][j]);
+      QD_UNROLL for (int set = 1; set < kSets; ++set) sum = vaddq_s32(sum, acc_i32x4[set][q][j]);
       return sum;
     }
   };
@@ -116,7 +108,7 @@ struct Sdot {
 //     x1 = b0 b1 b2 ..  (tap t+1)   ------------------------>    block 1: channels 4..7
 //     x2, x3                                                     block 2: 8..11     block 3: 12..15
 
-QDEPLOY_INLINE void interleave(const int8x16_t (&x)[4], int8x16_t (&block)[4]) {
+QD_INLINE void interleave(const int8x16_t (&x)[4], int8x16_t (&block)[4]) {
   const int16x8_t low01 = vreinterpretq_s16_s8(vzip1q_s8(x[0], x[1])),
                   low23 = vreinterpretq_s16_s8(vzip1q_s8(x[2], x[3]));
   const int16x8_t high01 = vreinterpretq_s16_s8(vzip2q_s8(x[0], x[1])),
@@ -128,10 +120,9 @@ QDEPLOY_INLINE void interleave(const int8x16_t (&x)[4], int8x16_t (&block)[4]) {
 }
 
 // The weights of taps t..t+3; beyond the last tap: zeros.
-QDEPLOY_INLINE void load_weights(const DepthwiseParams& p, int32_t n, int32_t t, int8x16_t (&block)[4]) {
+QD_INLINE void load_weights(const DepthwiseParams& p, int32_t n, int32_t t, int8x16_t (&block)[4]) {
   int8x16_t w_i8x16[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
+  QD_UNROLL for (int i = 0; i < 4; ++i) {
     w_i8x16[i] = t + i < p.taps ? vld1q_s8(p.w + (t + i) * p.w_stride + n) : vdupq_n_s8(0);
   }
   interleave(w_i8x16, block);
@@ -139,31 +130,23 @@ QDEPLOY_INLINE void load_weights(const DepthwiseParams& p, int32_t n, int32_t t,
 
 // kPixels neighbouring pixels of 16 channels: 4 EOR, 8 ZIP, 4 SDOT for 64 products, and 8 ZIP for the weights of all.
 template <int kPixels>
-QDEPLOY_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const int32x4_t (&comp_i32x4)[4],
-                                     const uint8_t* a, uint8_t* c) {
+QD_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const int32x4_t (&comp_i32x4)[4], const uint8_t* a,
+                                uint8_t* c) {
   int32x4_t acc_i32x4[kPixels][4];
-#pragma GCC unroll 4
-  for (int q = 0; q < kPixels; ++q)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) acc_i32x4[q][j] = comp_i32x4[j];
+  QD_UNROLL for (int q = 0; q < kPixels; ++q) QD_UNROLL for (int j = 0; j < 4; ++j) acc_i32x4[q][j] = comp_i32x4[j];
 
   for (int32_t t = 0; t < p.taps; t += 4) {
     int8x16_t w_i8x16[4], a_i8x16[4], block_i8x16[4];
     load_weights(p, n, t, w_i8x16);
     ptrdiff_t offset[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) offset[i] = p.tap_offset[t + i < p.taps ? t + i : t];
-#pragma GCC unroll 4
-    for (int q = 0; q < kPixels; ++q) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) a_i8x16[i] = load_centred(a + q * p.a_stride + offset[i]);
+    QD_UNROLL for (int i = 0; i < 4; ++i) offset[i] = p.tap_offset[t + i < p.taps ? t + i : t];
+    QD_UNROLL for (int q = 0; q < kPixels; ++q) {
+      QD_UNROLL for (int i = 0; i < 4; ++i) a_i8x16[i] = load_centred(a + q * p.a_stride + offset[i]);
       interleave(a_i8x16, block_i8x16);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) dot(acc_i32x4[q][j], block_i8x16[j], w_i8x16[j]);
+      QD_UNROLL for (int j = 0; j < 4; ++j) dot(acc_i32x4[q][j], block_i8x16[j], w_i8x16[j]);
     }
   }
-#pragma GCC unroll 4
-  for (int q = 0; q < kPixels; ++q) write_depthwise(p, n, acc_i32x4[q], c + q * p.c_stride);
+  QD_UNROLL for (int q = 0; q < kPixels; ++q) write_depthwise(p, n, acc_i32x4[q], c + q * p.c_stride);
 }
 
 void depthwise(const DepthwiseParams* params, size_t pixels) {

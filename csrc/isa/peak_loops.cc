@@ -7,14 +7,15 @@ namespace {
 
 #if defined(__x86_64__)
 
-// STEP(acc) is one step on the accumulator of that number; register 15 is zero, 14 is free.
-#define REPEAT(STEP) STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11)
+// ROUND(acc) is one round on the accumulator of that number; register 15 is zero, 14 is free.
+#define REPEAT(ROUND) \
+  ROUND(0) ROUND(1) ROUND(2) ROUND(3) ROUND(4) ROUND(5) ROUND(6) ROUND(7) ROUND(8) ROUND(9) ROUND(10) ROUND(11)
 #define ZERO(n) "vpxor %%xmm" #n ", %%xmm" #n ", %%xmm" #n "\n\t"
-#define LOOP(name, STEP)                                                                                        \
-  void name(long steps) {                                                                                       \
-    asm volatile(REPEAT(ZERO) ZERO(14) ZERO(15) "1:\n\t" REPEAT(STEP) "dec %0\n\tjnz 1b\n\tvzeroupper"          \
-                 : "+r"(steps)::"xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
-                   "xmm10", "xmm11", "xmm14", "xmm15", "cc");                                                   \
+#define LOOP(name, ROUND)                                                                                        \
+  void name(long rounds) {                                                                                       \
+    asm volatile(REPEAT(ZERO) ZERO(14) ZERO(15) "1:\n\t" REPEAT(ROUND) "dec %0\n\tjnz 1b\n\tvzeroupper"          \
+                 : "+r"(rounds)::"xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
+                   "xmm10", "xmm11", "xmm14", "xmm15", "cc");                                                    \
   }
 
 #define FMA(v, n) "vfmadd231ps %%" v "15, %%" v "15, %%" v #n "\n\t"
@@ -24,7 +25,7 @@ namespace {
 // and vpaddd, here with sums in seven registers, so that none waits for another.
 #define PRODUCT(v) "vpmaddubsw %%" v "15, %%" v "15, %%" v "14\n\t"
 #define PRODUCT_SUM(v, n) PRODUCT(v) "vpaddw %%" v "14, %%" v #n ", %%" v #n "\n\t"
-#define SEVEN(v, STEP) STEP(v, 0) STEP(v, 1) STEP(v, 2) STEP(v, 3) STEP(v, 4) STEP(v, 5) STEP(v, 6)
+#define SEVEN(v, SUM) SUM(v, 0) SUM(v, 1) SUM(v, 2) SUM(v, 3) SUM(v, 4) SUM(v, 5) SUM(v, 6)
 #define WIDEN(v) "vpmaddwd %%" v "15, %%" v "14, %%" v "14\n\t"
 #define MADD(v, n) SEVEN(v, PRODUCT_SUM) PRODUCT(v) WIDEN(v) "vpaddd %%" v "14, %%" v #n ", %%" v #n "\n\t"
 #define FMA_YMM(n) FMA("ymm", n)

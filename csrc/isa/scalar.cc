@@ -1,14 +1,16 @@
 // The definition of every kernel, in portable C++. The other instruction sets must equal these functions bit for bit.
 //
-//     conv, depthwise   acc = comp + sum a*w            r = fma(float(acc), scale, bias)
-//     with a residual                                   r = fma(float(residual), residual_scale, r)
-//     average pool      acc = sum a - zero_point*count  r = fma(float(acc), scale, bias)
-//     add                                               r = fma(float(a), scale_a, fma(float(b), scale_b, bias))
-//     u8 output                                         c = clamp(rint(r), qmin, qmax)
-//     f32 output                                        c = r
-//     input                                             c = clamp(rint(fma(a, inv_scale, zero_point)), 0, 255)
-//     maximum pool                                      c = max a
-//     table                                             c = table[a]
+//     conv, depthwise   acc = comp + sum a*w
+//     average pool      acc = sum a - zero_point*count
+//     mul               acc = (a - zero_point_a) * (b - zero_point_b)
+//     of any of these   r = fma(float(acc), multiplier, bias)
+//     with a residual   r = fma(float(residual), residual_multiplier, r)
+//     add               r = fma(float(a), multiplier_a, fma(float(b), multiplier_b, bias))
+//     u8 output         c = clamp(rint(r), qmin, qmax)
+//     f32 output        c = r
+//     input             c = clamp(rint(fma(a, inv_scale, zero_point)), 0, 255)
+//     maximum pool      c = max a
+//     table             c = table[a]
 //
 // fmaf rounds once with or without FMA hardware; that is what makes the results independent of the machine. No sum can
 // overflow int32: the loader bounds 255 * sum |w| of a channel, and comp only replaces a by a - zero_point.
@@ -26,7 +28,7 @@ namespace qdeploy {
 namespace {
 
 constexpr int kMr = 7;
-constexpr int kGroups = 2;
+constexpr int kStrips = 2;
 constexpr int kNr = 16;
 
 // The clamp comes first, in float, where it equals clamp(rint(r)) because the bounds are integers: any r, even one that
@@ -60,16 +62,16 @@ template <typename Out>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   const ConvParams& p = *params;
   for (const ConvTile* tile = tiles; tile != tiles + n_tiles; ++tile) {
-    for (int g = 0; g < tile->groups; ++g) {
+    for (int s = 0; s < tile->strips; ++s) {
       for (int pixel = 0; pixel < tile->r; ++pixel) {
         int32_t acc[kNr];
-        accumulate_pixel(p, p.a + tile->a[g] + pixel * p.a_stride, acc);
-        Out* c = static_cast<Out*>(p.c) + tile->c[g] + pixel * p.c_stride;
+        accumulate_pixel(p, p.a + tile->a[s] + pixel * p.a_stride, acc);
+        Out* c = static_cast<Out*>(p.c) + tile->c[s] + pixel * p.c_stride;
         for (int32_t n = 0; n < p.n; ++n) {
-          float r = fmaf(static_cast<float>(acc[n]), p.scale[n], p.bias[n]);
+          float r = fmaf(static_cast<float>(acc[n]), p.multiplier[n], p.bias[n]);
           if (p.residual) {
-            const uint8_t q = p.residual[tile->residual[g] + pixel * p.residual_stride + n];
-            r = fmaf(static_cast<float>(q), p.residual_scale, r);
+            const uint8_t q = p.residual[tile->residual[s] + pixel * p.residual_stride + n];
+            r = fmaf(static_cast<float>(q), p.residual_multiplier, r);
           }
           store(r, p.qmin, p.qmax, c + n);
         }
@@ -86,7 +88,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
     for (int32_t n = 0; n < p.n; ++n) {
       int32_t acc = p.comp[n];
       for (int32_t t = 0; t < p.taps; ++t) acc += a[p.tap_offset[t] + n] * p.w[t * p.w_stride + n];
-      c[n] = quantize_u8(fmaf(static_cast<float>(acc), p.scale[n], p.bias[n]), p.qmin, p.qmax);
+      c[n] = quantize_u8(fmaf(static_cast<float>(acc), p.multiplier[n], p.bias[n]), p.qmin, p.qmax);
     }
   }
 }
@@ -121,7 +123,7 @@ void avg_pool(const AvgPoolParams* params, Out* c) {
         for (size_t x = 0; x < p.cols; ++x)
           acc += a[static_cast<ptrdiff_t>(y) * p.row_stride + static_cast<ptrdiff_t>(x) * p.col_stride + n];
       }
-      store(fmaf(static_cast<float>(acc), params->scale, params->bias), params->qmin, params->qmax, c + n);
+      store(fmaf(static_cast<float>(acc), params->multiplier, params->bias), params->qmin, params->qmax, c + n);
     }
   }
 }
@@ -132,8 +134,8 @@ template <typename Out>
 void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, Out* c) {
   const AddParams& p = *params;
   for (size_t i = 0; i < n; ++i) {
-    const float r_b = fmaf(static_cast<float>(b[i]), p.scale_b, p.bias);
-    store(fmaf(static_cast<float>(a[i]), p.scale_a, r_b), p.qmin, p.qmax, c + i);
+    const float r_b = fmaf(static_cast<float>(b[i]), p.multiplier_b, p.bias);
+    store(fmaf(static_cast<float>(a[i]), p.multiplier_a, r_b), p.qmin, p.qmax, c + i);
   }
 }
 
@@ -172,7 +174,7 @@ bool quantize(const QuantizeParams* params) {
 void init_scalar(Kernels* kernels) {
   kernels->isa = "scalar";
   const ConvKernel kernel = {
-      "qu8_qc8w_conv_14x16c4__scalar", conv<uint8_t>, conv<float>, kMr, kGroups, kNr, WeightFormat::s8x4};
+      "qu8_qc8w_conv_14x16c4__scalar", conv<uint8_t>, conv<float>, kMr, kStrips, kNr, WeightFormat::s8x4};
   for (int bits = 2; bits <= 8; ++bits) kernels->conv[bits] = kernel;
   kernels->grouped = {};
   kernels->depthwise = depthwise;

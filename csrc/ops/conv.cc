@@ -114,7 +114,7 @@ ConvParams params_of(const StepRun& run) {
   params.lanes = conv.lanes.data();
   if (run.node().has_residual) {
     params.residual_stride = run.in(1).c;
-    params.residual_scale = data.residual_multiplier;
+    params.residual_multiplier = data.residual_multiplier;
   }
   return params;
 }
@@ -137,7 +137,7 @@ void run_panels(const StepRun& run) {
       params.a = a + conv.panel_channel[panel];
       params.w = weights + panel * conv.panel_bytes;
       params.comp = reinterpret_cast<const int32_t*>(conv.comp.data()) + panel * nr;
-      params.scale = reinterpret_cast<const float*>(conv.scale.data()) + panel * nr;
+      params.multiplier = reinterpret_cast<const float*>(conv.multiplier.data()) + panel * nr;
       params.bias = reinterpret_cast<const float*>(conv.bias.data()) + panel * nr;
       params.c = out.is_f32 ? static_cast<void*>(run.to_f32() + panel * nr) : run.to() + panel * nr;
       params.residual = residual ? residual + panel * nr : nullptr;
@@ -159,7 +159,7 @@ void run_depthwise(const StepRun& run) {
   params.w = reinterpret_cast<const int8_t*>(run.chunk.program.weights.data() + conv.weight_offset);
   params.w_stride = conv.depthwise_stride;
   params.comp = reinterpret_cast<const int32_t*>(conv.comp.data());
-  params.scale = reinterpret_cast<const float*>(conv.scale.data());
+  params.multiplier = reinterpret_cast<const float*>(conv.multiplier.data());
   params.bias = reinterpret_cast<const float*>(conv.bias.data());
   params.qmin = run.node().qmin;
   params.qmax = run.node().qmax;

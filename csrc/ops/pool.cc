@@ -22,13 +22,13 @@ struct AvgPoolData : OpData {
 // Every window of a pool must hold a real element of the image along dimension d.
 void require_real_elements(const NodeSource& node, const Window& window, int d) {
   const int64_t size = d == 0 ? node.input().h : node.input().w, windows = d == 0 ? node.output.h : node.output.w;
-  const int64_t step = window.dilation[d], extent = step * (window.kernel[d] - 1) + 1;
+  const int64_t dilation = window.dilation[d], extent = dilation * (window.kernel[d] - 1) + 1;
   const int64_t before = window.padding[d], after = window.padding[d + 2];
   bool reaches = before < extent && after < extent;
   // Only those that start in the padding can miss.
   for (int64_t i = 0; reaches && i < windows && i * window.stride[d] < before; ++i) {
     const int64_t start = i * window.stride[d] - before;
-    reaches = (start % step + step) % step < size;  // the first element at 0 or later
+    reaches = (start % dilation + dilation) % dilation < size;  // the first element at 0 or later
   }
   node.require(reaches, "a real element in every window of the pool",
                "padding " + std::to_string(before) + " and " + std::to_string(after) + " on " + std::to_string(size));
@@ -74,10 +74,10 @@ struct Span {
 };
 
 Span clip(int64_t out, const Window& window, int d, int64_t size) {
-  const int64_t start = out * window.stride[d] - window.padding[d], step = window.dilation[d];
-  const int64_t skipped = start < 0 ? (-start + step - 1) / step : 0;
-  const int64_t first = start + skipped * step;
-  const int64_t left = first < size ? (size - 1 - first) / step + 1 : 0;
+  const int64_t start = out * window.stride[d] - window.padding[d], dilation = window.dilation[d];
+  const int64_t skipped = start < 0 ? (-start + dilation - 1) / dilation : 0;
+  const int64_t first = start + skipped * dilation;
+  const int64_t left = first < size ? (size - 1 - first) / dilation + 1 : 0;
   return {first, std::min(window.kernel[d] - skipped, left)};
 }
 
@@ -131,7 +131,7 @@ void run_avg_pool2d(const StepRun& run) {
   params.qmax = run.node().qmax;
   for_each_window(run, pool.window, [&](const PoolParams& window, int64_t offset) {
     params.window = window;
-    params.scale = pool.multiplier[pool.multiplier.size() == 1 ? 0 : window.rows * window.cols - 1];
+    params.multiplier = pool.multiplier[pool.multiplier.size() == 1 ? 0 : window.rows * window.cols - 1];
     if (run.out().is_f32) {
       run.kernels().avg_pool_f32(&params, run.to_f32() + offset);
     } else {

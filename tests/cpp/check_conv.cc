@@ -10,10 +10,10 @@ namespace qdeploy {
 namespace {
 
 struct ConvCase {
-  int bits, r, groups, taps, k, n;
+  int bits, r, strips, taps, k, n;
   int outputs = 0;  // of each group of k channels; 0: a dense kernel
   int a_stride, c_stride;
-  bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_steps allows
+  bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_quads allows
   bool residual, in_place, f32, at_end;
   Fill a_fill, w_fill;
   uint8_t qmin, qmax;
@@ -24,24 +24,24 @@ struct ConvCase {
 
 void describe_case(const char* kernel, const ConvCase& x) {
   describe(
-      "%s bits=%d r=%d groups=%d taps=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d "
+      "%s bits=%d r=%d strips=%d taps=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d "
       "in_place=%d f32=%d at_end=%d a=%s w=%s qmin=%d qmax=%d seed=%llu",
-      kernel, x.bits, x.r, x.groups, x.taps, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.wide_codes, x.residual,
+      kernel, x.bits, x.r, x.strips, x.taps, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.wide_codes, x.residual,
       x.in_place, x.f32, x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax,
       static_cast<unsigned long long>(x.seed));
 }
 
-ConvCase random_case(const ConvKernel& kernel, int bits, int r, int groups, Random& random) {
+ConvCase random_case(const ConvKernel& kernel, int bits, int r, int strips, Random& random) {
   static const int kDepths[] = {4, 4, 8, 12, 16, 20, 24, 28, 32, 36, 44, 60, 64, 96, 100, 124, 200};
   ConvCase x;
-  x.bits = bits, x.r = r, x.groups = groups;
+  x.bits = bits, x.r = r, x.strips = strips;
   x.taps = random.range(1, 9);
   x.k = random.pick(kDepths);
   x.n = random.range(0, 1) ? kernel.nr : random.range(1, kernel.nr);
   const int strides[] = {x.k, x.k + 1, 3, 6, 2 * x.k + 5, 0, -x.k};
   x.a_stride = random.pick(strides);
   x.c_stride = x.n + (random.range(0, 1) ? 0 : random.range(1, 70));
-  x.wide_codes = kernel.s16_steps > 0 && random.range(0, 1);
+  x.wide_codes = kernel.s16_quads > 0 && random.range(0, 1);
   x.residual = random.range(0, 1);
   x.f32 = random.range(0, 2) == 0;
   x.in_place = x.residual && !x.f32 && random.range(0, 1);
@@ -53,9 +53,9 @@ ConvCase random_case(const ConvKernel& kernel, int bits, int r, int groups, Rand
 }
 
 // A grouped convolution with the output channels of a group as wide as the group or wider.
-ConvCase random_grouped_case(const ConvKernel& kernel, int r, int groups, Random& random) {
+ConvCase random_grouped_case(const ConvKernel& kernel, int r, int strips, Random& random) {
   static const int kShapes[][2] = {{4, 4}, {4, 8}, {4, 32}, {8, 8}, {8, 16}, {12, 16}, {12, 32}, {16, 16}, {16, 32}};
-  ConvCase x = random_case(kernel, 8, r, groups, random);
+  ConvCase x = random_case(kernel, 8, r, strips, random);
   const int* shape = kShapes[random.next() % 9];
   x.k = shape[0], x.outputs = shape[1];
   x.f32 = false;
@@ -73,15 +73,15 @@ struct Tiles {
 Tiles random_tiles(const ConvKernel& kernel, const ConvCase& x, Random& random) {
   Tiles tiles;
   const int n_tiles = random.range(1, 5);
-  const int group_span = 3 * x.k + 40;  // bytes between the first pixels of two groups; they may overlap
+  const int strip_span = 3 * x.k + 40;  // bytes between the first pixels of two strips; they may overlap
   const int first = x.a_stride < 0 ? -x.a_stride * (kernel.mr - 1) : 0;
   for (int i = 0; i < n_tiles; ++i) {
     ConvTile tile{};
     tile.r = static_cast<uint8_t>(i < 3 ? x.r : random.range(1, kernel.mr));
-    tile.groups = static_cast<uint8_t>(i < 3 ? x.groups : random.range(1, kernel.groups));
-    for (int g = 0; g < tile.groups; ++g) {
-      tile.a[g] = static_cast<uint32_t>((2 * i + g) * group_span + first);
-      tile.c[g] = tile.residual[g] = static_cast<uint32_t>(tiles.slots * x.c_stride);
+    tile.strips = static_cast<uint8_t>(i < 3 ? x.strips : random.range(1, kernel.strips));
+    for (int s = 0; s < tile.strips; ++s) {
+      tile.a[s] = static_cast<uint32_t>((2 * i + s) * strip_span + first);
+      tile.c[s] = tile.residual[s] = static_cast<uint32_t>(tiles.slots * x.c_stride);
       tiles.slots += tile.r + random.range(0, 1);
     }
     tiles.list.push_back(tile);
@@ -95,10 +95,10 @@ void place_input(const ConvCase& x, const std::vector<ConvTile>& tiles, Random& 
   for (int t = 0; t < x.taps; ++t) tap_offset[t] = random.range(-100, 300);
   int64_t lowest = std::numeric_limits<int64_t>::max(), highest = std::numeric_limits<int64_t>::min();
   for (const ConvTile& tile : tiles)
-    for (int g = 0; g < tile.groups; ++g)
+    for (int s = 0; s < tile.strips; ++s)
       for (int pixel : {0, tile.r - 1})
         for (int t = 0; t < x.taps; ++t) {
-          const int64_t at = int64_t{tile.a[g]} + pixel * x.a_stride + tap_offset[t];
+          const int64_t at = int64_t{tile.a[s]} + pixel * x.a_stride + tap_offset[t];
           lowest = std::min(lowest, at), highest = std::max(highest, at + x.window());
         }
   uint8_t* a = memory().a.place<uint8_t>(highest - lowest, x.at_end, random);
@@ -110,10 +110,10 @@ void place_input(const ConvCase& x, const std::vector<ConvTile>& tiles, Random& 
 
 // Any codes that sum up to at most 128 on either side of zero wherever the kernel adds their products in 16 bits: the
 // first ones that are too large take all that is left, so that most sums are exactly 128.
-void limit_sums(int8_t* codes, int k, int s16_steps) {
-  for (int begin = 0; begin < k; begin += 4 * s16_steps) {
-    int left[2][2] = {{128, 128}, {128, 128}};  // [half of a step][positive or negative]
-    for (int i = begin; i < std::min(k, begin + 4 * s16_steps); ++i) {
+void limit_sums(int8_t* codes, int k, int s16_quads) {
+  for (int begin = 0; begin < k; begin += 4 * s16_quads) {
+    int left[2][2] = {{128, 128}, {128, 128}};  // [half of a quad][positive or negative]
+    for (int i = begin; i < std::min(k, begin + 4 * s16_quads); ++i) {
       int& limit = left[i / 2 % 2][codes[i] < 0];
       const int magnitude = std::min(std::abs(codes[i]), limit);
       limit -= magnitude;
@@ -127,7 +127,7 @@ std::vector<int8_t> random_codes(const ConvKernel& kernel, const ConvCase& x, Ra
   std::vector<int8_t> codes(static_cast<size_t>(x.n) * x.taps * x.window());
   const int largest = 1 << ((x.wide_codes ? 8 : x.bits) - 1);
   for (int8_t& code : codes) code = static_cast<int8_t>(fill_value(x.w_fill, -largest, largest - 1, random));
-  for (int t = 0; t < x.n * x.taps && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_steps);
+  for (int t = 0; t < x.n * x.taps && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_quads);
   return codes;
 }
 
@@ -178,11 +178,11 @@ void place_weights(const ConvKernel& kernel, const ConvCase& x, std::vector<int8
   p->w = w;
 }
 
-// comp, scale and bias. Returns comp for the scalar kernel, whose a_offset is 0.
+// comp, multiplier and bias. Returns comp for the scalar kernel, whose a_offset is 0.
 std::vector<int32_t> place_channels(const ConvKernel& kernel, const ConvCase& x, const std::vector<int8_t>& codes,
                                     int zero_point, Random& random, ConvParams* p) {
   int32_t* comp = memory().comp.place<int32_t>(kernel.nr, x.at_end, random);
-  float* scale = memory().scale.place<float>(kernel.nr, x.at_end, random);
+  float* multiplier = memory().multiplier.place<float>(kernel.nr, x.at_end, random);
   float* bias = memory().bias.place<float>(kernel.nr, x.at_end, random);
   const int depth = x.taps * x.window();
   const double largest_sum =
@@ -193,10 +193,10 @@ std::vector<int32_t> place_channels(const ConvKernel& kernel, const ConvCase& x,
     for (int i = 0; i < depth && n < x.n; ++i) sum += codes[n * depth + i];
     comp[n] = (kernel.a_offset - zero_point) * sum;
     comp_expected[n] = -zero_point * sum;
-    scale[n] = n < x.n ? random_scale(largest_sum, random) : 0;
+    multiplier[n] = n < x.n ? random_multiplier(largest_sum, random) : 0;
     bias[n] = n < x.n ? random_bias(random) : 0;
   }
-  p->comp = comp, p->scale = scale, p->bias = bias;
+  p->comp = comp, p->multiplier = multiplier, p->bias = bias;
   return comp_expected;
 }
 
@@ -209,7 +209,7 @@ uint8_t* place_output(const ConvCase& x, int slots, Random& random, ConvParams* 
   if (x.residual) {
     p->residual = x.in_place ? outputs.c : memory().residual.place<uint8_t>(count, x.at_end, random);
     p->residual_stride = x.c_stride;
-    p->residual_scale = random.uniform() * 4 - 2;
+    p->residual_multiplier = random.uniform() * 4 - 2;
   }
   return outputs.expected;
 }
@@ -220,11 +220,11 @@ uint8_t* place_output(const ConvCase& x, int slots, Random& random, ConvParams* 
 std::vector<ConvTile> pixels_of(const std::vector<ConvTile>& tiles, const ConvParams& p) {
   std::vector<ConvTile> pixels;
   for (const ConvTile& tile : tiles)
-    for (int q = 0; q < tile.r * tile.groups; ++q) {
-      const int g = q / tile.r, i = q % tile.r;
-      pixels.push_back({{static_cast<uint32_t>(tile.a[g] + i * p.a_stride)},
-                        {static_cast<uint32_t>(tile.c[g] + i * p.c_stride)},
-                        {static_cast<uint32_t>(tile.residual[g] + i * p.residual_stride)},
+    for (int q = 0; q < tile.r * tile.strips; ++q) {
+      const int s = q / tile.r, i = q % tile.r;
+      pixels.push_back({{static_cast<uint32_t>(tile.a[s] + i * p.a_stride)},
+                        {static_cast<uint32_t>(tile.c[s] + i * p.c_stride)},
+                        {static_cast<uint32_t>(tile.residual[s] + i * p.residual_stride)},
                         1,
                         1});
     }
@@ -243,11 +243,11 @@ void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<Con
     p.n = std::min(scalar.nr, n - first);
     pack(scalar, codes + first * depth, p.taps, p.k, p.n, const_cast<void*>(p.w));
     std::vector<int32_t> comp(scalar.nr);
-    std::vector<float> scale(scalar.nr), bias(scalar.nr);
+    std::vector<float> multiplier(scalar.nr), bias(scalar.nr);
     std::copy_n(all.comp + first, p.n, comp.begin());
-    std::copy_n(all.scale + first, p.n, scale.begin());
+    std::copy_n(all.multiplier + first, p.n, multiplier.begin());
     std::copy_n(all.bias + first, p.n, bias.begin());
-    p.comp = comp.data(), p.scale = scale.data(), p.bias = bias.data();
+    p.comp = comp.data(), p.multiplier = multiplier.data(), p.bias = bias.data();
     p.c = static_cast<uint8_t*>(all.c) + first * (f32 ? 4 : 1);
     if (all.residual) p.residual = all.residual + first;
     (f32 ? scalar.f32 : scalar.qu8)(&p, pixels.data(), pixels.size());
@@ -283,9 +283,9 @@ bool check(const Kernels& scalar, const Kernels& kernels) {
   for (int bits = 2; bits <= 8; ++bits) {
     const ConvKernel& kernel = kernels.conv[bits];
     for (int r = 1; r <= kernel.mr; ++r)
-      for (int groups = 1; groups <= kernel.groups; ++groups)
+      for (int strips = 1; strips <= kernel.strips; ++strips)
         for (int i = 0; i < 40; ++i)
-          if (!check_case(scalar.conv[bits], kernel, random_case(kernel, bits, r, groups, random))) return false;
+          if (!check_case(scalar.conv[bits], kernel, random_case(kernel, bits, r, strips, random))) return false;
   }
   const ConvKernel& grouped = kernels.grouped;
   for (int r = 1; grouped.qu8 && r <= grouped.mr; ++r)
@@ -297,27 +297,27 @@ bool check(const Kernels& scalar, const Kernels& kernels) {
 
 // ---- Benchmark ------------------------------------------------------------------------------------------------------
 
-// GMAC/s of `tiles` tiles of r x groups neighbouring pixels: a 1x1 convolution of `channels` outputs by panels.
-double bench_case(const ConvKernel& kernel, int k, int r, int groups, int tiles, int channels, bool residual) {
-  const int pixels = tiles * groups * r, n_panels = channels / kernel.nr;
+// GMAC/s of `tiles` tiles of r x strips neighbouring pixels: a 1x1 convolution of `channels` outputs by panels.
+double bench_case(const ConvKernel& kernel, int k, int r, int strips, int tiles, int channels, bool residual) {
+  const int pixels = tiles * strips * r, n_panels = channels / kernel.nr;
   const size_t panel = panel_bytes(kernel, 1, k);
   Aligned<uint8_t> a(static_cast<size_t>(pixels) * k, 3), w(panel * n_panels, 1),
       c(static_cast<size_t>(pixels) * channels);
   Aligned<int32_t> comp(kernel.nr);
-  Aligned<float> scale(kernel.nr, 0.01f), bias(kernel.nr, 1.f);
+  Aligned<float> multiplier(kernel.nr, 0.01f), bias(kernel.nr, 1.f);
   std::vector<ConvTile> list(tiles);
   for (int i = 0; i < tiles; ++i)
-    for (int g = 0; g < groups; ++g) {
-      const uint32_t pixel = static_cast<uint32_t>((i * groups + g) * r);
-      list[i].a[g] = pixel * k, list[i].c[g] = list[i].residual[g] = pixel * channels;
-      list[i].r = static_cast<uint8_t>(r), list[i].groups = static_cast<uint8_t>(groups);
+    for (int s = 0; s < strips; ++s) {
+      const uint32_t pixel = static_cast<uint32_t>((i * strips + s) * r);
+      list[i].a[s] = pixel * k, list[i].c[s] = list[i].residual[s] = pixel * channels;
+      list[i].r = static_cast<uint8_t>(r), list[i].strips = static_cast<uint8_t>(strips);
     }
   const int32_t offset = 0;
   ConvParams p{};
   p.taps = 1, p.k = k, p.n = kernel.nr;
   p.a = a.data(), p.a_stride = k, p.tap_offset = &offset;
-  p.comp = comp.data(), p.scale = scale.data(), p.bias = bias.data();
-  p.c_stride = p.residual_stride = channels, p.residual_scale = 0.5f;
+  p.comp = comp.data(), p.multiplier = multiplier.data(), p.bias = bias.data();
+  p.c_stride = p.residual_stride = channels, p.residual_multiplier = 0.5f;
   p.qmax = 255, p.prefetch_bytes = panel;
   return rate(1.0 * pixels * k * kernel.nr * n_panels, [&] {
     for (int i = 0; i < n_panels; ++i) {
@@ -338,9 +338,9 @@ void bench(const Kernels& kernels) {
     previous = kernel.name;
     printf("%-46s GMAC/s at K =", kernel.name);
     for (int k : {64, 128, 256, 512, 1024, 2048, 4608})
-      printf(" %d: %.0f", k, bench_case(kernel, k, kernel.mr, kernel.groups, 8, 4 * kernel.nr, false));
+      printf(" %d: %.0f", k, bench_case(kernel, k, kernel.mr, kernel.strips, 8, 4 * kernel.nr, false));
     printf(" | 256 with residual: %.0f | K=256, pixels",
-           bench_case(kernel, 256, kernel.mr, kernel.groups, 8, 4 * kernel.nr, true));
+           bench_case(kernel, 256, kernel.mr, kernel.strips, 8, 4 * kernel.nr, true));
     for (int r : {1, 2, 4, kernel.mr})
       if (r <= kernel.mr) printf(" %d: %.0f", r, bench_case(kernel, 256, r, 1, 8, 4 * kernel.nr, false));
     const double gmacs = bench_case(kernel, 2048, 1, 1, 1, 8192, false);

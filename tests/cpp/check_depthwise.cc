@@ -16,7 +16,7 @@ void place_input(int pixels, Fill fill, bool at_end, Random& random, DepthwisePa
   p->a = a - lowest;
 }
 
-// Weights, comp, scale and bias, readable up to a multiple of kMaxNr.
+// Weights, comp, multiplier and bias, readable up to a multiple of kMaxNr.
 void place_channels(Fill fill, bool at_end, Random& random, DepthwiseParams* p) {
   Memory& m = memory();
   const int readable = (p->n + kMaxNr - 1) / kMaxNr * kMaxNr;
@@ -25,14 +25,14 @@ void place_channels(Fill fill, bool at_end, Random& random, DepthwiseParams* p) 
   for (int t = 0; t < p->taps; ++t)
     for (int n = 0; n < p->n; ++n) w[t * p->w_stride + n] = static_cast<int8_t>(fill_value(fill, -128, 127, random));
   int32_t* comp = m.comp.place<int32_t>(readable, at_end, random);
-  float* scale = m.scale.place<float>(readable, at_end, random);
+  float* multiplier = m.multiplier.place<float>(readable, at_end, random);
   float* bias = m.bias.place<float>(readable, at_end, random);
   for (int n = 0; n < p->n; ++n) {
     comp[n] = random.range(-255, 255) * random.range(0, 127) * p->taps;
-    scale[n] = random_scale(p->taps * 255.0 * 128, random);
+    multiplier[n] = random_multiplier(p->taps * 255.0 * 128, random);
     bias[n] = random_bias(random);
   }
-  p->w = w, p->comp = comp, p->scale = scale, p->bias = bias;
+  p->w = w, p->comp = comp, p->multiplier = multiplier, p->bias = bias;
 }
 
 bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
@@ -71,11 +71,11 @@ void bench(const Kernels& kernels) {
   Aligned<uint8_t> a(1 << 20, 7), c(1 << 20);
   Aligned<int8_t> w(9 * kN, 1);
   Aligned<int32_t> comp(kN);
-  Aligned<float> scale(kN, 0.01f), bias(kN, 1.f);
+  Aligned<float> multiplier(kN, 0.01f), bias(kN, 1.f);
   int32_t offsets[9];
   for (int t = 0; t < 9; ++t) offsets[t] = (t / 3 * 30 + t % 3) * kN;
-  const DepthwiseParams p = {9,           kN,           a.data(),    kN,       offsets, w.data(), kN,
-                             comp.data(), scale.data(), bias.data(), c.data(), kN,      0,        255};
+  const DepthwiseParams p = {9,           kN,       a.data(), kN, offsets, w.data(), kN, comp.data(), multiplier.data(),
+                             bias.data(), c.data(), kN,       0,  255};
   printf("%-46s depthwise 3x3 n=128: %.1f GMAC/s\n", kernels.isa, rate(9.0 * kN * kPixels * 20, [&] {
            for (int i = 0; i < 20; ++i) kernels.depthwise(&p, kPixels);
          }));

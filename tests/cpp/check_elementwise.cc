@@ -18,9 +18,10 @@ bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   random_clamp(&p.qmin, &p.qmax, random);
   const int in_place = random.range(0, 2);  // 0: no, 1: c is a, 2: c is b
 
-  describe("%s elementwise n=%zu scale_a=%a scale_b=%a bias=%a qmin=%d qmax=%d in_place=%d at_end=%d seed=%llu",
-           kernels.isa, n, p.scale_a, p.scale_b, p.bias, p.qmin, p.qmax, in_place, at_end,
-           static_cast<unsigned long long>(seed));
+  describe(
+      "%s elementwise n=%zu multiplier_a=%a multiplier_b=%a bias=%a qmin=%d qmax=%d in_place=%d at_end=%d seed=%llu",
+      kernels.isa, n, p.multiplier_a, p.multiplier_b, p.bias, p.qmin, p.qmax, in_place, at_end,
+      static_cast<unsigned long long>(seed));
   const auto same = [&](const char* name, size_t size, auto run) {
     const auto [c, expected] = place_outputs(n, size, at_end, random);
     const bool c_is_a = in_place == 1 && size == 1, c_is_b = in_place == 2 && size == 1;
@@ -47,7 +48,7 @@ bool check_mul(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   p.b_stride = is_gate ? 0 : static_cast<ptrdiff_t>(p.n);
   p.zero_point_a = random.range(0, 255);
   p.zero_point_b = random.range(0, 255);
-  p.multiplier = random_scale(255.0 * 255.0, random);
+  p.multiplier = random_multiplier(255.0 * 255.0, random);
   p.bias = random.range(0, 3) ? random_bias(random) : -0.0f;  // with which a product of -0 would show
   random_clamp(&p.qmin, &p.qmax, random);
   const size_t n = p.pixels * p.n;

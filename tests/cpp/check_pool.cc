@@ -21,9 +21,9 @@ void describe_case(const char* isa, const AvgPoolParams& p, bool at_end, uint64_
   const PoolParams& x = p.window;
   describe(
       "%s pool rows=%zu cols=%zu n=%zu pixels=%zu row_stride=%td col_stride=%td a_stride=%td c_stride=%td "
-      "zero_point=%d scale=%a bias=%a qmin=%d qmax=%d at_end=%d seed=%llu",
-      isa, x.rows, x.cols, x.n, x.pixels, x.row_stride, x.col_stride, x.a_stride, x.c_stride, p.zero_point, p.scale,
-      p.bias, p.qmin, p.qmax, at_end, static_cast<unsigned long long>(seed));
+      "zero_point=%d multiplier=%a bias=%a qmin=%d qmax=%d at_end=%d seed=%llu",
+      isa, x.rows, x.cols, x.n, x.pixels, x.row_stride, x.col_stride, x.a_stride, x.c_stride, p.zero_point,
+      p.multiplier, p.bias, p.qmin, p.qmax, at_end, static_cast<unsigned long long>(seed));
 }
 
 bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
@@ -39,7 +39,7 @@ bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   fill_u8(a, a_count, random.pick(kFills), random);
   window.a = a;
   p.zero_point = random.range(0, 255);
-  p.scale = random_scale(window.rows * window.cols * 255.0, random);
+  p.multiplier = random_multiplier(window.rows * window.cols * 255.0, random);
   p.bias = random_bias(random);
   random_clamp(&p.qmin, &p.qmax, random);
 

@@ -84,10 +84,11 @@ inline void fill_u8(uint8_t* a, size_t n, Fill fill, Random& random) {
 }
 
 // Multipliers of either sign that spread sums of this size over the codes; every third one makes exact ties of rint.
-inline float random_scale(double largest_sum, Random& random) {
-  const float scale =
+inline float random_multiplier(double largest_sum, Random& random) {
+  const float multiplier =
       static_cast<float>(random.uniform() * 600 / std::max(largest_sum, 1.0)) * (random.range(0, 1) ? 1.f : -1.f);
-  return random.range(0, 2) ? scale : std::ldexp(std::copysign(1.f, scale), std::min(-1, std::ilogb(scale)));
+  return random.range(0, 2) ? multiplier
+                            : std::ldexp(std::copysign(1.f, multiplier), std::min(-1, std::ilogb(multiplier)));
 }
 
 inline float random_bias(Random& random) {
@@ -146,7 +147,7 @@ class Guarded {
 
 // One buffer per operand, mapped once.
 struct Memory {
-  Guarded a{4 << 20}, b{1 << 20}, w{1 << 20}, comp{1 << 13}, scale{1 << 13}, bias{1 << 13}, offsets{1 << 13},
+  Guarded a{4 << 20}, b{1 << 20}, w{1 << 20}, comp{1 << 13}, multiplier{1 << 13}, bias{1 << 13}, offsets{1 << 13},
       residual{1 << 20};
   Guarded c{1 << 20}, c_expected{1 << 20};
 };
