@@ -71,6 +71,15 @@ def test_one_op_in_int8_is_within_a_code(graph: Graph):
     assert largest_difference(graph, model) <= 1
 
 
+def test_a_table_that_is_a_function_is_named():
+    builder = Builder(np.random.default_rng(0), (2, 3, 3), (0.1, 0))
+    builder.table(0)
+    with pytest.raises(InputError) as error:
+        to_onnx(Graph([builder.member()]), quantized=False)
+    expected = "expected no function but the identity (a table has no float32 twin), got one"
+    assert str(error.value) == f"{expected} - at node `{builder.nodes[0].name}` of member `net`"
+
+
 @given(generators(), quantizations(), quantizations())
 @settings(deadline=None, max_examples=30)
 def test_residual_in_int8_is_rounded_once_more(rng: np.random.Generator, first: Quantization, second: Quantization):

@@ -26,6 +26,7 @@ import qdeploy
 from qdeploy import cli, format, reference
 from qdeploy.errors import InputError, ModelError
 from qdeploy.gpu import model as gpu
+from qdeploy.gpu import program
 from qdeploy.graph import Graph
 from qdeploy.kernels import int8_tiles, int8_weights
 from qdeploy.kernels.int8_tiles import TILES, TunedTiles
@@ -305,6 +306,20 @@ def test_groups_that_would_fill_the_memory_are_an_error():
     constants = np.zeros(80_001, np.float32)
     with pytest.raises(ModelError, match="expected weights that take less than 2\\^31 bytes on a GPU, got"):
         int8_weights.pack_conv(weight, 80_001 // 3, constants, constants, 0, CPU)
+
+
+def test_a_node_that_no_gpu_can_run_is_named(tmp_path, monkeypatch):
+    def refuse(*args: object) -> None:
+        raise ModelError("expected little, got much")
+
+    monkeypatch.setattr(program, "pack_conv", refuse)
+    builder = Builder(np.random.default_rng(0), (3, 4, 4), (0.1, 0))
+    builder.conv2d(0, 5)
+    path = tmp_path / "net.safetensors"
+    with pytest.raises(ModelError) as error:
+        load(Graph([builder.member()]), path)
+    name = builder.nodes[0].name
+    assert str(error.value) == f"expected little, got much - at node `{name}` of member `net` in {path}"
 
 
 def test_devices_that_are_not_there(model, tmp_path):
