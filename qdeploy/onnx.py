@@ -92,8 +92,8 @@ class _Writer:
         """Round to the codes of a u8 tensor and back, where the graph is quantized."""
         if not self.quantized or tensor.dtype != "u8":
             return value
-        step = [self.constant(np.float32(tensor.scale)), self.constant(np.uint8(tensor.zero_point))]
-        return self.add("DequantizeLinear", [self.add("QuantizeLinear", [value, *step]), *step])
+        grid = [self.constant(np.float32(tensor.scale)), self.constant(np.uint8(tensor.zero_point))]
+        return self.add("DequantizeLinear", [self.add("QuantizeLinear", [value, *grid]), *grid])
 
     def weight(self, codes: np.ndarray, scale: np.ndarray) -> str:
         """Real weights codes*scale[channel]. QDQ allows no negative scale, so its sign goes to the codes."""

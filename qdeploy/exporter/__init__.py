@@ -1,8 +1,8 @@
 """`qdeploy.export`: a trained PyTorch network becomes an integer model file, exactly or not at all.
 
-The codes in the file are those of training: rint(clamp(w / step)) of the weight that LSQ trained. BatchNorm, biases
-and all scales go into one multiplier and one bias per channel, computed once in float64 (docs/format.md section 4 is
-the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass. Needs PyTorch.
+The codes in the file are those of training: rint(clamp(w / step size)) of the weight that LSQ trained. BatchNorm,
+biases and all scales go into one multiplier and one bias per channel, computed once in float64 (docs/format.md section
+4 is the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass. Needs PyTorch.
 
     trace -> lowering    torch.export, then one layer for each ATen operator (layers.py), in real numbers
     fusion               few layers of the many, each an operation of the file
@@ -65,7 +65,7 @@ def export(
         classes: names of the classes, one for each logit.
 
     Raises:
-        ExportError: an operator the engine lacks, an unquantized weight, a bad step; names the module.
+        ExportError: an operator the engine lacks, an unquantized weight, a bad step size; names the module.
         InputError: an example, calibration batch or option that does not fit.
         ModelError: the file cannot be written.
     """

@@ -162,7 +162,7 @@ def _adder(layer: Layer, histogram: Histogram) -> Callable[[np.ndarray], None]:
 def _finer_grid(learned: Grid, low: float, high: float) -> Grid | None:
     """A grid over [low, high] for a tensor that some layers read through the learned quantizer and others as it is.
 
-    Its step is an odd fraction of the learned one. Then every boundary between two learned codes is also a boundary
+    Its scale is an odd fraction of the learned one. Then every boundary between two learned codes is also a boundary
     between two of its codes, and rounding to it first and to the learned grid afterwards (a table) is rounding once.
     None where the learned grid is finer than 8 bits over [low, high] can be.
     """

@@ -67,7 +67,7 @@ def _f32(value: np.ndarray | float) -> np.ndarray:
 
 
 def _emit_weighted(node: Node, layer: Weighted, inputs: list[Grid], out: Grid, is_float: bool) -> None:
-    """r = fma(acc, m, b), with a residual fma(q_res, m_res, r), in steps of the output grid; its zero point is in b."""
+    """r = fma(acc, m, b), with a residual fma(q_res, m_res, r), in codes of the output; its zero point is in b."""
     multiplier = _f32(layer.scale * inputs[0].scale / out.scale)
     bias = layer.shift / out.scale + out.zero_point
     residual = 0.0

@@ -142,7 +142,7 @@ def _constant(node: fx.Node, trace: Trace) -> Any:
         arguments: Any = fx.map_arg(node.args[:5], lambda n: trace.constants[n])
         value, step, qmin, qmax, axis = arguments
         if axis > 0:
-            Site(node, trace, []).fail("steps per output channel (axis 0) or per tensor", f"axis {axis}")
+            Site(node, trace, []).fail("step sizes per output channel (axis 0) or per tensor", f"axis {axis}")
         return LearnedWeight(value, step, qmin, qmax)
     return trace.constants[node]
 

@@ -45,7 +45,7 @@ class ExportReport:
     top1_agreement: float  # of the integer model with the fake-quant network
     output_sqnr_db: float | None
     fp32_bytes: int  # of all parameters and BatchNorm statistics
-    packed_bytes: int  # learned weights at their width, their steps and everything else in f32
+    packed_bytes: int  # learned weights at their width, their step sizes and everything else in f32
     file_bytes: int
 
     @property

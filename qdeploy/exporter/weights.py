@@ -15,7 +15,7 @@ CLASSIFIER_BITS = 8
 
 
 def quantize_weights(network: Network, fallback_bits: int | Mapping[str, int] | None) -> None:
-    """Turns every weight into codes and multiplies its step into the scale of its layer."""
+    """Turns every weight into codes and multiplies its step size into the scale of its layer."""
     layers = [layer for layer in network.layers if isinstance(layer, Weighted)]
     fallback = _fallback(network, layers, fallback_bits)
     for layer in layers:
@@ -44,7 +44,7 @@ def _check(layer: Weighted, codes: Codes) -> None:
 
 
 def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray]:
-    """The codes and the steps, float64 [1] or [channels]."""
+    """The codes and the step sizes, float64 [1] or [channels]."""
     step = checked_step(learned.step, f"weight of module `{name}`")
     bits = max((-learned.qmin - 1).bit_length(), learned.qmax.bit_length()) + 1
     if not 2 <= bits <= 8:
@@ -56,7 +56,7 @@ def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray
 
 
 def _rounded_codes(weight: Tensor, bits: int) -> tuple[Codes, np.ndarray]:
-    """Round to nearest, the largest weight of each channel on the largest code; the steps are float64 [channels]."""
+    """Round to nearest, the largest weight of each channel on the largest code; step sizes are float64 [channels]."""
     value = weight.detach().cpu().numpy().astype(np.float64)
     largest = np.abs(value).reshape(len(value), -1).max(1)
     step = np.where(largest > 0, largest, 1) / (2 ** (bits - 1) - 1)
