@@ -67,7 +67,7 @@ def cases(networks: Networks) -> dict[str, Case]:
     for images, classes in ENSEMBLE:
         sizes = {"members": EOQ_MEMBERS, "images": images, "classes": classes}
         found[f"ensemble/{images}x{classes}"] = partial(gpu_cases.average, **sizes)
-    found["qat"] = lambda t: gpu_cases.qat_step(t, make, batch=96, size=224)
+    found["qat"] = lambda t: gpu_cases.qat_update(t, make, batch=96, size=224)
     for kind, tune in (("int8", False), ("tuned", True)):
         found |= {f"{kind}/{batch}": partial(int8, batch=batch, tune=tune) for batch in INT8_BATCHES}
     return found

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qdeploy import format, reference
-from qdeploy.graph import Graph
+from qdeploy.graph import COMBINE, Graph
 from qdeploy.kernels.ensemble import combine
 from qdeploy.kernels.lsq import lsq, lsq_backward, lsq_many
 from qdeploy.terminal import columns, percent
@@ -263,7 +263,7 @@ def average(timer: Timer, members: int, images: int, classes: int) -> Report:
     logits = timer.randn(members, images, classes) * 3
     moved = logits.nbytes + 4 * images * classes + 8 * images
     report = Report(f"Ensemble average [{members}, {images}, {classes}]")
-    for rule in ("logits", "probs"):
+    for rule in COMBINE:
         kinds = {OURS: combine, EAGER: eager_average, COMPILED: compiled(eager_average)}
         runs: dict[str, Run] = {name: partial(function, logits, rule) for name, function in kinds.items()}
         found = timer.compare({COPY: copy_of(timer, moved)} | runs, GRAPHS, cold=True)
@@ -274,7 +274,7 @@ def average(timer: Timer, members: int, images: int, classes: int) -> Report:
     return report
 
 
-# ---- A step of training ----------------------------------------------------------------------------------------------
+# ---- An update in training -------------------------------------------------------------------------------------------
 
 
 class EagerLsq(nn.Module):
@@ -295,11 +295,11 @@ def quantize_eagerly_(net: nn.Module, like: nn.Module) -> None:
         parametrize.register_parametrization(layer, "weight", EagerLsq(quantizer.step, quantizer.grad_scale))
 
 
-def training_step(timer: Timer, net: nn.Module, images: Tensor, labels: Tensor, compile_net: bool) -> Run:
+def training_update(timer: Timer, net: nn.Module, images: Tensor, labels: Tensor, compile_net: bool) -> Run:
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
     forward = compiled(net) if compile_net else net
 
-    def step() -> None:
+    def update() -> None:
         with torch.autocast(timer.device.type, torch.bfloat16):
             loss = nn.functional.cross_entropy(forward(images), labels)
         loss.backward()
@@ -307,11 +307,11 @@ def training_step(timer: Timer, net: nn.Module, images: Tensor, labels: Tensor, 
         optimizer.zero_grad()
         project_steps_(net)  # as qdeploy's own trainer does
 
-    return step
+    return update
 
 
-def qat_step(timer: Timer, make: Callable[[], nn.Module], batch: int, size: int) -> Report:
-    """One step of SGD with momentum on random images, bf16 autocast, channels last."""
+def qat_update(timer: Timer, make: Callable[[], nn.Module], batch: int, size: int) -> Report:
+    """One update of SGD with momentum on random images, bf16 autocast, channels last."""
     torch.backends.cudnn.benchmark = True
     plain = make().to(timer.device, memory_format=torch.channels_last).train()
     images = timer.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
@@ -320,18 +320,18 @@ def qat_step(timer: Timer, make: Callable[[], nn.Module], batch: int, size: int)
     quantize_(nets["ours"], 7)
     quantize_eagerly_(nets["eager"], nets["ours"])
     quantize_(nets["with inputs"], 7, 8, calibration=[images[:4]])
-    step = partial(training_step, timer, images=images, labels=labels)
+    update = partial(training_update, timer, images=images, labels=labels)
     runs = {
-        "no quantization": step(plain, compile_net=False),
-        OURS: step(nets["ours"], compile_net=False),
-        f"{OURS}, inputs too": step(nets["with inputs"], compile_net=False),
-        EAGER: step(nets["eager"], compile_net=False),
-        f"no quantization, {COMPILED}": step(deepcopy(plain), compile_net=True),
-        f"{OURS}, {COMPILED}": step(deepcopy(nets["ours"]), compile_net=True),
+        "no quantization": update(plain, compile_net=False),
+        OURS: update(nets["ours"], compile_net=False),
+        f"{OURS}, inputs too": update(nets["with inputs"], compile_net=False),
+        EAGER: update(nets["eager"], compile_net=False),
+        f"no quantization, {COMPILED}": update(deepcopy(plain), compile_net=True),
+        f"{OURS}, {COMPILED}": update(deepcopy(nets["ours"]), compile_net=True),
     }
     found = timer.compare(runs, ())
-    report = Report(f"A step of training, batch {batch}, bf16 autocast, channels last")
-    report.add("step", found)
+    report = Report(f"An update in training, batch {batch}, bf16 autocast, channels last")
+    report.add("update", found)
     for name in (OURS, f"{OURS}, inputs too", EAGER, f"{OURS}, {COMPILED}"):
         peer = f"no quantization, {COMPILED}" if COMPILED in name else "no quantization"
         report.faster(f"gpu/qat/{name}", found, name, peer)

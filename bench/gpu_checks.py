@@ -14,6 +14,7 @@ from targets import LsqCase
 from torch import Tensor
 
 from qdeploy import format, reference
+from qdeploy.graph import COMBINE
 from qdeploy.kernels.ensemble import combine
 from qdeploy.kernels.lsq import lsq, lsq_backward, lsq_many
 
@@ -131,7 +132,7 @@ def check_ensemble(timer: Timer, shapes: Sequence[tuple[int, int, int]]) -> Repo
     for shape in shapes:
         for scale in (3.0, 1e4):
             logits = timer.randn(*shape) * scale
-            for rule in ("logits", "probs"):
+            for rule in COMBINE:
                 got, classes = combine(logits, rule)
                 expected, scores = reference.combine(list(logits.cpu().numpy()), rule)
                 report.check(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from qdeploy.graph import COMBINE
+
 
 @dataclass(frozen=True)
 class Target:
@@ -141,14 +143,14 @@ for peer, bound in (("eager", 10.0), ("torch.compile", 4.0)):
     TARGETS[f"gpu/weights/{peer}"] = Target(name, bound, "x", True)
     TARGETS[f"gpu/weights/{peer}/graph"] = Target(f"the same, both as a CUDA graph ({peer})", None, "x", True)
 for images, classes in ENSEMBLE:
-    for rule in ("logits", "probs"):
+    for rule in COMBINE:
         key, name = f"gpu/ensemble/{images}x{classes}/{rule}", f"ensemble average [5, {images}, {classes}] {rule}"
         bound = 0.90 if classes == 345 else None
         TARGETS[key] = Target(f"{name}, share of the copy rate", bound, "%", True)
         TARGETS[f"{key}/torch.compile"] = Target(f"{name}, times faster than torch.compile", None, "x", True)
 for name in ("qdeploy", "qdeploy, inputs too", "eager", "qdeploy, torch.compile"):
     bound = 1.03 if name == "qdeploy" else None
-    TARGETS[f"gpu/qat/{name}"] = Target(f"step of ResNet-50 with LSQ ({name}) / without", bound)
+    TARGETS[f"gpu/qat/{name}"] = Target(f"update of ResNet-50 with LSQ ({name}) / without", bound)
 for batch in INT8_BATCHES:
     name, bound = f"GPU: INT8 ResNet-50 b{batch}, times faster than", {1: 1.3, 256: 1.5}.get(batch)
     TARGETS[f"gpu/int8/{batch}/fp16 graph"] = Target(f"{name} FP16 channels last, CUDA graph", bound, "x", True)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from qdeploy import reference
 from qdeploy.errors import InputError
+from qdeploy.graph import COMBINE
 
+RULES = (*COMBINE, "vote")
 ELEMENTS_PER_PIECE = 2**15  # logits of a member at a time on the CPU: the temporaries of the reference stay in L2
 
 
@@ -31,8 +33,8 @@ def combine(logits: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: another rule, shape or type.
     """
-    if rule not in ("logits", "probs", "vote"):
-        raise InputError(f"expected rule logits, probs or vote, got {rule!r} - at combine")
+    if rule not in RULES:
+        raise InputError(f"expected rule {', '.join(COMBINE)} or vote, got {rule!r} - at combine")
     check_logits(logits)
     if rule == "vote":
         return _vote(logits)

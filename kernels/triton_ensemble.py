@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qdeploy.errors import InputError
+from qdeploy.graph import COMBINE
 from qdeploy.kernels.ensemble import check_logits
 
 LOG2_E = tl.constexpr(float.fromhex("0x1.715476p+0"))
@@ -203,8 +204,8 @@ def average(logits: Tensor, rule: str) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: another rule, shape or type.
     """
-    if rule not in ("logits", "probs"):
-        raise InputError(f"expected rule logits or probs, got {rule!r} - at ensemble average")
+    if rule not in COMBINE:
+        raise InputError(f"expected rule {' or '.join(COMBINE)}, got {rule!r} - at ensemble average")
     check_logits(logits)
     if logits.stride(2) != 1:
         logits = logits.contiguous()

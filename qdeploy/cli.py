@@ -294,7 +294,7 @@ def _show_doctor(report: Report) -> None:
 
 
 def train(args: argparse.Namespace) -> Report:
-    """Train one network or an ensemble with learned steps on domains but one; for QT-DoG write the model file."""
+    """Train one network or an ensemble with learned step sizes on domains but one; for QT-DoG write the model file."""
     _require("train", "torch", "lightning_fabric", "rich", "PIL")
     from qdeploy.training import command
 

@@ -25,7 +25,7 @@ from qdeploy.checks import (
 )
 from qdeploy.errors import ModelError
 from qdeploy.files import atomic_file
-from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Graph, Member, Node, Shape, Tensor
+from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Activation, Graph, Member, Node, Shape
 from qdeploy.ops import OPS
 from qdeploy.validate import member_at, node_at, validate
 
@@ -358,14 +358,14 @@ def _member(document: Json, index: int, tensors: dict[str, np.ndarray], has_prep
     return Member(document["name"], activations, nodes, table)
 
 
-def _activation(document: Json, index: int, at: str) -> Tensor:
+def _activation(document: Json, index: int, at: str) -> Activation:
     expect("name" in document, "the key `name`", "none", f"tensor {index} of {at}")
     check_name(document["name"], key_of("name", f"tensor {index} of {at}"))
     at = f"tensor {quoted(document['name'])} of {at}"
     check_keys(document, ("name", "dtype", "shape", "scale", "zero_point"), at)
     shape = tuple(integers(document["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", at)))
     dtype = _field(document, "dtype", at)
-    return Tensor(document["name"], shape, dtype, document["scale"], document["zero_point"])
+    return Activation(document["name"], shape, dtype, document["scale"], document["zero_point"])
 
 
 def _node(document: Json, index: int, tensors: dict[str, np.ndarray], at: str) -> Node:

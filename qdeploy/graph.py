@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_ELEMENTS = 2**28  # of one image of one tensor
+MAX_ELEMENTS = 2**28  # of one image of one activation
 MAX_MEMBERS = 256
 MAX_NODES = 65_536  # of all members together
 COMBINE = ("logits", "probs")  # the rules of an ensemble
@@ -19,11 +19,11 @@ Shape = tuple[int, ...]
 
 
 @dataclass
-class Tensor:
-    """One activation. A u8 code q means the real number `scale * (q - zero_point)`; shape is without the batch."""
+class Activation:
+    """What a node writes, or the input: the u8 code q means the real number `scale * (q - zero_point)`."""
 
     name: str
-    shape: Shape  # (C, H, W) or (F,)
+    shape: Shape  # (C, H, W) or (F,), without the batch
     dtype: str = "u8"  # "u8" or "f32"
     scale: float = 1.0
     zero_point: int = 0
@@ -47,12 +47,12 @@ class Member:
     """One network: tensors[0] is its input, the output of nodes[-1] its output."""
 
     name: str
-    tensors: list[Tensor]
+    tensors: list[Activation]
     nodes: list[Node]
     preprocess_table: np.ndarray | None = None  # uint8 [C, 256]
 
     @property
-    def output(self) -> Tensor:
+    def output(self) -> Activation:
         return self.tensors[self.nodes[-1].output]
 
 

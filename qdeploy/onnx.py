@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qdeploy.errors import InputError
-from qdeploy.graph import Graph, Member, Node, Tensor
+from qdeploy.graph import Activation, Graph, Member, Node
+from qdeploy.validate import member_at, node_at
 
 if TYPE_CHECKING:
     import onnx
@@ -57,6 +58,7 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.nbytes = 0  # of the initializers
+        self.at = ""  # the member that is being written, for error texts
 
     def add(self, op: str, inputs: list[str], **attributes: Any) -> str:
         from onnx import helper
@@ -75,6 +77,7 @@ class _Writer:
 
     def member(self, member: Member) -> str:
         """Append one network; returns the name of its f32 output."""
+        self.at = member_at(member.name)
         values = {0: self.activation("x", member.tensors[0])}
         for node in member.nodes:
             inputs = [(values[i], member.tensors[i]) for i in node.inputs]
@@ -85,12 +88,12 @@ class _Writer:
             values[node.output] = self.activation(value, output)
         return values[member.nodes[-1].output]
 
-    def activation(self, value: str, tensor: Tensor) -> str:
+    def activation(self, value: str, tensor: Activation) -> str:
         """Round to the codes of a u8 tensor and back, where the graph is quantized."""
         if not self.quantized or tensor.dtype != "u8":
             return value
-        step = [self.constant(np.float32(tensor.scale)), self.constant(np.uint8(tensor.zero_point))]
-        return self.add("DequantizeLinear", [self.add("QuantizeLinear", [value, *step]), *step])
+        grid = [self.constant(np.float32(tensor.scale)), self.constant(np.uint8(tensor.zero_point))]
+        return self.add("DequantizeLinear", [self.add("QuantizeLinear", [value, *grid]), *grid])
 
     def weight(self, codes: np.ndarray, scale: np.ndarray) -> str:
         """Real weights codes*scale[channel]. QDQ allows no negative scale, so its sign goes to the codes."""
@@ -102,7 +105,7 @@ class _Writer:
         zeros = self.constant(np.zeros(len(scale), np.int8))
         return self.add("DequantizeLinear", [self.constant(signed), self.constant(magnitude), zeros], axis=0)
 
-    def clamp(self, value: str, node: Node, output: Tensor) -> str:
+    def clamp(self, value: str, node: Node, output: Activation) -> str:
         """ReLU and its kin are the clamp; a bound at 0 or 255 is only the end of the u8 range unless it is the zero."""
         if output.dtype != "u8":
             return value
@@ -125,10 +128,10 @@ def finer(codes: np.ndarray) -> np.ndarray:
     return np.maximum(63 // np.maximum(np.abs(codes.reshape(len(codes), -1).astype(np.int64)).max(axis=1), 1), 1)
 
 
-Inputs = list[tuple[str, Tensor]]
+Inputs = list[tuple[str, Activation]]
 
 
-def _weighted(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _weighted(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     """conv2d and linear: out code = m*acc + b (+ m_res*q_res), so in real numbers the weight is codes*m*s_out/s_in."""
     (value, x), residual = inputs[0], inputs[1:]
     multiplier, bias = (node.constants[key].astype(np.float64) for key in ("multiplier", "bias"))
@@ -151,12 +154,12 @@ def _weighted(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
     return writer.clamp(result, node, output)
 
 
-def _without_residual(multiplier: float, residual: Tensor, output: Tensor) -> Tensor:
+def _without_residual(multiplier: float, residual: Activation, output: Activation) -> Activation:
     """The grid of (output - residual) over its whole range, which is (1 + |multiplier|) times that of the output."""
     size = abs(multiplier)
     largest = 255 - residual.zero_point if multiplier > 0 else residual.zero_point
     zero_point = (output.zero_point + size * largest) / (1 + size)
-    return Tensor("", output.shape, "u8", output.scale * (1 + size), round(zero_point))
+    return Activation("", output.shape, "u8", output.scale * (1 + size), round(zero_point))
 
 
 def _scaled(writer: _Writer, value: str, factor: float) -> str:
@@ -164,12 +167,12 @@ def _scaled(writer: _Writer, value: str, factor: float) -> str:
     return value if exact else writer.add("Mul", [value, writer.constant(np.float32(factor))])
 
 
-def _shifted(writer: _Writer, value: str, codes: float, output: Tensor) -> str:
+def _shifted(writer: _Writer, value: str, codes: float, output: Activation) -> str:
     exact = abs(codes) < 1e-3  # 0 but for the rounding of the constants in the file
     return value if exact else writer.add("Add", [value, writer.constant(np.float32(codes * output.scale))])
 
 
-def _add(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _add(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     multipliers = node.attributes["multipliers"]
     factors = [m * output.scale / tensor.scale for m, (_, tensor) in zip(multipliers, inputs, strict=True)]
     terms = [_scaled(writer, name, factor) for factor, (name, _) in zip(factors, inputs, strict=True)]
@@ -178,7 +181,7 @@ def _add(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
     return writer.clamp(_shifted(writer, writer.add("Add", terms), offset, output), node, output)
 
 
-def _mul(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _mul(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     """ONNX broadcasts a gate [N, C, 1, 1] as the engine does."""
     (a, a_tensor), (b, b_tensor) = inputs
     factor = node.attributes["multiplier"] * output.scale / (a_tensor.scale * b_tensor.scale)
@@ -186,7 +189,7 @@ def _mul(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
     return writer.clamp(_shifted(writer, result, node.attributes["bias"] - output.zero_point, output), node, output)
 
 
-def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     attributes = {f"{key}s": list(node.attributes[key]) for key in ("stride", "dilation")}
     shape = list(node.attributes["kernel"])
     return writer.add(
@@ -194,14 +197,15 @@ def _max_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
     )
 
 
-def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     """One multiplier m: sum over the window times m. One for each number n of elements: their mean times n*m[n-1]."""
     (value, x) = inputs[0]
     multiplier = node.constants["multiplier"].astype(np.float64)
     window = int(np.prod(node.attributes["kernel"]))
     per_mean = multiplier * (window if multiplier.size == 1 else np.arange(1, window + 1))
     if np.ptp(per_mean) > 1e-5 * np.abs(per_mean).max():
-        raise InputError(f"expected an average over the real elements, got another weighting - at node '{node.name}'")
+        at = node_at(node, writer.at)
+        raise InputError(f"expected an average over the real elements, got another weighting - at {at}")
     mean = writer.add(
         "AveragePool",
         [value],
@@ -214,28 +218,27 @@ def _avg_pool(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> st
     return writer.clamp(_shifted(writer, result, node.attributes["bias"] - output.zero_point, output), node, output)
 
 
-def _table(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _table(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     (value, x) = inputs[0]
     real = x.scale * (np.arange(256.0) - x.zero_point)
     identity = real
     if output.dtype == "u8":
         identity = np.clip(np.rint(real / output.scale + output.zero_point), 0, 255)
     if np.abs(node.constants["table"].astype(np.float64) - identity).max() > 1:
-        raise InputError(
-            f"expected no function but the identity (a table has no float32 twin), got one - at node '{node.name}'"
-        )
+        expected = "no function but the identity (a table has no float32 twin)"
+        raise InputError(f"expected {expected}, got one - at {node_at(node, writer.at)}")
     return value
 
 
-def _concat(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _concat(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     return writer.add("Concat", [name for name, _ in inputs], axis=1)
 
 
-def _reshape(writer: _Writer, node: Node, inputs: Inputs, output: Tensor) -> str:
+def _reshape(writer: _Writer, node: Node, inputs: Inputs, output: Activation) -> str:
     return writer.add("Reshape", [inputs[0][0], writer.constant(np.array([-1, *output.shape], np.int64))])
 
 
-OPS: dict[str, Callable[[_Writer, Node, Inputs, Tensor], str]] = {
+OPS: dict[str, Callable[[_Writer, Node, Inputs, Activation], str]] = {
     "conv2d": _weighted,
     "linear": _weighted,
     "add": _add,

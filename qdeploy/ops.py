@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qdeploy.checks import array, expect, integer, integers, key_of, number, numbers, shape_text
-from qdeploy.graph import MAX_NODES, Node, Shape, Tensor
+from qdeploy.graph import MAX_NODES, Activation, Node, Shape
 
 MAX_ATTRIBUTE = 65_535  # strides, paddings, dilations, groups, kernels
 
@@ -40,7 +40,7 @@ class Op:
     inputs: tuple[int, int]
     output: Literal["requantized", "same_grid", "table"]
     shape: Callable[[Node, Sequence[Shape]], Shape | None]
-    check: Callable[[Node, Sequence[Tensor], Tensor, str], None]
+    check: Callable[[Node, Sequence[Activation], Activation, str], None]
     attributes: Mapping[str, type[int] | type[float]] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
     residual: bool = False
@@ -68,7 +68,7 @@ class Op:
     def has_weight(self) -> bool:
         return "weight" in self.constants
 
-    def attribute_types(self, node: Node, output: Tensor) -> dict[str, type[int] | type[float]]:
+    def attribute_types(self, node: Node, output: Activation) -> dict[str, type[int] | type[float]]:
         """Exactly the attributes that `node` has: those of its op, and what its residual and its output bring."""
         types = dict(self.attributes)
         if self.requantized and output.dtype == "u8":
@@ -89,7 +89,7 @@ def _constant(node: Node, key: str, dtype: type, shape: Sequence[int], at: str) 
     return array(node.constants[key], dtype, shape, key_of(key, at))
 
 
-def check_bound(bound: float | np.ndarray, output: Tensor, at: str, by_channel: bool = False) -> None:
+def check_bound(bound: float | np.ndarray, output: Activation, at: str, by_channel: bool = False) -> None:
     """So that no result leaves the range of the conversion to an integer (u8) or of sums over members (f32)."""
     limit = 30 if output.dtype == "u8" else 100
     for channel in np.flatnonzero(~(np.atleast_1d(bound) < 2.0**limit))[:1]:
@@ -112,11 +112,11 @@ def _spatial(node: Node, x: Shape, kernel: Sequence[int], dilation: Sequence[int
     return sizes[0], sizes[1]
 
 
-def _check_shape(output: Tensor, shape: Shape, at: str) -> None:
+def _check_shape(output: Activation, shape: Shape, at: str) -> None:
     expect(output.shape == shape, f"an output of shape {shape_text(shape)}", shape_text(output.shape), at)
 
 
-def _check_window(node: Node, x: Tensor, kernel: Sequence[int], channels: int, output: Tensor, at: str) -> None:
+def _check_window(node: Node, x: Activation, kernel: Sequence[int], channels: int, output: Activation, at: str) -> None:
     """Stride, padding and dilation, that the window fits the image, and the shape of the output."""
     dilation = integers(*_pair(node, "dilation", at)) if "dilation" in node.attributes else [1, 1]
     integers(*_pair(node, "stride", at))
@@ -146,7 +146,7 @@ def _weight(node: Node, rank: int, layout: str, at: str) -> np.ndarray:
     return weight
 
 
-def _check_weighted(node: Node, expected: Shape, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_weighted(node: Node, expected: Shape, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     """What conv2d and linear share: codes, multiplier, bias, residual and the bounds."""
     weight, weight_at = node.constants["weight"], key_of("weight", at)
     expect(weight.shape == expected, f"a weight of shape {shape_text(expected)}", shape_text(weight.shape), weight_at)
@@ -174,7 +174,7 @@ def _conv2d_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     return (out_channels, *_spatial(node, inputs[0], kernel, node.attributes["dilation"]))
 
 
-def _check_conv2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_conv2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     weight = _weight(node, 4, "[O, C/groups, KH, KW]", at)
     _check_window(node, inputs[0], weight.shape[2:], output.shape[0], output, at)
     value, place = _attribute(node, "groups", at)
@@ -188,7 +188,7 @@ def _linear_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     return (node.constants["weight"].shape[0],)
 
 
-def _check_linear(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_linear(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     _weight(node, 2, "[O, F]", at)
     for tensor, what in ((inputs[0], "input"), (output, "output")):
         expect(len(tensor.shape) == 1, f"an {what} of shape [F]", shape_text(tensor.shape), at)
@@ -203,7 +203,7 @@ def _pool_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     return (inputs[0][0], *_spatial(node, inputs[0], node.attributes["kernel"], dilation))
 
 
-def _check_pool(node: Node, x: Tensor, output: Tensor, at: str) -> None:
+def _check_pool(node: Node, x: Activation, output: Activation, at: str) -> None:
     """Every window must hold a real element: with padding below the extent, only a dilated one can miss them all."""
     kernel = integers(*_pair(node, "kernel", at))
     _check_window(node, x, kernel, x.shape[0], output, at)
@@ -216,11 +216,11 @@ def _check_pool(node: Node, x: Tensor, output: Tensor, at: str) -> None:
         expect(real, "a real element in every window of the pool", f"padding {before} and {after} on {size}", at)
 
 
-def _check_max_pool2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_max_pool2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     _check_pool(node, inputs[0], output, at)
 
 
-def _check_avg_pool2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_avg_pool2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     _check_pool(node, inputs[0], output, at)
     window = math.prod(node.attributes["kernel"])
     expect(window * 255 < 2**31, "a window with sums below 2^31", f"{window} elements", at)
@@ -234,7 +234,7 @@ def _check_avg_pool2d(node: Node, inputs: Sequence[Tensor], output: Tensor, at: 
 # ---- Elementwise -----------------------------------------------------------------------------------------------------
 
 
-def _check_add(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_add(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     a, b = (tensor.shape for tensor in inputs)
     expect(a == b, f"a second input of shape {shape_text(a)}", shape_text(b), at)
     _check_shape(output, a, at)
@@ -244,7 +244,7 @@ def _check_add(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) ->
     check_bound(255.0 * ma + 255.0 * mb + bias, output, at)
 
 
-def _check_mul(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_mul(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     a, b = (tensor.shape for tensor in inputs)
     gate = (a[0], 1, 1) if len(a) == 3 else a
     expected = shape_text(a) if gate == a else f"{shape_text(a)} or {shape_text(gate)}"
@@ -254,7 +254,7 @@ def _check_mul(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) ->
     check_bound(255.0 * 255.0 * multiplier + bias, output, at)
 
 
-def _check_table(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_table(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     _check_shape(output, inputs[0].shape, at)
     table = _constant(node, "table", np.uint8 if output.dtype == "u8" else np.float32, (256,), at)
     if output.dtype == "f32":
@@ -268,7 +268,7 @@ def _concat_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     return (sum(shape[0] for shape in inputs), *inputs[0][1:])
 
 
-def _check_concat(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_concat(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     first = inputs[0].shape
     for tensor in inputs[1:]:
         same = len(tensor.shape) == len(first) and tensor.shape[1:] == first[1:]
@@ -276,7 +276,7 @@ def _check_concat(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str)
     _check_shape(output, _concat_shape(node, [tensor.shape for tensor in inputs]), at)
 
 
-def _check_reshape(node: Node, inputs: Sequence[Tensor], output: Tensor, at: str) -> None:
+def _check_reshape(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
     same = math.prod(inputs[0].shape) == math.prod(output.shape)
     got = f"{shape_text(inputs[0].shape)} to {shape_text(output.shape)}"
     expect(same, "an output with as many elements", got, at)

@@ -11,26 +11,28 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from qdeploy.errors import InputError
-from qdeploy.graph import Graph, Member, Node, Tensor
+from qdeploy.graph import Activation, Graph, Member, Node
 
 Numbers = np.ndarray | np.float32
 
 
-def run(graph: Graph, x: np.ndarray, taps: Sequence[str] = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+def run(
+    graph: Graph, x: np.ndarray, observe: Sequence[str] = ()
+) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
     """The output of `graph` for a batch, computed the plain way.
 
     x: f32 [N, C, H, W] or [N, F], or, where the graph has `preprocess`, u8 [N, H, W, C]. N may be 0.
     Returns f32 or the codes u8, [N, K] or [N, C, H, W]; of an ensemble the combined probabilities, f32 [N, K].
-    With `taps` (names of nodes, in an ensemble "member/node") returns (output, {name: array}) with their outputs.
-    Raises InputError for an x that does not fit and for an unknown tap.
+    With `observe` (names of nodes, in an ensemble "member/node") returns (output, {name: array}) with their outputs.
+    Raises InputError for an x that does not fit and for an unknown node.
     """
-    output, _, tapped = run_all(graph, x)
-    if not len(taps):
+    output, _, observed = run_all(graph, x)
+    if not len(observe):
         return output
-    unknown = [name for name in taps if name not in tapped]
+    unknown = [name for name in observe if name not in observed]
     if unknown:
-        raise InputError(f"expected the name of a node, got {unknown[0]!r} - at taps")
-    return output, {name: tapped[name] for name in taps}
+        raise InputError(f"expected the name of a node, got {unknown[0]!r} - at observe")
+    return output, {name: observed[name] for name in observe}
 
 
 def predict(graph: Graph, x: np.ndarray) -> np.ndarray:
@@ -39,16 +41,16 @@ def predict(graph: Graph, x: np.ndarray) -> np.ndarray:
 
 
 def run_all(graph: Graph, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """The output, the scores whose first largest is the class, and the output of every node by its tap name."""
+    """The output, the scores whose first largest is the class, and what every node gives, by its name for `observe`."""
     check_input(graph, x)
-    outputs, tapped = [], {}
+    outputs, observed = [], {}
     for member in graph.members:
         values = run_member(member, x)
         outputs.append(values[member.nodes[-1].output])
         prefix = f"{member.name}/" if graph.combine else ""
-        tapped.update({prefix + node.name: values[node.output] for node in member.nodes})
+        observed.update({prefix + node.name: values[node.output] for node in member.nodes})
     output, scores = combine(outputs, graph.combine)
-    return output, scores, tapped
+    return output, scores, observed
 
 
 def check_input(graph: Graph, x: np.ndarray) -> None:
@@ -101,16 +103,16 @@ def fma32(a: Numbers, b: Numbers, c: Numbers) -> np.ndarray:
         return odd.view(np.float64).astype(np.float32)
 
 
-def quantize(x: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """f32 numbers to the u8 codes of `tensor`."""
-    inverse = np.float32(1) / np.float32(tensor.scale)
-    return np.clip(np.rint(fma32(x, inverse, np.float32(tensor.zero_point))), 0, 255).astype(np.uint8)
+def quantize(x: np.ndarray, activation: Activation) -> np.ndarray:
+    """f32 numbers to the u8 codes of `activation`."""
+    inverse = np.float32(1) / np.float32(activation.scale)
+    return np.clip(np.rint(fma32(x, inverse, np.float32(activation.zero_point))), 0, 255).astype(np.uint8)
 
 
-def preprocess_table(preprocess: dict[str, list[float]], tensor: Tensor) -> np.ndarray:
-    """The u8 [C, 256] table from pixel values to the codes of the input `tensor`; row c is channel c."""
+def preprocess_table(preprocess: dict[str, list[float]], activation: Activation) -> np.ndarray:
+    """The u8 [C, 256] table from pixel values to the codes of the input `activation`; row c is channel c."""
     mean, std = (np.asarray(preprocess[key], np.float32)[:, None] for key in ("mean", "std"))
-    return quantize((np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std, tensor)
+    return quantize((np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std, activation)
 
 
 def windows(x: np.ndarray, node: Node, kernel: tuple[int, int], dilation: tuple[int, int]) -> np.ndarray:
@@ -142,7 +144,7 @@ def to_f32(acc: np.ndarray) -> np.ndarray:
 # integer below K*255*2^(b-1) < 2^31, and f64 holds all integers up to 2^53.
 
 
-def conv2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def conv2d(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     weight, groups = node.constants["weight"], node.attributes["groups"]
     out_channels, depth, kh, kw = weight.shape
     x = values[0].astype(np.float64) - inputs[0].zero_point
@@ -155,23 +157,23 @@ def conv2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: T
     return requantize(acc.reshape(n, out_channels, oh, ow), node, values[1:])
 
 
-def linear(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def linear(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     acc = (values[0].astype(np.float64) - inputs[0].zero_point) @ node.constants["weight"].T.astype(np.float64)
     return requantize(acc, node, values[1:])
 
 
-def add(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def add(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     (a, b), (ma, mb) = (v.astype(np.float32) for v in values), map(np.float32, node.attributes["multipliers"])
     return fma32(a, ma, fma32(b, mb, np.float32(node.attributes["bias"])))
 
 
-def mul(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
-    a, b = (v.astype(np.int64) - tensor.zero_point for v, tensor in zip(values, inputs, strict=True))
+def mul(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    a, b = (v.astype(np.int64) - activation.zero_point for v, activation in zip(values, inputs, strict=True))
     multiplier, bias = (np.float32(node.attributes[key]) for key in ("multiplier", "bias"))
     return fma32(to_f32(a * b), multiplier, bias)  # a gate [C, 1, 1] is the same for all pixels
 
 
-def avg_pool2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def avg_pool2d(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     kernel, multiplier = node.attributes["kernel"], node.constants["multiplier"]
     x = values[0].astype(np.float64) - inputs[0].zero_point
     acc = windows(x, node, kernel, (1, 1)).sum(axis=(4, 5))
@@ -180,24 +182,24 @@ def avg_pool2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], outpu
     return fma32(to_f32(acc), m, np.float32(node.attributes["bias"]))
 
 
-def max_pool2d(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def max_pool2d(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     # A padding of 0 is no greater than the real element that every window holds.
     return windows(values[0], node, node.attributes["kernel"], node.attributes["dilation"]).max(axis=(4, 5))
 
 
-def table(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def table(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     return node.constants["table"][values[0]]
 
 
-def concat(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def concat(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     return np.concatenate(values, axis=1)
 
 
-def reshape(node: Node, values: list[np.ndarray], inputs: list[Tensor], output: Tensor) -> np.ndarray:
+def reshape(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     return values[0].reshape(len(values[0]), *output.shape)
 
 
-OPS: dict[str, Callable[[Node, list[np.ndarray], list[Tensor], Tensor], np.ndarray]] = {
+OPS: dict[str, Callable[[Node, list[np.ndarray], list[Activation], Activation], np.ndarray]] = {
     "conv2d": conv2d,
     "linear": linear,
     "add": add,
@@ -211,7 +213,7 @@ OPS: dict[str, Callable[[Node, list[np.ndarray], list[Tensor], Tensor], np.ndarr
 
 
 def combine(logits: list[np.ndarray], rule: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Output and scores of members with these outputs, f32 [N, K], under the rule "logits" or "probs" (None: one)."""
+    """Output and scores of members with these outputs, f32 [N, K], under a rule of COMBINE (None: one member)."""
     terms = [softmax(x) for x in logits] if rule == "probs" else logits
     if rule is None:
         return terms[0], terms[0]

@@ -21,7 +21,7 @@ from qdeploy.checks import (
     shape_text,
 )
 from qdeploy.errors import ModelError
-from qdeploy.graph import COMBINE, MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Graph, Member, Node, Shape, Tensor
+from qdeploy.graph import COMBINE, MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Activation, Graph, Member, Node, Shape
 from qdeploy.ops import OPS, Op
 
 MIN_SCALE, MAX_SCALE = 2.0**-126, 2.0**126  # so that 1/scale is a normal f32 as well
@@ -66,7 +66,7 @@ def _validate_ensemble(graph: Graph) -> None:
         names.add(member.name)
 
 
-def _validate_classes(classes: list[str], output: Tensor) -> None:
+def _validate_classes(classes: list[str], output: Activation) -> None:
     expect(len(output.shape) == 1, "an output of shape [K] for classes", shape_text(output.shape), "the graph")
     expect(isinstance(classes, list), "an array", kind(classes), "key `classes` of the graph")
     expect(len(classes) == output.shape[0], f"{output.shape[0]} class names", len(classes), "the graph")
@@ -99,7 +99,7 @@ def _validate_member(member: Member, input_shape: Shape, has_preprocess: bool) -
     expect(len(member.tensors) >= 1, "at least one tensor", "none", at)
     for i, tensor in enumerate(member.tensors):
         check_name(tensor.name, key_of("name", f"tensor {i} of {at}"))
-        _validate_tensor(tensor, f"tensor {quoted(tensor.name)} of {at}")
+        _validate_activation(tensor, f"tensor {quoted(tensor.name)} of {at}")
     first = member.tensors[0]
     fits = first.dtype == "u8" and first.shape == input_shape
     expect(fits, f"a u8 input of shape {shape_text(input_shape)}", shape_text(first.shape), at)
@@ -122,7 +122,7 @@ def _validate_member(member: Member, input_shape: Shape, has_preprocess: bool) -
         expect(tensor.dtype == "u8" or is_output, "f32 for the output only", f"tensor {i}", at)
 
 
-def _validate_tensor(tensor: Tensor, at: str) -> None:
+def _validate_activation(tensor: Activation, at: str) -> None:
     dtype = quoted(tensor.dtype) if isinstance(tensor.dtype, str) else kind(tensor.dtype)
     expect(tensor.dtype in ("u8", "f32"), "dtype u8 or f32", dtype, at)
     shape = integers(tensor.shape, 1, 3, 1, MAX_ELEMENTS, key_of("shape", at))
@@ -157,13 +157,13 @@ def _validate_node(node: Node, member: Member, written: set[int], at: str) -> No
         _validate_same_grid(node, inputs, output, at)
 
 
-def _validate_keys(node: Node, op: Op, output: Tensor, at: str) -> None:
+def _validate_keys(node: Node, op: Op, output: Activation, at: str) -> None:
     """Exactly the attributes and constants of the op, and bits with a weight."""
     check_keys((*node.attributes, *node.constants), (*op.attribute_types(node, output), *op.constants), at)
     expect(op.has_weight or node.bits is None, f"no bits of {node.op}", node.bits, at)
 
 
-def _validate_same_grid(node: Node, inputs: list[Tensor], output: Tensor, at: str) -> None:
+def _validate_same_grid(node: Node, inputs: list[Activation], output: Activation, at: str) -> None:
     grid = (np.float32(output.scale), output.zero_point)
     for i, tensor in zip(node.inputs, inputs, strict=True):
         same = (np.float32(tensor.scale), tensor.zero_point) == grid

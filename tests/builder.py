@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from qdeploy import reference
-from qdeploy.graph import Graph, Member, Node, Tensor
+from qdeploy.graph import Activation, Graph, Member, Node
 from qdeploy.ops import OPS
 
 Quantization = tuple[float, int]  # scale and zero point
@@ -22,7 +22,7 @@ class Builder:
 
     def __init__(self, rng: np.random.Generator, input_shape: tuple[int, ...], quantization: Quantization) -> None:
         self.rng = rng
-        self.tensors = [Tensor("input", input_shape, "u8", *quantization)]
+        self.tensors = [Activation("input", input_shape, "u8", *quantization)]
         self.nodes: list[Node] = []
 
     def member(self, name: str = "net", preprocess: dict | None = None) -> Member:
@@ -135,8 +135,8 @@ class Builder:
         shape = shape or OPS[op].shape(node, [self.shape(i) for i in inputs])
         shape = shape[:1] if flat else shape
         scale, zero_point = quantization or (float(np.float32(self.rng.uniform(0.001, 0.1))), self._zero_point())
-        tensor = Tensor(f"t{len(self.tensors)}", shape, dtype, scale, zero_point)
-        self.tensors.append(tensor if dtype == "u8" else Tensor(tensor.name, shape, "f32"))
+        tensor = Activation(f"t{len(self.tensors)}", shape, dtype, scale, zero_point)
+        self.tensors.append(tensor if dtype == "u8" else Activation(tensor.name, shape, "f32"))
         self.nodes.append(node)
         return node.output
 

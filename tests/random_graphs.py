@@ -12,7 +12,7 @@ import numpy as np
 from builder import Builder, Quantization
 from hypothesis import strategies as st
 
-from qdeploy.graph import Graph
+from qdeploy.graph import COMBINE, Graph
 from qdeploy.ops import OPS
 
 MAX_MACS = 3_000_000  # of one drawn node and image
@@ -67,7 +67,7 @@ def ensembles(draw: st.DrawFn, max_nodes: int = 3) -> Graph:
             builder.table(builder.linear(x, classes, **_common(draw, "u8")), "f32")
         members.append(builder.member(f"member {i}", preprocess))
     names = [f"class {k}" for k in range(classes)] if draw(st.booleans()) else None
-    return Graph(members, draw(st.sampled_from(["logits", "probs"])), preprocess, names)
+    return Graph(members, draw(st.sampled_from(COMBINE)), preprocess, names)
 
 
 @st.composite

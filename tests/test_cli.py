@@ -80,7 +80,7 @@ def test_verify_runs_every_instruction_set():
 def test_verify_fails_where_the_reference_differs():
     broken = (
         "import sys; from qdeploy import cli, reference; run = reference.run\n"
-        "def wrong(*args, **kw): output, taps = run(*args, **kw); output[0, 0] += 1; return output, taps\n"
+        "def wrong(*args, **kw): output, observed = run(*args, **kw); output[0, 0] += 1; return output, observed\n"
         f"reference.run = wrong; sys.exit(cli.main(['verify', {str(MODEL)!r}, '--batch', '1']))"
     )
     result = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=120)
@@ -169,7 +169,7 @@ def test_demo_shows_equal_bits():
 def runs(tmp_path_factory):
     """Two networks trained for 20 steps, quantized after 10, and the ensemble file that `train` wrote of them."""
     folder = tmp_path_factory.mktemp("runs")
-    options = ["--data", "debug", "--test-domain", "debug0", "--steps", 20, "--q-step", 10, "--eval-every", 5]
+    options = ["--data", "debug", "--test-domain", "debug0", "--updates", 20, "--quantize-at", 10, "--eval-every", 5]
     result = run("train", *options, "--seeds", 2, "--out", folder, "--json")
     assert result.returncode == 0, result.stderr
     summary = json.loads(result.stdout)

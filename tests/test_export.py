@@ -19,6 +19,7 @@ import qdeploy
 from qdeploy import ExportError, InputError, ModelError, _engine, export, export_ensemble, format, reference
 from qdeploy.exporter.calibrate import Histogram
 from qdeploy.exporter.grid import grid_of_range
+from qdeploy.graph import COMBINE
 from qdeploy.kernels.lsq import lsq_codes
 from qdeploy.terminal import progress
 from qdeploy.training import quantize_, quantizers
@@ -510,9 +511,8 @@ def bits_and_sources(report):
 
 def test_only_the_classifier_may_lack_a_quantizer(path):
     net, x = two_layers()
-    with pytest.raises(
-        ExportError, match=r"learned quantizer \(quantize_\) or fallback_bits.*got a float32 weight - at conv.weight"
-    ):
+    text = r"learned quantizer \(quantize_\) or fallback_bits.*got a float32 weight - at weight of module `conv`"
+    with pytest.raises(ExportError, match=text):
         export(net, x, path, x)
     assert not path.exists()
     assert bits_and_sources(export(net, x, path, x, fallback_bits=6)) == {"conv": (6, "rounded"), "fc": (6, "rounded")}
@@ -543,18 +543,18 @@ def test_bad_steps_are_named(path):
     quantize_(net, 4)
     step = net.conv.parametrizations.weight[0].step
     for value, text in (
-        (0.0, "got 0.0 for channel 3"),
+        (0.0, "got 0.0 of channel 3"),
         (-0.1, "got -0.1"),
         (float("nan"), "got nan"),
         (float("inf"), "got inf"),
     ):
         step.data[3] = value
-        with pytest.raises(ExportError, match=rf"expected positive finite steps, {text}.* - at conv.weight"):
+        whole = rf"expected step sizes > 0 and finite, {text}.* - at weight of module `conv`"
+        with pytest.raises(ExportError, match=whole):
             export(net, x, path, x)
     step.data.fill_(1)
-    with pytest.raises(
-        ExportError, match="expected trained steps, got 1.0 for all as if never initialized - at conv.weight"
-    ):
+    text = "expected trained step sizes, got 1.0 for all as if never initialized - at weight of module `conv`"
+    with pytest.raises(ExportError, match=text):
         export(net, x, path, x)
 
 
@@ -582,7 +582,10 @@ def test_a_multiplier_beyond_the_bounds_is_named(path):
         weight[2], weight[2, 0] = 0, 1
         net.conv.bias[2] = net.bn.running_mean[2] = 0
         net.bn.running_var[2] = net.bn.eps = 1e-24
-    with pytest.raises(ExportError, match=r"results below 2\^30 output steps, got up to .* in channel 2 .* - at conv$"):
+    with pytest.raises(
+        ExportError,
+        match=r"results below 2\^30 times the output's scale, got up to .* in channel 2 .* - at module `conv`$",
+    ):
         export(net, x, path, x)
 
 
@@ -600,61 +603,68 @@ def test_a_network_of_zeros(path):
 UNSUPPORTED = {
     "group_norm": (
         nn.GroupNorm(2, 8),
-        r"an operator that the engine has \(conv2d, .*got aten.group_norm \(only normali.*body",
+        r"an operator that the engine has \(conv2d, .*got aten.group_norm \(only normali.*- at module `body`",
     ),
-    "softmax": (nn.Softmax(1), r"got aten.softmax \(export the network that ends in logits; .* - at module body"),
-    "transposed": (nn.ConvTranspose2d(8, 8, 2), "got aten.conv_transpose2d - at module body"),
-    "reflect": (nn.ReflectionPad2d(1), "expected padding by the constant 0, got reflect padding - at module body"),
+    "softmax": (nn.Softmax(1), r"got aten.softmax \(export the network that ends in logits; .* - at module `body`"),
+    "transposed": (nn.ConvTranspose2d(8, 8, 2), "got aten.conv_transpose2d - at module `body`"),
+    "reflect": (nn.ReflectionPad2d(1), "expected padding by the constant 0, got reflect padding - at module `body`"),
     "batch_statistics": (
         nn.BatchNorm2d(8, track_running_stats=False),
-        "BatchNorm with running statistics, got statistics of the batch - at module body",
+        "BatchNorm with running statistics, got statistics of the batch - at module `body`",
     ),
     "pixel_gate": (
         lambda x: x * torch.sigmoid(x.mean(1, keepdim=True)),
-        r"a reduction over height, width or both, got one over dimensions \[1\] of 4 - at module mean",
+        r"a reduction over height, width or both, got one over dimensions \[1\] of 4 - at module `mean`",
     ),
     "row_gate": (
         lambda x: x * x.mean(3, keepdim=True),
-        r"two tensors of one shape or a gate of one number a channel, got \[8, 6, 6\] and \[8, 6, 1\] - at module mul",
+        r"two tensors of one shape or a gate of one number a channel, "
+        r"got \[8, 6, 6\] and \[8, 6, 1\] - at module `mul`",
     ),
     "expanded_sum": (
         lambda x: x + x.mean((2, 3), keepdim=True).expand_as(x),
-        "an expanded tensor that goes straight into a product, got aten.add of it - at module add",
+        "an expanded tensor that goes straight into a product, got aten.add of it - at module `add`",
     ),
     "expanded_row": (
         lambda x: x * x.mean(3, keepdim=True).expand_as(x),
-        r"a gate of one number a channel to expand, got \[8, 6, 1\] to \[8, 6, 6\] - at module expand_as",
+        r"a gate of one number a channel to expand, got \[8, 6, 1\] to \[8, 6, 6\] - at module `expand_as`",
     ),
     "power": (
         lambda x: x ** x.mean((2, 3), keepdim=True),
-        "functions of one tensor, a sum or a product, got two tensors .* - at module pow",
+        "functions of one tensor, a sum or a product, got two tensors .* - at module `pow`",
     ),
-    "uneven": (nn.AdaptiveAvgPool2d(4), r"sizes that divide the input's, got \[6, 6\] to \[4, 4\] - at module body"),
-    "prelu": (nn.PReLU(8), r"one number for the whole tensor, got a constant of shape \[8\] - at module body"),
-    "permute": (lambda x: x.permute(0, 2, 3, 1), "got aten.permute - at module permute"),
+    "uneven": (nn.AdaptiveAvgPool2d(4), r"sizes that divide the input's, got \[6, 6\] to \[4, 4\] - at module `body`"),
+    "prelu": (nn.PReLU(8), r"one number for the whole tensor, got a constant of shape \[8\] - at module `body`"),
+    "permute": (lambda x: x.permute(0, 2, 3, 1), "got aten.permute - at module `permute`"),
     "pixel_constant": (
         lambda x: x + torch.ones(6, 6),
-        r"one number or one per channel, got shape \[6, 6\] - at module add",
+        r"one number or one per channel, got shape \[6, 6\] - at module `add`",
     ),
-    "concat_rows": (lambda x: torch.cat([x, x], 2), "concatenation along dimension 1, got dimension 2 - at module cat"),
+    "concat_rows": (
+        lambda x: torch.cat([x, x], 2),
+        "concatenation along dimension 1, got dimension 2 - at module `cat`",
+    ),
     "broadcast": (
         lambda x: x + x.amax((2, 3), keepdim=True),
         r"tensors of one shape, got \[8, 6, 6\] and \[8, 1, 1\] - at",
     ),
-    "matmul": (lambda x: x.flatten(1) @ torch.ones(288, 2), "got aten.matmul - at module matmul"),
+    "matmul": (lambda x: x.flatten(1) @ torch.ones(288, 2), "got aten.matmul - at module `matmul`"),
     "crop": (
         lambda x: x[:, :, 1:],
-        r"x\[..., ::step\] of height or width, got a slice of dimension 2 - at module slice",
+        r"x\[..., ::step\] of height or width, got a slice of dimension 2 - at module `slice`",
     ),
     "mean_of_channels": (
         lambda x: x.mean(1),
-        r"height, width or both, got one over dimensions \[1\] of 4 - at module mean",
+        r"height, width or both, got one over dimensions \[1\] of 4 - at module `mean`",
     ),
-    "undefined": (lambda x: torch.log(x - 100), "finite on the range of its input, got none at .* - at log"),
-    "five_dimensions": (lambda x: x.view(-1, 2, 4, 6, 6).sin(), r"between operators, got \[N, 2, 4, 6, 6\] - at view"),
+    "undefined": (lambda x: torch.log(x - 100), "finite on the range of its input, got none at .* - at module `log`"),
+    "five_dimensions": (
+        lambda x: x.view(-1, 2, 4, 6, 6).sin(),
+        r"between operators, got \[N, 2, 4, 6, 6\] - at module `view`",
+    ),
     "two_outputs": (lambda x: (x, x), "expected one input and one output tensor, got 1 and 2"),
     "fixed_batch": (lambda x: x.view(len(x), -1), "traces for any batch size, got a batch size fixed in the code"),
-    "double": (lambda x: x.double(), "float32 throughout, got torch.float64 - at module to"),
+    "double": (lambda x: x.double(), "float32 throughout, got torch.float64 - at module `to`"),
     "constant": (lambda x: torch.ones(2, 2), "an output that depends on the input, got a constant"),
 }
 
@@ -725,7 +735,7 @@ def test_networks_with_gates(family, path):
 def test_parameters_must_be_float32(path):
     net, x = two_layers()
     with pytest.raises(
-        ExportError, match=r"float32 parameters \(call net.float\(\)\), got torch.bfloat16 - at conv.weight"
+        ExportError, match=r"float32 parameters \(call net.float\(\)\), got torch.bfloat16 - at parameter `conv.weight`"
     ):
         export(net.bfloat16(), x, path, x)
 
@@ -734,7 +744,7 @@ def test_weights_must_be_finite(path):
     net, x = two_layers()
     net.conv.bias.data[1] = float("nan")
     with pytest.raises(
-        ExportError, match="finite weights, bias and BatchNorm, got NaN or infinity in channel 1 - at conv"
+        ExportError, match="finite weights, bias and BatchNorm, got NaN or infinity in channel 1 - at module `conv`"
     ):
         export(net, x, path, calibration=x, fallback_bits=8)
 
@@ -935,7 +945,7 @@ def test_file_holds_the_codes_of_training(path):
             assert packed in path.read_bytes() and len(packed) == -(-codes.size * quantizer.bits // 8)
 
 
-@pytest.mark.parametrize("combine", ["logits", "probs"])
+@pytest.mark.parametrize("combine", COMBINE)
 def test_ensemble(combine, path):
     nets = [between(lambda net, x: net.q("conv", F.relu(x))) for _ in range(2)]
     for seed, net in enumerate(nets):

@@ -19,7 +19,7 @@ import qdeploy
 from qdeploy import reference
 from qdeploy.errors import ModelError
 from qdeploy.format import load, pack_codes, save, unpack_codes
-from qdeploy.graph import Graph, Node, Tensor
+from qdeploy.graph import Activation, Graph, Node
 
 
 def small_graph() -> Graph:
@@ -301,14 +301,14 @@ def test_save_refuses_an_invalid_graph(tmp_path, path, value, message):
 def test_save_refuses_a_graph_whose_parts_do_not_match(tmp_path):
     path = tmp_path / "m.safetensors"
     graph = small_graph()
-    graph.members[0].tensors.append(Tensor("unwritten", (2,)))
+    graph.members[0].tensors.append(Activation("unwritten", (2,)))
     with pytest.raises(ModelError, match="expected one tensor more than nodes, got 7 - at member `net`"):
         save(graph, path)
     twice = Graph([*small_graph().members, *small_graph().members], "logits")
     with pytest.raises(ModelError, match="expected unique names, got `net` twice - at the members of the graph"):
         save(twice, path)
     graph = small_graph()
-    graph.members[0].tensors[1] = Tensor("t1", (4, 6, 5), "f32")
+    graph.members[0].tensors[1] = Activation("t1", (4, 6, 5), "f32")
     with pytest.raises(
         ModelError, match="expected no keys but the known ones, got `clamp` - at node `conv2d.0` of member"
     ):

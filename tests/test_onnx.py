@@ -10,7 +10,7 @@ import qdeploy
 from qdeploy import format, reference
 from qdeploy.demo import DATA, MODEL
 from qdeploy.errors import InputError
-from qdeploy.graph import Graph, Tensor
+from qdeploy.graph import Activation, Graph
 
 pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -18,9 +18,9 @@ from qdeploy.onnx import finer, to_onnx
 from qdeploy.peers import onnxruntime
 
 
-def inputs_on_the_grid(tensor: Tensor, n: int) -> np.ndarray:
-    codes = np.random.default_rng(0).integers(0, 256, (n, *tensor.shape))
-    return ((codes - tensor.zero_point) * tensor.scale).astype(np.float32)
+def inputs_on_the_grid(activation: Activation, n: int) -> np.ndarray:
+    codes = np.random.default_rng(0).integers(0, 256, (n, *activation.shape))
+    return ((codes - activation.zero_point) * activation.scale).astype(np.float32)
 
 
 @given(graphs(max_nodes=1))
@@ -69,6 +69,15 @@ def test_one_op_in_int8_is_within_a_code(graph: Graph):
     except InputError:
         assume(False)  # a random table has no twin
     assert largest_difference(graph, model) <= 1
+
+
+def test_a_table_that_is_a_function_is_named():
+    builder = Builder(np.random.default_rng(0), (2, 3, 3), (0.1, 0))
+    builder.table(0)
+    with pytest.raises(InputError) as error:
+        to_onnx(Graph([builder.member()]), quantized=False)
+    expected = "expected no function but the identity (a table has no float32 twin), got one"
+    assert str(error.value) == f"{expected} - at node `{builder.nodes[0].name}` of member `net`"
 
 
 @given(generators(), quantizations(), quantizations())

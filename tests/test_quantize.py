@@ -413,15 +413,15 @@ def test_summary_tells_bits_and_error():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"weight_bits": 9}, "expected 2 to 8 bits, got 9 - at stem"),
-        ({"weight_bits": {"stem": 1}}, "expected 2 to 8 bits, got 1 - at stem"),
+        ({"weight_bits": 9}, "expected 2 to 8 bits, got 9 - at layer `stem`"),
+        ({"weight_bits": {"stem": 1}}, "expected 2 to 8 bits, got 1 - at layer `stem`"),
         ({"weight_bits": {"stme": 4}}, "expected names of convolutions or linear layers, got stme - at quantize_"),
         ({"skip": ["nothing"]}, "got nothing - at quantize_"),
         ({"weight_bits": {"stem": 4}, "skip": ["line"]}, "got both - at quantize_"),
         ({"init": "best"}, "expected init lsq, mse or minmax, got 'best'"),
         ({"grad_scale": "x"}, "expected grad_scale tensor, channel or none, got 'x'"),
         ({"activation_bits": 8}, "expected calibration batches for quantized activations, got none"),
-        ({"activation_bits": 16, "calibration": []}, "expected 2 to 8 bits, got 16 - at activations"),
+        ({"activation_bits": 16, "calibration": []}, "expected 2 to 8 bits, got 16 - at activation_bits"),
         ({"activation_bits": 8, "calibration": []}, "expected calibration to reach every layer, got no input"),
     ],
 )
@@ -433,7 +433,7 @@ def test_errors_name_the_layer(arguments, text):
 def test_quantizing_twice_is_an_error():
     net = Zoo()
     quantize_(net)
-    with pytest.raises(InputError, match="got one quantized before - at layer stem"):
+    with pytest.raises(InputError, match="got one quantized before - at layer `stem`"):
         quantize_(net)
 
 

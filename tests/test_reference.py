@@ -14,7 +14,7 @@ from random_graphs import ensembles, generators, graphs
 
 from qdeploy import reference
 from qdeploy.errors import InputError
-from qdeploy.graph import Graph, Tensor
+from qdeploy.graph import Activation, Graph
 
 LARGEST = float(np.finfo(np.float32).max)
 LEAST = 2.0**-149
@@ -84,19 +84,19 @@ def test_fma_of_infinite_and_nan_operands():
 
 def test_inputs_are_rounded_half_to_even_and_clamped():
     x = np.array([0.5, 1.5, 2.5, -0.5, -7, 254.5, 255.5, 3e38, -3e38], np.float32)
-    assert reference.quantize(x, Tensor("x", (9,), "u8", 1.0, 0)).tolist() == [0, 2, 2, 0, 0, 254, 255, 255, 0]
-    assert reference.quantize(x, Tensor("x", (9,), "u8", 0.5, 3)).tolist() == [4, 6, 8, 2, 0, 255, 255, 255, 0]
-    assert reference.quantize(np.float32([3e38]), Tensor("x", (1,), "u8", 2.0**-126, 0)).tolist() == [255]
+    assert reference.quantize(x, Activation("x", (9,), "u8", 1.0, 0)).tolist() == [0, 2, 2, 0, 0, 254, 255, 255, 0]
+    assert reference.quantize(x, Activation("x", (9,), "u8", 0.5, 3)).tolist() == [4, 6, 8, 2, 0, 255, 255, 255, 0]
+    assert reference.quantize(np.float32([3e38]), Activation("x", (1,), "u8", 2.0**-126, 0)).tolist() == [255]
 
 
 def test_preprocess_table_is_the_quantized_pixel():
-    tensor = Tensor("x", (2, 1, 1), "u8", 0.018, 117)
-    table = reference.preprocess_table({"mean": [0.485, 0.5], "std": [0.229, 0.25]}, tensor)
+    activation = Activation("x", (2, 1, 1), "u8", 0.018, 117)
+    table = reference.preprocess_table({"mean": [0.485, 0.5], "std": [0.229, 0.25]}, activation)
     assert (table.shape, table.dtype) == ((2, 256), np.uint8)
     for channel, (mean, std) in enumerate([(0.485, 0.229), (0.5, 0.25)]):
         for v in (0, 1, 100, 255):
             x = (np.float32(v) / np.float32(255) - np.float32(mean)) / np.float32(std)
-            assert table[channel, v] == reference.quantize(x, tensor)
+            assert table[channel, v] == reference.quantize(x, activation)
 
 
 def plain_result(node, acc: int, channel: int, residual: int | None) -> float:
@@ -138,12 +138,12 @@ def test_conv2d_equals_plain_integers(groups, with_residual, exact):
     graph = Graph([builder.member()])
     x = batch(graph, 2, rng)
     names = [node.name for node in builder.nodes]
-    output, taps = reference.run(graph, x, taps=names)
+    output, observed = reference.run(graph, x, observe=names)
     codes = reference.quantize(x, builder.tensors[0])
     for image in range(2):
-        tap = taps[names[0]][image] if with_residual else None
+        added = observed[names[0]][image] if with_residual else None
         node = builder.nodes[-1]
-        assert np.array_equal(output[image], plain_conv2d(node, codes[image], 131, tap, builder.shape(node.output)))
+        assert np.array_equal(output[image], plain_conv2d(node, codes[image], 131, added, builder.shape(node.output)))
 
 
 def test_linear_add_and_pools_equal_plain_integers():
@@ -156,9 +156,9 @@ def test_linear_add_and_pools_equal_plain_integers():
     builder.linear(flat, 4, bits=3, dtype="f32")
     graph = Graph([builder.member()])
     x = batch(graph, 1, rng)
-    output, taps = reference.run(graph, x, [node.name for node in builder.nodes])
+    output, observed = reference.run(graph, x, [node.name for node in builder.nodes])
     values = {0: reference.quantize(x, builder.tensors[0])[0]}
-    values |= {node.output: taps[node.name][0] for node in builder.nodes}
+    values |= {node.output: observed[node.name][0] for node in builder.nodes}
     q = values[0].astype(int)
     for c, i, j in np.ndindex(builder.shape(pool)):
         taken = [q[c, y, z] for y in range(2 * i - 1, 2 * i + 2) for z in (j - 1, j + 1) if 0 <= y < 5 and 0 <= z < 4]
@@ -189,9 +189,9 @@ def test_mul_equals_plain_integers(gate, dtype):
     builder.mul(0, other, dtype, clamp=(3, 250), exact=True)
     graph = Graph([builder.member()])
     x = batch(graph, 2, rng)
-    output, taps = reference.run(graph, x, [builder.nodes[0].name])
+    output, observed = reference.run(graph, x, [builder.nodes[0].name])
     node, a = builder.nodes[1], reference.quantize(x, builder.tensors[0])
-    b = np.broadcast_to(taps[builder.nodes[0].name], a.shape)
+    b = np.broadcast_to(observed[builder.nodes[0].name], a.shape)
     m, bias = (np.float32(node.attributes[key]).item() for key in ("multiplier", "bias"))
     for at in np.ndindex(a.shape):
         r = exact_fma((int(a[at]) - 100) * (int(b[at]) - builder.tensors[other].zero_point), m, bias)
@@ -235,8 +235,8 @@ def test_an_image_does_not_depend_on_its_batch(graph, rng):
     assert (empty.shape, empty.dtype) == ((0, *together.shape[1:]), together.dtype)
 
 
-def test_taps_of_an_unknown_node():
+def test_observing_an_unknown_node():
     builder = Builder(np.random.default_rng(0), (2,), (1.0, 0))
     builder.linear(0, 3)
-    with pytest.raises(InputError, match="expected the name of a node, got 'fc' - at taps"):
+    with pytest.raises(InputError, match="expected the name of a node, got 'fc' - at observe"):
         reference.run(Graph([builder.member()]), np.zeros((1, 2), np.float32), ["fc"])

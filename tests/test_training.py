@@ -19,6 +19,7 @@ from torch import nn
 import qdeploy
 from qdeploy import reference
 from qdeploy.errors import InputError
+from qdeploy.graph import COMBINE
 from qdeploy.kernels import ensemble
 from qdeploy.kernels.ensemble import combine
 from qdeploy.training import command, trainer
@@ -30,7 +31,7 @@ from qdeploy.training.quantize import quantizers, step_parameters
 from qdeploy.training.trainer import run, sample, seed_hash, select, split
 
 SMALL = resolve(
-    Config(data="debug", test_domain="debug1", steps=9, q_step=3, eval_every=2, batch_size=8, accelerator="cpu")
+    Config(data="debug", test_domain="debug1", updates=9, quantize_at=3, eval_every=2, batch_size=8, accelerator="cpu")
 )
 BENCHMARK = load_benchmark("debug")
 
@@ -50,10 +51,10 @@ def tiny_algorithm(fabric, config, kind=QTDoG):
     return kind(MODELS["nin"](4, 1, depth=1, width=1), config, fabric)
 
 
-def minibatches(step, config=SMALL):
+def minibatches(number, config=SMALL):
     loader = trainer.MinibatchLoader(config, BENCHMARK, Fabric(accelerator="cpu", devices=1))
     try:
-        return loader.at(step)
+        return loader.at(number)
     finally:
         loader.close()
 
@@ -72,7 +73,7 @@ def test_split_is_that_of_domainbed():
     assert [*validation, *training] == keys
 
 
-def test_samples_are_a_function_of_seed_step_and_domain():
+def test_samples_are_a_function_of_seed_update_and_domain():
     drawn = sample(3, 77, 1, 50, 4000)
     assert np.array_equal(drawn, sample(3, 77, 1, 50, 4000))
     assert set(drawn) == set(range(50))  # with replacement, every image can come
@@ -90,9 +91,9 @@ def test_minibatches_hold_training_images_of_the_sources():
 
 
 def test_selection_ignores_records_before_the_switch():
-    records = [{"step": s, "validation": v} for s, v in [(0, 0.5), (100, 0.99), (200, 0.7), (300, 0.8), (400, 0.8)]]
-    assert select(records, 200)["step"] == 300  # the first of equals
-    assert select(records, 0)["step"] == 100
+    records = [{"update": s, "validation": v} for s, v in [(0, 0.5), (100, 0.99), (200, 0.7), (300, 0.8), (400, 0.8)]]
+    assert select(records, 200)["update"] == 300  # the first of equals
+    assert select(records, 0)["update"] == 100
     assert select(records[:2], 200) is None
 
 
@@ -123,7 +124,7 @@ def test_votes_that_tie_follow_the_mean_logit():
     assert combine(logits, "logits")[1].tolist() == [2]
 
 
-@pytest.mark.parametrize("rule", ["logits", "probs"])
+@pytest.mark.parametrize("rule", COMBINE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_ensemble_is_judged_with_the_bits_of_its_file(dtype, rule, monkeypatch):
     monkeypatch.setattr(ensemble, "ELEMENTS_PER_PIECE", 3 * 7)  # 50 rows of 7 in many pieces, the last one short
@@ -134,7 +135,7 @@ def test_an_ensemble_is_judged_with_the_bits_of_its_file(dtype, rule, monkeypatc
     assert np.array_equal(classes.numpy(), scores.argmax(-1))
 
 
-@pytest.mark.parametrize("rule", ["logits", "probs"])
+@pytest.mark.parametrize("rule", COMBINE)
 def test_logits_that_are_not_finite_spoil_their_image_alone(rule):
     logits = torch.zeros(2, 6, 3)
     logits[0, 0, 2] = torch.nan
@@ -160,8 +161,8 @@ def test_what_is_no_output_of_an_ensemble_is_refused():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_algorithms_update_and_predict(name, fabric):
-    algorithm = tiny_algorithm(fabric, replace(SMALL, q_step=1), ALGORITHMS[name])
-    losses = [algorithm.update(step, minibatches(step)) for step in range(3)]
+    algorithm = tiny_algorithm(fabric, replace(SMALL, quantize_at=1), ALGORITHMS[name])
+    losses = [algorithm.update(number, minibatches(number)) for number in range(3)]
     assert all(loss.isfinite() and not loss.requires_grad for loss in losses)
     assert algorithm.predict(torch.rand(5, 1, 16, 16)).shape == (5, 4)
     grouped = {id(p) for group in algorithm.optimizer.param_groups for p in group["params"]}
@@ -169,12 +170,12 @@ def test_algorithms_update_and_predict(name, fabric):
 
 
 @pytest.mark.parametrize("grad_scale", ["tensor", "channel", "none"])
-def test_weights_and_steps_go_on_training_after_the_switch(fabric, grad_scale):
+def test_weights_and_step_sizes_go_on_training_after_the_switch(fabric, grad_scale):
     """A quantizer that puts new Parameters in the network and leaves the optimizer as it was trains neither weights nor
-    steps from there on, and no error tells so."""
+    step sizes from there on, and no error tells so."""
     algorithm = tiny_algorithm(fabric, replace(SMALL, grad_scale=grad_scale))
-    for step in range(3):
-        algorithm.update(step, minibatches(step))
+    for number in range(3):
+        algorithm.update(number, minibatches(number))
         assert not quantizers(algorithm.net)
     weights = dict(algorithm.net.named_parameters())
     state = algorithm.optimizer.state
@@ -193,8 +194,8 @@ def test_weights_and_steps_go_on_training_after_the_switch(fabric, grad_scale):
 def test_the_switch_happens_at_the_start_of_its_update(fabric):
     algorithm = tiny_algorithm(fabric, SMALL)
     twin = tiny_algorithm(fabric, SMALL)
-    for step in range(3):
-        assert torch.equal(algorithm.update(step, minibatches(step)), twin.update(step, minibatches(step)))
+    for number in range(3):
+        assert torch.equal(algorithm.update(number, minibatches(number)), twin.update(number, minibatches(number)))
     twin._quantize([])
     twin._train_mode()
     images, classes = (torch.cat(parts) for parts in zip(*minibatches(3), strict=True))
@@ -202,23 +203,23 @@ def test_the_switch_happens_at_the_start_of_its_update(fabric):
     assert torch.equal(algorithm.update(3, minibatches(3)), expected.detach())
 
 
-def test_steps_stay_positive_at_an_absurd_learning_rate(fabric):
-    algorithm = tiny_algorithm(fabric, replace(SMALL, q_step=0, lr_steps=10.0))
-    for step in range(8):
-        algorithm.update(step, minibatches(step))
+def test_step_sizes_stay_positive_at_an_absurd_learning_rate(fabric):
+    algorithm = tiny_algorithm(fabric, replace(SMALL, quantize_at=0, lr_step_size=10.0))
+    for number in range(8):
+        algorithm.update(number, minibatches(number))
         assert all((s > 0).all() for s in step_parameters(algorithm.net))
 
 
 def test_scopes_freeze_what_they_say(fabric):
     for scope in ("bn_head", "no_s"):
         algorithm = tiny_algorithm(fabric, replace(SMALL, qat_scope=scope))
-        for step in range(3):
-            algorithm.update(step, minibatches(step))
+        for number in range(3):
+            algorithm.update(number, minibatches(number))
         algorithm.update(3, minibatches(3))
         before = {name: p.detach().clone() for name, p in algorithm.net.named_parameters()}
         batch = minibatches(4)
-        for step in range(4, 104):
-            algorithm.update(step, batch)
+        for number in range(4, 104):
+            algorithm.update(number, batch)
         moved = {name for name, p in algorithm.net.named_parameters() if not torch.equal(p, before[name])}
         frozen = {name for name in before if name.endswith("step")}
         if scope == "bn_head":
@@ -228,16 +229,16 @@ def test_scopes_freeze_what_they_say(fabric):
 
 def test_reset_optimizer_forgets_the_moments(fabric):
     algorithm = tiny_algorithm(fabric, replace(SMALL, reset_optimizer=True))
-    for step in range(4):
-        algorithm.update(step, minibatches(step))
+    for number in range(4):
+        algorithm.update(number, minibatches(number))
     assert {int(state["step"]) for state in algorithm.optimizer.state.values()} == {1}
 
 
 def test_bf16_autocast_trains_float32_parameters():
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     algorithm = tiny_algorithm(fabric, SMALL)
-    for step in range(6):
-        assert algorithm.update(step, minibatches(step)).isfinite()
+    for number in range(6):
+        assert algorithm.update(number, minibatches(number)).isfinite()
     assert algorithm.predict(torch.rand(2, 1, 16, 16)).dtype == torch.float32
     assert {p.dtype for p in algorithm.net.parameters()} == {torch.float32}
 
@@ -296,13 +297,13 @@ def finished(tmp_path_factory):
 def test_a_run_logs_selects_and_reloads(finished, fabric):
     directory, record = finished
     net, log, done = outcome(directory)
-    assert [r["step"] for r in log] == [0, 2, 4, 6, 8]
+    assert [r["update"] for r in log] == [0, 2, 4, 6, 8]
     assert [r["quantized"] for r in log] == [False, False, True, True, True]
     assert set(log[0]["accuracy"]) == {"debug0_out", "debug1_in", "debug1_out", "debug2_out"}
     accuracy = log[3]["accuracy"]
     assert log[3]["validation"] == (accuracy["debug0_out"] + accuracy["debug2_out"]) / 2
     assert log[3]["test"] == accuracy["debug1_in"]
-    assert record["step"] >= SMALL.q_step and done["selected"]["step"] == record["step"]
+    assert record["update"] >= SMALL.quantize_at and done["selected"]["update"] == record["update"]
     assert not (directory / "checkpoint.pt").exists()
     trained = trainer.load_trained(directory, BENCHMARK)
     domain, positions = trainer.evaluation_sets(SMALL, BENCHMARK)["debug1_in"]
@@ -316,12 +317,12 @@ def test_a_run_logs_selects_and_reloads(finished, fabric):
 
 def test_stopped_at_any_update_and_continued_equals_uninterrupted(finished, fabric, tmp_path, monkeypatch):
     update = QTDoG.update
-    for stop in range(SMALL.steps):
+    for stop in range(SMALL.updates):
 
-        def failing(self, step, minibatches, stop=stop):
-            if step == stop:
+        def failing(self, number, minibatches, stop=stop):
+            if number == stop:
                 raise MemoryError
-            return update(self, step, minibatches)
+            return update(self, number, minibatches)
 
         monkeypatch.setattr(QTDoG, "update", failing)
         with pytest.raises(MemoryError):
@@ -332,7 +333,7 @@ def test_stopped_at_any_update_and_continued_equals_uninterrupted(finished, fabr
 
 
 def test_quantized_inputs_resume_too(fabric, tmp_path, monkeypatch):
-    config = replace(SMALL, activation_bits=8, steps=7)
+    config = replace(SMALL, activation_bits=8, updates=7)
     run(config, BENCHMARK, tmp_path / "a", fabric)
     monkeypatch.setattr(trainer, "_agreed", lambda signals, fabric: signal.SIGTERM)
     for _ in range(6):  # stopped after every update
@@ -355,10 +356,10 @@ from qdeploy.training.config import Config
 from qdeploy.training.domains import load_benchmark
 directory, stop, signum = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 update = algorithms.QTDoG.update
-def signalling(self, step, minibatches):
-    if step == stop:
+def signalling(self, number, minibatches):
+    if number == stop:
         os.kill(os.getpid(), signum)
-    return update(self, step, minibatches)
+    return update(self, number, minibatches)
 algorithms.QTDoG.update = signalling
 trainer.run(Config(**eval(sys.argv[4])), load_benchmark("debug"), directory, Fabric(accelerator="cpu", devices=1))
 """
@@ -375,7 +376,7 @@ def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path):
         else:
             message = f"stopped before update 8: run the same command again to continue - at {directory}"
             assert message in child.stderr
-    assert torch.load(directory / "checkpoint.pt", weights_only=True)["step"] == 8
+    assert torch.load(directory / "checkpoint.pt", weights_only=True)["update"] == 8
     run(SMALL, BENCHMARK, directory, fabric)
     assert_same_outcome(finished[0], directory)
 
@@ -418,8 +419,8 @@ def test_the_splits_do_not_change_with_the_seed(fabric, tmp_path):
         ({"test_domain": None}, "expected the domain to hold out, got none - at --test-domain"),
         ({"bits": 9}, "expected 2 to 8 bits, got 9 - at --bits"),
         ({"activation_bits": 1}, "expected 2 to 8 bits, got 1 - at --activation-bits"),
-        ({"steps": 0}, "expected at least 1, got 0 - at --steps"),
-        ({"q_step": 9}, r"expected a switch in 0 .. 8 \(the last evaluation\), got 9 - at --q-step"),
+        ({"updates": 0}, "expected at least 1, got 0 - at --updates"),
+        ({"quantize_at": 9}, r"expected a switch in 0 .. 8 \(the last evaluation\), got 9 - at --quantize-at"),
         ({"seed": -1}, "expected 0 or more, got -1 - at --seed"),
     ],
 )
@@ -430,9 +431,9 @@ def test_settings_are_checked(changes, text):
 
 def test_presets_follow_the_data():
     small = resolve(Config(test_domain="mfeat"))
-    assert (small.model, small.lr, small.steps, small.q_step, small.eval_every) == ("nin", 1e-3, 2001, 800, 100)
-    photos = resolve(Config(data="/data/PACS", test_domain="sketch", steps=10000))
-    assert (photos.model, photos.lr, photos.steps, photos.q_step, photos.eval_every) == (
+    assert (small.model, small.lr, small.updates, small.quantize_at, small.eval_every) == ("nin", 1e-3, 2001, 800, 100)
+    photos = resolve(Config(data="/data/PACS", test_domain="sketch", updates=10000))
+    assert (photos.model, photos.lr, photos.updates, photos.quantize_at, photos.eval_every) == (
         *("resnet50", 5e-5, 10000, 2000, 300),
     )
 
@@ -444,7 +445,7 @@ def arguments(*words):
 
 
 def test_command_trains_an_ensemble(tmp_path, capsys):
-    words = ("--algorithm", "erm", "--test-domain", "debug2", "--steps", "3", "--eval-every", "1", "--seeds", "3")
+    words = ("--algorithm", "erm", "--test-domain", "debug2", "--updates", "3", "--eval-every", "1", "--seeds", "3")
     args = arguments(*words, "--out", str(tmp_path / "run"))
     summary = command.main(args)
     command.show(summary)
@@ -452,7 +453,7 @@ def test_command_trains_an_ensemble(tmp_path, capsys):
     assert [member["seed"] for member in summary["members"]] == [0, 1, 2]
     assert set(summary["ensemble"]) == {"logits", "probs", "vote"}
     assert "ensemble, logits" in out and "standard error" in out
-    assert err.count("\n") == 9 and "seed 2 step 2 float loss" in err
+    assert err.count("\n") == 9 and "seed 2 update 2 float loss" in err
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     started = time.perf_counter()
     assert command.main(args) == summary
@@ -460,7 +461,7 @@ def test_command_trains_an_ensemble(tmp_path, capsys):
 
 
 def test_command_writes_an_ensemble_that_the_engine_runs(tmp_path, capsys):
-    words = ("--test-domain", "debug0", "--steps", "21", "--q-step", "5", "--eval-every", "10", "--seeds", "2")
+    words = ("--test-domain", "debug0", "--updates", "21", "--quantize-at", "5", "--eval-every", "10", "--seeds", "2")
     summary = command.main(arguments(*words, "--out", str(tmp_path)))
     command.show(summary)
     model = qdeploy.load_int_model(tmp_path / "eoq.safetensors")
@@ -483,10 +484,10 @@ def test_folders_of_images_train(fabric, tmp_path):
                 pixels = rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / domain / label / f"{i}.png")
     data = str(tmp_path / "data")
-    settings = {"model": "resnet18", "image_size": 32, "steps": 3, "q_step": 1, "eval_every": 1, "batch_size": 2}
+    settings = {"model": "resnet18", "image_size": 32, "updates": 3, "quantize_at": 1, "eval_every": 1, "batch_size": 2}
     config = resolve(Config(data=data, test_domain="photo", accelerator="cpu", **settings))
     record = run(config, load_benchmark(data, image_size=32), tmp_path / "run", fabric)
-    assert record["step"] >= 1 and set(record["accuracy"]) == {"art_out", "photo_in", "photo_out", "sketch_out"}
+    assert record["update"] >= 1 and set(record["accuracy"]) == {"art_out", "photo_in", "photo_out", "sketch_out"}
 
 
 def test_command_explains_bad_input(tmp_path):
@@ -505,7 +506,8 @@ def test_command_explains_bad_input(tmp_path):
 def test_command_exits_with_the_number_of_the_signal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "_agreed", lambda signals, fabric: signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
-        command.main(arguments("--test-domain", "debug0", "--steps", "4", "--q-step", "0", "--out", str(tmp_path)))
+        words = ("--test-domain", "debug0", "--updates", "4", "--quantize-at", "0", "--out", str(tmp_path))
+        command.main(arguments(*words))
     assert stop.value.code == 128 + signal.SIGTERM
     assert "stopped before update 1: run the same command again to continue - at" in capsys.readouterr().err
 
@@ -529,7 +531,7 @@ def test_progress_bar_on_a_terminal(monkeypatch, fabric, capsys):
     monkeypatch.setenv("COLUMNS", "160")
     with trainer._progress(SMALL, 2, fabric) as show:
         show(None)
-        show({"step": 3, "quantized": True, "loss": 1.0, "validation": 0.5, "test": 0.25})
-    assert "seed 0 step 3 7 bit loss 1.0000 validation 0.5000 debug1 0.2500" in capsys.readouterr().err.replace(
+        show({"update": 3, "quantized": True, "loss": 1.0, "validation": 0.5, "test": 0.25})
+    assert "seed 0 update 3 7 bit loss 1.0000 validation 0.5000 debug1 0.2500" in capsys.readouterr().err.replace(
         "\n", ""
     )

@@ -28,8 +28,8 @@ class ERM:
         self._model = self.fabric.setup_module(self.net)
         self._stepper: Any = self.fabric.setup_optimizers(self.optimizer)
 
-    def update(self, step: int, minibatches: Minibatches) -> Tensor:
-        """Makes update number `step` (from 0) and returns its loss."""
+    def update(self, number: int, minibatches: Minibatches) -> Tensor:
+        """Makes update `number` (from 0) and returns its loss."""
         images, classes = (torch.cat(parts) for parts in zip(*minibatches, strict=True))
         self._train_mode()
         loss = functional.cross_entropy(self._model(images), classes)
@@ -63,17 +63,17 @@ class ERM:
 
 
 class QTDoG(ERM):
-    """QT-DoG (ICML 2025): ERM that goes on with LSQ-quantized weights from update `q_step`.
+    """QT-DoG (ICML 2025): ERM that goes on with LSQ-quantized weights from update `quantize_at`.
 
     At the START of that update the quantizers are attached to the current weights. The Parameter objects stay, so
-    Adam keeps its moments, and the steps join the optimizer as a group of their own: weights AND steps go on training.
-    `qat_scope` "bn_head" freezes both, "no_s" the steps.
+    Adam keeps its moments, and the step sizes join the optimizer as a group of their own: weights AND step sizes go on
+    training. `qat_scope` "bn_head" freezes both, "no_s" the step sizes.
     """
 
-    def update(self, step: int, minibatches: Minibatches) -> Tensor:
-        if step == self.config.q_step:
+    def update(self, number: int, minibatches: Minibatches) -> Tensor:
+        if number == self.config.quantize_at:
             self._quantize(minibatches)
-        loss = super().update(step, minibatches)
+        loss = super().update(number, minibatches)
         project_steps_(self.net)
         return loss
 
@@ -90,7 +90,7 @@ class QTDoG(ERM):
         if config.reset_optimizer:
             self.optimizer.state.clear()
         if config.qat_scope == "all":
-            self.optimizer.add_param_group(step_group(self.net, config.lr_steps))
+            self.optimizer.add_param_group(step_group(self.net, config.lr_step_size))
         self.quantized = True
         self._wrap()  # data-parallel training has to learn of the new parameters
 

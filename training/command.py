@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> dict:
         for seed in range(config.seed, config.seed + args.seeds):
             directory = args.out / f"seed{seed}"
             record = run(replace(config, seed=seed), benchmark, directory, fabric)
-            members.append({"seed": seed, **{key: record[key] for key in ("step", "validation", "test")}})
+            members.append({"seed": seed, **{key: record[key] for key in ("update", "validation", "test")}})
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(128 + stop.signum) from None
@@ -85,9 +85,9 @@ def show(summary: dict) -> None:
     """Prints the summary of `main` as a table; accuracies in percent."""
     test = summary["config"]["test_domain"]
     print(f"Accuracy on 80% of the held-out domain {test}, at the evaluation chosen by training-domain validation")
-    print(f"{'seed':>8} {'step':>6} {'validation':>11} {test:>11}")
+    print(f"{'seed':>8} {'update':>6} {'validation':>11} {test:>11}")
     for member in summary["members"]:
-        print(f"{member['seed']:>8} {member['step']:>6} {member['validation']:>11.2%} {member['test']:>11.2%}")
+        print(f"{member['seed']:>8} {member['update']:>6} {member['validation']:>11.2%} {member['test']:>11.2%}")
     scores = [member["test"] for member in summary["members"]]
     if len(scores) > 1:
         error = statistics.stdev(scores) / len(scores) ** 0.5
@@ -104,7 +104,7 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
     """Accuracy of the ensemble on the held-out domain, and, for QT-DoG, the model file."""
     import torch
 
-    from qdeploy.kernels.ensemble import combine
+    from qdeploy.kernels.ensemble import RULES, combine
     from qdeploy.training import trainer
     from qdeploy.training.quantize import summary
 
@@ -115,7 +115,7 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
         logits = torch.stack([trainer.apply(net, benchmark, domain, positions) for net in nets])
     found: dict = {}
     if count > 1:
-        decided = {rule: combine(logits, rule)[1] for rule in ("logits", "probs", "vote")}
+        decided = {rule: combine(logits, rule)[1] for rule in RULES}
         found["ensemble"] = {rule: (classes == labels).float().mean().item() for rule, classes in decided.items()}
     if config.algorithm != "qt-dog":
         return found
@@ -161,8 +161,10 @@ def export_runs(
 
     combine, observer: as for `qdeploy.export_ensemble`. images: of each source domain, for calibration.
     """
+    from qdeploy.exporter import check_observer
     from qdeploy.training.trainer import load_trained
 
+    check_observer(observer)  # before minutes of loading
     benchmark = _benchmark(config)
     nets = [load_trained(run, benchmark) for run in runs]
     return _export(nets, config, benchmark, path, combine, observer, images)

@@ -31,19 +31,19 @@ class Config:
     image_size: int = _option(224, "height and width for images of a folder")
     bits: int = _option(7, "bits of the weights, 2 to 8")
     activation_bits: int | None = _option(None, "bits of the layers' inputs during training, 2 to 8")
-    per_tensor: bool = _option(False, "one step for a weight instead of one for each output channel")
+    per_tensor: bool = _option(False, "one step size for a weight instead of one for each output channel")
     init: str = _option("lsq", "the first step sizes", ("lsq", "mse", "minmax"))
     grad_scale: str = _option("tensor", "the elements counted in the gradient scale", ("tensor", "channel", "none"))
     qat_scope: str = _option(
-        "all", "trains after the switch: all, no steps, or BatchNorm and classifier alone", _SCOPES
+        "all", "trains after the switch: all, no step sizes, or BatchNorm and classifier alone", _SCOPES
     )
     reset_optimizer: bool = _option(False, "forget the optimizer's moments at the switch")
-    steps: int = _option(None, "updates in all")
-    q_step: int = _option(None, "the update at whose start the network is quantized")
+    updates: int = _option(None, "changes of all weights in training")
+    quantize_at: int = _option(None, "the update at whose start the network is quantized")
     eval_every: int = _option(None, "updates between evaluations")
     batch_size: int = _option(32, "images from each source domain in an update")
     lr: float = _option(None, "Adam's learning rate")
-    lr_steps: float = _option(1e-5, "Adam's learning rate of the step sizes")
+    lr_step_size: float = _option(1e-5, "Adam's learning rate of the step sizes")
     seed: int = _option(0, "seed of the weights, the minibatches and the augmentation")
     split_seed: int = _option(0, "seed of the split of each domain into training and validation images")
     accelerator: str = _option("auto", "cpu, cuda, mps or auto")
@@ -52,8 +52,8 @@ class Config:
 
 
 # Small networks from scratch (Digits-DG), and fine-tuning as DomainBed and SWAD do it.
-_FROM_SCRATCH: dict[str, Any] = {"model": "nin", "lr": 1e-3, "steps": 2001, "q_step": 800, "eval_every": 100}
-_FINE_TUNING: dict[str, Any] = {"model": "resnet50", "lr": 5e-5, "steps": 5001, "q_step": 2000, "eval_every": 300}
+_FROM_SCRATCH: dict[str, Any] = dict(model="nin", lr=1e-3, updates=2001, quantize_at=800, eval_every=100)
+_FINE_TUNING: dict[str, Any] = dict(model="resnet50", lr=5e-5, updates=5001, quantize_at=2000, eval_every=300)
 
 
 def resolve(config: Config) -> Config:
@@ -62,7 +62,7 @@ def resolve(config: Config) -> Config:
     config = replace(config, **{key: value for key, value in preset.items() if getattr(config, key) is None})
     if config.test_domain is None:
         raise InputError("expected the domain to hold out, got none - at --test-domain")
-    for key in ("steps", "eval_every", "batch_size", "image_size", "devices"):
+    for key in ("updates", "eval_every", "batch_size", "image_size", "devices"):
         if getattr(config, key) < 1:
             raise InputError(f"expected at least 1, got {getattr(config, key)} - at --{key.replace('_', '-')}")
     for key in ("bits", "activation_bits"):
@@ -70,12 +70,11 @@ def resolve(config: Config) -> Config:
         if bits is not None and not 2 <= bits <= 8:
             raise InputError(f"expected 2 to 8 bits, got {bits} - at --{key.replace('_', '-')}")
     if config.algorithm == "qt-dog":
-        # The record that is selected comes from an evaluation at or after q_step.
-        last = (config.steps - 1) // config.eval_every * config.eval_every
-        if not 0 <= config.q_step <= last:
-            raise InputError(
-                f"expected a switch in 0 .. {last} (the last evaluation), got {config.q_step} - at --q-step"
-            )
+        # The record that is selected comes from an evaluation at or after that update.
+        last = (config.updates - 1) // config.eval_every * config.eval_every
+        if not 0 <= config.quantize_at <= last:
+            expected = f"a switch in 0 .. {last} (the last evaluation)"
+            raise InputError(f"expected {expected}, got {config.quantize_at} - at --quantize-at")
     for key in ("seed", "split_seed"):
         if getattr(config, key) < 0:
             raise InputError(f"expected 0 or more, got {getattr(config, key)} - at --{key.replace('_', '-')}")

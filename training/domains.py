@@ -64,7 +64,7 @@ class FolderDomain:
     def batch(self, positions: np.ndarray, augment: tuple[int, int, int] | None = None) -> Tensor:
         """Decoded images, normalized by the ImageNet statistics, f32 [n, 3, size, size].
 
-        With `augment` = (seed, step, domain) each is cropped, flipped and recolored at random, as a pure function of
+        With `augment` = (seed, update, domain) each is cropped, flipped and recolored at random, as a pure function of
         these three numbers and its place in the batch.
         """
         jobs = [(self.paths[p], self.size, None if augment is None else (*augment, i)) for i, p in enumerate(positions)]
@@ -163,9 +163,9 @@ def _load_image(path: Path, size: int, augment: tuple[int, int, int, int] | None
     if augment is None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     else:
-        seed, step, domain, place = augment
+        seed, update, domain, place = augment
         # Word 1 of the counter is 0 for the sampler of the trainer, so the streams never meet.
-        stream = np.random.Philox(key=[seed, domain], counter=[0, 1 + place, 0, step])
+        stream = np.random.Philox(key=[seed, domain], counter=[0, 1 + place, 0, update])
         image = _augment(image, size, np.random.Generator(stream))
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div_(255)
     return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]

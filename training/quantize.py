@@ -54,7 +54,7 @@ def _state(*tensors: Tensor) -> tuple:
 
 
 class Quantizer(nn.Module):
-    """LSQ with its own step sizes: one float32 step (shape []), or one for each slice along axis 0 (shape [C])."""
+    """LSQ with its own step sizes: one float32 (shape []), or one for each slice along axis 0 (shape [C])."""
 
     prepared: _Prepared | None = None  # during a forward pass of the network
 
@@ -114,25 +114,25 @@ def quantize_(
     Args:
         net: the network. Its Parameter objects stay the same; shared modules and tied weights share one quantizer.
         weight_bits: 2 to 8 bits, signed, for every layer; or bits by layer name, and then only those layers.
-        activation_bits: 2 to 8 bits for the input of each of these layers (one step per tensor), or None. The range is
-            unsigned where calibration saw no negative value, else signed. Layers that read one tensor share one step.
-        per_channel: one step per output channel of a weight (QT-DoG appendix B), or one per weight.
-        init: the first steps: "lsq" 2*mean|v|/sqrt(qmax), "mse" (least squared error) or "minmax" (nothing clipped).
+        activation_bits: 2 to 8 bits for the input of each of these layers, or None. A tensor has one step size, which
+            all layers that read it share. Its range is unsigned where calibration saw no negative value, else signed.
+        per_channel: one step size per output channel of a weight (QT-DoG appendix B), or one per weight.
+        init: the first step sizes: "lsq" 2*mean|v|/sqrt(qmax), "mse" (least squared error), "minmax" (nothing clipped).
         grad_scale: "tensor" 1/sqrt(numel(weight)*qmax), "channel" with the elements of one channel, "none" 1.
         skip: names of layers to leave alone. None leaves the classifier: the quantizable layer registered last.
         calibration: batches of inputs, or (inputs, ...) tuples; required with `activation_bits`. The first 4 are used.
 
     Returns:
-        The trainable steps, in order; `step_group` makes an optimizer group of them.
+        The trainable step sizes, in order; `step_group` makes an optimizer group of them.
 
     Raises:
         InputError: bits out of range, an unknown layer or option, a layer quantized before, or missing calibration.
     """
     layers = _select(net, weight_bits, skip)
     for name, (layer, bits) in layers.items():
-        _check_bits(bits, name)
+        _check_bits(bits, f"layer `{name}`")
         if _weight_quantizer(layer) is not None:
-            raise InputError(f"expected a layer without quantizer, got one quantized before - at layer {name}")
+            raise InputError(f"expected a layer without quantizer, got one quantized before - at layer `{name}`")
     by_weight: dict[int, Quantizer] = {}
     for layer, bits in layers.values():
         key = id(layer.weight)
@@ -141,7 +141,7 @@ def quantize_(
         parametrize.register_parametrization(layer, "weight", by_weight[key])
     _quantize_together(net)
     if activation_bits is not None:
-        _check_bits(activation_bits, "activations")
+        _check_bits(activation_bits, "activation_bits")
         if calibration is None:
             raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
         targets = {name: layer for name, (layer, _) in layers.items()}
@@ -174,14 +174,14 @@ def step_group(net: nn.Module, lr: float) -> dict:
 
 @torch.no_grad()
 def project_steps_(net: nn.Module) -> None:
-    """Keeps every step at 1e-8 or more; call it after each optimizer step (LSQ is undefined for s <= 0)."""
+    """Keeps every step size at 1e-8 or more; call it after each optimizer step (LSQ is undefined for s <= 0)."""
     for step in step_parameters(net):
         step.clamp_(min=MIN_STEP)
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One quantized weight. Steps are medians over its channels; `error` is rms(w - Q(w)) / rms(w)."""
+    """One quantized weight. Step sizes are medians over its channels; `error` is rms(w - Q(w)) / rms(w)."""
 
     name: str
     shape: tuple[int, ...]
@@ -195,7 +195,7 @@ class LayerSummary:
 
 @torch.no_grad()
 def summary(net: nn.Module) -> list[LayerSummary]:
-    """What is quantized, how finely, and how far the steps are from the ones of least squared error."""
+    """What is quantized, how finely, and how far the step sizes are from the ones of least squared error."""
     rows = []
     found = quantizers(net)
     for key, quantizer in found.items():
@@ -204,7 +204,7 @@ def summary(net: nn.Module) -> list[LayerSummary]:
             continue
         weight = parametrized_weight(net.get_submodule(name)).original.float()
         rest = weight / quantizer.step.reshape(-1, *[1] * (weight.dim() - 1))
-        best = initial_step(_groups(weight, quantizer.axis), quantizer.qmin, quantizer.qmax, "mse")
+        best = initial_step(_rows(weight, quantizer.axis), quantizer.qmin, quantizer.qmax, "mse")
         inputs = found.get(key.removesuffix("weight") + "input")
         rows.append(
             LayerSummary(
@@ -238,9 +238,9 @@ def _select(
     return {name: (layer, bits) for name, layer in layers.items() if (bits := wanted.get(name)) is not None}
 
 
-def _check_bits(bits: int, where: str) -> None:
+def _check_bits(bits: int, at: str) -> None:
     if not (isinstance(bits, int) and 2 <= bits <= 8):
-        raise InputError(f"expected 2 to 8 bits, got {bits!r} - at {where}")
+        raise InputError(f"expected 2 to 8 bits, got {bits!r} - at {at}")
 
 
 def _weight_quantizer(module: nn.Module) -> Quantizer | None:
@@ -255,21 +255,21 @@ def parametrized_weight(layer: nn.Module) -> parametrize.ParametrizationList:
     return parametrizations.weight
 
 
-def _groups(value: Tensor, axis: int) -> Tensor:
-    """The elements that share a step, one row each."""
+def _rows(value: Tensor, axis: int) -> Tensor:
+    """The elements that share a step size, one row each."""
     return value.reshape(1, -1) if axis == -1 else value.flatten(1)
 
 
 def _make_weight_quantizer(weight: Tensor, bits: int, per_channel: bool, init: str, grad_scale: str) -> Quantizer:
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    rows = _groups(weight.float(), 0 if per_channel else -1)
+    rows = _rows(weight.float(), 0 if per_channel else -1)
     step = initial_step(rows, qmin, qmax, init)
     scale = training_scale(weight.numel(), weight.numel() // len(rows), qmax, grad_scale)
     return Quantizer(step if per_channel else step[0], qmin, qmax, scale)
 
 
 def training_scale(numel: int, numel_per_step: int, qmax: int, mode: str) -> float:
-    """The factor g on the gradient of a step (LSQ section 2.2); `mode` as `grad_scale` of `quantize_`."""
+    """The factor g on the gradient of a step size (LSQ section 2.2); `mode` as `grad_scale` of `quantize_`."""
     counts = {"tensor": numel * qmax, "channel": numel_per_step * qmax, "none": 1}
     if mode not in counts:
         raise InputError(f"expected grad_scale tensor, channel or none, got {mode!r} - at quantize_")
@@ -278,7 +278,7 @@ def training_scale(numel: int, numel_per_step: int, qmax: int, mode: str) -> flo
 
 @torch.no_grad()
 def initial_step(rows: Tensor, qmin: int, qmax: int, method: str) -> Tensor:
-    """First step sizes, [groups], for float32 values [groups, n]; `method` as `init` of `quantize_`. At least 1e-8."""
+    """First step sizes, [rows], for float32 values [rows, n]; `method` as `init` of `quantize_`. At least 1e-8."""
     if method == "lsq":
         step = 2 * rows.abs().mean(1) / qmax**0.5
     elif method in ("mse", "minmax"):
@@ -371,7 +371,7 @@ def _quantize_input(module: nn.Module, args: tuple) -> tuple:
 
 @dataclass
 class _Observed:
-    """What calibration saw of the tensors that share one step."""
+    """What calibration saw of the tensors that share one step size."""
 
     samples: list[Tensor]
     features: int = 1  # elements of one sample of the batch
@@ -392,27 +392,27 @@ def _attach_input_quantizers(
     grad_scale: str,
     calibration: Iterable,
 ) -> None:
-    observed, group_of = _observe(net, layers, calibration)
+    observed, bundle_of = _observe(net, layers, calibration)
     made: dict[str, Quantizer] = {}
     for name, layer in layers.items():
-        group = group_of[name]
-        if group not in made:
-            seen = observed[group]
+        bundle = bundle_of[name]
+        if bundle not in made:
+            seen = observed[bundle]
             values = torch.cat(seen.samples)
             qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if values.amin() < 0 else (0, 2**bits - 1)
             step = initial_step(values[None], qmin, qmax, init)[0]
             # Features of one sample, not of the batch (LSQ section 2.2): the scale does not change with the batch.
-            made[group] = Quantizer(step, qmin, qmax, training_scale(seen.features, seen.features, qmax, grad_scale))
-        layer.input_quantizer = made[group]
+            made[bundle] = Quantizer(step, qmin, qmax, training_scale(seen.features, seen.features, qmax, grad_scale))
+        layer.input_quantizer = made[bundle]
         layer.register_forward_pre_hook(_quantize_input)
 
 
 def _observe(
     net: nn.Module, layers: dict[str, nn.Module], calibration: Iterable
 ) -> tuple[dict[str, _Observed], dict[str, str]]:
-    """Runs the calibration batches in eval mode; returns what was seen by group, and the group of each layer.
+    """Runs the calibration batches in eval mode; returns what was seen by bundle, and the bundle of each layer.
 
-    Layers that read the very same tensor (the first convolution and the shortcut of a residual block) form a group:
+    Layers that read the very same tensor (the first convolution and the shortcut of a residual block) form a bundle:
     one tensor can have only one integer code.
     """
     parent = {name: name for name in layers}
@@ -448,11 +448,11 @@ def _observe(
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    if idle := [name for name in layers if not by_layer[name].samples]:
+    if idle := [f"`{name}`" for name in layers if not by_layer[name].samples]:
         raise InputError(f"expected calibration to reach every layer, got no input - at layer {', '.join(idle)}")
-    group_of = {name: root(name) for name in layers}
+    bundle_of = {name: root(name) for name in layers}
     merged: dict[str, _Observed] = {}
-    for name, group in group_of.items():
-        merged.setdefault(group, _Observed([])).samples += by_layer[name].samples
-        merged[group].features = by_layer[name].features
-    return merged, group_of
+    for name, bundle in bundle_of.items():
+        merged.setdefault(bundle, _Observed([])).samples += by_layer[name].samples
+        merged[bundle].features = by_layer[name].features
+    return merged, bundle_of

@@ -44,8 +44,8 @@ CHECKPOINT, LOG, MODEL, DONE = "checkpoint.pt", "log.jsonl", "model.pt", "done.j
 class Interrupted(Exception):
     """A signal stopped the run after a checkpoint; `signum` is its number."""
 
-    def __init__(self, signum: int, step: int, directory: Path):
-        super().__init__(f"stopped before update {step}: run the same command again to continue - at {directory}")
+    def __init__(self, signum: int, update: int, directory: Path):
+        super().__init__(f"stopped before update {update}: run the same command again to continue - at {directory}")
         self.signum = signum
 
 
@@ -62,16 +62,16 @@ def split(count: int, environment: int, split_seed: int) -> tuple[np.ndarray, np
     return np.array(keys[held_out:]), np.array(keys[:held_out])
 
 
-def sample(seed: int, step: int, domain: int, count: int, size: int) -> np.ndarray:
+def sample(seed: int, update: int, domain: int, count: int, size: int) -> np.ndarray:
     """`size` positions in 0..count-1, drawn with replacement by a counter-based generator."""
-    stream = np.random.Philox(key=[seed, domain], counter=[0, 0, 0, step])
+    stream = np.random.Philox(key=[seed, domain], counter=[0, 0, 0, update])
     return np.random.Generator(stream).integers(count, size=size)
 
 
-def select(records: list[dict], q_step: int) -> dict | None:
+def select(records: list[dict], first: int) -> dict | None:
     """Training-domain validation: the first record with the highest mean accuracy over the source domains' validation
-    images, among those at or after `q_step` (an earlier record is of a network that was not quantized yet)."""
-    eligible = [record for record in records if record["step"] >= q_step]
+    images, among those at or after update `first` (an earlier record is of a network that was not quantized yet)."""
+    eligible = [record for record in records if record["update"] >= first]
     return max(eligible, key=lambda record: record["validation"], default=None)
 
 
@@ -116,20 +116,20 @@ class MinibatchLoader:
         self._executor = ThreadPoolExecutor(1)
         self._next: tuple[int, Future] | None = None
 
-    def at(self, step: int) -> Minibatches:
-        """The minibatches of update `step`, on the device; a data-parallel process gets its share of each."""
+    def at(self, update: int) -> Minibatches:
+        """The minibatches of update `update`, on the device; a data-parallel process gets its share of each."""
         ahead = self._next
-        batches = ahead[1].result() if ahead and ahead[0] == step else self._load(step)
-        self._next = (step + 1, self._executor.submit(self._load, step + 1))
+        batches = ahead[1].result() if ahead and ahead[0] == update else self._load(update)
+        self._next = (update + 1, self._executor.submit(self._load, update + 1))
         return [(self._fabric.to_device(images), self._fabric.to_device(classes)) for images, classes in batches]
 
-    def _load(self, step: int) -> Minibatches:
+    def _load(self, update: int) -> Minibatches:
         batches = []
         for i, keys in self._keys.items():
             domain = self._benchmark.domains[i]
-            drawn = sample(self._config.seed, step, i, len(keys), self._config.batch_size)
+            drawn = sample(self._config.seed, update, i, len(keys), self._config.batch_size)
             mine = keys[drawn[self._fabric.global_rank :: self._fabric.world_size]]
-            images = domain.batch(mine, augment=(self._config.seed, step, i))
+            images = domain.batch(mine, augment=(self._config.seed, update, i))
             batches.append((images, torch.from_numpy(domain.labels[mine])))
         return batches
 
@@ -145,7 +145,7 @@ def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int
     for i, domain in enumerate(benchmark.domains):
         training, validation = split(len(domain.labels), i, config.split_seed)
         if not len(validation):
-            raise InputError(f"expected 5 or more images, got {len(domain.labels)} - at domain {domain.name}")
+            raise InputError(f"expected 5 or more images, got {len(domain.labels)} - at domain `{domain.name}`")
         if i == target:
             sets[f"{domain.name}_in"] = (i, training)
         sets[f"{domain.name}_out"] = (i, validation)
@@ -174,7 +174,7 @@ def _evaluate(predict: Callable[[Tensor], Tensor], config: Config, benchmark: Be
 class _State:
     """Where a run stands, beside its algorithm: what the checkpoint holds."""
 
-    step: int = 0  # the next update
+    update: int = 0  # the next one
     records: list[dict] = field(default_factory=list)
     best: dict[str, Tensor] | None = None  # the network at the selected record
     losses: list[float] = field(default_factory=list)  # since the last evaluation
@@ -224,17 +224,17 @@ def _train(
 ) -> None:
     """Makes the updates that `state` still lacks; raises Interrupted after a checkpoint."""
     began = time.perf_counter()
-    with _signals() as signals, _progress(config, state.step, fabric) as show:
-        for step in range(state.step, config.steps):
-            torch.manual_seed(seed_hash(config.seed, step, fabric.global_rank))  # dropout and the like
-            loss = algorithm.update(step, minibatches.at(step)).item()
+    with _signals() as signals, _progress(config, state.update, fabric) as show:
+        for update in range(state.update, config.updates):
+            torch.manual_seed(seed_hash(config.seed, update, fabric.global_rank))  # dropout and the like
+            loss = algorithm.update(update, minibatches.at(update)).item()
             if not math.isfinite(loss):
-                raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {step}")
+                raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {update}")
             state.losses.append(loss)
-            state.step = step + 1
+            state.update = update + 1
             record: dict[str, Any] | None = None
-            if step % config.eval_every == 0:
-                record = {"step": step, "quantized": algorithm.quantized, "loss": statistics.fmean(state.losses)}
+            if update % config.eval_every == 0:
+                record = {"update": update, "quantized": algorithm.quantized, "loss": statistics.fmean(state.losses)}
                 record |= _evaluate(algorithm.predict, config, benchmark, fabric)
                 record["seconds"] = round(time.perf_counter() - began, 3)
                 state.losses.clear()
@@ -247,11 +247,11 @@ def _train(
             if record or signum:
                 _checkpoint(directory, config, algorithm, state, fabric)
             if signum:
-                raise Interrupted(signum, state.step, directory)
+                raise Interrupted(signum, state.update, directory)
 
 
 def _first_eligible(config: Config) -> int:
-    return config.q_step if config.algorithm == "qt-dog" else 0
+    return config.quantize_at if config.algorithm == "qt-dog" else 0
 
 
 def _checkpoint(directory: Path, config: Config, algorithm: ERM, state: _State, fabric: Fabric) -> None:
@@ -268,7 +268,7 @@ def _resume(directory: Path, config: Config, algorithm: ERM, minibatches: Miniba
         return _State()
     saved = _load(path)
     _check_same_run(saved["config"], config, path)
-    algorithm.load_state_dict(saved["algorithm"], minibatches.at(config.q_step))
+    algorithm.load_state_dict(saved["algorithm"], minibatches.at(config.quantize_at))
     return _State(**{entry.name: saved[entry.name] for entry in fields(_State)})
 
 
@@ -371,7 +371,7 @@ def _progress(config: Config, start: int, fabric: Fabric) -> Iterator[Callable[[
 
     def line(record: dict) -> str:
         mode = f"{config.bits} bit" if record["quantized"] else "float"
-        text = f"seed {config.seed} step {record['step']} {mode} loss {record['loss']:.4f}"
+        text = f"seed {config.seed} update {record['update']} {mode} loss {record['loss']:.4f}"
         return f"{text} validation {record['validation']:.4f} {config.test_domain} {record['test']:.4f}"
 
     if not fabric.is_global_zero:
@@ -379,5 +379,5 @@ def _progress(config: Config, start: int, fabric: Fabric) -> Iterator[Callable[[
     elif not sys.stderr.isatty():
         yield lambda record: print(line(record), file=sys.stderr, flush=True) if record else None
     else:
-        with progress(f"seed {config.seed}", config.steps, start, keep=True) as advance:
+        with progress(f"seed {config.seed}", config.updates, start, keep=True) as advance:
             yield lambda record: advance(line(record) if record else None)

@@ -1,8 +1,8 @@
 """`qdeploy.export`: a trained PyTorch network becomes an integer model file, exactly or not at all.
 
-The codes in the file are those of training: rint(clamp(w / step)) of the weight that LSQ trained. BatchNorm, biases
-and all scales go into one multiplier and one bias per channel, computed once in float64 (docs/format.md section 4 is
-the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass. Needs PyTorch.
+The codes in the file are those of training: rint(clamp(w / step size)) of the weight that LSQ trained. BatchNorm,
+biases and all scales go into one multiplier and one bias per channel, computed once in float64 (docs/format.md section
+4 is the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass. Needs PyTorch.
 
     trace -> lowering    torch.export, then one layer for each ATen operator (layers.py), in real numbers
     fusion               few layers of the many, each an operation of the file
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qdeploy import format, reference
 from qdeploy.errors import InputError
-from qdeploy.exporter.calibrate import OBSERVERS, Scales, observe
+from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
 from qdeploy.exporter.emit import emit
 from qdeploy.exporter.fusion import fuse
 from qdeploy.exporter.lowering import lower
@@ -65,7 +65,7 @@ def export(
         classes: names of the classes, one for each logit.
 
     Raises:
-        ExportError: an operator the engine lacks, an unquantized weight, a bad step; names the module.
+        ExportError: an operator the engine lacks, an unquantized weight, a bad step size; names the module.
         InputError: an example, calibration batch or option that does not fit.
         ModelError: the file cannot be written.
     """
@@ -118,16 +118,15 @@ def _export(
     options: _Options,
 ) -> ExportReport:
     """`nets` by the name of the member that each becomes."""
-    if options.observer not in OBSERVERS:
-        raise InputError(f"expected observer {', '.join(OBSERVERS)}, got {options.observer!r} - at export")
+    check_observer(options.observer)
     example = _checked_example(example)
     preprocess = _checked_preprocess(options.preprocess, tuple(example.shape[1:]))
     networks = [fuse(lower(net, example)) for net in nets.values()]
     for network in networks:
         quantize_weights(network, options.fallback_bits)
-    scales = [Scales(network, options.observer) for network in networks]
-    images = observe(scales, calibration, example.numpy(), preprocess, images_to_compare(networks))
-    members = [emit(name, network, scale.grids()) for name, network, scale in zip(nets, networks, scales, strict=True)]
+    grids = [Grids(network, options.observer) for network in networks]
+    images = observe(grids, calibration, example.numpy(), preprocess, images_to_compare(networks))
+    members = [emit(name, network, found.chosen()) for name, network, found in zip(nets, networks, grids, strict=True)]
     if preprocess is not None:
         for member in members:
             member.preprocess_table = reference.preprocess_table(preprocess, member.tensors[0])
@@ -135,6 +134,12 @@ def _export(
     graph = Graph(members, combine, preprocess, classes)
     format.save(graph, path)
     return compare(graph, networks, path, images)
+
+
+def check_observer(observer: str) -> None:
+    """Raise InputError unless `export` knows it."""
+    if observer not in OBSERVERS:
+        raise InputError(f"expected observer {', '.join(OBSERVERS)}, got {observer!r} - at export")
 
 
 def _checked_example(example: Tensor | np.ndarray) -> Tensor:

@@ -73,55 +73,55 @@ class Histogram:
         return self.low * best, self.high * best
 
 
-class Scales:
+class Grids:
     """The grids of one network: which tensors share one, what calibration must observe, and what follows.
 
-    Tensors whose codes are the same (before and after a max pool, the parts of a concatenation) form a group with one
-    grid. It is the learned one where all that writes or all that reads the group is one learned quantizer. Other
-    groups are observed.
+    Tensors whose codes are the same (before and after a max pool, the parts of a concatenation) form a bundle with one
+    grid. It is the learned one where all that writes or all that reads the bundle is one learned quantizer. Other
+    bundles are observed.
     """
 
     def __init__(self, network: Network, observer: str):
         self.network, self.observer = network, observer
-        self.group: dict[Layer, list[Layer]] = {x: [x] for x in network.layers if x is not network.output}
-        for layer in self.group:
+        self.bundle_of: dict[Layer, list[Layer]] = {x: [x] for x in network.layers if x is not network.output}
+        for layer in self.bundle_of:
             for source in layer.inputs if layer.same_grid else ():
-                if self.group[source] is not self.group[layer]:
-                    merged = self.group[source] + self.group[layer]
-                    self.group |= dict.fromkeys(merged, merged)
+                if self.bundle_of[source] is not self.bundle_of[layer]:
+                    merged = self.bundle_of[source] + self.bundle_of[layer]
+                    self.bundle_of |= dict.fromkeys(merged, merged)
         self.fixed: dict[Layer, Grid] = {}
         self.observed: list[tuple[list[Layer], Histogram]] = []
-        for group in {id(group): group for group in self.group.values()}.values():
-            grid = self._only_learned_grid(group)
+        for bundle in {id(bundle): bundle for bundle in self.bundle_of.values()}.values():
+            grid = self._only_learned_grid(bundle)
             if grid is None:
-                self.observed.append((group, Histogram(exact=observer == "minmax")))
+                self.observed.append((bundle, Histogram(exact=observer == "minmax")))
             else:
-                self.fixed |= dict.fromkeys(group, grid)
+                self.fixed |= dict.fromkeys(bundle, grid)
 
-    def _readers(self, group: list[Layer]) -> list[Layer]:
-        return [x for x in self.network.layers if x not in group and any(source in group for source in x.inputs)]
+    def _readers(self, bundle: list[Layer]) -> list[Layer]:
+        return [x for x in self.network.layers if x not in bundle and any(source in bundle for source in x.inputs)]
 
-    def _learned(self, group: list[Layer]) -> list[Grid]:
-        grids = [layer.grid for layer in (*_sources(group), *self._readers(group)) if isinstance(layer, Quantize)]
-        if self.network.layers[0] in group:  # nothing clamps the input's codes
+    def _learned(self, bundle: list[Layer]) -> list[Grid]:
+        grids = [layer.grid for layer in (*_sources(bundle), *self._readers(bundle)) if isinstance(layer, Quantize)]
+        if self.network.layers[0] in bundle:  # nothing clamps the input's codes
             grids = [replace(grid, low=0, high=255) for grid in grids]
         return list(dict.fromkeys(grids))
 
-    def _only_learned_grid(self, group: list[Layer]) -> Grid | None:
-        grids = self._learned(group)
-        sides = (_sources(group), self._readers(group))
+    def _only_learned_grid(self, bundle: list[Layer]) -> Grid | None:
+        grids = self._learned(bundle)
+        sides = (_sources(bundle), self._readers(bundle))
         decided = any(side and all(isinstance(layer, Quantize) for layer in side) for side in sides)
         return grids[0] if len(grids) == 1 and decided else None
 
     def missing(self) -> list[str]:
         """Names of the layers whose output needs calibration data."""
-        return [layer.name for group, _ in self.observed for layer in _sources(group)]
+        return [layer.name for bundle, _ in self.observed for layer in _sources(bundle)]
 
     def observe(self, images: np.ndarray) -> None:
         """Runs the network on f32 `images` and adds what its layers compute to the histograms."""
         adders: dict[fx.Node, list[Callable[[np.ndarray], None]]] = {}
-        for group, histogram in self.observed:
-            for layer in _sources(group):
+        for bundle, histogram in self.observed:
+            for layer in _sources(bundle):
                 adders.setdefault(layer.value, []).append(_adder(layer, histogram))
 
         def all_of(functions: list[Callable[[np.ndarray], None]]) -> Callable[[Tensor], None]:
@@ -133,26 +133,27 @@ class Scales:
 
         self.network.trace.run(images, {node: all_of(functions) for node, functions in adders.items()})
 
-    def grids(self) -> dict[Layer, Grid]:
+    def chosen(self) -> dict[Layer, Grid]:
         """The grid of each layer's output but the last layer's, which is float."""
         result = dict(self.fixed)
-        for group, histogram in self.observed:
+        for bundle, histogram in self.observed:
             observed = histogram.range(self.observer)
-            finer = [grid for learned in self._learned(group) if (grid := _finer_grid(learned, *observed))]
-            result |= dict.fromkeys(group, min(finer, key=lambda grid: grid.scale, default=grid_of_range(*observed)))
+            finer = [grid for learned in self._learned(bundle) if (grid := _finer_grid(learned, *observed))]
+            result |= dict.fromkeys(bundle, min(finer, key=lambda grid: grid.scale, default=grid_of_range(*observed)))
         return result
 
 
-def _sources(group: list[Layer]) -> list[Layer]:
-    """The layers that make the group's values; the others only pass them on."""
-    return [layer for layer in group if not layer.same_grid]
+def _sources(bundle: list[Layer]) -> list[Layer]:
+    """The layers that make the bundle's values; the others only pass them on."""
+    return [layer for layer in bundle if not layer.same_grid]
 
 
 def _adder(layer: Layer, histogram: Histogram) -> Callable[[np.ndarray], None]:
     def add(value: np.ndarray) -> None:
         values = np.clip(value, layer.low, layer.high)
         if not np.isfinite(values).all():
-            raise ExportError(f"expected finite activations, got NaN or infinity on calibration data - at {layer.name}")
+            got = "NaN or infinity on calibration data"
+            raise ExportError(f"expected finite activations, got {got} - at module `{layer.name}`")
         histogram.add(values)
 
     return add
@@ -161,7 +162,7 @@ def _adder(layer: Layer, histogram: Histogram) -> Callable[[np.ndarray], None]:
 def _finer_grid(learned: Grid, low: float, high: float) -> Grid | None:
     """A grid over [low, high] for a tensor that some layers read through the learned quantizer and others as it is.
 
-    Its step is an odd fraction of the learned one. Then every boundary between two learned codes is also a boundary
+    Its scale is an odd fraction of the learned one. Then every boundary between two learned codes is also a boundary
     between two of its codes, and rounding to it first and to the learned grid afterwards (a table) is rounding once.
     None where the learned grid is finer than 8 bits over [low, high] can be.
     """
@@ -179,7 +180,7 @@ def _finer_grid(learned: Grid, low: float, high: float) -> Grid | None:
 
 
 def observe(
-    scales: list[Scales],
+    grids: list[Grids],
     calibration: object,
     example: np.ndarray,
     preprocess: Mapping[str, list[float]] | None,
@@ -189,7 +190,7 @@ def observe(
 
     Without data these are of the example, f32 [N, ...]. Raises InputError for data that do not fit it or are missing.
     """
-    missing = [name for scale in scales for name in scale.missing()]
+    missing = [name for one in grids for name in one.missing()]
     if calibration is None:
         if missing:
             names = ", ".join(missing[:3]) + ("..." if len(missing) > 3 else "")
@@ -200,8 +201,8 @@ def observe(
     total = len(calibration) if isinstance(calibration, Sized) and not hasattr(calibration, "ndim") else None
     with progress("calibrating", total) as advance:
         for batch in batches(calibration, example.shape[1:], _pixels_to_float(preprocess) if preprocess else None):
-            for scale in scales:
-                scale.observe(batch)
+            for one in grids:
+                one.observe(batch)
             kept += [batch] if sum(map(len, kept)) < count else []
             advance()
     return np.concatenate(kept)[:count]

@@ -24,8 +24,7 @@ from qdeploy.exporter.layers import (
     Table,
     Weighted,
 )
-from qdeploy.graph import Member, Node
-from qdeploy.graph import Tensor as Activation
+from qdeploy.graph import Activation, Member, Node
 from qdeploy.ops import OPS
 
 
@@ -55,7 +54,8 @@ def emit(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
 def _engine_shape(layer: Layer) -> tuple[int, ...]:
     if len(layer.shape) > 3:
         got = f"[N, {', '.join(map(str, layer.shape))}]"
-        raise ExportError(f"expected tensors [N, C, H, W] or [N, F] between operators, got {got} - at {layer.name}")
+        expected = "tensors [N, C, H, W] or [N, F] between operators"
+        raise ExportError(f"expected {expected}, got {got} - at module `{layer.name}`")
     return (*layer.shape, 1) if len(layer.shape) == 2 else layer.shape
 
 
@@ -67,7 +67,7 @@ def _f32(value: np.ndarray | float) -> np.ndarray:
 
 
 def _emit_weighted(node: Node, layer: Weighted, inputs: list[Grid], out: Grid, is_float: bool) -> None:
-    """r = fma(acc, m, b), with a residual fma(q_res, m_res, r), in steps of the output grid; its zero point is in b."""
+    """r = fma(acc, m, b), with a residual fma(q_res, m_res, r), in codes of the output; its zero point is in b."""
     multiplier = _f32(layer.scale * inputs[0].scale / out.scale)
     bias = layer.shift / out.scale + out.zero_point
     residual = 0.0
@@ -92,10 +92,9 @@ def _check_bound(layer: Layer, largest: np.ndarray, is_float: bool) -> None:
     limit = 100 if is_float else 30
     worst = int(np.argmax(largest))
     if not largest[worst] < 2.0**limit:
-        raise ExportError(
-            f"expected results below 2^{limit} output steps, got up to {largest[worst]:.3g} in channel {worst} "
-            f"(a scale or BatchNorm far from its data) - at {layer.name}"
-        )
+        expected = f"results below 2^{limit} times the output's scale"
+        got = f"up to {largest[worst]:.3g} in channel {worst} (a scale or BatchNorm far from its data)"
+        raise ExportError(f"expected {expected}, got {got} - at module `{layer.name}`")
 
 
 def _emit_add(node: Node, layer: Add, inputs: list[Grid], out: Grid, is_float: bool) -> None:
@@ -134,7 +133,7 @@ def _emit_table(node: Node, layer: Table | Quantize, inputs: list[Grid], out: Gr
     if np.isnan(used).any() or is_float and np.isinf(used).any():
         wrong = float(real[inputs[0].low :][~np.isfinite(used)][0])
         expected = "a function that is finite on the range of its input"
-        raise ExportError(f"expected {expected}, got none at {wrong:.4g} - at {layer.name}")
+        raise ExportError(f"expected {expected}, got none at {wrong:.4g} - at module `{layer.name}`")
     values = np.nan_to_num(values) if is_float else np.where(np.isnan(values), 0, values)
     node.constants = {"table": _f32(values) if is_float else out.codes(values).astype(np.uint8)}
 

@@ -30,7 +30,7 @@ class Grid:
         return self.scale * (np.asarray(codes, np.float64) - self.zero_point)
 
     def covers(self, low: float, high: float) -> bool:
-        """Whether every real number from `low` to `high` is at most half a step away from a code."""
+        """Whether every real number from `low` to `high` is at most half a scale away from a code."""
         half = self.scale / 2
         return bool(self.real(self.low) - half <= low and high <= self.real(self.high) + half)
 
@@ -41,12 +41,12 @@ def grid_of_range(low: float, high: float) -> Grid:
     if high - low < 1e-20:
         return Grid(1.0, 0)
     exact = -low / (high - low) * 255
-    step, zero_point = min((_least_step(low, high, z), z) for z in (int(exact), min(int(exact) + 1, 255)))
-    return Grid(float(np.float32(step)), zero_point)
+    scale, zero_point = min((_least_scale(low, high, z), z) for z in (int(exact), min(int(exact) + 1, 255)))
+    return Grid(float(np.float32(scale)), zero_point)
 
 
-def _least_step(low: float, high: float, zero_point: int) -> float:
-    """The least step with which both ends have a code; on a side without codes the end is within half a step of 0."""
+def _least_scale(low: float, high: float, zero_point: int) -> float:
+    """The least scale with which both ends have a code. An end without codes on its side is at most half of it from 0."""
     below = -low / zero_point if zero_point else 2 * -low
     above = high / (255 - zero_point) if zero_point < 255 else 2 * high
     return max(below, above)

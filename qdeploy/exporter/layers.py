@@ -53,14 +53,14 @@ class Codes:
         return self.values.shape
 
 
-def checked_step(step: Tensor, where: str) -> np.ndarray:
-    """The steps as float64; ExportError where one is not positive and finite, or all are 1.0: never initialized."""
+def checked_step(step: Tensor, at: str) -> np.ndarray:
+    """The step sizes as float64; ExportError where one is not > 0 and finite, or all are 1.0: never initialized."""
     steps = step.detach().cpu().reshape(-1).numpy()
     wrong = np.flatnonzero(~(np.isfinite(steps) & (steps > 0)))
     if len(wrong):
-        raise ExportError(f"expected positive finite steps, got {steps[wrong[0]]} for channel {wrong[0]} - at {where}")
+        raise ExportError(f"expected step sizes > 0 and finite, got {steps[wrong[0]]} of channel {wrong[0]} - at {at}")
     if (steps == 1).all():
-        raise ExportError(f"expected trained steps, got 1.0 for all as if never initialized - at {where}")
+        raise ExportError(f"expected trained step sizes, got 1.0 for all as if never initialized - at {at}")
     return steps.astype(np.float64)
 
 

@@ -105,7 +105,7 @@ class Site:
         return tuple(shape[1:])
 
     def fail(self, expected: str, got: str) -> NoReturn:
-        raise ExportError(f"expected {expected}, got {got} - at module {self.module} (aten.{self.operator})")
+        raise ExportError(f"expected {expected}, got {got} - at module `{self.module}` (aten.{self.operator})")
 
     def layer(self, kind: type[L], inputs: list[Layer], shape: tuple[int, ...] | None = None, **fields: Any) -> L:
         layer = kind(self.module, inputs, self.shape if shape is None else shape, self.node, **fields)
@@ -142,7 +142,7 @@ def _constant(node: fx.Node, trace: Trace) -> Any:
         arguments: Any = fx.map_arg(node.args[:5], lambda n: trace.constants[n])
         value, step, qmin, qmax, axis = arguments
         if axis > 0:
-            Site(node, trace, []).fail("steps per output channel (axis 0) or per tensor", f"axis {axis}")
+            Site(node, trace, []).fail("step sizes per output channel (axis 0) or per tensor", f"axis {axis}")
         return LearnedWeight(value, step, qmin, qmax)
     return trace.constants[node]
 
@@ -179,10 +179,10 @@ def _getitem(site: Site, x: Any, index: int) -> Layer:
 
 def _quantize(site: Site, x: Layer, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Layer:
     if step.numel() != 1:
-        site.fail("one step for a layer's input", f"{step.numel()} steps")
+        site.fail("one step size for a layer's input", f"{step.numel()}")
     if qmax - qmin > 255 or qmin > 0:
         site.fail("an activation quantizer of at most 8 bits that holds 0", f"codes {qmin}..{qmax}")
-    scale = checked_step(step, f"{site.module} (input quantizer)")[0]
+    scale = checked_step(step, f"input quantizer of module `{site.module}`")[0]
     return site.layer(Quantize, [x], grid=Grid(float(scale), -qmin, 0, qmax - qmin))
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, fx
 from qdeploy import reference
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
-from qdeploy.graph import Graph
-from qdeploy.graph import Tensor as Activation
+from qdeploy.graph import Activation, Graph
 from qdeploy.model import load_int_model
 
 REPORT_MACS = 16e9  # in all: an integer and a float run of so many take seconds
@@ -46,7 +45,7 @@ class ExportReport:
     top1_agreement: float  # of the integer model with the fake-quant network
     output_sqnr_db: float | None
     fp32_bytes: int  # of all parameters and BatchNorm statistics
-    packed_bytes: int  # learned weights at their width, their steps and everything else in f32
+    packed_bytes: int  # learned weights at their width, their step sizes and everything else in f32
     file_bytes: int
 
     @property
@@ -110,8 +109,8 @@ def compare(graph: Graph, networks: list[Network], path: str | os.PathLike[str],
         for network in networks
     ]
     prefixes = [f"{member.name}/" if graph.combine else "" for member in graph.members]
-    taps = [prefix + layer.name for prefix, layers in zip(prefixes, compared, strict=True) for layer in layers]
-    output, integers = load_int_model(path)(images, taps=taps)
+    nodes = [prefix + layer.name for prefix, layers in zip(prefixes, compared, strict=True) for layer in layers]
+    output, integers = load_int_model(path)(images, observe=nodes)
     rows, floats = [], []
     for member, network, prefix, measured in zip(graph.members, networks, prefixes, compared, strict=True):
         values = _float_values(network, images, measured)

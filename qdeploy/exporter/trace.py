@@ -52,7 +52,8 @@ def trace(net: nn.Module, example: Tensor) -> Trace:
     was. Raises ExportError where torch.export cannot."""
     for name, parameter in net.named_parameters():
         if parameter.dtype != torch.float32:
-            raise ExportError(f"expected float32 parameters (call net.float()), got {parameter.dtype} - at {name}")
+            expected = "float32 parameters (call net.float())"
+            raise ExportError(f"expected {expected}, got {parameter.dtype} - at parameter `{name}`")
     modes = {module: module.training for module in net.modules()}
     device = next((p.device for p in net.parameters()), example.device)
     pair = example[:1].expand(2, *example.shape[1:]).contiguous().to(device)  # a batch of 1 would become a constant

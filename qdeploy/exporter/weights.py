@@ -15,7 +15,7 @@ CLASSIFIER_BITS = 8
 
 
 def quantize_weights(network: Network, fallback_bits: int | Mapping[str, int] | None) -> None:
-    """Turns every weight into codes and multiplies its step into the scale of its layer."""
+    """Turns every weight into codes and multiplies its step size into the scale of its layer."""
     layers = [layer for layer in network.layers if isinstance(layer, Weighted)]
     fallback = _fallback(network, layers, fallback_bits)
     for layer in layers:
@@ -27,7 +27,7 @@ def quantize_weights(network: Network, fallback_bits: int | Mapping[str, int] | 
             codes, step = _rounded_codes(layer.weight, fallback[layer])
         else:
             expected = "a learned quantizer (quantize_) or fallback_bits for it"
-            raise ExportError(f"expected {expected}, got a float32 weight - at {layer.name}.weight")
+            raise ExportError(f"expected {expected}, got a float32 weight - at weight of module `{layer.name}`")
         layer.weight, layer.scale = codes, layer.scale * step
         _check(layer, codes)
 
@@ -36,27 +36,27 @@ def _check(layer: Weighted, codes: Codes) -> None:
     finite = np.isfinite(layer.scale) & np.isfinite(layer.shift)
     if not finite.all():
         got = f"NaN or infinity in channel {int(np.argmin(finite))}"
-        raise ExportError(f"expected finite weights, bias and BatchNorm, got {got} - at {layer.name}")
+        raise ExportError(f"expected finite weights, bias and BatchNorm, got {got} - at module `{layer.name}`")
     depth, most = math.prod(codes.shape[1:]), (2**31 - 1) // (255 * 2 ** (codes.bits - 1))
     if depth > most:  # docs/format.md, bounds: accumulators of 32 bits
         expected = f"at most {most} weights of {codes.bits} bits per output channel"
-        raise ExportError(f"expected {expected}, got {depth} - at {layer.name}")
+        raise ExportError(f"expected {expected}, got {depth} - at module `{layer.name}`")
 
 
 def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray]:
-    """The codes and the steps, float64 [1] or [channels]."""
-    step = checked_step(learned.step, f"{name}.weight")
+    """The codes and the step sizes, float64 [1] or [channels]."""
+    step = checked_step(learned.step, f"weight of module `{name}`")
     bits = max((-learned.qmin - 1).bit_length(), learned.qmax.bit_length()) + 1
     if not 2 <= bits <= 8:
         got = f"{learned.qmin}..{learned.qmax}"
-        raise ExportError(f"expected signed codes of 2 to 8 bits, got {got} - at {name}.weight")
+        raise ExportError(f"expected signed codes of 2 to 8 bits, got {got} - at weight of module `{name}`")
     value = learned.value.detach().cpu().numpy()
     scaled = value / _per_channel(step, value.ndim).astype(np.float32)  # one f32 division, as in training
     return Codes(np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8), bits, "learned"), step
 
 
 def _rounded_codes(weight: Tensor, bits: int) -> tuple[Codes, np.ndarray]:
-    """Round to nearest, the largest weight of each channel on the largest code; the steps are float64 [channels]."""
+    """Round to nearest, the largest weight of each channel on the largest code; step sizes are float64 [channels]."""
     value = weight.detach().cpu().numpy().astype(np.float64)
     largest = np.abs(value).reshape(len(value), -1).max(1)
     step = np.where(largest > 0, largest, 1) / (2 ** (bits - 1) - 1)

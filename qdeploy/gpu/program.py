@@ -16,11 +16,11 @@ import triton
 from torch import Tensor
 
 from qdeploy.errors import ModelError
-from qdeploy.graph import Member, Node
-from qdeploy.graph import Tensor as Activation
+from qdeploy.graph import Activation, Member, Node
 from qdeploy.kernels import int8_tiles, triton_int8, triton_int8_conv
 from qdeploy.kernels.int8_tiles import Tile, TunedTiles
 from qdeploy.kernels.int8_weights import channel_stride, pack_conv
+from qdeploy.validate import member_at, node_at
 
 
 def chw(activation: Activation) -> tuple[int, int, int]:
@@ -285,7 +285,7 @@ def _step(node: Node, inputs: list[Activation], output: Activation, device: torc
     try:
         return STEPS[node.op](node, inputs, output, device)
     except ModelError as error:
-        raise ModelError(f"{error} - at node '{node.name}' of member '{member.name}'") from None
+        raise ModelError(f"{error} - at {node_at(node, member_at(member.name))}") from None
 
 
 def _name_of(device: torch.device) -> str:

@@ -112,7 +112,7 @@ def test_ceilings(timer):
 
 
 def test_step_of_training(timer):
-    checked(gpu_cases.qat_step(timer, Small, 4, 8), *(key for key in TARGETS if key.startswith("gpu/qat/")))
+    checked(gpu_cases.qat_update(timer, Small, 4, 8), *(key for key in TARGETS if key.startswith("gpu/qat/")))
 
 
 def test_int8_with_tuned_tiles(timer, small, on_cpu, tmp_path):

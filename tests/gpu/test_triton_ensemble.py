@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from qdeploy import reference
 from qdeploy.errors import InputError
+from qdeploy.graph import COMBINE
 from qdeploy.kernels.triton_ensemble import CHUNK, IN_REGISTERS, average
 
 GUARD = 7  # elements before and after each output, which must stay as they are
@@ -68,7 +69,7 @@ def assert_follows_the_definition(logits: torch.Tensor, rule: str) -> None:
     kind=st.sampled_from(sorted(KINDS)),
     layout=st.sampled_from(sorted(LAYOUTS)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    rule=st.sampled_from(["logits", "probs"]),
+    rule=st.sampled_from(COMBINE),
     seed=st.integers(0, 2**32),
 )
 @example(members=2, rows=300, k=2, kind="ties", layout="contiguous", dtype=torch.float32, rule="probs", seed=0)
@@ -78,7 +79,7 @@ def test_every_bit_follows_the_definition(members, rows, k, kind, layout, dtype,
     assert_follows_the_definition(LAYOUTS[layout](torch.tensor(values, dtype=dtype)), rule)
 
 
-@pytest.mark.parametrize("rule", ["logits", "probs"])
+@pytest.mark.parametrize("rule", COMBINE)
 @pytest.mark.parametrize("kind", ["ties", "deep"])
 @pytest.mark.parametrize("k", [IN_REGISTERS, IN_REGISTERS + 1, 10 * CHUNK])
 def test_long_rows(k, kind, rule):
@@ -87,7 +88,7 @@ def test_long_rows(k, kind, rule):
 
 
 @pytest.mark.parametrize("k", [5, IN_REGISTERS + 1])
-@pytest.mark.parametrize("rule", ["logits", "probs"])
+@pytest.mark.parametrize("rule", COMBINE)
 def test_rows_that_are_not_finite(k, rule):
     """NaN and +inf spoil their own row alone, and all of it; -inf is a logit of a class that cannot be."""
     logits = torch.tensor(np.random.default_rng(0).normal(0, 4, (3, 7, k)), dtype=torch.float32)
