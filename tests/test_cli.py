@@ -196,6 +196,10 @@ def test_export_of_what_is_no_run(runs, tmp_path):
     assert_one_line_error(
         run("export", runs / "seed0", "--out", tmp_path / "no" / "x"), "expected ", str(tmp_path / "no")
     )
+    assert_one_line_error(
+        run("export", runs / "seed0", "--out", tmp_path / "x", "--observer", "max"),
+        "expected observer minmax, percentile, mse, got 'max' - at export",
+    )
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------

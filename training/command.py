@@ -161,8 +161,10 @@ def export_runs(
 
     combine, observer: as for `qdeploy.export_ensemble`. images: of each source domain, for calibration.
     """
+    from qdeploy.exporter import check_observer
     from qdeploy.training.trainer import load_trained
 
+    check_observer(observer)  # before minutes of loading
     benchmark = _benchmark(config)
     nets = [load_trained(run, benchmark) for run in runs]
     return _export(nets, config, benchmark, path, combine, observer, images)

@@ -118,8 +118,7 @@ def _export(
     options: _Options,
 ) -> ExportReport:
     """`nets` by the name of the member that each becomes."""
-    if options.observer not in OBSERVERS:
-        raise InputError(f"expected observer {', '.join(OBSERVERS)}, got {options.observer!r} - at export")
+    check_observer(options.observer)
     example = _checked_example(example)
     preprocess = _checked_preprocess(options.preprocess, tuple(example.shape[1:]))
     networks = [fuse(lower(net, example)) for net in nets.values()]
@@ -135,6 +134,12 @@ def _export(
     graph = Graph(members, combine, preprocess, classes)
     format.save(graph, path)
     return compare(graph, networks, path, images)
+
+
+def check_observer(observer: str) -> None:
+    """Raise InputError unless `export` knows it."""
+    if observer not in OBSERVERS:
+        raise InputError(f"expected observer {', '.join(OBSERVERS)}, got {observer!r} - at export")
 
 
 def _checked_example(example: Tensor | np.ndarray) -> Tensor:

@@ -46,7 +46,7 @@ def grid_of_range(low: float, high: float) -> Grid:
 
 
 def _least_scale(low: float, high: float, zero_point: int) -> float:
-    """The least scale with which both ends have a code; one without codes on its side is at most half of it from 0."""
+    """The least scale with which both ends have a code. An end on a side without codes is half of it from 0 at most."""
     below = -low / zero_point if zero_point else 2 * -low
     above = high / (255 - zero_point) if zero_point < 255 else 2 * high
     return max(below, above)
