@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "lightning_fabric", "rich", "PIL")
+PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/gpu")}  # as installed: the folder here
+PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training")}
 BLOCK = f"""
 import sys
 class Blocked:
@@ -56,9 +59,7 @@ def wheel(built: Path) -> Path:
 def test_wheel_contents(wheel: Path):
     assert wheel.stat().st_size < 3_000_000
     names = zipfile.ZipFile(wheel).namelist()
-    packages = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/gpu")}
-    packages |= {f"qdeploy/{name}": name for name in ("kernels", "training")}
-    for package, folder in packages.items():
+    for package, folder in PACKAGES.items():
         installed = {name for name in names if Path(name).parent == Path(package) and name.endswith(".py")}
         assert installed == {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     data = {f"qdeploy/demo_data/{path.name}" for path in (ROOT / "qdeploy/demo_data").iterdir()}
@@ -112,6 +113,20 @@ def test_only_the_rooms_exporter_and_gpu_need_more_than_numpy():
     for path in (ROOT / "qdeploy").glob("*.py"):
         found = imported(ast.parse(path.read_text()))
         assert [name for name in found if name.partition(".")[0] in OPTIONAL or name.startswith(rooms)] == [], path.name
+
+
+def test_no_module_imports_back():
+    trees = {"qdeploy._engine": ast.parse("")}
+    for package, folder in PACKAGES.items():
+        for path in (ROOT / folder).glob("*.py"):
+            name = f"{package}/{path.stem}".replace("/", ".").removesuffix(".__init__")
+            trees[name] = ast.parse(path.read_text())
+    graph = {}
+    for name, tree in trees.items():
+        among = [[module for module in trees if f"{found}.".startswith(f"{module}.")] for found in imported(tree)]
+        graph[name] = {max(modules, key=len) for modules in among if modules} - {name}
+    assert graph["qdeploy.exporter.lowering"] >= {"qdeploy.exporter.layers", "qdeploy.exporter.grid", "qdeploy.errors"}
+    list(TopologicalSorter(graph).static_order())  # a CycleError names the circle
 
 
 def test_import_without_anything_optional():
