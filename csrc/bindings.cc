@@ -31,12 +31,12 @@ std::unique_ptr<Session> open_bytes(const std::string& name, const py::bytes& co
 }
 
 void run(Session& session, const py::array& images, py::array output, std::optional<py::array_t<int64_t>> classes,
-         std::vector<std::pair<int, py::array>> observed, std::optional<py::array_t<double>> step_seconds) {
+         std::vector<std::pair<int, py::array>> taps, std::optional<py::array_t<double>> step_seconds) {
   const Images in = {images.data(), images.dtype().is(py::dtype::of<uint8_t>()), images.shape(0)};
   Results results;
   results.output = output.mutable_data();
   if (classes) results.classes = classes->mutable_data();
-  for (auto& [activation, array] : observed) results.observed.push_back({activation, array.mutable_data()});
+  for (auto& [activation, array] : taps) results.taps.push_back({activation, array.mutable_data()});
   if (step_seconds) results.step_seconds = step_seconds->mutable_data();
   const py::gil_scoped_release release;
   session.run(in, results);
@@ -151,7 +151,7 @@ PYBIND11_MODULE(_engine, m) {
            py::arg("macs_per_thread") = kMacsPerThread)
       .def(py::init(&open_bytes), py::arg("name"), py::arg("content"), py::arg("threads"), py::arg("isa"),
            py::arg("macs_per_thread") = kMacsPerThread)
-      .def("run", &run, py::arg("images"), py::arg("output"), py::arg("classes"), py::arg("observed"),
+      .def("run", &run, py::arg("images"), py::arg("output"), py::arg("classes"), py::arg("taps"),
            py::arg("step_seconds"))
       .def("plan", &plan, py::arg("batch"))
       .def_property_readonly("activations", &activations)

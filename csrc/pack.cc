@@ -32,7 +32,7 @@ struct Layer {
   int64_t codes_per_channel() const { return depth() * data.window.kernel[0] * data.window.kernel[1]; }
 };
 
-// ---- Lowering: how a layer is taken apart into taps and panels, for the kernel of its number of bits --------------
+// ---- Lowering: how a layer is taken apart into cells and panels, for the kernel of its number of bits --------------
 
 // Neighbouring pixels are neighbouring bytes where the stride is 1: a few of them at once fill the vectors of kMaxNr
 // lanes, of which 32 channels alone would use half. Weights and constants then follow each other that many times.
@@ -59,17 +59,17 @@ std::vector<int32_t> grouped_lanes(const Layer& layer, int64_t nr) {
   return lanes;
 }
 
-// A row of taps is one run of kw*C bytes: fewer zero weights than rounding C up to 4 at each tap, and longer inner
+// A row of cells is one run of kw*C bytes: fewer zero weights than rounding C up to 4 at each cell, and longer inner
 // loops.
 bool merges_rows(const Layer& layer) { return layer.data.groups == 1 && layer.data.window.dilation[1] == 1; }
 
-void set_taps(const Layer& layer) {
+void set_cells(const Layer& layer) {
   const Window& window = layer.data.window;
   const int64_t row = window.dilation[0] * layer.in.row_pitch, column = window.dilation[1] * layer.in.c;
   const int64_t columns = merges_rows(layer) ? 1 : window.kernel[1];
   for (int64_t ky = 0; ky < window.kernel[0]; ++ky) {
     for (int64_t kx = 0; kx < columns; ++kx) {
-      layer.conv->tap_offset.push_back(static_cast<int32_t>(ky * row + kx * column));
+      layer.conv->cell_offset.push_back(static_cast<int32_t>(ky * row + kx * column));
     }
   }
 }
@@ -98,7 +98,7 @@ void lower(const Layer& layer, const Kernels& kernels) {
   PackedConv* conv = layer.conv.get();
   const bool one_each = layer.data.groups > 1 && layer.depth() == 1 && layer.channels() == layer.in.c;
   conv->is_depthwise = one_each && !layer.node.has_residual && !layer.f32_output;
-  set_taps(layer);
+  set_cells(layer);
   if (conv->is_depthwise) {
     conv->repeat = depthwise_repeat(layer.data);
     conv->depthwise_stride = round_up(layer.channels() * conv->repeat, kMaxNr);
@@ -113,12 +113,12 @@ void lower(const Layer& layer, const Kernels& kernels) {
 // Bytes of packed weights, a multiple of 64. The kernel is chosen.
 size_t set_sizes(const Layer& layer) {
   PackedConv* conv = layer.conv.get();
-  const int64_t taps = static_cast<int64_t>(conv->tap_offset.size());
-  int64_t channels = conv->depthwise_stride, bytes = taps * conv->depthwise_stride;
+  const int64_t cells = static_cast<int64_t>(conv->cell_offset.size());
+  int64_t channels = conv->depthwise_stride, bytes = cells * conv->depthwise_stride;
   if (!conv->is_depthwise) {
     const ConvKernel& kernel = *conv->kernel;
     const int64_t element = kernel.format == WeightFormat::s8x4 ? 1 : 2;
-    conv->panel_bytes = static_cast<size_t>(round_up(taps * conv->k * kernel.nr * element, 64));
+    conv->panel_bytes = static_cast<size_t>(round_up(cells * conv->k * kernel.nr * element, 64));
     channels = conv->panels * kernel.nr;
     bytes = conv->panels * static_cast<int64_t>(conv->panel_bytes);
   }
@@ -223,8 +223,8 @@ void transpose_8x8(const int8_t* from, int64_t from_stride, int8_t* const* to) {
   for (int i = 0; i < 8; ++i) memcpy(to[i], &rows[i], 8);
 }
 
-// One channel of OIHW codes in the order in which a kernel walks through its activations: taps * k bytes, zeros where
-// no channel of this group is read. A tap is a whole row of the kernel (byte = kx*C + c) or a single pixel (byte = c).
+// One channel of OIHW codes in the order in which a kernel walks through its activations: cells * k bytes, zeros where
+// no channel of this group is read. A cell is a whole row of the kernel (byte = kx*C + c) or a single pixel (byte = c).
 void order_channel(const Layer& layer, const int8_t* codes, int64_t channel, int8_t* ordered) {
   const PackedConv& conv = *layer.conv;
   const int64_t kw = layer.data.window.kernel[1], pixels = layer.data.window.kernel[0] * kw, depth = layer.depth();
@@ -232,7 +232,7 @@ void order_channel(const Layer& layer, const int8_t* codes, int64_t channel, int
   const int64_t group = channel / (layer.channels() / layer.data.groups);
   const bool whole_groups = !conv.lanes.empty(), merged = merges_rows(layer);
   const int64_t first_byte = whole_groups ? 0 : group * depth - conv.panel_channel[channel / conv.kernel->nr];
-  memset(ordered, 0, conv.tap_offset.size() * conv.k);
+  memset(ordered, 0, conv.cell_offset.size() * conv.k);
   const auto pixel = [&](int64_t i) {  // where the channels of pixel i of the kernel lie
     return ordered + (merged ? i / kw * k + i % kw * in : i * k) + first_byte;
   };
@@ -299,7 +299,7 @@ bool fits_s16(const Pairs& pairs, const PackedConv& conv, const ConvKernel& kern
   if (kernel.s16_quads == 0 || kernel.nr != conv.kernel->nr) return false;
   const int16_t *sums = pairs.sum.data(), *magnitudes = pairs.magnitude.data();
   const int32_t k = conv.k / 2, span = 2 * kernel.s16_quads;  // in pairs, two of which are a quad
-  for (size_t tap = 0; tap < conv.tap_offset.size(); ++tap, sums += k, magnitudes += k) {
+  for (size_t cell = 0; cell < conv.cell_offset.size(); ++cell, sums += k, magnitudes += k) {
     for (int32_t begin = 0; begin < k; begin += span) {
       const int32_t end = std::min(k, begin + span);
       for (int32_t half = begin; half < begin + 2; ++half) {
@@ -357,7 +357,7 @@ void Packer::choose_kernel(const Kernels& kernels, const Layer& layer) {
   const int64_t count = layer.codes_per_channel();
   const int bits = layer.data.bits;
   codes_.resize(round_up(count, kCodesPerBlock));
-  rows_.resize(conv->tap_offset.size() * conv->k);
+  rows_.resize(conv->cell_offset.size() * conv->k);
   for (int64_t channel = 0; channel < layer.channels() && kernel < widest; ++channel) {
     const int64_t bit = channel * count * bits;
     unpack_codes(read_bits(layer.data.codes, bit, count * bits), bits, bit % 8, count, codes_.data());
@@ -373,7 +373,7 @@ void Packer::pack_panel(const Layer& layer, int64_t panel) {
   const int64_t out = layer.channels(), count = layer.codes_per_channel(), bits = layer.data.bits;
   const int64_t nr = conv.is_depthwise ? out : conv.kernel->nr;
   const int64_t first = panel * nr, lanes = std::min(nr, out - first);
-  const int64_t row = static_cast<int64_t>(conv.tap_offset.size()) * conv.k;
+  const int64_t row = static_cast<int64_t>(conv.cell_offset.size()) * conv.k;
   const int64_t row_stride = round_up(row, 128) + 64;  // an odd number of cache lines: rows do not share a cache set
   codes_.resize(round_up(count, kCodesPerBlock));
   rows_.resize(lanes * row_stride);

@@ -26,7 +26,7 @@ struct Plan {
   std::vector<Tiling> tilings;  // of each step, for the images of its pass
 };
 
-// keep_all: every activation has memory of its own, so that each can be observed after the run.
+// keep_all: every activation has memory of its own, so that each can be read after the run (taps).
 Plan make_plan(const Program& program, int64_t batch, bool keep_all);
 
 // Of make_plan(program, batch, false), without its tilings.

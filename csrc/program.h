@@ -31,10 +31,10 @@ struct Activation {
 struct PackedConv {
   bool is_depthwise = false;
   int64_t repeat = 1;                  // depthwise: neighbouring pixels that one row of weights covers
-  int64_t depthwise_stride = 0;        // bytes from one tap of a depthwise convolution to the next
+  int64_t depthwise_stride = 0;        // bytes from one cell of a depthwise convolution to the next
   const ConvKernel* kernel = nullptr;  // null for depthwise
-  std::vector<int32_t> tap_offset;     // from the first tap; relative to the window's top left pixel
-  int32_t k = 0;                       // bytes per tap
+  std::vector<int32_t> cell_offset;    // from the first cell; relative to the window's top left pixel
+  int32_t k = 0;                       // bytes per cell
   int64_t panels = 1;
   size_t panel_bytes = 0;
   size_t weight_offset = 0;              // in Program::weights

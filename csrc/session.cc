@@ -119,16 +119,16 @@ void Session::run(const Images& images, const Results& results) {
     Results to = results;
     to.output = static_cast<uint8_t*>(results.output) + first * output_bytes;
     if (results.classes) to.classes = results.classes + first;
-    for (Observed& observed : to.observed) {
-      const Activation& a = program_.activations[observed.activation];
-      observed.data = static_cast<uint8_t*>(observed.data) + first * a.c * a.h * a.w * (a.is_f32 ? 4 : 1);
+    for (Tap& tap : to.taps) {
+      const Activation& a = program_.activations[tap.activation];
+      tap.data = static_cast<uint8_t*>(tap.data) + first * a.c * a.h * a.w * (a.is_f32 ? 4 : 1);
     }
     run_chunk(part, first, to);
   }
 }
 
 void Session::run_chunk(const Images& images, int64_t first, const Results& results) {
-  const std::shared_ptr<const Plan> plan = this->plan(images.count, !results.observed.empty());
+  const std::shared_ptr<const Plan> plan = this->plan(images.count, !results.taps.empty());
   AlignedBuffer arena = take_arena(plan->arena_bytes);
   const Chunk chunk = {program_, *plan, arena.data(), 0, images.count};
   std::atomic<bool> finite{true};
@@ -172,7 +172,7 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
     throw InputError("expected finite numbers, got NaN or infinity - at the input, images " + std::to_string(first) +
                      " to " + std::to_string(first + images.count - 1));
   }
-  for (const Observed& observed : results.observed) copy_out(chunk, observed.activation, observed.data);
+  for (const Tap& tap : results.taps) copy_out(chunk, tap.activation, tap.data);
   write_results(chunk, results);
   give_arena(std::move(arena));
 }

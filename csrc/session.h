@@ -20,7 +20,7 @@ struct Images {
 };
 
 // Where to copy an activation: [N, C, H, W] or [N, F], in its own type.
-struct Observed {
+struct Tap {
   int activation;
   void* data;
 };
@@ -28,7 +28,7 @@ struct Observed {
 struct Results {
   void* output = nullptr;      // the member's output, or [N, K] f32 probabilities of an ensemble
   int64_t* classes = nullptr;  // [N], or null
-  std::vector<Observed> observed;
+  std::vector<Tap> taps;
   double* step_seconds = nullptr;  // [steps] added to, or null
 };
 

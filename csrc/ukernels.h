@@ -18,20 +18,21 @@ constexpr size_t kOverread = 64;
 // ---- Convolution and linear -----------------------------------------------------------------------------------------
 //
 // One panel (nr output channels) times a list of tiles. A tile is `strips` strips of r pixels; the pixels of a strip
-// lie at a constant stride, the strips anywhere. acc[p][n] = comp[n] + sum over taps t, bytes i < k of
-//     (a[tile.a[s] + p*a_stride + tap_offset[t] + i] - a_offset) * w[t][i][n]
+// lie at a constant stride, the strips anywhere. acc[p][n] = comp[n] + sum over cells t, bytes i < k of
+//     (a[tile.a[s] + p*a_stride + cell_offset[t] + i] - a_offset) * w[t][i][n]
 // then r = fma(float(acc), multiplier[n], bias[n]), with a residual r = fma(float(residual), residual_multiplier, r).
 // c = clamp(rint(r), qmin, qmax), or r itself for the f32 kernel. comp = (a_offset - zero_point) * sum of the channel's
 // codes, so that the kernel's own a_offset (0, or 128 where it needs signed activations) never shows in acc.
 //
-// Packed panel, WeightFormat::s8x4:  int8  w[taps][k/4][nr][4]   element (t, i, n) at ((t*(k/4) + i/4)*nr + n)*4 + i%4
-//               WeightFormat::s16x2: int16 w[taps][k/2][nr][2]   likewise with 2
-// k is a multiple of 4: a tap consists of quads, four neighbouring bytes each. Bytes beyond the real channels meet zero
-// weights. comp, multiplier and bias hold nr entries, zeros beyond the real channels.
+// Packed panel, WeightFormat::s8x4:  int8  w[cells][k/4][nr][4]   element (t, i, n) at ((t*(k/4) + i/4)*nr + n)*4 + i%4
+//               WeightFormat::s16x2: int16 w[cells][k/2][nr][2]   likewise with 2
+// A cell of the window is one of its pixels, or a whole row where that lies in one piece. k is a multiple of 4: a cell
+// consists of quads, four neighbouring bytes each. Bytes beyond the real channels meet zero weights. comp, multiplier
+// and bias hold nr entries, zeros beyond the real channels.
 enum class WeightFormat : int32_t { s8x4, s16x2 };
 
 struct ConvTile {
-  uint32_t a[2];         // first pixel of each strip, tap offset not included
+  uint32_t a[2];         // first pixel of each strip, cell offset not included
   uint32_t c[2];         // first pixel of each strip in the output, in output elements
   uint32_t residual[2];  // likewise in the residual
   uint8_t r;             // pixels of a strip, 1..mr
@@ -39,12 +40,12 @@ struct ConvTile {
 };
 
 struct ConvParams {
-  int32_t taps;  // >= 1
-  int32_t k;     // bytes per tap, a multiple of 4, >= 4
-  int32_t n;     // channels of this panel to write, 1..nr
+  int32_t cells;  // >= 1
+  int32_t k;      // bytes per cell, a multiple of 4, >= 4
+  int32_t n;      // channels of this panel to write, 1..nr
   const uint8_t* a;
   ptrdiff_t a_stride;
-  const int32_t* tap_offset;
+  const int32_t* cell_offset;
   const void* w;  // 64-byte aligned
   const int32_t* comp;
   const float* multiplier;
@@ -71,8 +72,8 @@ struct ConvKernel {
   int32_t nr;        // channels in a panel, at most kMaxNr
   WeightFormat format;
   // 0: exact for the codes of Kernels::conv. Else the kernel adds in 16 bits the products of that many consecutive
-  // quads, counted from the start of a tap and apart for bytes 0, 1 and bytes 2, 3 of a quad. It is exact for any codes
-  // of which the positive ones add up to at most 128 there, and the negative ones too: 255 * 128 < 2^15.
+  // quads, counted from the start of a cell, and apart for bytes 0, 1 and bytes 2, 3 of a quad. It is exact for any
+  // codes of which the positive ones add up to at most 128 there, and the negative ones too: 255 * 128 < 2^15.
   int32_t s16_quads = 0;
   int32_t a_offset = 0;  // what the kernel subtracts from activations, see above
 };
@@ -80,22 +81,22 @@ constexpr int32_t kMaxNr = 64;
 
 // Convolutions of few channels a group (ResNeXt has 4 to 32), where a dense panel would be mostly zeros. k is now the
 // channels of one group, 4..16; each lane picks its own four bytes of a window of kGroupedWindow bytes:
-//     acc[p][n] = comp[n] + sum over taps t, quads q < k/4, bytes i < 4 of
-//         a[tile.a[s] + p*a_stride + tap_offset[t] + 4*lanes[q*nr + n] + i] * w[t][4*q + i][n]
+//     acc[p][n] = comp[n] + sum over cells t, quads q < k/4, bytes i < 4 of
+//         a[tile.a[s] + p*a_stride + cell_offset[t] + 4*lanes[q*nr + n] + i] * w[t][4*q + i][n]
 // with lanes below kGroupedWindow/4, w packed as s8x4, and everything else as above.
 constexpr int32_t kGroupedWindow = 32;
 
 // ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
-// `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over taps t of
-//     a[p*a_stride + tap_offset[t] + n] * w[t*w_stride + n]
+// `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over cells t of
+//     a[p*a_stride + cell_offset[t] + n] * w[t*w_stride + n]
 // requantized as above. w is int8; w, comp, multiplier and bias are readable up to the next multiple of kMaxNr of n.
 struct DepthwiseParams {
-  int32_t taps;
+  int32_t cells;
   int32_t n;
   const uint8_t* a;
   ptrdiff_t a_stride;
-  const int32_t* tap_offset;
+  const int32_t* cell_offset;
   const int8_t* w;
   ptrdiff_t w_stride;
   const int32_t* comp;

@@ -19,8 +19,8 @@ LONGEST_K_TILE = max(tile.block_k for tile in TILES)
 def channel_stride(channels: int) -> int:
     """Bytes from one pixel to the next of an activation with so many channels.
 
-    32 and more keep every K tile within one tap. Fewer channels (images, first layers of small networks) would be
-    mostly padding there: they take 4, 8 or 16, and a K tile spans taps.
+    32 and more keep every K tile within one cell. Fewer channels (images, first layers of small networks) would be
+    mostly padding there: they take 4, 8 or 16, and a K tile spans cells.
     """
     if channels <= 16:
         return max(4, 1 << (channels - 1).bit_length())
@@ -29,7 +29,7 @@ def channel_stride(channels: int) -> int:
 
 @dataclass(frozen=True)
 class PackedConv:
-    """Rows are outputs, superblock after superblock, padded to `rows_per_superblock`; columns are (tap, channel)."""
+    """Rows are outputs, superblock after superblock, padded to `rows_per_superblock`; columns are (cell, channel)."""
 
     codes: Tensor  # s8 [superblocks * rows_per_superblock, K]
     compensation: Tensor  # i32 [rows]: (128 - zero_point) * sum of the row
@@ -37,7 +37,7 @@ class PackedConv:
     bias: Tensor  # f32 [rows]
     kh: int
     kw: int
-    flat: bool  # K tiles span taps
+    flat: bool  # K tiles span cells
     superblocks: int
     inputs_per_superblock: int
     outputs_per_superblock: int
@@ -50,7 +50,7 @@ class PackedConv:
 
     @property
     def k_unit(self) -> int:
-        """A K tile divides it: the channels of one tap, or K itself where tiles span taps."""
+        """A K tile divides it: the channels of one cell, or K itself where tiles span cells."""
         return self.codes.shape[1] if self.flat else self.codes.shape[1] // (self.kh * self.kw)
 
 

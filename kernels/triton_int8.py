@@ -151,7 +151,7 @@ def _pool_kernel(
     x_stride,
     out_stride,
     KW,
-    taps,
+    cells,
     stride_h,
     stride_w,
     top,
@@ -177,11 +177,11 @@ def _pool_kernel(
     image = (line // OH * H)[:, None]
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.int32)
     count = tl.zeros((BLOCK_P,), tl.int32)
-    for first in range(0, taps, BLOCK_T):
-        tap = (first + tl.arange(0, BLOCK_T))[None, :]
-        h = h0 + tap // KW * dilation_h
-        w = w0 + tap % KW * dilation_w
-        real = (tap < taps) & (h >= 0) & (h < H) & (w >= 0) & (w < W) & (pixel < pixels)[:, None]
+    for first in range(0, cells, BLOCK_T):
+        cell = (first + tl.arange(0, BLOCK_T))[None, :]
+        h = h0 + cell // KW * dilation_h
+        w = w0 + cell % KW * dilation_w
+        real = (cell < cells) & (h >= 0) & (h < H) & (w >= 0) & (w < W) & (pixel < pixels)[:, None]
         offs = (((image + h) * W + w) * x_stride)[:, :, None] + channel[None, None, :]
         q = tl.load(x_ptr + offs, mask=real[:, :, None] & (channel < C)[None, None, :], other=0).to(tl.int32)
         if MAX:
@@ -303,8 +303,8 @@ def pool(
     """Maximum of the codes (multiplier None), or their requantized average; shapes as for `conv`."""
     n, oh, ow, out_stride = out.shape
     _, h, w, x_stride = x.shape
-    taps = kernel[0] * kernel[1]
-    block_t = min(triton.next_power_of_2(taps), 32)
+    cells = kernel[0] * kernel[1]
+    block_t = min(triton.next_power_of_2(cells), 32)
     block_c = min(triton.next_power_of_2(channels), 64)
     block_p = max(1, 2048 // (block_t * block_c))  # 4096 take 96 registers, with Triton 3.9 more than there are
     grid = (triton.cdiv(n * oh * ow, block_p) * triton.cdiv(channels, block_c),)
@@ -321,7 +321,7 @@ def pool(
         x_stride,
         out_stride,
         kernel[1],
-        taps,
+        cells,
         *stride,
         *padding[:2],
         *dilation,

@@ -1,6 +1,6 @@
 """Convolutions and linear layers as int8 products on the tensor cores of a GPU: docs/format.md section 4, bit for bit.
 
-Groups and depthwise too are one implicit product, pixels [M] by outputs [N] over taps and channels [K]:
+Groups and depthwise too are one implicit product, pixels [M] by outputs [N] over cells and channels [K]:
 
     acc[m, n] = sum_k (q[m, k] - 128) * w[n, k]  +  (128 - zero_point) * sum_k w[n, k]
 
@@ -56,7 +56,7 @@ def _conv_kernel(
     left,
     dilation_h,
     dilation_w,
-    k_blocks,  # K tiles of one tap; FLAT: of all taps
+    k_blocks,  # K tiles of one cell; FLAT: of all cells
     x_superblock,  # channels from one superblock's first input to the next one's
     out_superblock,  # outputs of a superblock
     outputs,  # of all
@@ -100,9 +100,9 @@ def _conv_kernel(
         x_offs = x_pixel * FLAT
         for step in range(k_blocks):
             k = step * BLOCK_K + offs_k
-            tap = k // FLAT
-            h = tap // KW * dilation_h
-            w = tap % KW * dilation_w
+            cell = k // FLAT
+            h = cell // KW * dilation_h
+            w = cell % KW * dilation_w
             inside = _inside(h0[:, None] + h[None, :], w0[:, None] + w[None, :], H, W)
             offs = x_offs[:, None] + ((h * W + w) * FLAT + k % FLAT)[None, :]
             a = tl.load(tl.where(inside, x_ptr + offs, padding_ptr + (k % FLAT)[None, :]))
@@ -111,9 +111,9 @@ def _conv_kernel(
     else:
         x_offs = x_pixel * x_stride + superblock * x_superblock
         for step in range(KH * KW * k_blocks):
-            tap = step // k_blocks
-            h = tap // KW * dilation_h
-            w = tap % KW * dilation_w
+            cell = step // k_blocks
+            h = cell // KW * dilation_h
+            w = cell % KW * dilation_w
             offs = (x_offs + ((h * W + w) * x_stride + (step % k_blocks) * BLOCK_K))[:, None] + offs_k[None, :]
             x_ptrs = x_ptr + offs
             if PADDED:  # an address and no mask: with another `other` than 0 each byte is selected by itself

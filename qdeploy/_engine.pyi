@@ -28,7 +28,7 @@ class Session:
         images: np.ndarray,
         output: np.ndarray,
         classes: np.ndarray | None,
-        observed: list[tuple[int, np.ndarray]],
+        taps: list[tuple[int, np.ndarray]],
         step_seconds: np.ndarray | None,
     ) -> None: ...
     def plan(self, batch: int) -> list[dict]: ...

@@ -125,7 +125,7 @@ class Model:
     @property
     def weight_bits(self) -> dict[str, int]:
         """Bits of the weight codes in the file, by node (of an ensemble: "member/node")."""
-        return {self._name_of(step): step["bits"] for step in self._steps if step["bits"]}
+        return {self._tap_name(step): step["bits"] for step in self._steps if step["bits"]}
 
     @property
     def nbytes(self) -> int:
@@ -149,24 +149,24 @@ class Model:
     @overload
     def __call__(self, images: np.ndarray) -> np.ndarray: ...
     @overload
-    def __call__(self, images: np.ndarray, observe: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
+    def __call__(self, images: np.ndarray, taps: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
     def __call__(
-        self, images: np.ndarray, observe: Sequence[str] = ()
+        self, images: np.ndarray, taps: Sequence[str] = ()
     ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
         """Run a batch of any size.
 
         images: float32 [N, C, H, W] (or [N, F]), or, where the file has `preprocess`, uint8 [N, H, W, C].
-        observe: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
+        taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
         Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map or
-        in codes gives that ([N, C, H, W], float32 or uint8). With `observe` also a dict {name: uint8 codes or float32}.
-        Raises InputError for any other dtype or shape, NaN or infinity, or an unknown node.
+        in codes gives that ([N, C, H, W], float32 or uint8). With taps also a dict from name to uint8 codes or float32.
+        Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
         """
         images = self._checked(images)
-        if not len(observe):
+        if not len(taps):
             return self._run(images)[0]
-        ids = self._activation_ids(observe)
-        output, observed = self._run(images, observe=ids.values())
-        return output, {name: array for name, (_, array) in zip(ids, observed, strict=True)}
+        ids = self._tap_ids(taps)
+        output, tapped = self._run(images, taps=ids.values())
+        return output, {name: array for name, (_, array) in zip(ids, tapped, strict=True)}
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
@@ -194,17 +194,17 @@ class Model:
     def _run(
         self,
         images: np.ndarray,
-        observe: Iterable[int] = (),
+        taps: Iterable[int] = (),
         classes: np.ndarray | None = None,
         step_seconds: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-        """Output of checked images, and pairs of the activations to observe and what they hold; fills the other two."""
+        """Output of checked images, and pairs of the activations `taps` and what they hold; fills the other two."""
         n = len(images)
         output = self._empty(n, self._output)
-        observed = [(activation, self._empty(n, activation)) for activation in observe]
+        tapped = [(activation, self._empty(n, activation)) for activation in taps]
         if n:
-            self._session.run(images, output, classes, observed, step_seconds)
-        return output, observed
+            self._session.run(images, output, classes, tapped, step_seconds)
+        return output, tapped
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if isinstance(images, np.ndarray) and images.ndim and self._accepted.get(images.dtype) == images.shape[1:]:
@@ -218,16 +218,15 @@ class Model:
         entry = self._activations[activation]
         return np.empty((n, *entry["shape"]), _DTYPES[entry["dtype"]])
 
-    def _name_of(self, step: dict) -> str:
+    def _tap_name(self, step: dict) -> str:
         return step["name"] if len(self.members) == 1 else f"{step['member']}/{step['name']}"
 
-    def _activation_ids(self, nodes: Sequence[str]) -> dict[str, int]:
-        ids = {self._name_of(step): step["output"] for step in self._steps}
-        unknown = [name for name in nodes if name not in ids]
-        if unknown:
-            expected = "the name of a node, as `qdeploy plan` lists them"
-            raise InputError(f"expected {expected}, got {unknown[0]!r} - at observe")
-        return {name: ids[name] for name in nodes}
+    def _tap_ids(self, taps: Sequence[str]) -> dict[str, int]:
+        ids = {self._tap_name(step): step["output"] for step in self._steps}
+        for name in taps:
+            if name not in ids:
+                raise InputError(f"expected the name of a node, as `qdeploy plan` lists them, got {name!r} - at taps")
+        return {name: ids[name] for name in taps}
 
     def _total_macs(self, batch: int) -> int:
         return max(1, batch * sum(step["macs"] for step in self._steps))

@@ -16,23 +16,21 @@ from qdeploy.graph import Activation, Graph, Member, Node
 Numbers = np.ndarray | np.float32
 
 
-def run(
-    graph: Graph, x: np.ndarray, observe: Sequence[str] = ()
-) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+def run(graph: Graph, x: np.ndarray, taps: Sequence[str] = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
     """The output of `graph` for a batch, computed the plain way.
 
     x: f32 [N, C, H, W] or [N, F], or, where the graph has `preprocess`, u8 [N, H, W, C]. N may be 0.
     Returns f32 or the codes u8, [N, K] or [N, C, H, W]; of an ensemble the combined probabilities, f32 [N, K].
-    With `observe` (names of nodes, in an ensemble "member/node") returns (output, {name: array}) with their outputs.
-    Raises InputError for an x that does not fit and for an unknown node.
+    With `taps` (names of nodes, in an ensemble "member/node") returns (output, {name: array}) with their outputs.
+    Raises InputError for an x that does not fit and for an unknown tap.
     """
-    output, _, observed = run_all(graph, x)
-    if not len(observe):
+    output, _, tapped = run_all(graph, x)
+    if not len(taps):
         return output
-    unknown = [name for name in observe if name not in observed]
+    unknown = [name for name in taps if name not in tapped]
     if unknown:
-        raise InputError(f"expected the name of a node, got {unknown[0]!r} - at observe")
-    return output, {name: observed[name] for name in observe}
+        raise InputError(f"expected the name of a node, got {unknown[0]!r} - at taps")
+    return output, {name: tapped[name] for name in taps}
 
 
 def predict(graph: Graph, x: np.ndarray) -> np.ndarray:
@@ -41,16 +39,16 @@ def predict(graph: Graph, x: np.ndarray) -> np.ndarray:
 
 
 def run_all(graph: Graph, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """The output, the scores whose first largest is the class, and what every node gives, by its name for `observe`."""
+    """The output, the scores whose first largest is the class, and the output of every node by its tap name."""
     check_input(graph, x)
-    outputs, observed = [], {}
+    outputs, tapped = [], {}
     for member in graph.members:
         values = run_member(member, x)
         outputs.append(values[member.nodes[-1].output])
         prefix = f"{member.name}/" if graph.combine else ""
-        observed.update({prefix + node.name: values[node.output] for node in member.nodes})
+        tapped.update({prefix + node.name: values[node.output] for node in member.nodes})
     output, scores = combine(outputs, graph.combine)
-    return output, scores, observed
+    return output, scores, tapped
 
 
 def check_input(graph: Graph, x: np.ndarray) -> None:

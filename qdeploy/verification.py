@@ -26,12 +26,11 @@ def verify(path: str | os.PathLike[str], inputs: dict[str, np.ndarray], device: 
     rows = []
     for kind, x in inputs.items():
         progress(f"numpy reference, {kind} input")
-        output, observed = reference.run(graph, x, observe=nodes)
-        expected = {"output": output, **observed}
+        output, taps = reference.run(graph, x, taps=nodes)
         for isa, threads, run in _runs(path, device):
             progress(f"{isa}, {kind} input" if threads is None else f"{isa}, {threads} thread(s), {kind} input")
-            got = {"output": run(x), **run(x, observe=nodes)[1]}
-            wrong = [name for name, array in expected.items() if array.tobytes() != got[name].tobytes()]
+            got = {"output": run(x), **run(x, taps=nodes)[1]}
+            wrong = [name for name, want in {"output": output, **taps}.items() if want.tobytes() != got[name].tobytes()]
             row = {"input": kind, "isa": isa, "threads": threads, "compared": len(got), "different": len(wrong)}
             rows.append(row | {"first": next((name for name in nodes if name in wrong), *wrong[:1] or [None])})
     return rows
@@ -51,11 +50,11 @@ def _runs(path: str | os.PathLike[str], device: str) -> list[tuple[str, int | No
 def _with_arrays(model: GpuModel) -> Callable:
     import torch
 
-    def run(x: np.ndarray, observe: list[str] | tuple = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+    def run(x: np.ndarray, taps: list[str] | tuple = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
         images = torch.from_numpy(x).to(model.device)
-        if not observe:
+        if not taps:
             return model(images).cpu().numpy()
-        output, observed = model(images, observe=observe)
-        return output.cpu().numpy(), {name: value.cpu().numpy() for name, value in observed.items()}
+        output, tapped = model(images, taps=taps)
+        return output.cpu().numpy(), {name: value.cpu().numpy() for name, value in tapped.items()}
 
     return run

@@ -80,7 +80,7 @@ def test_verify_runs_every_instruction_set():
 def test_verify_fails_where_the_reference_differs():
     broken = (
         "import sys; from qdeploy import cli, reference; run = reference.run\n"
-        "def wrong(*args, **kw): output, observed = run(*args, **kw); output[0, 0] += 1; return output, observed\n"
+        "def wrong(*args, **kw): output, taps = run(*args, **kw); output[0, 0] += 1; return output, taps\n"
         f"reference.run = wrong; sys.exit(cli.main(['verify', {str(MODEL)!r}, '--batch', '1']))"
     )
     result = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, timeout=120)

@@ -33,7 +33,7 @@ def path(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("engine") / "m.safetensors"
 
 
-def node_names(graph: Graph) -> list[str]:
+def tap_names(graph: Graph) -> list[str]:
     return [
         f"{member.name}/{node.name}" if graph.combine else node.name
         for member in graph.members
@@ -49,18 +49,18 @@ def assert_same(got: np.ndarray, expected: np.ndarray, what: object) -> None:
 def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path, batches=(1, 0, 3), threads=(1, 2, 3)) -> None:
     """Output and every node, for the first n images of x, on every ISA and thread count."""
     save(graph, path)
-    names = node_names(graph)
-    expected, expected_nodes = reference.run(graph, x, names)
+    names = tap_names(graph)
+    expected, expected_taps = reference.run(graph, x, names)
     classes = reference.predict(graph, x) if expected.ndim == 2 else None
     for isa in ISAS:
         for num_threads in threads:
             model = qdeploy.load_int_model(path, num_threads, isa)
             for n in batches:
-                output, observed = model(x[:n], observe=names)
+                output, taps = model(x[:n], taps=names)
                 for name in names:
-                    assert_same(observed[name], expected_nodes[name][:n], (isa, num_threads, n, name))
+                    assert_same(taps[name], expected_taps[name][:n], (isa, num_threads, n, name))
                 assert_same(output, expected[:n], (isa, num_threads, n))
-                assert_same(model(x[:n]), expected[:n], (isa, num_threads, n, "nothing observed"))
+                assert_same(model(x[:n]), expected[:n], (isa, num_threads, n, "without taps"))
             if classes is not None:
                 assert_same(model.predict(x), classes, (isa, num_threads, "classes"))
 
@@ -399,8 +399,8 @@ def test_options_that_do_not_fit(network, tmp_path):
             qdeploy.load_int_model(path, threads)
     with pytest.raises(InputError, match="expected .*scalar.*, got .*mmx"):
         qdeploy.load_int_model(path, isa="mmx")
-    with pytest.raises(InputError, match="expected the name of a node, .*got 'fc' - at observe"):
-        network[0](network[2], observe=["fc"])
+    with pytest.raises(InputError, match="expected the name of a node, .*got 'fc' - at taps"):
+        network[0](network[2], taps=["fc"])
 
 
 def run_python(code: str, folder: Path, isa: str) -> subprocess.CompletedProcess:

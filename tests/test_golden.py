@@ -23,26 +23,25 @@ def write(folder: Path) -> None:
     graph = Graph([every_op("first", 35), every_op("second", 126)], "logits")  # no node of these saturates everywhere
     x = batch(graph, 4, np.random.default_rng(2))
     format.save(graph, folder / "every_op.safetensors")
-    y, _, observed = reference.run_all(graph, x)
-    np.savez_compressed(folder / "every_op.npz", x=x, y=y, **observed)
+    y, _, taps = reference.run_all(graph, x)
+    np.savez_compressed(folder / "every_op.npz", x=x, y=y, **taps)
 
 
 @pytest.mark.parametrize("version", sorted(folder.name for folder in DATA.iterdir()))
 def test_bits_of_an_old_file(version):
     path = DATA / version / "every_op.safetensors"
     with np.load(DATA / version / "every_op.npz") as golden:
-        observed = dict(golden)  # what each node gave; the file of version 1 has the outputs alone
-    x, y = observed.pop("x"), observed.pop("y")
+        taps = dict(golden)  # what each node gave; the file of version 1 has the outputs alone
+    x, y = taps.pop("x"), taps.pop("y")
     graph = format.load(path)
-    assert same(reference.run(graph, x, list(observed)), y, observed)
+    assert same(reference.run(graph, x, list(taps)), y, taps)
     for isa in _engine.isas():
-        assert same(qdeploy.load_int_model(path, isa=isa)(x, list(observed)), y, observed), isa
+        assert same(qdeploy.load_int_model(path, isa=isa)(x, list(taps)), y, taps), isa
 
 
-def same(result, y: np.ndarray, observed: dict[str, np.ndarray]) -> bool:
-    output, found = result if observed else (result, {})
-    pairs = [(output, y), *((found[name], array) for name, array in observed.items())]
-    return all(got.tobytes() == expected.tobytes() for got, expected in pairs)
+def same(result, y: np.ndarray, taps: dict[str, np.ndarray]) -> bool:
+    got, tapped = result if taps else (result, {})
+    return got.tobytes() == y.tobytes() and all(tapped[name].tobytes() == tap.tobytes() for name, tap in taps.items())
 
 
 if __name__ == "__main__":

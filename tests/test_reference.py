@@ -138,12 +138,12 @@ def test_conv2d_equals_plain_integers(groups, with_residual, exact):
     graph = Graph([builder.member()])
     x = batch(graph, 2, rng)
     names = [node.name for node in builder.nodes]
-    output, observed = reference.run(graph, x, observe=names)
+    output, taps = reference.run(graph, x, taps=names)
     codes = reference.quantize(x, builder.tensors[0])
     for image in range(2):
-        added = observed[names[0]][image] if with_residual else None
+        tap = taps[names[0]][image] if with_residual else None
         node = builder.nodes[-1]
-        assert np.array_equal(output[image], plain_conv2d(node, codes[image], 131, added, builder.shape(node.output)))
+        assert np.array_equal(output[image], plain_conv2d(node, codes[image], 131, tap, builder.shape(node.output)))
 
 
 def test_linear_add_and_pools_equal_plain_integers():
@@ -156,9 +156,9 @@ def test_linear_add_and_pools_equal_plain_integers():
     builder.linear(flat, 4, bits=3, dtype="f32")
     graph = Graph([builder.member()])
     x = batch(graph, 1, rng)
-    output, observed = reference.run(graph, x, [node.name for node in builder.nodes])
+    output, taps = reference.run(graph, x, [node.name for node in builder.nodes])
     values = {0: reference.quantize(x, builder.tensors[0])[0]}
-    values |= {node.output: observed[node.name][0] for node in builder.nodes}
+    values |= {node.output: taps[node.name][0] for node in builder.nodes}
     q = values[0].astype(int)
     for c, i, j in np.ndindex(builder.shape(pool)):
         taken = [q[c, y, z] for y in range(2 * i - 1, 2 * i + 2) for z in (j - 1, j + 1) if 0 <= y < 5 and 0 <= z < 4]
@@ -189,9 +189,9 @@ def test_mul_equals_plain_integers(gate, dtype):
     builder.mul(0, other, dtype, clamp=(3, 250), exact=True)
     graph = Graph([builder.member()])
     x = batch(graph, 2, rng)
-    output, observed = reference.run(graph, x, [builder.nodes[0].name])
+    output, taps = reference.run(graph, x, [builder.nodes[0].name])
     node, a = builder.nodes[1], reference.quantize(x, builder.tensors[0])
-    b = np.broadcast_to(observed[builder.nodes[0].name], a.shape)
+    b = np.broadcast_to(taps[builder.nodes[0].name], a.shape)
     m, bias = (np.float32(node.attributes[key]).item() for key in ("multiplier", "bias"))
     for at in np.ndindex(a.shape):
         r = exact_fma((int(a[at]) - 100) * (int(b[at]) - builder.tensors[other].zero_point), m, bias)
@@ -235,8 +235,8 @@ def test_an_image_does_not_depend_on_its_batch(graph, rng):
     assert (empty.shape, empty.dtype) == ((0, *together.shape[1:]), together.dtype)
 
 
-def test_observing_an_unknown_node():
+def test_taps_of_an_unknown_node():
     builder = Builder(np.random.default_rng(0), (2,), (1.0, 0))
     builder.linear(0, 3)
-    with pytest.raises(InputError, match="expected the name of a node, got 'fc' - at observe"):
+    with pytest.raises(InputError, match="expected the name of a node, got 'fc' - at taps"):
         reference.run(Graph([builder.member()]), np.zeros((1, 2), np.float32), ["fc"])

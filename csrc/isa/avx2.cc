@@ -87,11 +87,11 @@ struct NarrowWeights {
     const int8_t* w = slab.w;
     const __m256i ones = _mm256_set1_epi16(1);
     const uint32_t k = static_cast<uint32_t>(slab.k);
-    for (int32_t t = 0; t < slab.taps; ++t) {
+    for (int32_t t = 0; t < slab.cells; ++t) {
       const uint8_t* a[kRows];
-      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.tap_offset[t] + slab.begin;
+      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.cell_offset[t] + slab.begin;
       for (uint32_t i = k / kBlock; i > 0; --i) {
-        asm("" : "+r"(i));  // a plain counter: GCC would compute the end of w instead, for every tap anew
+        asm("" : "+r"(i));  // a plain counter: GCC would compute the end of w instead, for every cell anew
         multiply<kBlock>(a, w, ones, acc_i32x8);
       }
       if (k % kBlock & 16) multiply<16>(a, w, ones, acc_i32x8);
@@ -111,8 +111,8 @@ struct WideWeights {
   static constexpr int kBufferElements = kSlabBytes / (kNr * kElementBytes) + 32;  // rounding of k, of the last store
 
   static QD_INLINE void widen_pixel(const Slab& slab, const uint8_t* pixel, uint16_t* a_u16) {
-    for (int32_t t = 0; t < slab.taps; ++t, a_u16 += slab.k) {
-      const uint8_t* a = pixel + slab.tap_offset[t] + slab.begin;
+    for (int32_t t = 0; t < slab.cells; ++t, a_u16 += slab.k) {
+      const uint8_t* a = pixel + slab.cell_offset[t] + slab.begin;
       for (int32_t i = 0; i < slab.k; i += 16) {
         const __m256i a_u16x16 = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i)));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(a_u16 + i), a_u16x16);
@@ -150,7 +150,7 @@ struct WideWeights {
       a[r] = a_u16[r];
     }
     const int8_t* w = slab.w;
-    const uint32_t k = static_cast<uint32_t>(slab.taps * slab.k);
+    const uint32_t k = static_cast<uint32_t>(slab.cells * slab.k);
     for (uint32_t i = k / 8; i > 0; --i) multiply<8>(a, w, acc_i32x8);
     if (k & 4) multiply<4>(a, w, acc_i32x8);
   }
@@ -160,21 +160,21 @@ struct WideWeights {
 //
 // a widened to s16 meets (w[0], 0, w[2], 0, ...) and (0, w[1], 0, w[3], ...) in vpmaddwd: s32 products of the even and
 // of the odd channels, exact for any s8 weight. That is one shuffle (the widening load) for 16 products; widening to
-// s32 takes two: per tap 12 instructions for port 5 of 28 in all.
+// s32 takes two: per cell 12 instructions for port 5 of 28 in all.
 
 template <int kPixels>
 QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const uint8_t* a, uint8_t* c) {
   for (int32_t n = 0; n < p.n; n += 32) {
     __m256i even_i32x8[kPixels][2] = {}, odd_i32x8[kPixels][2] = {};
     const int8_t* w = p.w + n;
-    for (int32_t t = 0; t < p.taps; ++t, w += p.w_stride) {
-      const uint8_t* a_tap = a + p.tap_offset[t] + n;
+    for (int32_t t = 0; t < p.cells; ++t, w += p.w_stride) {
+      const uint8_t* a_cell = a + p.cell_offset[t] + n;
       QD_UNROLL for (int h = 0; h < 2; ++h) {  // 16 channels
         const __m256i w_s16x16 = _mm256_cvtepi8_epi16(load_x16(w + 16 * h));
         const __m256i w_even_s16x16 = _mm256_and_si256(w_s16x16, _mm256_set1_epi32(0xffff));
         const __m256i w_odd_s16x16 = _mm256_xor_si256(w_s16x16, w_even_s16x16);
         QD_UNROLL for (int i = 0; i < kPixels; ++i) {
-          const __m256i a_u16x16 = _mm256_cvtepu8_epi16(load_x16(a_tap + i * p.a_stride + 16 * h));
+          const __m256i a_u16x16 = _mm256_cvtepu8_epi16(load_x16(a_cell + i * p.a_stride + 16 * h));
           add_i32(even_i32x8[i][h], _mm256_madd_epi16(a_u16x16, w_even_s16x16));
           add_i32(odd_i32x8[i][h], _mm256_madd_epi16(a_u16x16, w_odd_s16x16));
         }

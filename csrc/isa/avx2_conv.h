@@ -107,10 +107,10 @@ QD_INLINE void broadcast(__m256i& b, const void* a) {
 }
 QD_INLINE void add_i32(__m256i& sum, const __m256i& b) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(b)); }
 
-// A slab of the panel: some whole taps, or k bytes of one tap from byte `begin` on.
+// A slab of the panel: some whole cells, or k bytes of one cell from byte `begin` on.
 struct Slab {
-  const int32_t* tap_offset;
-  int32_t taps;
+  const int32_t* cell_offset;
+  int32_t cells;
   int32_t begin;
   int32_t k;
   const int8_t* w;
@@ -208,17 +208,17 @@ void run_pixels(const ConvParams& p, const Slab& slab, Batch* batch, int begin) 
 }
 
 template <typename Weights, int kVectors>
-void run_batch(const ConvParams& p, int32_t slab_taps, int32_t slab_k, Batch* batch) {
-  for (int32_t t = 0; t < p.taps; t += slab_taps) {
+void run_batch(const ConvParams& p, int32_t slab_cells, int32_t slab_k, Batch* batch) {
+  for (int32_t t = 0; t < p.cells; t += slab_cells) {
     for (int32_t i = 0; i < p.k; i += slab_k) {
       Slab slab;
-      slab.tap_offset = p.tap_offset + t;
-      slab.taps = p.taps - t < slab_taps ? p.taps - t : slab_taps;
+      slab.cell_offset = p.cell_offset + t;
+      slab.cells = p.cells - t < slab_cells ? p.cells - t : slab_cells;
       slab.begin = i;
       slab.k = p.k - i < slab_k ? p.k - i : slab_k;
       slab.w = static_cast<const int8_t*>(p.w) + (static_cast<size_t>(t) * p.k + i) * (kNr * Weights::kElementBytes);
       slab.first = t == 0 && i == 0;
-      slab.last = t + slab_taps >= p.taps && i + slab_k >= p.k;
+      slab.last = t + slab_cells >= p.cells && i + slab_k >= p.k;
       run_pixels<Weights, Weights::kMaxRows, kVectors>(p, slab, batch, 0);
     }
   }
@@ -231,8 +231,8 @@ template <typename Weights, bool kF32>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   const ConvParams& p = *params;
   constexpr int32_t kMaxK = kSlabBytes / (kNr * Weights::kElementBytes);
-  const int32_t max_taps = p.k < kMaxK ? kMaxK / p.k : 1;
-  const int32_t slab_taps = ceil_div(p.taps, ceil_div(p.taps, max_taps));
+  const int32_t max_cells = p.k < kMaxK ? kMaxK / p.k : 1;
+  const int32_t slab_cells = ceil_div(p.cells, ceil_div(p.cells, max_cells));
   const int32_t slab_k = (ceil_div(p.k, ceil_div(p.k, kMaxK)) + 31) & ~31;
   const auto run = p.n > 16 ? run_batch<Weights, 4> : run_batch<Weights, 2>;
   Batch batch;
@@ -246,11 +246,11 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
         batch.a[batch.pixels] = p.a + tile->a[s] + i * p.a_stride;
         batch.c[batch.pixels] = tile->c[s] + i * p.c_stride;
         batch.residual[batch.pixels] = tile->residual[s] + i * p.residual_stride;
-        if (++batch.pixels == kBatch) run(p, slab_taps, slab_k, &batch);
+        if (++batch.pixels == kBatch) run(p, slab_cells, slab_k, &batch);
       }
     }
   }
-  run(p, slab_taps, slab_k, &batch);
+  run(p, slab_cells, slab_k, &batch);
 }
 
 template <typename Weights>

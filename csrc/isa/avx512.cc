@@ -16,8 +16,8 @@
 // and 5), so "all" counts. A layer goes to the kernel of the fewest bits that its codes allow, not those of its file:
 // ConvKernel::s16_quads.
 //
-// Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]: one vector is 16 channels x 4.
-//               s16x2: w[taps][k/2][32][2].
+// Packed panel, s8x4:  w[cells][k/4][32 channels][4 bytes of k]: one vector is 16 channels x 4.
+//               s16x2: w[cells][k/2][32][2].
 // Weights stay in registers for several pixels: as memory operands, the two loads a cycle would be the limit (Zen 5:
 // 205 instead of 270 at 7 bits, 172 instead of 226 at 8, 291 instead of 426 at 4). With one sum that is for all 14
 // pixels of the tile of avx512vnni.cc: 28 accumulators, two vectors of weights, a broadcast and a product are the 32
@@ -123,8 +123,8 @@ struct Maddubs {
   }
 
   template <int R, int S>
-  static QD_INLINE const char* tap(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
-                                   Prefetch& prefetch) {
+  static QD_INLINE const char* cell(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
+                                    Prefetch& prefetch) {
     for (; k >= kBlock; k -= kBlock) {
       for (int i = 0; i < kBlock; i += kFetchBytes) prefetch.fetch();
       multiply<kBlock, R, S>(acc, a, w);
@@ -150,8 +150,8 @@ struct Madd {
   static constexpr int sets(int) { return 1; }
 
   template <int R, int S>
-  static QD_INLINE const char* tap(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
-                                   Prefetch& prefetch) {
+  static QD_INLINE const char* cell(__m512i (&acc)[1][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
+                                    Prefetch& prefetch) {
     alignas(64) uint16_t a_u16[S * R][kBlock];
     for (; k > 0; k -= kBlock) {
       const int32_t width = k < kBlock ? k : kBlock;
@@ -183,7 +183,7 @@ struct Madd {
 
 // ---- Depthwise ------------------------------------------------------------------------------------------------------
 
-// Four taps as two pairs: the even bytes and the odd bytes of each dword, widened to 16 bits by a mask and a shift.
+// Four cells as two pairs: the even bytes and the odd bytes of each dword, widened to 16 bits by a mask and a shift.
 struct DepthwiseMadd {
   struct Weights {
     __m512i even_i16x32, odd_i16x32;

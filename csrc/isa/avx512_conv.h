@@ -5,7 +5,7 @@
 //     kS16Quads             ConvKernel::s16_quads
 //     kMr                   most pixels in a strip, at most 7
 //     sets(pixels)          how many sets of accumulators hide the latency of its sums
-//     tap<R, S>(acc, a, w, k, prefetch)   adds one tap to acc, advances a, returns w advanced
+//     cell<R, S>(acc, a, w, k, prefetch)   adds one cell to acc, advances a, returns w advanced
 #pragma once
 #if !defined(__clang__)
 // GCC 12 otherwise moves or even spills accumulators around the loops: 1 to 4 % at k <= 256.
@@ -144,7 +144,7 @@ struct Output {
 
 // ---- The walk over tiles --------------------------------------------------------------------------------------------
 
-// Computes tiles from the front of the list while they have this shape; returns how many. Taps outside, channels
+// Computes tiles from the front of the list while they have this shape; returns how many. Cells outside, channels
 // inside, one set of accumulators for the whole of K; few pixels get kSets of them, or the latency of the dot product
 // would show. (u8 or f32 output is a branch per tile, not a template: that would double half a megabyte of code.)
 template <class Dot, int R, int S>
@@ -173,12 +173,12 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
     ptrdiff_t stride3 = 3 * stride, stride5 = 5 * stride;
     asm("" : "+r"(stride3), "+r"(stride5));  // or GCC recomputes them, or makes a pointer per pixel
     const char* w = static_cast<const char*>(params.w);
-    for (int32_t t = 0; t < params.taps; ++t) {
+    for (int32_t t = 0; t < params.cells; ++t) {
       Pixels a[S];
       QD_UNROLL for (int s = 0; s < S; ++s) {
-        a[s] = {params.a + tile.a[s] + params.tap_offset[t], stride, stride3, stride5};
+        a[s] = {params.a + tile.a[s] + params.cell_offset[t], stride, stride3, stride5};
       }
-      w = Dot::template tap<R, S>(acc, a, w, params.k, ahead);
+      w = Dot::template cell<R, S>(acc, a, w, params.k, ahead);
     }
 
     QD_UNROLL for (int set = 1; set < kSets; ++set) {
@@ -212,7 +212,7 @@ size_t run_next(const ConvParams& params, bool f32, const ConvTile* tiles, size_
 
 template <class Dot, bool kF32>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
-  Prefetch prefetch(*params, n_tiles * params->taps * (params->k / Dot::kFetchBytes));
+  Prefetch prefetch(*params, n_tiles * params->cells * (params->k / Dot::kFetchBytes));
   for (size_t done = 0; done < n_tiles;) done += run_next<Dot>(*params, kF32, tiles + done, n_tiles - done, prefetch);
 }
 

@@ -1,10 +1,10 @@
 // Depthwise convolution for AVX-512, and the 64-channel blocks that the other channel-wise kernels use too.
 //
-// Formula: acc[n] = comp[n] + sum over taps t of a_t[n] * w_t[n]. A dot product of four bytes adds four taps at once,
-// so the bytes of four taps are interleaved first, 64 channels at a time:
+// Formula: acc[n] = comp[n] + sum over cells t of a_t[n] * w_t[n]. A dot product of four bytes adds four cells at once,
+// so the bytes of four cells are interleaved first, 64 channels at a time:
 //
-//     x0 = a0 a1 a2 ..  (tap t)      unpack bytes, then words      block 0, lane l: channels 16l+0..3,   4 taps each
-//     x1 = b0 b1 b2 ..  (tap t+1)   ------------------------>      block 1, lane l: channels 16l+4..7
+//     x0 = a0 a1 a2 ..  (cell t)     unpack bytes, then words      block 0, lane l: channels 16l+0..3,   4 cells each
+//     x1 = b0 b1 b2 ..  (cell t+1)  ------------------------>      block 1, lane l: channels 16l+4..7
 //     x2, x3                                                       block 2: 16l+8..11     block 3: 16l+12..15
 //
 // "Block order" costs nothing at the end: packssdw and packuswb undo it. Weights are interleaved the same way, once for
@@ -69,13 +69,13 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const DepthwiseChannel
     QD_UNROLL for (int j = 0; j < 4; ++j) acc[q][j] = _mm512_castps_si512(channels.comp_i32x16[j]);
   }
 
-  for (int32_t t = 0; t < p.taps; t += 4) {
+  for (int32_t t = 0; t < p.cells; t += 4) {
     __m512i x[4], block[4];
     ptrdiff_t offset[4];
-    QD_UNROLL for (int i = 0; i < 4; ++i) {  // beyond the last tap: that tap again, with zero weights
-      const int32_t tap = t + i < p.taps ? t + i : p.taps - 1;
-      offset[i] = p.tap_offset[tap];
-      x[i] = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(t + i < p.taps ? 0xff : 0), w + tap * p.w_stride);
+    QD_UNROLL for (int i = 0; i < 4; ++i) {  // beyond the last cell: that cell again, with zero weights
+      const int32_t cell = t + i < p.cells ? t + i : p.cells - 1;
+      offset[i] = p.cell_offset[cell];
+      x[i] = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(t + i < p.cells ? 0xff : 0), w + cell * p.w_stride);
     }
     interleave(x, block);
     typename Dot::Weights weights[4];

@@ -2,7 +2,7 @@
 //
 // Convolution: acc[p][n] = comp[n] + sum a[p][i] * w[i][n]. One vpdpbusd adds 16 channels x 4 bytes of k, exactly.
 //
-// Packed panel, s8x4:  w[taps][k/4][32 channels][4 bytes of k]
+// Packed panel, s8x4:  w[cells][k/4][32 channels][4 bytes of k]
 //     one quad of k:    | n=0: i i+1 i+2 i+3 | n=1: i i+1 i+2 i+3 | .. n=15 |   first vector
 //                       | n=16 ..                                  .. n=31 |   second vector
 //
@@ -17,7 +17,7 @@
 // registers. Measured with GCC 12 in one process, requantization included, against a peak of 306 GMAC/s for the bare
 // instruction: 290 at K = 1024, 294 for 3x3 x 256, 267 at K = 256, 208 at K = 64. 14 separate row pointers instead of
 // two strips at a constant stride are 7 % slower, 16 channels a panel 14 to 23 %. Requantization costs some 110 cycles
-// a tile, 63 of them because 126 conversions, fma, packs and clamps share ports 0 and 5; each tap some 12 cycles.
+// a tile, 63 of them because 126 conversions, fma, packs and clamps share ports 0 and 5; each cell some 12 cycles.
 //
 // Preconditions: those of ConvParams; k may be any multiple of 4, those of 16 are the fast ones. Reads of activations
 // and weights are exact here; only the residual of the last channels is over-read, by less than 32 bytes.
@@ -71,8 +71,8 @@ struct Vnni {
   }
 
   template <int R, int S, int kSets>
-  static QD_INLINE const char* tap(__m512i (&acc)[kSets][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
-                                   Prefetch& prefetch) {
+  static QD_INLINE const char* cell(__m512i (&acc)[kSets][S * R][2], Pixels (&a)[S], const char* w, int32_t k,
+                                    Prefetch& prefetch) {
     for (; k >= 16; k -= 16) {
       prefetch.fetch();
       add_quad<0, R, S>(acc, a, w);
@@ -180,7 +180,7 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
           QD_UNROLL for (int j = 0; j < 2; ++j) acc[0][p][j] = _mm512_loadu_si512(params.comp + 16 * j);
         }
       };
-      Pixels a[1] = {{params.a + tile.a[s] + params.tap_offset[0], stride, stride3, stride5}};
+      Pixels a[1] = {{params.a + tile.a[s] + params.cell_offset[0], stride, stride3, stride5}};
       const char* w = static_cast<const char*>(params.w);
       int32_t k = params.k;
       if (to.c) {
@@ -193,10 +193,10 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
         start();
       }
       to.set(params, tile, s, R);
-      w = Vnni::tap<R, 1>(acc, a, w, k, ahead);
-      for (int32_t t = 1; t < params.taps; ++t) {
-        a[0].p = params.a + tile.a[s] + params.tap_offset[t];
-        w = Vnni::tap<R, 1>(acc, a, w, params.k, ahead);
+      w = Vnni::cell<R, 1>(acc, a, w, k, ahead);
+      for (int32_t t = 1; t < params.cells; ++t) {
+        a[0].p = params.a + tile.a[s] + params.cell_offset[t];
+        w = Vnni::cell<R, 1>(acc, a, w, params.k, ahead);
       }
       QD_UNROLL for (int p = 0; p < R; ++p) previous[p][0] = acc[0][p][0], previous[p][1] = acc[0][p][1];
     }
@@ -209,7 +209,7 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
 // Half a tile reads weights twice as often: that pays where they stay in L1, under short sums or under many tiles (a
 // 7x7 map would lose 4 %). Strips of fewer than 5 pixels would wait for the latency of the dot product.
 void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
-  const int depth = params->taps * params->k;
+  const int depth = params->cells * params->k;
   const bool in_l1 = depth <= 384 || (depth <= 1152 && n_tiles >= 16);
   if (params->k < 24 || !in_l1) return conv<Vnni, false>(params, tiles, n_tiles);
 
@@ -220,7 +220,7 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
        {run_overlapped<6, 5, true>, run_overlapped<6, 6, true>, run_overlapped<6, 7, true>}},
       {{run_overlapped<8, 5, false>, run_overlapped<8, 6, false>, run_overlapped<8, 7, false>},
        {run_overlapped<8, 5, true>, run_overlapped<8, 6, true>, run_overlapped<8, 7, true>}}};
-  Prefetch prefetch(*params, 2 * n_tiles * params->taps * (params->k / Vnni::kFetchBytes));
+  Prefetch prefetch(*params, 2 * n_tiles * params->cells * (params->k / Vnni::kFetchBytes));
   for (size_t done = 0; done < n_tiles;) {
     const int r = tiles[done].r;
     if (r < kLeast) {
@@ -253,8 +253,8 @@ __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const Con
         QD_UNROLL for (int j = 0; j < 2; ++j) acc[p][j] = _mm512_loadu_si512(params.comp + 16 * j);
       }
       const char* w = static_cast<const char*>(params.w);
-      for (int32_t t = 0; t < params.taps; ++t) {
-        const uint8_t* a = params.a + tile.a[s] + params.tap_offset[t];
+      for (int32_t t = 0; t < params.cells; ++t) {
+        const uint8_t* a = params.a + tile.a[s] + params.cell_offset[t];
         QD_UNROLL for (int q = 0; q < kQuads; ++q) {
           const __m512i w0_i8x64 = _mm512_load_si512(w), w1_i8x64 = _mm512_load_si512(w + 64);
           QD_UNROLL for (int p = 0; p < R; ++p) {

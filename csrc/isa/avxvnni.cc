@@ -57,9 +57,9 @@ struct DotWeights {
   static QD_INLINE void accumulate(const Slab& slab, const uint8_t* const* pixels,
                                    Accumulators<kRows, kVectors>& acc_i32x8) {
     const int8_t* w = slab.w;
-    for (int32_t t = 0; t < slab.taps; ++t) {
+    for (int32_t t = 0; t < slab.cells; ++t) {
       const uint8_t* a[kRows];
-      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.tap_offset[t] + slab.begin;
+      QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.cell_offset[t] + slab.begin;
       int32_t k = slab.k;
       for (; k >= 16; k -= 16) multiply<16>(a, w, acc_i32x8);
       if (k & 8) multiply<8>(a, w, acc_i32x8);
@@ -70,10 +70,10 @@ struct DotWeights {
 
 // ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
-// A dot of four bytes adds four taps at once, so the bytes of four taps are interleaved first, 32 channels at a time:
+// A dot of four bytes adds four cells at once, so the bytes of four cells are interleaved first, 32 channels at a time:
 //
-//     x0 = a0 a1 a2 ..  (tap t)      unpack bytes, then words      block 0, lane l: channels 16l+0..3,   4 taps each
-//     x1 = b0 b1 b2 ..  (tap t+1)   ------------------------>      block 1, lane l: channels 16l+4..7
+//     x0 = a0 a1 a2 ..  (cell t)     unpack bytes, then words      block 0, lane l: channels 16l+0..3,   4 cells each
+//     x1 = b0 b1 b2 ..  (cell t+1)  ------------------------>      block 1, lane l: channels 16l+4..7
 //     x2, x3                                                       block 2: 16l+8..11     block 3: 16l+12..15
 //
 // The saturating packs at the end put the channels back in order. 8 shuffles and 4 dots for 128 products, and 8
@@ -111,14 +111,14 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const DepthwiseChannel
   QD_UNROLL for (int i = 0; i < kPixels; ++i) {
     QD_UNROLL for (int j = 0; j < 4; ++j) acc_i32x8[i][j] = _mm256_castps_si256(channels.comp_i32x8[j]);
   }
-  for (int32_t t = 0; t < p.taps; t += 4) {
+  for (int32_t t = 0; t < p.cells; t += 4) {
     __m256i x[4], w_i8x32[4], block_u8x32[4];
     ptrdiff_t offset[4];
-    QD_UNROLL for (int j = 0; j < 4; ++j) {  // beyond the last tap: that tap again, with zero weights
-      const int32_t tap = t + j < p.taps ? t + j : p.taps - 1;
-      offset[j] = p.tap_offset[tap];
-      x[j] = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + tap * p.w_stride)),
-                              _mm256_set1_epi32(t + j < p.taps ? -1 : 0));
+    QD_UNROLL for (int j = 0; j < 4; ++j) {  // beyond the last cell: that cell again, with zero weights
+      const int32_t cell = t + j < p.cells ? t + j : p.cells - 1;
+      offset[j] = p.cell_offset[cell];
+      x[j] = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + cell * p.w_stride)),
+                              _mm256_set1_epi32(t + j < p.cells ? -1 : 0));
     }
     interleave(x, w_i8x32);
     QD_UNROLL for (int i = 0; i < kPixels; ++i) {

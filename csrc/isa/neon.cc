@@ -10,7 +10,7 @@
 //     5       2048           8 (15)                   8, 1
 //     2..4    1024          16 (31)                   16, 1
 //
-// Packed panel, s8x4:  w[taps][k/4][16 channels][4 bytes of k]; a vector is four channels:
+// Packed panel, s8x4:  w[cells][k/4][16 channels][4 bytes of k]; a vector is four channels:
 //     w:    | n=0 i..i+3 | n=1 i..i+3 | n=2 i..i+3 | n=3 i..i+3 |      next vector: n=4..7
 //     a:    |   a[i..i+3]     the same     the same     the same |     one DUP for four vectors
 //     acc:  SMULL, the low half:  | n=0 i,i+1 | n=0 i+2,i+3 | n=1 i,i+1 | n=1 i+2,i+3 |    SMULL2: n=2, n=3
@@ -115,7 +115,7 @@ struct Smlal {
       return w + 64 * kQuads;
     }
 
-    QD_INLINE const int8_t* add_tap(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {
+    QD_INLINE const int8_t* add_cell(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {
       for (; k >= kBlock; k -= kBlock) w = block<kBlock / 4>(a, w, prefetch);
       if (kBlock > 32 && k & 32) w = block<8>(a, w, prefetch);
       if (kBlock > 16 && k & 16) w = block<4>(a, w, prefetch);
@@ -140,12 +140,12 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const uint8
   }
 
   const int8_t* w = p.w + n;
-  for (int32_t t = 0; t < p.taps; ++t, w += p.w_stride) {
+  for (int32_t t = 0; t < p.cells; ++t, w += p.w_stride) {
     const int8x16_t w_i8x16 = vld1q_s8(w);
     const int16x8_t w_low_i16x8 = vmovl_s8(vget_low_s8(w_i8x16)), w_high_i16x8 = vmovl_high_s8(w_i8x16);
-    const uint8_t* a_tap = a + p.tap_offset[t];
+    const uint8_t* a_cell = a + p.cell_offset[t];
     QD_UNROLL for (int q = 0; q < kPixels; ++q) {
-      const uint8x16_t a_u8x16 = vld1q_u8(a_tap + q * p.a_stride);
+      const uint8x16_t a_u8x16 = vld1q_u8(a_cell + q * p.a_stride);
       const int16x8_t a_low_i16x8 = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(a_u8x16)));
       const int16x8_t a_high_i16x8 = vreinterpretq_s16_u16(vmovl_high_u8(a_u8x16));
       int32x4_t(&acc)[4] = acc_i32x4[q];

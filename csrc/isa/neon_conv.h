@@ -3,7 +3,7 @@
 //     kMr, kStrips       the shape of its tiles
 //     Sums<P>            the accumulators of P pixels x 16 channels:
 //         Sums(comp, w)                   starts them
-//         add_tap(a, w, k, prefetch)      adds k bytes of one tap at a[0..P-1], returns w advanced
+//         add_cell(a, w, k, prefetch)      adds k bytes of one cell at a[0..P-1], returns w advanced
 //         total(q, j)                     pixel q, channels 4j..4j+3
 //
 // Neither NEON nor its dot products multiply u8 by s8; only FEAT_I8MM's USDOT does. So activations are made signed,
@@ -176,12 +176,12 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
   do {
     const int8_t* w = static_cast<const int8_t*>(params.w);
     typename Dot::template Sums<P> sums(params.comp, w);
-    for (int32_t t = 0; t < params.taps; ++t) {
+    for (int32_t t = 0; t < params.cells; ++t) {
       const uint8_t* a[P];
       QD_UNROLL for (int q = 0; q < P; ++q) {
-        a[q] = Pixel(params, tiles[done], q / Dot::kMr, q % Dot::kMr).a + params.tap_offset[t];
+        a[q] = Pixel(params, tiles[done], q / Dot::kMr, q % Dot::kMr).a + params.cell_offset[t];
       }
-      w = sums.add_tap(a, w, params.k, ahead);
+      w = sums.add_cell(a, w, params.k, ahead);
     }
     QD_UNROLL for (int q = 0; q < P; ++q) {
       const int32x4_t acc_i32x4[4] = {sums.total(q, 0), sums.total(q, 1), sums.total(q, 2), sums.total(q, 3)};

@@ -3,7 +3,7 @@
 // Convolution: acc[p][n] = comp[n] + sum (a[p][i] - 128) * w[i][n]. One SDOT adds 4 channels x 4 bytes of k, exactly. A
 // register holds 16 bytes of a pixel, of which SDOT picks four: no broadcasts.
 //
-// Packed panel, s8x4:  w[taps][k/4][16 channels][4 bytes of k]; four vectors a quad:
+// Packed panel, s8x4:  w[cells][k/4][16 channels][4 bytes of k]; four vectors a quad:
 //     | n=0 i..i+3 | n=1 i..i+3 | n=2 i..i+3 | n=3 i..i+3 |   n=4..7   |   n=8..11   |   n=12..15
 //
 //     instruction          Cortex-A720 (Neoverse V2), a cycle      in 16 bytes of k of 5 x 16 (1280 products)
@@ -66,7 +66,7 @@ struct Sdot {
       }
     }
 
-    QD_INLINE const int8_t* add_tap(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {
+    QD_INLINE const int8_t* add_cell(const uint8_t* (&a)[P], const int8_t* w, int32_t k, Prefetch& prefetch) {
       int8x16_t a_i8x16[P];
       for (; k >= 16; k -= 16) {
         prefetch.fetch();
@@ -102,10 +102,10 @@ struct Sdot {
 
 // ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
-// SDOT adds four taps at once, so the bytes of four taps are interleaved first, 16 channels at a time:
+// SDOT adds four cells at once, so the bytes of four cells are interleaved first, 16 channels at a time:
 //
-//     x0 = a0 a1 a2 ..  (tap t)     ZIP of bytes, then words     block 0: channels 0..3, 4 taps each
-//     x1 = b0 b1 b2 ..  (tap t+1)   ------------------------>    block 1: channels 4..7
+//     x0 = a0 a1 a2 ..  (cell t)    ZIP of bytes, then words     block 0: channels 0..3, 4 cells each
+//     x1 = b0 b1 b2 ..  (cell t+1)  ------------------------>    block 1: channels 4..7
 //     x2, x3                                                     block 2: 8..11     block 3: 12..15
 
 QD_INLINE void interleave(const int8x16_t (&x)[4], int8x16_t (&block)[4]) {
@@ -119,11 +119,11 @@ QD_INLINE void interleave(const int8x16_t (&x)[4], int8x16_t (&block)[4]) {
   block[3] = vreinterpretq_s8_s16(vzip2q_s16(high01, high23));
 }
 
-// The weights of taps t..t+3; beyond the last tap: zeros.
+// The weights of cells t..t+3; beyond the last cell: zeros.
 QD_INLINE void load_weights(const DepthwiseParams& p, int32_t n, int32_t t, int8x16_t (&block)[4]) {
   int8x16_t w_i8x16[4];
   QD_UNROLL for (int i = 0; i < 4; ++i) {
-    w_i8x16[i] = t + i < p.taps ? vld1q_s8(p.w + (t + i) * p.w_stride + n) : vdupq_n_s8(0);
+    w_i8x16[i] = t + i < p.cells ? vld1q_s8(p.w + (t + i) * p.w_stride + n) : vdupq_n_s8(0);
   }
   interleave(w_i8x16, block);
 }
@@ -135,11 +135,11 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const int32
   int32x4_t acc_i32x4[kPixels][4];
   QD_UNROLL for (int q = 0; q < kPixels; ++q) QD_UNROLL for (int j = 0; j < 4; ++j) acc_i32x4[q][j] = comp_i32x4[j];
 
-  for (int32_t t = 0; t < p.taps; t += 4) {
+  for (int32_t t = 0; t < p.cells; t += 4) {
     int8x16_t w_i8x16[4], a_i8x16[4], block_i8x16[4];
     load_weights(p, n, t, w_i8x16);
     ptrdiff_t offset[4];
-    QD_UNROLL for (int i = 0; i < 4; ++i) offset[i] = p.tap_offset[t + i < p.taps ? t + i : t];
+    QD_UNROLL for (int i = 0; i < 4; ++i) offset[i] = p.cell_offset[t + i < p.cells ? t + i : t];
     QD_UNROLL for (int q = 0; q < kPixels; ++q) {
       QD_UNROLL for (int i = 0; i < 4; ++i) a_i8x16[i] = load_centred(a + q * p.a_stride + offset[i]);
       interleave(a_i8x16, block_i8x16);
@@ -154,7 +154,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   for (int32_t n = 0; n < p.n; n += 16) {
     int32x4_t comp_i32x4[4];  // plus 128 * sum(w), because activations are a - 128
     for (int j = 0; j < 4; ++j) comp_i32x4[j] = vld1q_s32(p.comp + n + 4 * j);
-    for (int32_t t = 0; t < p.taps; t += 4) {
+    for (int32_t t = 0; t < p.cells; t += 4) {
       int8x16_t w_i8x16[4];
       load_weights(p, n, t, w_i8x16);
       for (int j = 0; j < 4; ++j) {

@@ -47,10 +47,10 @@ void store(float r, uint8_t, uint8_t, float* c) { *c = r; }
 void accumulate_pixel(const ConvParams& p, const uint8_t* a, int32_t* acc) {
   const int8_t* w = static_cast<const int8_t*>(p.w);
   for (int n = 0; n < kNr; ++n) acc[n] = p.comp[n];
-  for (int32_t t = 0; t < p.taps; ++t) {
-    const uint8_t* a_tap = a + p.tap_offset[t];
+  for (int32_t t = 0; t < p.cells; ++t) {
+    const uint8_t* a_cell = a + p.cell_offset[t];
     for (int32_t i = 0; i < p.k; i += 4, w += kNr * 4) {
-      const int32_t a0 = a_tap[i], a1 = a_tap[i + 1], a2 = a_tap[i + 2], a3 = a_tap[i + 3];
+      const int32_t a0 = a_cell[i], a1 = a_cell[i + 1], a2 = a_cell[i + 2], a3 = a_cell[i + 3];
       for (int n = 0; n < kNr; ++n) {
         acc[n] += a0 * w[n * 4] + a1 * w[n * 4 + 1] + a2 * w[n * 4 + 2] + a3 * w[n * 4 + 3];
       }
@@ -87,7 +87,7 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
     uint8_t* c = p.c + static_cast<ptrdiff_t>(pixel) * p.c_stride;
     for (int32_t n = 0; n < p.n; ++n) {
       int32_t acc = p.comp[n];
-      for (int32_t t = 0; t < p.taps; ++t) acc += a[p.tap_offset[t] + n] * p.w[t * p.w_stride + n];
+      for (int32_t t = 0; t < p.cells; ++t) acc += a[p.cell_offset[t] + n] * p.w[t * p.w_stride + n];
       c[n] = quantize_u8(fmaf(static_cast<float>(acc), p.multiplier[n], p.bias[n]), p.qmin, p.qmax);
     }
   }

@@ -104,10 +104,10 @@ ConvParams params_of(const StepRun& run) {
   const ConvData& data = run.data<ConvData>();
   const PackedConv& conv = *run.step.conv;
   ConvParams params = {};
-  params.taps = static_cast<int32_t>(conv.tap_offset.size());
+  params.cells = static_cast<int32_t>(conv.cell_offset.size());
   params.k = conv.k;
   params.a_stride = data.window.stride[1] * run.in().c;
-  params.tap_offset = conv.tap_offset.data();
+  params.cell_offset = conv.cell_offset.data();
   params.c_stride = run.out().c;
   params.qmin = run.node().qmin;
   params.qmax = run.node().qmax;
@@ -154,8 +154,8 @@ void run_depthwise(const StepRun& run) {
   const Activation &in = run.in(), &out = run.out();
   const Window& window = run.data<ConvData>().window;
   DepthwiseParams params = {};
-  params.taps = static_cast<int32_t>(conv.tap_offset.size());
-  params.tap_offset = conv.tap_offset.data();
+  params.cells = static_cast<int32_t>(conv.cell_offset.size());
+  params.cell_offset = conv.cell_offset.data();
   params.w = reinterpret_cast<const int8_t*>(run.chunk.program.weights.data() + conv.weight_offset);
   params.w_stride = conv.depthwise_stride;
   params.comp = reinterpret_cast<const int32_t*>(conv.comp.data());

@@ -109,8 +109,8 @@ def compare(graph: Graph, networks: list[Network], path: str | os.PathLike[str],
         for network in networks
     ]
     prefixes = [f"{member.name}/" if graph.combine else "" for member in graph.members]
-    nodes = [prefix + layer.name for prefix, layers in zip(prefixes, compared, strict=True) for layer in layers]
-    output, integers = load_int_model(path)(images, observe=nodes)
+    taps = [prefix + layer.name for prefix, layers in zip(prefixes, compared, strict=True) for layer in layers]
+    output, integers = load_int_model(path)(images, taps=taps)
     rows, floats = [], []
     for member, network, prefix, measured in zip(graph.members, networks, prefixes, compared, strict=True):
         values = _float_values(network, images, measured)

@@ -143,23 +143,23 @@ class GpuModel:
     @overload
     def __call__(self, images: Tensor) -> Tensor: ...
     @overload
-    def __call__(self, images: Tensor, observe: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]: ...
-    def __call__(self, images: Tensor, observe: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def __call__(self, images: Tensor, taps: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Run a batch of any size.
 
         images: on this device, float32 [N, C, H, W] (or [N, F]), or, where the file has `preprocess`, uint8
             [N, H, W, C]. float32 images are checked for NaN and infinity, which waits for the GPU; uint8 ones are not,
             and the call returns as soon as the work is queued on the current stream.
-        observe: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
+        taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
         Returns new tensors on this device, as `qdeploy.Model` returns arrays.
-        Raises InputError for any other dtype, shape or device, NaN or infinity, or an unknown node.
+        Raises InputError for any other dtype, shape or device, NaN or infinity, or an unknown tap.
         """
-        if not len(observe):
+        if not len(taps):
             return self._run(images)[0]
-        unknown = [name for name in observe if name not in self._steps()]
+        unknown = [name for name in taps if name not in self._steps()]
         if unknown:
-            raise InputError(f"expected the name of a node, as `plan` lists them, got {unknown[0]!r} - at observe")
-        return self._run_observed(images, observe)
+            raise InputError(f"expected the name of a node, as `plan` lists them, got {unknown[0]!r} - at taps")
+        return self._run_tapped(images, taps)
 
     def predict(self, images: Tensor) -> Tensor:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
@@ -309,21 +309,21 @@ class GpuModel:
         if self._done is not None:
             self._done.synchronize()
 
-    def _run_observed(self, images: Tensor, observe: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _run_tapped(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         names = {step: name for name, step in self._steps().items()}
-        observed = {}
+        tapped = {}
 
         def keep(step: Step, inputs: list[Tensor], output: Tensor) -> None:
-            observed[names[step]] = as_array(output, step.output).contiguous()
+            tapped[names[step]] = as_array(output, step.output).contiguous()
 
         output = self._visit(images, keep)[0]
-        return output, {name: observed[name] for name in observe}
+        return output, {name: tapped[name] for name in taps}
 
     def _visit(self, images: Tensor, visit: Visit) -> tuple[Tensor, ...]:
         """Runs one step after the other without a graph; `visit` sees each with its inputs and output."""
         self._check(images)
         if len(images) > self._images_per_chunk:
-            limit = f"at most {self._images_per_chunk} images to observe, to profile or to tune"
+            limit = f"at most {self._images_per_chunk} images with taps, to profile or to tune"
             raise InputError(f"expected {limit}, got {len(images)} - at the input")
         images = images.contiguous()
         with self._context():

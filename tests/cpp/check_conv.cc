@@ -10,7 +10,7 @@ namespace qdeploy {
 namespace {
 
 struct ConvCase {
-  int bits, r, strips, taps, k, n;
+  int bits, r, strips, cells, k, n;
   int outputs = 0;  // of each group of k channels; 0: a dense kernel
   int a_stride, c_stride;
   bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_quads allows
@@ -19,14 +19,14 @@ struct ConvCase {
   uint8_t qmin, qmax;
   uint64_t seed;
 
-  int window() const { return outputs ? kGroupedWindow : k; }  // bytes of a tap that the scalar kernel reads
+  int window() const { return outputs ? kGroupedWindow : k; }  // bytes of a cell that the scalar kernel reads
 };
 
 void describe_case(const char* kernel, const ConvCase& x) {
   describe(
-      "%s bits=%d r=%d strips=%d taps=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d "
+      "%s bits=%d r=%d strips=%d cells=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d "
       "in_place=%d f32=%d at_end=%d a=%s w=%s qmin=%d qmax=%d seed=%llu",
-      kernel, x.bits, x.r, x.strips, x.taps, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.wide_codes, x.residual,
+      kernel, x.bits, x.r, x.strips, x.cells, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.wide_codes, x.residual,
       x.in_place, x.f32, x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax,
       static_cast<unsigned long long>(x.seed));
 }
@@ -35,7 +35,7 @@ ConvCase random_case(const ConvKernel& kernel, int bits, int r, int strips, Rand
   static const int kDepths[] = {4, 4, 8, 12, 16, 20, 24, 28, 32, 36, 44, 60, 64, 96, 100, 124, 200};
   ConvCase x;
   x.bits = bits, x.r = r, x.strips = strips;
-  x.taps = random.range(1, 9);
+  x.cells = random.range(1, 9);
   x.k = random.pick(kDepths);
   x.n = random.range(0, 1) ? kernel.nr : random.range(1, kernel.nr);
   const int strides[] = {x.k, x.k + 1, 3, 6, 2 * x.k + 5, 0, -x.k};
@@ -89,21 +89,21 @@ Tiles random_tiles(const ConvKernel& kernel, const ConvCase& x, Random& random) 
   return tiles;
 }
 
-// The offsets of the taps, and as many activations as the tiles reach through them.
+// The offsets of the cells, and as many activations as the tiles reach through them.
 void place_input(const ConvCase& x, const std::vector<ConvTile>& tiles, Random& random, ConvParams* p) {
-  int32_t* tap_offset = memory().offsets.place<int32_t>(x.taps, x.at_end, random);
-  for (int t = 0; t < x.taps; ++t) tap_offset[t] = random.range(-100, 300);
+  int32_t* cell_offset = memory().offsets.place<int32_t>(x.cells, x.at_end, random);
+  for (int t = 0; t < x.cells; ++t) cell_offset[t] = random.range(-100, 300);
   int64_t lowest = std::numeric_limits<int64_t>::max(), highest = std::numeric_limits<int64_t>::min();
   for (const ConvTile& tile : tiles)
     for (int s = 0; s < tile.strips; ++s)
       for (int pixel : {0, tile.r - 1})
-        for (int t = 0; t < x.taps; ++t) {
-          const int64_t at = int64_t{tile.a[s]} + pixel * x.a_stride + tap_offset[t];
+        for (int t = 0; t < x.cells; ++t) {
+          const int64_t at = int64_t{tile.a[s]} + pixel * x.a_stride + cell_offset[t];
           lowest = std::min(lowest, at), highest = std::max(highest, at + x.window());
         }
   uint8_t* a = memory().a.place<uint8_t>(highest - lowest, x.at_end, random);
   fill_u8(a, highest - lowest, x.a_fill, random);
-  p->tap_offset = tap_offset;
+  p->cell_offset = cell_offset;
   p->a = a - lowest;
   p->a_stride = x.a_stride;
 }
@@ -122,12 +122,12 @@ void limit_sums(int8_t* codes, int k, int s16_quads) {
   }
 }
 
-// [n][taps*window]
+// [n][cells*window]
 std::vector<int8_t> random_codes(const ConvKernel& kernel, const ConvCase& x, Random& random) {
-  std::vector<int8_t> codes(static_cast<size_t>(x.n) * x.taps * x.window());
+  std::vector<int8_t> codes(static_cast<size_t>(x.n) * x.cells * x.window());
   const int largest = 1 << ((x.wide_codes ? 8 : x.bits) - 1);
   for (int8_t& code : codes) code = static_cast<int8_t>(fill_value(x.w_fill, -largest, largest - 1, random));
-  for (int t = 0; t < x.n * x.taps && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_quads);
+  for (int t = 0; t < x.n * x.cells && x.wide_codes; ++t) limit_sums(&codes[t * x.k], x.k, kernel.s16_quads);
   return codes;
 }
 
@@ -138,13 +138,13 @@ std::vector<int32_t> lanes_of(const ConvCase& x, int nr) {
   return lanes;
 }
 
-// Clears all dense codes that lie outside their channel's group and returns those inside, [n][taps*k].
+// Clears all dense codes that lie outside their channel's group and returns those inside, [n][cells*k].
 std::vector<int8_t> grouped_codes(const ConvCase& x, std::vector<int8_t>* dense) {
   std::vector<int8_t> codes;
   for (int n = 0; n < x.n; ++n)
-    for (int t = 0; t < x.taps; ++t)
+    for (int t = 0; t < x.cells; ++t)
       for (int i = 0; i < kGroupedWindow; ++i) {
-        int8_t& code = (*dense)[(n * x.taps + t) * kGroupedWindow + i];
+        int8_t& code = (*dense)[(n * x.cells + t) * kGroupedWindow + i];
         if (i / x.k == n / x.outputs)
           codes.push_back(code);
         else
@@ -153,28 +153,28 @@ std::vector<int8_t> grouped_codes(const ConvCase& x, std::vector<int8_t>* dense)
   return codes;
 }
 
-// Codes are [n][taps*k]; channels beyond n are zero.
+// Codes are [n][cells*k]; channels beyond n are zero.
 template <class T>
-void pack(const int8_t* codes, int taps, int k, int n, int nr, int kr, T* w) {
-  for (int t = 0; t < taps; ++t)
+void pack(const int8_t* codes, int cells, int k, int n, int nr, int kr, T* w) {
+  for (int t = 0; t < cells; ++t)
     for (int i = 0; i < k; ++i)
       for (int j = 0; j < nr; ++j)
-        w[((t * (k / kr) + i / kr) * nr + j) * kr + i % kr] = j < n ? codes[(j * taps + t) * k + i] : 0;
+        w[((t * (k / kr) + i / kr) * nr + j) * kr + i % kr] = j < n ? codes[(j * cells + t) * k + i] : 0;
 }
-void pack(const ConvKernel& kernel, const int8_t* codes, int taps, int k, int n, void* w) {
+void pack(const ConvKernel& kernel, const int8_t* codes, int cells, int k, int n, void* w) {
   if (kernel.format == WeightFormat::s8x4)
-    pack(codes, taps, k, n, kernel.nr, 4, static_cast<int8_t*>(w));
+    pack(codes, cells, k, n, kernel.nr, 4, static_cast<int8_t*>(w));
   else
-    pack(codes, taps, k, n, kernel.nr, 2, static_cast<int16_t*>(w));
+    pack(codes, cells, k, n, kernel.nr, 2, static_cast<int16_t*>(w));
 }
-size_t panel_bytes(const ConvKernel& kernel, int taps, int k) {
-  return static_cast<size_t>(taps) * k * kernel.nr * (kernel.format == WeightFormat::s8x4 ? 1 : 2);
+size_t panel_bytes(const ConvKernel& kernel, int cells, int k) {
+  return static_cast<size_t>(cells) * k * kernel.nr * (kernel.format == WeightFormat::s8x4 ? 1 : 2);
 }
 
 void place_weights(const ConvKernel& kernel, const ConvCase& x, std::vector<int8_t>* codes, Random& random,
                    ConvParams* p) {
-  uint8_t* w = memory().w.place<uint8_t>(panel_bytes(kernel, x.taps, x.k), x.at_end, random, 64);
-  pack(kernel, x.outputs ? grouped_codes(x, codes).data() : codes->data(), x.taps, x.k, x.n, w);
+  uint8_t* w = memory().w.place<uint8_t>(panel_bytes(kernel, x.cells, x.k), x.at_end, random, 64);
+  pack(kernel, x.outputs ? grouped_codes(x, codes).data() : codes->data(), x.cells, x.k, x.n, w);
   p->w = w;
 }
 
@@ -184,7 +184,7 @@ std::vector<int32_t> place_channels(const ConvKernel& kernel, const ConvCase& x,
   int32_t* comp = memory().comp.place<int32_t>(kernel.nr, x.at_end, random);
   float* multiplier = memory().multiplier.place<float>(kernel.nr, x.at_end, random);
   float* bias = memory().bias.place<float>(kernel.nr, x.at_end, random);
-  const int depth = x.taps * x.window();
+  const int depth = x.cells * x.window();
   const double largest_sum =
       depth * 255.0 * (1 << (x.bits - 1)) / (x.w_fill == Fill::small || x.a_fill == Fill::small ? 50 : 1);
   std::vector<int32_t> comp_expected(kernel.nr);
@@ -234,14 +234,14 @@ std::vector<ConvTile> pixels_of(const std::vector<ConvTile>& tiles, const ConvPa
 // The scalar kernel, one pixel and one of its own panels at a time; p holds the arrays of all n channels.
 void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<ConvTile>& tiles, const int8_t* codes,
                    bool f32) {
-  const int n = p.n, depth = p.taps * p.k;
+  const int n = p.n, depth = p.cells * p.k;
   const std::vector<ConvTile> pixels = pixels_of(tiles, p);
-  std::vector<uint8_t> w(panel_bytes(scalar, p.taps, p.k) + 64);
+  std::vector<uint8_t> w(panel_bytes(scalar, p.cells, p.k) + 64);
   p.w = w.data() + (64 - reinterpret_cast<uintptr_t>(w.data()) % 64);
   const ConvParams all = p;
   for (int first = 0; first < n; first += scalar.nr) {
     p.n = std::min(scalar.nr, n - first);
-    pack(scalar, codes + first * depth, p.taps, p.k, p.n, const_cast<void*>(p.w));
+    pack(scalar, codes + first * depth, p.cells, p.k, p.n, const_cast<void*>(p.w));
     std::vector<int32_t> comp(scalar.nr);
     std::vector<float> multiplier(scalar.nr), bias(scalar.nr);
     std::copy_n(all.comp + first, p.n, comp.begin());
@@ -258,7 +258,7 @@ bool check_case(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   describe_case(kernel.name, x);
   Random random(x.seed);
   ConvParams p{};
-  p.taps = x.taps, p.k = x.k, p.n = x.n;
+  p.cells = x.cells, p.k = x.k, p.n = x.n;
   const Tiles tiles = random_tiles(kernel, x, random);
   place_input(x, tiles.list, random, &p);
   const int zero_point = random.range(0, 255);
@@ -269,7 +269,7 @@ bool check_case(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   const std::vector<int32_t> comp_expected = place_channels(kernel, x, codes, zero_point, random, &p);
   uint8_t* c_expected = place_output(x, tiles.slots, random, &p);
   p.prefetch = random.range(0, 1) ? p.w : nullptr;  // any address is allowed
-  p.prefetch_bytes = random.range(0, 1) ? panel_bytes(kernel, x.taps, x.k) : 0;
+  p.prefetch_bytes = random.range(0, 1) ? panel_bytes(kernel, x.cells, x.k) : 0;
 
   (x.f32 ? kernel.f32 : kernel.qu8)(&p, tiles.list.data(), tiles.list.size());
   p.c = c_expected, p.comp = comp_expected.data(), p.k = x.window();
@@ -314,8 +314,8 @@ double bench_case(const ConvKernel& kernel, int k, int r, int strips, int tiles,
     }
   const int32_t offset = 0;
   ConvParams p{};
-  p.taps = 1, p.k = k, p.n = kernel.nr;
-  p.a = a.data(), p.a_stride = k, p.tap_offset = &offset;
+  p.cells = 1, p.k = k, p.n = kernel.nr;
+  p.a = a.data(), p.a_stride = k, p.cell_offset = &offset;
   p.comp = comp.data(), p.multiplier = multiplier.data(), p.bias = bias.data();
   p.c_stride = p.residual_stride = channels, p.residual_multiplier = 0.5f;
   p.qmax = 255, p.prefetch_bytes = panel;

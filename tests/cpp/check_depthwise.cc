@@ -4,15 +4,15 @@
 namespace qdeploy {
 namespace {
 
-// The offsets of the taps, and as many activations as `pixels` outputs reach through them.
+// The offsets of the cells, and as many activations as `pixels` outputs reach through them.
 void place_input(int pixels, Fill fill, bool at_end, Random& random, DepthwiseParams* p) {
-  int32_t* tap_offset = memory().offsets.place<int32_t>(p->taps, at_end, random);
-  for (int t = 0; t < p->taps; ++t) tap_offset[t] = random.range(-2000, 5000);
-  const int64_t lowest = *std::min_element(tap_offset, tap_offset + p->taps);
-  const int64_t highest = *std::max_element(tap_offset, tap_offset + p->taps) + (pixels - 1) * p->a_stride + p->n;
+  int32_t* cell_offset = memory().offsets.place<int32_t>(p->cells, at_end, random);
+  for (int t = 0; t < p->cells; ++t) cell_offset[t] = random.range(-2000, 5000);
+  const int64_t lowest = *std::min_element(cell_offset, cell_offset + p->cells);
+  const int64_t highest = *std::max_element(cell_offset, cell_offset + p->cells) + (pixels - 1) * p->a_stride + p->n;
   uint8_t* a = memory().a.place<uint8_t>(highest - lowest, at_end, random);
   fill_u8(a, highest - lowest, fill, random);
-  p->tap_offset = tap_offset;
+  p->cell_offset = cell_offset;
   p->a = a - lowest;
 }
 
@@ -21,15 +21,15 @@ void place_channels(Fill fill, bool at_end, Random& random, DepthwiseParams* p) 
   Memory& m = memory();
   const int readable = (p->n + kMaxNr - 1) / kMaxNr * kMaxNr;
   p->w_stride = readable + 16 * random.range(0, 1);
-  int8_t* w = m.w.place<int8_t>((p->taps - 1) * p->w_stride + readable, at_end, random);
-  for (int t = 0; t < p->taps; ++t)
+  int8_t* w = m.w.place<int8_t>((p->cells - 1) * p->w_stride + readable, at_end, random);
+  for (int t = 0; t < p->cells; ++t)
     for (int n = 0; n < p->n; ++n) w[t * p->w_stride + n] = static_cast<int8_t>(fill_value(fill, -128, 127, random));
   int32_t* comp = m.comp.place<int32_t>(readable, at_end, random);
   float* multiplier = m.multiplier.place<float>(readable, at_end, random);
   float* bias = m.bias.place<float>(readable, at_end, random);
   for (int n = 0; n < p->n; ++n) {
-    comp[n] = random.range(-255, 255) * random.range(0, 127) * p->taps;
-    multiplier[n] = random_multiplier(p->taps * 255.0 * 128, random);
+    comp[n] = random.range(-255, 255) * random.range(0, 127) * p->cells;
+    multiplier[n] = random_multiplier(p->cells * 255.0 * 128, random);
     bias[n] = random_bias(random);
   }
   p->w = w, p->comp = comp, p->multiplier = multiplier, p->bias = bias;
@@ -37,12 +37,12 @@ void place_channels(Fill fill, bool at_end, Random& random, DepthwiseParams* p) 
 
 bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   Random random(seed);
-  static const int kTaps[] = {1, 2, 3, 9, 9, 15, 25, 49};
+  static const int kCells[] = {1, 2, 3, 9, 9, 15, 25, 49};
   const bool at_end = random.range(0, 1);
   const Fill a_fill = random.pick(kFills), w_fill = random.pick(kFills);
   const int pixels = random.range(1, 20);
   DepthwiseParams p{};
-  p.taps = random.pick(kTaps);
+  p.cells = random.pick(kCells);
   p.n = random.range(0, 2) ? random.range(1, 200) : 16 * random.range(1, 12);
   p.a_stride = random.range(0, 1) ? p.n : 2 * p.n + random.range(0, 9);
   p.c_stride = p.n + random.range(0, 1) * random.range(0, 70);
@@ -51,9 +51,9 @@ bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   random_clamp(&p.qmin, &p.qmax, random);
   const Outputs outputs = place_outputs((pixels - 1) * p.c_stride + p.n, 1, at_end, random);
   describe(
-      "%s depthwise taps=%d n=%d pixels=%d a_stride=%td w_stride=%td c_stride=%td at_end=%d a=%s w=%s qmin=%d qmax=%d "
+      "%s depthwise cells=%d n=%d pixels=%d a_stride=%td w_stride=%td c_stride=%td at_end=%d a=%s w=%s qmin=%d qmax=%d "
       "seed=%llu",
-      kernels.isa, p.taps, p.n, pixels, p.a_stride, p.w_stride, p.c_stride, at_end, fill_name(a_fill),
+      kernels.isa, p.cells, p.n, pixels, p.a_stride, p.w_stride, p.c_stride, at_end, fill_name(a_fill),
       fill_name(w_fill), p.qmin, p.qmax, static_cast<unsigned long long>(seed));
   p.c = outputs.c;
   kernels.depthwise(&p, pixels);

@@ -50,14 +50,14 @@ uint64_t checksum(const ModelFile& file, int threads, const std::string& isa) {
   const std::vector<float> images = random_images(program.activations[program.member_input[0]]);
   std::vector<uint8_t> output(bytes(program.activations[program.member_output[0]]));
   std::vector<std::vector<uint8_t>> nodes;
-  Results observing, results;
-  observing.output = results.output = output.data();
+  Results with_taps, results;
+  with_taps.output = results.output = output.data();
   for (const Step& step : program.steps) {
     nodes.emplace_back(bytes(program.activations[step.output]));
-    observing.observed.push_back({step.output, nodes.back().data()});
+    with_taps.taps.push_back({step.output, nodes.back().data()});
   }
   Checksum sum;
-  session.run({images.data(), false, kImages}, observing);
+  session.run({images.data(), false, kImages}, with_taps);
   for (const std::vector<uint8_t>& node : nodes) sum.add(node);
   session.run({images.data(), false, kImages}, results);
   sum.add(output);

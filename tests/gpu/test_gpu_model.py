@@ -63,11 +63,11 @@ def assert_same(found: torch.Tensor, expected: np.ndarray, what: str = "output")
 
 def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path) -> None:
     """Every activation, the output and the classes."""
-    output, scores, observed = reference.run_all(graph, x)
+    output, scores, tapped = reference.run_all(graph, x)
     model = load(graph, path)
-    found, found_observed = model(torch.from_numpy(x), observe=list(observed))
-    for name, expected in observed.items():
-        assert_same(found_observed[name], expected, name)
+    found, found_taps = model(torch.from_numpy(x), taps=list(tapped))
+    for name, expected in tapped.items():
+        assert_same(found_taps[name], expected, name)
     assert_same(found, output)
     if graph.combine:
         assert np.array_equal(model.predict(torch.from_numpy(x)).numpy(), scores.argmax(axis=1))
@@ -141,7 +141,7 @@ def test_an_image_has_the_same_bits_in_any_batch_and_chunk(model):
     model._images_per_chunk = 2
     assert torch.equal(model(x), whole)
     assert model(x[:0]).shape == (0, 4) and model.predict(x[:0]).shape == (0,)
-    assert model(x[:0], observe=["member1/conv2d.0"])[1]["member1/conv2d.0"].shape == (0, 20, 6, 5)
+    assert model(x[:0], taps=["member1/conv2d.0"])[1]["member1/conv2d.0"].shape == (0, 20, 6, 5)
     assert torch.equal(model.predict(x), whole.argmax(1))
 
 
@@ -280,18 +280,18 @@ def test_nan_and_infinity_anywhere(model, bad):
     assert torch.isfinite(model(images(3).sign() * 3e38)).all()  # only the product overflows
 
 
-def test_observing_more_images_than_offsets_reach(model):
+def test_taps_of_more_images_than_offsets_reach(model):
     model._images_per_chunk = 2
-    text = "expected at most 2 images to observe, to profile or to tune, got 3 - at the input"
+    text = "expected at most 2 images with taps, to profile or to tune, got 3 - at the input"
     with pytest.raises(InputError, match=text):
-        model(images(3), observe=["member0/conv2d.0"])
+        model(images(3), taps=["member0/conv2d.0"])
     with pytest.raises(InputError, match=text):
         model.tune(images(3))
 
 
-def test_observing_an_unknown_node(model):
-    with pytest.raises(InputError, match="expected the name of a node, as `plan` lists them, got 'conv' - at observe"):
-        model(images(1), observe=["conv"])
+def test_unknown_tap(model):
+    with pytest.raises(InputError, match="expected the name of a node, as `plan` lists them, got 'conv' - at taps"):
+        model(images(1), taps=["conv"])
 
 
 def test_predict_needs_scores(tmp_path):
