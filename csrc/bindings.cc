@@ -30,9 +30,20 @@ std::unique_ptr<Session> open_bytes(const std::string& name, const py::bytes& co
   return std::make_unique<Session>(file, threads, isa, macs_per_thread);
 }
 
+// Elements of this kind and size in the machine's order of bytes, without gaps, row-major.
+bool is_dense(const py::array& array, char kind, py::ssize_t size) {
+  const py::dtype dtype = array.dtype();
+  const bool is_native = py::cast<bool>(dtype.attr("isnative"));
+  return dtype.kind() == kind && dtype.itemsize() == size && is_native && (array.flags() & py::array::c_style) != 0;
+}
+
 void run(Session& session, const py::array& images, py::array output, std::optional<py::array_t<int64_t>> classes,
          std::vector<std::pair<int, py::array>> taps, std::optional<py::array_t<double>> step_seconds) {
-  const Images in = {images.data(), images.dtype().is(py::dtype::of<uint8_t>()), images.shape(0)};
+  // By kind, size and order of bytes: an array that was pickled has a dtype object of its own.
+  const bool is_u8 = is_dense(images, 'u', 1);
+  if (!is_u8 && !is_dense(images, 'f', 4))
+    throw InputError("expected dense uint8 or float32, got others - at the input");
+  const Images in = {images.data(), is_u8, images.shape(0)};
   Results results;
   results.output = output.mutable_data();
   if (classes) results.classes = classes->mutable_data();

@@ -110,7 +110,7 @@ class Model:
     @property
     def outputs(self) -> list[dict]:
         """One entry: `shape` (without the batch), `dtype` and, for u8 codes, `scale` and `zero_point`."""
-        return [self._activations[self._output]]
+        return [dict(self._activations[self._output])]  # a copy: the sizes of results follow from ours
 
     @property
     def members(self) -> list[str]:

@@ -202,6 +202,26 @@ def test_raw_images_give_what_preprocessed_floats_give(tmp_path):
     assert_same(model(raw), model(x), "u8 and f32")
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_that_went_through_pickle(tmp_path, dtype):
+    """Every pool of processes sends its arrays so: their dtype equals numpy's own, but is another object."""
+    graph = small_network(preprocess=True)
+    save(graph, tmp_path / "m.safetensors")
+    x = batch(graph, 3, np.random.default_rng(1), dtype)
+    sent = pickle.loads(pickle.dumps(x))
+    assert sent.dtype is not x.dtype
+    assert_same(qdeploy.load_int_model(tmp_path / "m.safetensors")(sent), reference.run(graph, x), "sent")
+
+
+def test_what_describes_a_model_is_a_copy(network):
+    model, _, x = network
+    before = model(x[:1])
+    for entry in (*model.inputs, *model.outputs):
+        entry.update(shape=(1,), dtype="u8")
+    model.members.clear()
+    assert np.array_equal(model(x[:1]), before)
+
+
 def test_batches_in_any_order_on_one_model(network):
     model, graph, x = network
     expected = reference.run(graph, x)
