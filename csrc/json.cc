@@ -45,10 +45,12 @@ Json parse_json(const char* begin, const char* end, const std::string& where) {
     }
     return true;
   };
+  const std::string syntax = "JSON in UTF-8 with finite numbers";
+  if (std::find(begin, end, '\0') != end) fail(syntax, "something else", where);  // where the parser would stop
   try {
     return Json::parse(begin, end, check);
   } catch (const Json::exception&) {
-    fail("JSON in UTF-8 with finite numbers", "something else", where);
+    fail(syntax, "something else", where);
   }
 }
 

@@ -19,6 +19,7 @@ using FileTensors = std::map<std::string, FileTensor>;
 constexpr uint64_t kMaxHeader = 100000000;
 constexpr int kFormatVersion = 2;  // the newest that this engine reads
 constexpr size_t kMaxRank = 8;
+constexpr uint64_t kMaxElements = uint64_t{1} << 48;  // of a tensor of the container, sizes of 0 counted as 1
 
 uint64_t little_endian_u64(const uint8_t* bytes) {
   uint64_t value = 0;
@@ -32,13 +33,13 @@ bool has_only(const std::string& text, const char* characters) {
 
 // Bytes of a tensor; throws where the number of elements would not fit a file.
 uint64_t checked_bytes(const FileTensor& tensor, const std::string& where) {
-  uint64_t n = 1;
-  for (const int64_t d : tensor.shape) {
-    const bool overflow = __builtin_mul_overflow(n, static_cast<uint64_t>(d), &n);
-    require(!overflow && n <= uint64_t{1} << 48, "a tensor that fits a file", "shape " + shape_text(tensor.shape),
-            where);
+  uint64_t n = 1, elements = 1;
+  for (const int64_t d : tensor.shape) {  // a size of 0 excuses no other
+    const bool overflow = __builtin_mul_overflow(n, static_cast<uint64_t>(std::max<int64_t>(d, 1)), &n);
+    require(!overflow && n <= kMaxElements, "a tensor that fits a file", "shape " + shape_text(tensor.shape), where);
+    elements *= static_cast<uint64_t>(d);
   }
-  return n * (tensor.dtype == DType::u8 ? 1 : 4);
+  return elements * (tensor.dtype == DType::u8 ? 1 : 4);
 }
 
 // An entry of the header; its bytes lie inside the data, which goes from data_begin to the end of the file.

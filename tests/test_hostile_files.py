@@ -262,6 +262,15 @@ def replaced(old: bytes, new: bytes):
     return lambda data: data.replace(old, new, 1)
 
 
+def behind_header(data: bytes, text: bytes) -> bytes:
+    size = int.from_bytes(data[:8], "little")
+    return container(data[8 : 8 + size].rstrip() + text, data[8 + size :])
+
+
+def graph_and(header: dict, text: str) -> None:
+    header["__metadata__"]["graph"] += text
+
+
 def set_offsets(begin: int, end: int):
     return edited(lambda header: header["0/linear.0/bias"].update(data_offsets=[begin, end]))
 
@@ -297,6 +306,13 @@ BAD_FILES = {  # name: function of the bytes of a good file, what both messages 
     "a version that is a number": (edited(lambda header: header["__metadata__"].update(format_version=1)), "expected"),
     "no graph": (edited(lambda header: header["__metadata__"].pop("graph")), "graph"),
     "another dtype": (edited(lambda header: header["0/linear.0/bias"].update(dtype="F16")), "F16"),
+    "a byte 0 behind the header": (lambda data: behind_header(data, b"\0garbage"), "JSON"),
+    "a byte 0 behind the graph": (edited(lambda header: graph_and(header, "\0garbage")), "JSON"),
+    "half a surrogate pair in a note": (edited(lambda header: header["__metadata__"].update(note="\ud800")), "JSON"),
+    "a tensor of no elements beyond the machine": (
+        edited(lambda header: header.update(x={"dtype": "U8", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]})),
+        "a tensor that fits a file",
+    ),
     "a negative offset": (set_offsets(-16, 0), "0/linear.0/bias"),
     "an offset beyond 2^63": (set_offsets(2**64 - 16, 2**64), "0/linear.0/bias"),
     "an offset beyond the file": (set_offsets(2**40, 2**40 + 16), "0/linear.0/bias"),
