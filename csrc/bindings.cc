@@ -33,7 +33,7 @@ std::unique_ptr<Session> open_bytes(const std::string& name, const py::bytes& co
 // Elements of this kind and size in the machine's order of bytes, without gaps, row-major.
 bool is_dense(const py::array& array, char kind, py::ssize_t size) {
   const py::dtype dtype = array.dtype();
-  const bool is_native = py::cast<bool>(dtype.attr("isnative"));
+  const bool is_native = dtype.byteorder() == '=' || dtype.byteorder() == '|';  // `isnative` takes 0.2 us of 7
   return dtype.kind() == kind && dtype.itemsize() == size && is_native && (array.flags() & py::array::c_style) != 0;
 }
 
