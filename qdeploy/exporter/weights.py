@@ -52,7 +52,11 @@ def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray
         raise ExportError(f"expected signed codes of 2 to 8 bits, got {got} - at weight of module `{name}`")
     value = learned.value.detach().cpu().numpy()
     scaled = value / _per_channel(step, value.ndim).astype(np.float32)  # one f32 division, as in training
-    return Codes(np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8), bits, "learned"), step
+    codes = np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8)
+    if (step == 1).all() and value.any() and not codes.any():
+        got = f"1.0 for all, as if never initialized: weights up to {np.abs(value).max():.3g} are all rounded to 0"
+        raise ExportError(f"expected trained step sizes, got {got} - at weight of module `{name}`")
+    return Codes(codes, bits, "learned"), step
 
 
 def _rounded_codes(weight: Tensor, bits: int) -> tuple[Codes, np.ndarray]:
