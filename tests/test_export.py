@@ -766,8 +766,8 @@ def test_bad_calibration_data(path):
     nan[3, 0, 0, 0] = np.nan
     bad = {
         r"shape \[N, 3, 6, 6\] as the example has, got \[8, 3, 5, 5\] - at batch 1 of the": [x, images((3, 5, 5))],
-        r"shape \[N, 3, 6, 6\] as the example has, got \[3, 6, 6\]": [x[0]],
-        "expected float32 images, got float64 - at batch 0": x.astype(np.float64),
+        r"shape \[N, 3, 6, 6\] as the example has, got \[6, 6\]": [x[0, 0]],
+        r"expected float32 images, got int64 \(convert and scale .* - at batch 0": x.astype(np.int64),
         "expected float32 images, got uint8": np.zeros((4, 6, 6, 3), np.uint8),
         "expected finite numbers, got NaN or infinity - at batch 0": nan,
         "expected at least one image, got none": [],

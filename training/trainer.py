@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from qdeploy.errors import InputError
 from qdeploy.files import atomic_file
+from qdeploy.quantizable import classifier
 from qdeploy.terminal import progress
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
 from qdeploy.training.config import Config, difference
 from qdeploy.training.domains import Benchmark
 from qdeploy.training.models import MODELS
-from qdeploy.training.quantize import quantizable_layers
 
 HOLDOUT = 0.2  # share of each domain that is kept for validation
 EVALUATION_BATCH = 256
@@ -96,8 +96,8 @@ def _load_pretrained(net: nn.Module, path: Path) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"expected a file of weights, got {error.strerror or error} - at {path}") from error
-    classifier = list(quantizable_layers(net))[-1]
-    own = {key: value for key, value in net.state_dict().items() if key.startswith(f"{classifier}.")}
+    last = classifier(net)
+    own = {key: value for key, value in net.state_dict().items() if key.startswith(f"{last}.")}
     try:
         net.load_state_dict(state | own)
     except RuntimeError as error:
