@@ -219,8 +219,9 @@ def _checked_preprocess(
 ) -> dict[str, list[float]] | None:
     if preprocess is None:
         return None
-    if set(preprocess) != {"mean", "std"} or len(shape) != 3:
-        got = f"{sorted(preprocess)} for inputs {list(shape)}"
+    if not isinstance(preprocess, Mapping) or set(preprocess) != {"mean", "std"} or len(shape) != 3:
+        keys = sorted(map(str, preprocess)) if isinstance(preprocess, Mapping) else type(preprocess).__name__
+        got = f"{keys} for inputs {list(shape)}"
         raise InputError(f"expected mean and std, for inputs [C, H, W], got {got} - at preprocess")
     values = {}
     for key in ("mean", "std"):
@@ -230,4 +231,7 @@ def _checked_preprocess(
         values[key] = np.broadcast_to(numbers.reshape(-1), shape[:1]).tolist()
     if min(values["std"]) <= 0:
         raise InputError(f"expected numbers greater than 0, got {preprocess['std']} - at preprocess std")
+    if max(map(abs, values["mean"])) > 1:
+        expected = "the mean of images in 0..1 (divide mean and std of pixels in 0..255 by 255)"
+        raise InputError(f"expected {expected}, got {preprocess['mean']} - at preprocess mean")
     return values
