@@ -132,7 +132,7 @@ def test_right_or_refused(tmp_path, kinds, wrapper, kind, calibration, bits, act
         assert "\n" not in str(error) and " - at " in str(error) and not path.exists()
         return
     assert not refused
-    nodes = {node.name: node for node in format.load(path).members[0].nodes}
+    nodes = {node.name.removeprefix("net."): node for node in format.load(path).members[0].nodes}
     with torch.no_grad():
         for name, quantizer in quantizers(net).items():
             layer, _, what = name.rpartition(".")
