@@ -153,6 +153,8 @@ PYBIND11_MODULE(_engine, m) {
   m.def("ops", &ops, "The operations that this engine runs, one dict each.");
   m.def("cpu_quota", &cpu_quota, py::arg("root") = "",
         "CPUs that the cgroups of this process grant; infinity without a quota. /proc and /sys lie under root.");
+  m.def("memory_limit", &memory_limit, py::arg("root") = "",
+        "Bytes of memory that this process may use: the machine's, its cgroups' or its address space. root as above.");
   m.def("default_threads", &default_threads, "min(affinity, cgroup quota, physical cores).");
   m.def("peak_gmacs", &peak_gmacs, py::arg("isa"), py::arg("precision"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
@@ -169,6 +171,7 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("threads", &Session::threads)
       .def_property_readonly("isa", [](const Session& s) { return s.program().kernels->isa; })
       .def_property_readonly("nbytes", [](const Session& s) { return s.program().file_bytes; })
+      .def_property_readonly("footprint", [](const Session& s) { return s.program().footprint; })
       .def_property_readonly("members",
                              [](const Session& s) {
                                std::vector<std::string> names;

@@ -57,8 +57,8 @@ Session::Session(const ModelFile& file, int threads, const std::string& isa, int
       macs_per_thread_(std::max<int64_t>(1, macs_per_thread)),
       program_(load_program(file, kernels_, threads_)) {
   registry();
-  const size_t image = arena_bytes(program_, 1);
-  require(image <= physical_memory(), "activations that fit this machine's memory",
+  const uint64_t image = arena_bytes(program_, 1), memory = memory_limit("");
+  require(image <= memory, "activations that fit the " + std::to_string(memory) + " bytes of memory",
           std::to_string(image) + " bytes an image", "the graph in " + file.path());
   for (const Step& step : program_.steps) macs_per_image_ += step.macs;
 }
@@ -144,8 +144,10 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
       const auto begin = program_.member_input.begin();
       if (std::find(begin, begin + m, program_.member_input[m]) != begin + m)
         continue;  // shared with an earlier member
-      const std::vector<uint8_t>& table = program_.graph.members[m].preprocess_table;
-      if (!run_input(chunk, program_.member_input[m], table, images.data, images.is_u8, share)) finite = false;
+      const SharedBytes& table = program_.graph.members[m].preprocess_table;
+      if (!run_input(chunk, program_.member_input[m], table ? table->data() : nullptr, images.data, images.is_u8,
+                     share))
+        finite = false;
     }
     meet();
     if (!finite) return;
