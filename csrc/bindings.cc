@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "arena.h"
 #include "cpu.h"
 #include "errors.h"
 #include "ops/conv.h"
@@ -68,6 +69,14 @@ py::list activations(const Session& session) {
     }
   }
   return list;
+}
+
+// For tests: offsets, bytes and visits of an Arena, for blocks of (bytes, first, last).
+py::tuple place_blocks(const std::vector<std::tuple<size_t, int, int>>& lives) {
+  std::vector<Block> blocks;
+  for (const auto& [bytes, first, last] : lives) blocks.push_back({bytes, first, last});
+  const Arena arena = place(blocks);
+  return py::make_tuple(arena.offset, arena.bytes, arena.visits);
 }
 
 const char* output_name(Output output) {
@@ -151,6 +160,8 @@ PYBIND11_MODULE(_engine, m) {
   });
   m.def("isas", &available_isas, "Instruction sets that this machine can run, from scalar upwards.");
   m.def("ops", &ops, "The operations that this engine runs, one dict each.");
+  m.def("place", &place_blocks, py::arg("blocks"),
+        "Offsets, bytes and visits of an arena for blocks of (bytes, first step, last step).");
   m.def("cpu_quota", &cpu_quota, py::arg("root") = "",
         "CPUs that the cgroups of this process grant; infinity without a quota. /proc and /sys lie under root.");
   m.def("memory_limit", &memory_limit, py::arg("root") = "",
