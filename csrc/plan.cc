@@ -142,6 +142,15 @@ Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
   return plan;
 }
 
-size_t arena_bytes(const Program& program, int64_t batch) { return plan_arena(program, batch, false).arena_bytes; }
+PlanBytes plan_bytes(const Program& program, int64_t batch, bool keep_all) {
+  const Plan plan = plan_arena(program, batch, keep_all);
+  PlanBytes bytes = {plan.arena_bytes, 0};
+  for (const Pass& pass : plan.passes) {
+    for (size_t s = pass.begin; s < pass.end; ++s) {
+      bytes.tilings += tiling_bytes(program, program.steps[s], pass.together ? batch : 1);
+    }
+  }
+  return bytes;
+}
 
 }  // namespace qdeploy
