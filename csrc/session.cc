@@ -47,7 +47,7 @@ int64_t chunk_for(const Program& program, bool keep_all, uint64_t memory) {
     const PlanBytes bytes = plan_bytes(program, chunk, keep_all);
     if (bytes.arena + bytes.tilings <= memory) return chunk;
     if (chunk > 1) continue;
-    throw InputError("expected activations that fit the " + std::to_string(memory) + " bytes of memory, got " +
+    throw InputError("expected activations and tiles that fit the " + std::to_string(memory) + " bytes of memory, got " +
                      std::to_string(bytes.arena + bytes.tilings) + " bytes of one image - at taps");
   }
 }
@@ -67,7 +67,7 @@ Session::Session(const ModelFile& file, int threads, const std::string& isa, int
   registry();
   const PlanBytes image = plan_bytes(program_, 1, false);
   require(image.arena + image.tilings <= memory_,
-          "activations that fit the " + std::to_string(memory_) + " bytes of memory",
+          "activations and tiles that fit the " + std::to_string(memory_) + " bytes of memory",
           std::to_string(image.arena + image.tilings) + " bytes an image", "the graph in " + file.path());
   for (const Step& step : program_.steps) macs_per_image_ += static_cast<double>(step.macs);
 }

@@ -204,10 +204,11 @@ class Model:
     ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
         """Output of checked images, and pairs of the activations `taps` and what they hold; fills the other two."""
         n = len(images)
-        bytes_per_image = self._result_bytes[self._output]
+        wanted = n * self._result_bytes[self._output]
         for activation in taps:
-            bytes_per_image += self._result_bytes[activation]
-        self._require_memory(n, n * bytes_per_image)
+            wanted += n * self._result_bytes[activation]
+        if wanted > self._memory:
+            raise self._beyond_memory(n, wanted)
         output = self._empty(n, self._output)
         tapped = [(activation, self._empty(n, activation)) for activation in taps]
         if n:
@@ -220,18 +221,17 @@ class Model:
                 return images
             if np.ma.is_masked(images):
                 raise InputError("expected images without masked elements, got some - at the input")
-            self._require_memory(len(images), images.nbytes)
+            if images.nbytes > self._memory:
+                raise self._beyond_memory(len(images), images.nbytes)
             return np.ascontiguousarray(images)
         accepted = " or ".join(f"{dtype} [N, {', '.join(map(str, size))}]" for dtype, size in self._accepted.items())
         is_array = isinstance(images, np.ndarray)
         got = f"{images.dtype} {list(images.shape)}" if is_array else type(images).__name__
         raise InputError(f"expected {accepted}, got {got} - at the input")
 
-    def _require_memory(self, n: int, wanted: int) -> None:
-        """For what a call with `n` images allocates in this module."""
-        if wanted > self._memory:
-            fits = f"a batch that fits the {self._memory} bytes of memory"
-            raise InputError(f"expected {fits}, got {n} images, which need {wanted} bytes more - at the input")
+    def _beyond_memory(self, n: int, wanted: int) -> InputError:
+        fits = f"a batch that fits the {self._memory} bytes of memory"
+        return InputError(f"expected {fits}, got {n} images, which need {wanted} bytes more - at the input")
 
     def _empty(self, n: int, activation: int) -> np.ndarray:
         entry = self._activations[activation]
