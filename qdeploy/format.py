@@ -212,10 +212,9 @@ def _parse(data: bytes) -> Graph:
     expect(ours, "a file written by qdeploy.export", "another safetensors file", "__metadata__")
     for key, value in sorted(metadata.items()):
         expect(isinstance(value, str), "a string", kind(value), key_of(key, "__metadata__"))
-    version = _version(metadata)
+    version, text = _version(metadata), _field(metadata, "graph", "__metadata__")
     tensors = _container(header, memoryview(data)[8 + length :])
-    text = _field(metadata, "graph", "__metadata__").encode("utf-8", "surrogatepass")
-    return _Reader(tensors, version).graph(_json(text, "the graph"))
+    return _Reader(tensors, version).graph(_json(text.encode(), "the graph"))
 
 
 def _version(metadata: dict[str, str]) -> int:
