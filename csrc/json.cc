@@ -25,7 +25,7 @@ int64_t checked_int(const Json& value, int64_t min, int64_t max, const std::stri
 float checked_number(const Json& value, const std::string& where) {
   if (!value.is_number()) fail("a number", value.type_name(), where);
   const float number = static_cast<float>(value.get<double>());
-  if (!std::isfinite(number)) fail("a finite f32", value.dump(), where);
+  if (!std::isfinite(number)) fail("a finite f32", number_text(value.get<double>()), where);
   return number;
 }
 

@@ -89,9 +89,13 @@ def integers(value: Any, fewest: int, most: int, low: int, high: int, at: str) -
 def number(value: Any, at: str) -> float:
     """A finite f32, as a Python float."""
     expect(kind(value) == "number", "a number", kind(value), at)
+    try:
+        double = float(value)
+    except OverflowError:  # of an integer
+        double = math.inf
     with np.errstate(over="ignore"):
-        result = float(np.float32(value)) if abs(value) < 2.0**128 else math.nan
-    expect(math.isfinite(result), "a finite f32", value, at)
+        result = float(np.float32(double))
+    expect(math.isfinite(result), "a finite f32", f"{double:.3g}", at)
     return result
 
 

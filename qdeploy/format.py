@@ -360,10 +360,11 @@ class _Reader:
         check_keys(document, ("name", "preprocess_table", "tensors", "nodes"), check.at)
         for i, entry in enumerate(_list(document, "tensors", MAX_NODES + 1, check.at)):
             check.tensor(_activation(entry, f"tensor {i} of {check.at}", check.at))
+        check.input()
         table = document["preprocess_table"]
         if table is not None and has_preprocess:
             table = self.constant(document, "preprocess_table", check.at)
-        check.input(table)
+        check.preprocess_table(table)
         nodes = [
             self.node(entry, f"node {i} of {check.at}", check)
             for i, entry in enumerate(_list(document, "nodes", MAX_NODES, check.at))

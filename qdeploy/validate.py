@@ -40,7 +40,8 @@ def validate(graph: Graph) -> None:
         for j, tensor in enumerate(member.tensors):
             check_name(tensor.name, key_of("name", f"tensor {j} of {check.at}"))
             check.tensor(tensor)
-        check.input(member.preprocess_table)
+        check.input()
+        check.preprocess_table(member.preprocess_table)
         for j, node in enumerate(member.nodes):
             check_name(node.name, key_of("name", f"node {j} of {check.at}"))
             check.operands(node, [*node.attributes, *node.constants])
@@ -149,15 +150,17 @@ class MemberCheck:
         expect(plain, "scale 1 and zero point 0 of an f32 tensor", "others", at)
         self.tensors.append(tensor)
 
-    def input(self, preprocess_table: np.ndarray | None) -> None:
+    def input(self) -> None:
         expect(len(self.tensors) >= 1, "at least one tensor", "none", self.at)
         first = self.tensors[0]
         fits = first.dtype == "u8" and first.shape == self.input_shape
         expect(fits, f"a u8 input of shape {shape_text(self.input_shape)}", shape_text(first.shape), self.at)
+
+    def preprocess_table(self, table: np.ndarray | None) -> None:
         if self.has_preprocess:
-            array(preprocess_table, np.uint8, (first.shape[0], 256), key_of("preprocess_table", self.at))
+            array(table, np.uint8, (self.input_shape[0], 256), key_of("preprocess_table", self.at))
         else:
-            expect(preprocess_table is None, "no preprocess_table", "one", self.at)
+            expect(table is None, "no preprocess_table", "one", self.at)
 
     def operands(self, node: Node, keys: list[str]) -> None:
         """That the op is known, its inputs and output are fit for it, and its own keys are these."""
