@@ -131,6 +131,7 @@ Node MemberReader::read_node(const Json& json) {
   node.name = name_member(json, "name", where);
   where = place_of(node, member_, file_);
   const std::string& op = string_member(json, "op", where);
+  for (const char* key : {"inputs", "output"}) member(json, key, where);
   node.op = find_op(op);
   if (!node.op) fail("an op that this engine has", name_text(op), where);
   require(node.op->version <= file_.version(),

@@ -25,7 +25,7 @@ int64_t checked_int(const Json& value, int64_t min, int64_t max, const std::stri
 float checked_number(const Json& value, const std::string& where) {
   if (!value.is_number()) fail("a number", value.type_name(), where);
   const float number = static_cast<float>(value.get<double>());
-  if (!std::isfinite(number)) fail("a finite f32", value.dump(), where);
+  if (!std::isfinite(number)) fail("a finite f32", number_text(value.get<double>()), where);
   return number;
 }
 
@@ -141,7 +141,12 @@ const std::string& name_member(const Json& object, const char* key, const std::s
 }
 
 void check_name(const std::string& name, const std::string& where) {
-  const bool printable = std::none_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
+  bool printable = true;
+  unsigned char before = 0;
+  for (const unsigned char c : name) {  // U+0080 to U+009F are c2 80 to c2 9f
+    if (c < 0x20 || c == 0x7f || (before == 0xc2 && c < 0xa0)) printable = false;
+    before = c;
+  }
   if (!printable || name.empty() || name.size() > kMaxName) {
     fail("a name of 1 to 512 bytes without control characters", name_text(name), where);
   }
