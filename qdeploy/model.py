@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -96,9 +95,10 @@ class Model:
         self._steps = session.plan(1)
         shape = self._activations[session.input]["shape"]
         self._accepted: dict[np.dtype[Any], tuple[int, ...]] = {np.dtype(np.float32): shape}
+        self._macs = sum(step["macs"] for step in self._steps)
         self._is_ensemble = len(session.members) > 1
         self._memory = _engine.memory_limit()
-        self._result_bytes = [math.prod(a["shape"]) * _DTYPES[a["dtype"]].itemsize for a in self._activations]
+        self._result_bytes = [int(np.prod(a["shape"])) * _DTYPES[a["dtype"]].itemsize for a in self._activations]
         if session.preprocess:
             self._accepted[np.dtype(np.uint8)] = (shape[1], shape[2], shape[0])
 
@@ -248,7 +248,7 @@ class Model:
         return {name: ids[name] for name in taps}
 
     def _total_macs(self, batch: int) -> int:
-        return max(1, batch * sum(step["macs"] for step in self._steps))
+        return max(1, batch * self._macs)
 
     # ---- Pickle ---------------------------------------------------------------------------------------------------
 
