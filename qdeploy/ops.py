@@ -232,9 +232,17 @@ def _check_pool(node: Node, x: Activation, output: Activation, at: str) -> None:
     for axis, windows in enumerate(_spatial(node, x.shape, kernel, dilation)):
         before, after, step = padding[axis], padding[axis + 2], dilation[axis]
         extent, size = step * (kernel[axis] - 1) + 1, x.shape[1 + axis]
-        starts = range(-before, 0, stride[axis])[:windows]
-        real = max(before, after) < extent and all(start % step < size for start in starts)
+        in_padding, first = min(windows, -(-before // stride[axis])), -before % step
+        # of residues r of the step, (r + step - size) // step is 1 for those that reach no element
+        floors = [_sum_of_floors(in_padding, first + d, stride[axis], step) for d in (max(0, step - size), 0)]
+        real = max(before, after) < extent and floors[0] == floors[1]
         expect(real, "a real element in every window of the pool", f"padding {before} and {after} on {size}", at)
+
+
+def _sum_of_floors(n: int, a: int, step: int, m: int) -> int:
+    """The sum of (a + i*step) // m over i < n: points below a line, row by row, then column by column."""
+    whole, end = n * (a // m) + n * (n - 1) // 2 * (step // m), a % m + step % m * n
+    return whole if end < m else whole + _sum_of_floors(end // m, end % m, m, step % m)
 
 
 def _check_max_pool2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:

@@ -350,6 +350,32 @@ def test_placement_takes_n_log_n_steps(name):
     assert all(a + size <= b for (a, size), (b, _) in zip(beside, beside[1:], strict=False))
 
 
+SIZES = st.integers(1, 12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, SIZES, SIZES, st.integers(1, 4), st.integers(0, 40), st.integers(0, 40))
+def test_windows_of_pools_are_counted_together(tmp_path_factory, size, stride, dilation, kernel, before, after):
+    """Both readers refuse what a walk through all windows refuses: one without a real element."""
+    extent = dilation * (kernel - 1) + 1
+    windows = (size + before + after - extent) // stride + 1
+    if windows < 1:
+        return
+    starts = [i * stride - before for i in range(windows)]
+    real = all(any(0 <= s + i * dilation < size for i in range(kernel)) for s in starts)
+    real = real and before < extent and after < extent
+    pool = {"op": "max_pool2d", "name": "n", "inputs": [0], "output": 1, "kernel": [1, kernel], "stride": [1, stride]}
+    pool |= {"padding": [0, before, 0, after], "dilation": [1, dilation]}
+    path = tmp_path_factory.getbasetemp() / "pool.safetensors"
+    write(path, {"tensors": [tensor(1, 1, size), tensor(1, 1, windows)], "nodes": [pool]}, {})
+    for read in (load, qdeploy.load_int_model):
+        if real:
+            read(path)
+        else:
+            with pytest.raises(ModelError, match="expected a real element in every window of the pool"):
+                read(path)
+
+
 def calls(function: Callable[[], object]) -> int:
     """How many functions and generators of Python it enters."""
     count = 0

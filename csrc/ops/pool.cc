@@ -19,17 +19,26 @@ struct AvgPoolData : OpData {
 
 // ---- Reading ------------------------------------------------------------------------------------------------------
 
-// Every window of a pool must hold a real element of the image along dimension d.
+// The sum of floor((a + i*step) / m) over i < n, all of them natural numbers: points below a line, row by row, then
+// column by column.
+int64_t sum_of_floors(int64_t n, int64_t a, int64_t step, int64_t m) {
+  const int64_t whole = n * (a / m) + n * (n - 1) / 2 * (step / m);
+  const int64_t end = a % m + step % m * n;
+  return end < m ? whole : whole + sum_of_floors(end / m, end % m, m, step % m);
+}
+
+// Every window of a pool must hold a real element of the image along dimension d. Only those that start in the padding
+// can miss: with a first element at 0 or later that is `size` or more. A residue r of the dilation is that where
+// floor((r + dilation - size) / dilation) is 1: counted together, as a file may have 65,536 pools of 65,535 windows.
 void require_real_elements(const NodeSource& node, const Window& window, int d) {
   const int64_t size = d == 0 ? node.input().h : node.input().w, windows = d == 0 ? node.output.h : node.output.w;
   const int64_t dilation = window.dilation[d], extent = dilation * (window.kernel[d] - 1) + 1;
   const int64_t before = window.padding[d], after = window.padding[d + 2];
-  bool reaches = before < extent && after < extent;
-  // Only those that start in the padding can miss.
-  for (int64_t i = 0; reaches && i < windows && i * window.stride[d] < before; ++i) {
-    const int64_t start = i * window.stride[d] - before;
-    reaches = (start % dilation + dilation) % dilation < size;  // the first element at 0 or later
-  }
+  const int64_t stride = window.stride[d], in_padding = std::min(windows, (before + stride - 1) / stride);
+  const int64_t first = (dilation - before % dilation) % dilation;
+  const bool reaches = before < extent && after < extent &&
+                       (dilation <= size || sum_of_floors(in_padding, first + dilation - size, stride, dilation) ==
+                                                sum_of_floors(in_padding, first, stride, dilation));
   node.require(reaches, "a real element in every window of the pool",
                "padding " + std::to_string(before) + " and " + std::to_string(after) + " on " + std::to_string(size));
 }
