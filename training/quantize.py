@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from threading import get_ident
@@ -28,7 +30,7 @@ from torch.nn.utils import parametrize
 from qdeploy.calibration import batches
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
-from qdeploy.quantizable import checked_bits, classifier, quantizable_layers
+from qdeploy.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
 from qdeploy.wrappers import plain_names, unwrapped
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -135,7 +137,8 @@ def quantize_(
 ) -> list[nn.Parameter]:
     """Quantizes the weights, and on request the inputs, of the convolutions and linear layers of any network, in place.
 
-    All of it or nothing: where it raises, whatever for, the network is as it was before.
+    All of it or nothing: where it raises, whatever for, the network is as it was before. It warns of layers that train
+    but that `qdeploy.export` cannot write.
 
     Args:
         net: the network, or one in torch.compile, DataParallel, AveragedModel or Fabric. Its Parameter objects stay the
@@ -179,6 +182,9 @@ def quantize_(
         if activation_bits is not None:
             layers = {name: layer for name, (layer, _) in targets.items()}
             _attach_input_quantizers(net, layers, activation_bits, init, grad_scale, calibration)
+    if reasons := float_only_layers(net):
+        expected = "layers that qdeploy.export can write (these train)"
+        warnings.warn(f"expected {expected}, got {'; '.join(reasons)} - at quantize_", stacklevel=2)
     return step_parameters(net)
 
 
@@ -226,7 +232,7 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
         prefix = f"{names[path]}." if names[path] else ""
         if (quantizer := _weight_quantizer(module)) is not None:
             found[f"{prefix}weight"] = quantizer
-        if isinstance(quantizer := getattr(module, "input_quantizer", None), Quantizer):
+        if isinstance(quantizer := module._modules.get("input_quantizer"), Quantizer):
             found[f"{prefix}input"] = quantizer
     return found
 
@@ -350,7 +356,7 @@ def _check_weight(layer: nn.Module, at: str) -> Tensor:
     if _weight_quantizer(layer) is not None:
         raise InputError(f"expected a layer without quantizer, got one quantized before - at {at}")
     stored = layer._parameters.get("weight", layer._buffers.get("weight"))
-    if stored is None and not parametrize.is_parametrized(layer, "weight"):
+    if stored is None and not _is_computed(layer):
         how = next((text for name, text in COMPUTED.items() if hasattr(layer, name)), "computed elsewhere")
         raise InputError(f"expected a weight that is a Parameter, got one that is {how} - at {at}")
     weight: Any = layer.weight
@@ -369,7 +375,7 @@ def _identity(layer: nn.Module) -> tuple[int, ...]:
 
     The weight itself would not tell: a computed one is a new tensor at every access, often at an old address.
     """
-    if not parametrize.is_parametrized(layer, "weight"):
+    if not _is_computed(layer):
         weight: Any = layer.weight
         return (id(weight),)
     done = takewhile(lambda module: not isinstance(module, Quantizer), parametrized_weight(layer))
@@ -407,13 +413,13 @@ def _all_or_nothing(net: nn.Module) -> Iterator[None]:
     before = []
     for module in net.modules():
         held = [vars(module), *(value for value in vars(module).values() if isinstance(value, dict))]
-        computed = parametrize.is_parametrized(module, "weight")
+        computed = _is_computed(module)
         before.append((module, computed, [(one, {**one}) for one in held]))
     try:
         yield
     except BaseException:
         for module, computed, contents in before:
-            if not computed and parametrize.is_parametrized(module, "weight"):
+            if not computed and _is_computed(module):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)  # the class, too
             for one, content in contents:  # in place: handles of hooks refer to these dicts
                 one.clear()
@@ -436,7 +442,7 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
 
 def _attach(layer: nn.Module, quantizer: Quantizer) -> None:
     """Quantizes the weight, after whatever computes it."""
-    if parametrize.is_parametrized(layer, "weight"):
+    if _is_computed(layer):
         parametrized_weight(layer).append(quantizer)  # register_parametrization would compute the weight in training
     else:
         parametrize.register_parametrization(layer, "weight", quantizer)
@@ -452,7 +458,7 @@ def _attach_input(layer: nn.Module, quantizer: Quantizer) -> None:
 
 def _depth(layer: nn.Module) -> int:
     """How many parametrizations compute the weight."""
-    return len(parametrized_weight(layer)) if parametrize.is_parametrized(layer, "weight") else 0
+    return len(parametrized_weight(layer)) if _is_computed(layer) else 0
 
 
 def _saved(state: Mapping[str, Tensor], prefix: str) -> Quantizer | None:
@@ -474,8 +480,13 @@ def _check_fits(net: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise InputError(f"expected the state of a {type(net).__name__}, got {got} - at quantize_like_")
 
 
+def _is_computed(module: nn.Module) -> bool:
+    """Whether parametrizations compute the weight of this module itself: a compiled one answers for what it holds."""
+    return "parametrizations" in module._modules and parametrize.is_parametrized(module, "weight")
+
+
 def _weight_quantizer(module: nn.Module) -> Quantizer | None:
-    if not parametrize.is_parametrized(module, "weight"):
+    if not _is_computed(module):
         return None
     return next((p for p in parametrized_weight(module) if isinstance(p, Quantizer)), None)
 
@@ -721,7 +732,7 @@ def _show(net: nn.Module, calibration: object, after_each: Callable[[], None]) -
     devices = {parameter.device for parameter in net.parameters() if parameter.is_cuda}
     buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
     try:
-        with torch.random.fork_rng([*devices]), _evaluating(net), torch.no_grad():
+        with torch.random.fork_rng([*devices]), _evaluating(net), _uncompiled(), torch.no_grad():
             for index, batch in enumerate(batches(calibration, most=CALIBRATION_BATCHES)):
                 images = torch.tensor(batch, dtype=like.dtype, device=like.device)
                 _run(net, images, f"batch {index} of the calibration data, {list(images.shape)}")
@@ -730,6 +741,12 @@ def _show(net: nn.Module, calibration: object, after_each: Callable[[], None]) -
         for buffer, value in buffers:
             if not torch.equal(buffer, value):
                 buffer.detach().copy_(value)
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Compiled layers run as they were written: compiling takes seconds, and anew for each hook that observes."""
+    in_use = "torch._dynamo" in sys.modules  # the import alone takes a second
+    return torch.compiler.set_stance("force_eager") if in_use else nullcontext()
 
 
 def _run(net: nn.Module, images: Tensor, at: str) -> None:
