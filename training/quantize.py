@@ -175,6 +175,9 @@ def quantize_(
                 f"expected {name} {', '.join(choices[:-1])} or {choices[-1]}, got {value!r} - at quantize_"
             )
     made = _weight_quantizers(net, targets, per_channel, init, grad_scale)
+    if reasons := float_only_layers(net):
+        expected = "layers that qdeploy.export can write (these train)"
+        warnings.warn(f"expected {expected}, got {'; '.join(reasons)} - at quantize_", stacklevel=2)
     with _all_or_nothing(net):
         for name, (layer, _) in targets.items():
             _attach(layer, made[name])
@@ -182,9 +185,6 @@ def quantize_(
         if activation_bits is not None:
             layers = {name: layer for name, (layer, _) in targets.items()}
             _attach_input_quantizers(net, layers, activation_bits, init, grad_scale, calibration)
-    if reasons := float_only_layers(net):
-        expected = "layers that qdeploy.export can write (these train)"
-        warnings.warn(f"expected {expected}, got {'; '.join(reasons)} - at quantize_", stacklevel=2)
     return step_parameters(net)
 
 
