@@ -72,8 +72,15 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 def save(graph: Graph, path: str | os.PathLike[str]) -> None:
     """Validate `graph` and write it as a model file: an older file at `path` stays until the whole new one is on disk.
 
-    The file carries the lowest format version that holds its ops.
     Raises ModelError for an invalid graph, a path that is no regular file, or a write that failed (a full disk).
+    """
+    write(dump(graph), path)
+
+
+def dump(graph: Graph) -> bytes:
+    """The content of the model file of `graph`, with the lowest format version that holds its ops.
+
+    Raises ModelError for an invalid graph.
     """
     validate(graph)
     tensors: dict[str, np.ndarray] = {}
@@ -95,8 +102,8 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> None:
     text = _dump(header).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise ModelError(f"expected at most {MAX_HEADER_BYTES} bytes of header, got {len(text)} - at {os.fspath(path)}")
-    _write(path, [len(text).to_bytes(8, "little"), text, *(_bytes(value) for _, value in ordered)])
+        raise ModelError(f"expected at most {MAX_HEADER_BYTES} bytes of header, got {len(text)} - at the graph")
+    return b"".join([len(text).to_bytes(8, "little"), text, *(_bytes(value) for _, value in ordered)])
 
 
 def lowest_version(graph: Graph) -> int:
@@ -194,14 +201,32 @@ def _attribute_json(value: Any, kind: type) -> Any:
     return convert(value) if np.ndim(value) == 0 else [convert(v) for v in value]
 
 
-def _write(path: str | os.PathLike[str], parts: list[bytes | memoryview]) -> None:
+def write(content: bytes, path: str | os.PathLike[str]) -> None:
+    """Write what `dump` gave; raises ModelError as `save`."""
     try:
         with atomic_file(path) as file:
-            file.writelines(parts)
-    except OSError as error:
-        size = sum(len(part) for part in parts)
-        reason = error.strerror or error
-        raise ModelError(f"expected to write {size} bytes, got: {reason} - at {os.fspath(path)}") from error
+            file.write(content)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"expected to write {len(content)} bytes, got: {reason} - at {os.fsdecode(path)}") from error
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise ModelError for a path that `write` could not write to, as far as that shows beforehand."""
+    try:
+        target = os.path.realpath(os.fsdecode(path))
+        folder = os.path.dirname(target)
+        reason = ""
+        if os.path.exists(target) and not os.path.isfile(target):
+            reason = "something that is not a regular file"
+        elif not os.path.isdir(folder):
+            reason = "a folder that does not exist"
+        elif not os.access(folder, os.W_OK):
+            reason = "a folder without permission to write"
+    except ValueError as error:
+        reason = str(error)
+    if reason:
+        raise ModelError(f"expected a path to write to, got {reason} - at {os.fsdecode(path)}")
 
 
 def _parse(data: bytes) -> tuple[Graph, int, Shape]:

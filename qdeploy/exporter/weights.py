@@ -56,7 +56,11 @@ def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray
         raise ExportError(f"expected signed codes of 2 to 8 bits, got {got} - at weight of module `{name}`")
     value = learned.value.detach().cpu().numpy()
     scaled = value / _per_channel(step, value.ndim).astype(np.float32)  # one f32 division, as in training
-    return Codes(np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8), bits, "learned"), step
+    codes = np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8)
+    if (step == 1).all() and value.any() and not codes.any():
+        got = f"1.0 for all, as if never initialized: weights up to {np.abs(value).max():.3g} are all rounded to 0"
+        raise ExportError(f"expected trained step sizes, got {got} - at weight of module `{name}`")
+    return Codes(codes, bits, "learned"), step
 
 
 def _rounded_codes(weight: Tensor, bits: int) -> tuple[Codes, np.ndarray]:
@@ -77,8 +81,8 @@ def _fallback(
     """Of `layers` those that may do without a learned quantizer, and their bits."""
     plain = [layer for layer in layers if isinstance(layer.weight, Tensor)]
 
-    def named(name: str | None) -> list[Weighted]:
-        return [layer for layer in plain if layer.name.split("#")[0] == name]
+    def named(name: str | None) -> list[Weighted]:  # "fc" has another name where its class is not one of PyTorch
+        return [x for x in plain if x.name.split("#")[0] in (name, f"{name}.{x.op}".lstrip("."))]
 
     result = dict.fromkeys(named(classifier), CLASSIFIER_BITS)
     if isinstance(bits, Mapping):
