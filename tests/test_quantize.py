@@ -25,7 +25,7 @@ from qdeploy.training.quantize import (
     summary,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:expected layers that qdeploy.export can write")  # the Conv1d of Zoo
+pytestmark = pytest.mark.filterwarnings("ignore:expected a network that qdeploy.export can write")  # the Conv1d of Zoo
 
 
 @pytest.fixture(autouse=True)

@@ -81,10 +81,10 @@ def _fallback(
     """Of `layers` those that may do without a learned quantizer, and their bits."""
     plain = [layer for layer in layers if isinstance(layer.weight, Tensor)]
 
-    def named(name: str | None) -> list[Weighted]:  # "fc" has another name where its class is not one of PyTorch
+    def named(name: str) -> list[Weighted]:  # "fc.linear" where the class of `fc` is not one of PyTorch
         return [x for x in plain if x.name.split("#")[0] in (name, f"{name}.{x.op}".lstrip("."))]
 
-    result = dict.fromkeys(named(classifier), CLASSIFIER_BITS)
+    result = {} if classifier is None else dict.fromkeys(named(classifier), CLASSIFIER_BITS)
     if isinstance(bits, Mapping):
         for name, width in bits.items():
             if not named(name):
