@@ -29,3 +29,25 @@ def checked_bits(bits: object, at: str) -> int:
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 2 <= bits <= 8:
         raise InputError(f"expected 2 to 8 bits, got {bits!r} - at {at}")
     return int(bits)
+
+
+# Layers of PyTorch that have no integer form, whatever the network does with them.
+FLOAT_ONLY: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.LocalResponseNorm),
+    *(nn.MultiheadAttention, nn.RNNBase, nn.Embedding, nn.Upsample, nn.Fold, nn.Unfold, nn.GLU),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.ReflectionPad2d, nn.ReplicationPad2d),
+)
+
+
+def float_only_layers(net: nn.Module) -> list[str]:
+    """Why `export` will refuse the network, as far as the types of its layers tell: "`line` (Conv1d)"."""
+    names = plain_names(net)
+    found: dict[str, list[str]] = {}
+    for path, module in net.named_modules():
+        kind = next((kind.__name__ for kind in FLOAT_ONLY if isinstance(module, kind)), None)
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            kind = f"padding_mode {module.padding_mode}"
+        if kind is not None:
+            found.setdefault(kind, []).append(f"`{names[path]}`")
+    return [f"{', '.join(where[:3])}{'...' if len(where) > 3 else ''} ({kind})" for kind, where in found.items()]

@@ -25,6 +25,8 @@ from qdeploy.training.quantize import (
     summary,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:expected a network that qdeploy.export can write")  # the Conv1d of Zoo
+
 
 @pytest.fixture(autouse=True)
 def one_thread_one_seed():

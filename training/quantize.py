@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from threading import get_ident
@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qdeploy.calibration import batches
-from qdeploy.errors import InputError, QdeployError
+from qdeploy.errors import InputError
 from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
-from qdeploy.quantizable import checked_bits, classifier, quantizable_layers
+from qdeploy.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
+from qdeploy.training.ranges import observe, one_line
+from qdeploy.training.untouched import all_or_nothing, evaluating, is_computed, undisturbed
 from qdeploy.wrappers import plain_names, unwrapped
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INITS, GRAD_SCALES = ("lsq", "mse", "minmax"), ("tensor", "channel", "none")
 MIN_STEP = 1e-8
 CALIBRATION_BATCHES = 4
-SAMPLES_PER_BATCH = 65536
 
 
 @dataclass
@@ -135,7 +136,8 @@ def quantize_(
 ) -> list[nn.Parameter]:
     """Quantizes the weights, and on request the inputs, of the convolutions and linear layers of any network, in place.
 
-    All of it or nothing: where it raises, whatever for, the network is as it was before.
+    All of it or nothing: where it raises, whatever for, the network is as it was before. It warns of layers that train
+    but that `qdeploy.export` cannot write.
 
     Args:
         net: the network, or one in torch.compile, DataParallel, AveragedModel or Fabric. Its Parameter objects stay the
@@ -162,23 +164,27 @@ def quantize_(
     net = unwrapped(net)
     _check_not_lazy(net)
     targets = _select(net, weight_bits, skip)
+    for value, choices, name in ((init, INITS, "init"), (grad_scale, GRAD_SCALES, "grad_scale")):
+        if value not in choices:
+            known = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise InputError(f"expected {name} {known}, got {value!r} - at quantize_")
+    images: list[Tensor] = []
     if activation_bits is not None:
         activation_bits = checked_bits(activation_bits, "activation_bits")
         if calibration is None:
             raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
-    for value, choices, name in ((init, INITS, "init"), (grad_scale, GRAD_SCALES, "grad_scale")):
-        if value not in choices:
-            raise InputError(
-                f"expected {name} {', '.join(choices[:-1])} or {choices[-1]}, got {value!r} - at quantize_"
-            )
+        images = _first_batches(net, calibration)
     made = _weight_quantizers(net, targets, per_channel, init, grad_scale)
-    with _all_or_nothing(net):
+    if reason := _refusal_of_export(net, images[:1]):
+        expected = "a network that qdeploy.export can write (this one only trains)"
+        warnings.warn(f"expected {expected}, got {reason} - at quantize_", stacklevel=2)
+    with all_or_nothing(net):
         for name, (layer, _) in targets.items():
             _attach(layer, made[name])
         _quantize_together(net)
         if activation_bits is not None:
             layers = {name: layer for name, (layer, _) in targets.items()}
-            _attach_input_quantizers(net, layers, activation_bits, init, grad_scale, calibration)
+            _attach_input_quantizers(net, layers, activation_bits, init, grad_scale, images)
     return step_parameters(net)
 
 
@@ -197,7 +203,7 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
     """
     _check_not_distributed(net)
     net = unwrapped(net)
-    with _all_or_nothing(net):
+    with all_or_nothing(net):
         weights: dict[tuple[int, ...], Quantizer] = {}
         inputs: dict[int, Quantizer] = {}
         for path, layer in [*net.named_modules()]:
@@ -226,7 +232,7 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
         prefix = f"{names[path]}." if names[path] else ""
         if (quantizer := _weight_quantizer(module)) is not None:
             found[f"{prefix}weight"] = quantizer
-        if isinstance(quantizer := getattr(module, "input_quantizer", None), Quantizer):
+        if isinstance(quantizer := module._modules.get("input_quantizer"), Quantizer):
             found[f"{prefix}input"] = quantizer
     return found
 
@@ -345,12 +351,35 @@ COMPUTED = {
 }
 
 
+def _first_batches(net: nn.Module, calibration: object) -> list[Tensor]:
+    """As the network takes them: of the type and on the device of its first parameter."""
+    like = next(parameter for parameter in net.parameters() if parameter.is_floating_point())
+    with undisturbed(net):  # a loader that shuffles draws random numbers
+        shown = list(batches(calibration, most=CALIBRATION_BATCHES))
+    return [torch.tensor(batch, dtype=like.dtype, device=like.device) for batch in shown]
+
+
+def _refusal_of_export(net: nn.Module, images: list[Tensor]) -> str:
+    """Why `export` will refuse the network, from a trace where there are `images`, else from the types of its layers;
+    "" where nothing is known against it."""
+    if not images:
+        return "; ".join(float_only_layers(net))
+    from qdeploy.exporter import check  # takes half a second
+
+    try:
+        with undisturbed(net):
+            check(net, images[0].float())
+    except Exception as error:  # whatever it is, the network trains
+        return f"a refusal: {one_line(error)}"
+    return ""
+
+
 def _check_weight(layer: nn.Module, at: str) -> Tensor:
     """The weight that a quantizer of the layer will round; raises InputError unless it has one that can train."""
     if _weight_quantizer(layer) is not None:
         raise InputError(f"expected a layer without quantizer, got one quantized before - at {at}")
     stored = layer._parameters.get("weight", layer._buffers.get("weight"))
-    if stored is None and not parametrize.is_parametrized(layer, "weight"):
+    if stored is None and not is_computed(layer):
         how = next((text for name, text in COMPUTED.items() if hasattr(layer, name)), "computed elsewhere")
         raise InputError(f"expected a weight that is a Parameter, got one that is {how} - at {at}")
     weight: Any = layer.weight
@@ -369,7 +398,7 @@ def _identity(layer: nn.Module) -> tuple[int, ...]:
 
     The weight itself would not tell: a computed one is a new tensor at every access, often at an old address.
     """
-    if not parametrize.is_parametrized(layer, "weight"):
+    if not is_computed(layer):
         weight: Any = layer.weight
         return (id(weight),)
     done = takewhile(lambda module: not isinstance(module, Quantizer), parametrized_weight(layer))
@@ -383,7 +412,7 @@ def _weight_quantizers(
     """A quantizer for the weight of each layer, or that of the layer with which it shares the weight."""
     made: dict[str, Quantizer] = {}
     by_weight = {_identity(m): (name, q) for name, m in quantizable_layers(net).items() if (q := _weight_quantizer(m))}
-    with _evaluating(net):  # a spectral norm in training is another one every time
+    with evaluating(net):  # a spectral norm in training is another one every time
         for name, (layer, bits) in targets.items():
             weight = _check_weight(layer, f"layer `{name}`")
             key = _identity(layer)
@@ -401,42 +430,9 @@ def _weight_quantizers(
 # ---- Attaching, and undoing it ------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _all_or_nothing(net: nn.Module) -> Iterator[None]:
-    """Where the block raises, each module of `net` is what it was: its class, parameters in order, hooks and mode."""
-    before = []
-    for module in net.modules():
-        held = [vars(module), *(value for value in vars(module).values() if isinstance(value, dict))]
-        computed = parametrize.is_parametrized(module, "weight")
-        before.append((module, computed, [(one, {**one}) for one in held]))
-    try:
-        yield
-    except BaseException:
-        for module, computed, contents in before:
-            if not computed and parametrize.is_parametrized(module, "weight"):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)  # the class, too
-            for one, content in contents:  # in place: handles of hooks refer to these dicts
-                one.clear()
-                one.update(content)
-        raise
-
-
-@contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode by its flags alone: a network's own `train` may merge weights or thaw what was frozen."""
-    modes = {module: module.training for module in net.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _attach(layer: nn.Module, quantizer: Quantizer) -> None:
     """Quantizes the weight, after whatever computes it."""
-    if parametrize.is_parametrized(layer, "weight"):
+    if is_computed(layer):
         parametrized_weight(layer).append(quantizer)  # register_parametrization would compute the weight in training
     else:
         parametrize.register_parametrization(layer, "weight", quantizer)
@@ -452,7 +448,7 @@ def _attach_input(layer: nn.Module, quantizer: Quantizer) -> None:
 
 def _depth(layer: nn.Module) -> int:
     """How many parametrizations compute the weight."""
-    return len(parametrized_weight(layer)) if parametrize.is_parametrized(layer, "weight") else 0
+    return len(parametrized_weight(layer)) if is_computed(layer) else 0
 
 
 def _saved(state: Mapping[str, Tensor], prefix: str) -> Quantizer | None:
@@ -475,7 +471,7 @@ def _check_fits(net: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _weight_quantizer(module: nn.Module) -> Quantizer | None:
-    if not parametrize.is_parametrized(module, "weight"):
+    if not is_computed(module):
         return None
     return next((p for p in parametrized_weight(module) if isinstance(p, Quantizer)), None)
 
@@ -496,7 +492,7 @@ def _originals(layer: nn.Module) -> list[Tensor]:
 def _weight_before(layer: nn.Module, quantizer: Quantizer) -> Tensor:
     """The weight that the quantizer rounds: what the parametrizations before it compute."""
     value: Any = _originals(layer)
-    with _evaluating(layer):
+    with evaluating(layer):
         for module in takewhile(lambda module: module is not quantizer, parametrized_weight(layer)):
             value = [module(*value)]
     return value[0].detach()
@@ -621,30 +617,15 @@ def _quantize_input(module: nn.Module, args: tuple) -> tuple:
     return (quantizer(args[0]), *args[1:])
 
 
-@dataclass
-class _Observed:
-    """What calibration saw of the tensors that share one step size."""
-
-    samples: list[Tensor]
-    features: int = 1  # elements of one sample of the batch
-
-    def add(self, value: Tensor, generator: torch.Generator) -> None:
-        flat = value.detach().float().flatten()
-        count = min(flat.numel(), SAMPLES_PER_BATCH)
-        picks = torch.randint(flat.numel(), (count,), generator=generator, device="cpu")  # where the generator is
-        self.samples += [flat[picks.to(flat.device)], flat.amin()[None], flat.amax()[None]]
-        self.features = value[0].numel()
-
-
 def _attach_input_quantizers(
     net: nn.Module,
     layers: dict[str, nn.Module],
     bits: int,
     init: str,
     grad_scale: str,
-    calibration: object,
+    images: list[Tensor],
 ) -> None:
-    observed, bundle_of = _observe(net, layers, calibration)
+    observed, bundle_of = observe(net, layers, images)
     made: dict[str, Quantizer] = {}
     numbers = [quantizer.bundle for quantizer in quantizers(net).values()]
     for name, layer in layers.items():
@@ -658,86 +639,3 @@ def _attach_input_quantizers(
             scale = training_scale(seen.features, seen.features, qmax, grad_scale)
             made[bundle] = Quantizer(step, qmin, qmax, scale, max(numbers) + 1 + len(made))
         _attach_input(layer, made[bundle])
-
-
-def _observe(
-    net: nn.Module, layers: dict[str, nn.Module], calibration: object
-) -> tuple[dict[str, _Observed], dict[str, str]]:
-    """Runs the calibration batches in eval mode; returns what was seen by bundle, and the bundle of each layer.
-
-    Layers that read the very same tensor (the first convolution and the shortcut of a residual block) form a bundle:
-    one tensor can have only one integer code.
-    """
-    parent = {name: name for name in layers}
-    by_layer: dict[str, _Observed] = {name: _Observed([]) for name in layers}
-    generator = torch.Generator().manual_seed(0)
-    readers: dict[tuple[int, int], tuple[str, Tensor]] = {}
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
-
-    def observe(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            _check_input(module, args[0], name)
-            key = (id(args[0]), args[0]._version)
-            if key in readers:
-                parent[root(name)] = root(readers[key][0])
-            else:
-                readers[key] = (name, args[0])  # the reference keeps the id from being used again
-            by_layer[name].add(args[0], generator)
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
-    try:
-        _show(net, calibration, readers.clear)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if idle := [f"`{name}`" for name in layers if not by_layer[name].samples]:
-        raise InputError(f"expected calibration to reach every layer, got no input - at layer {', '.join(idle)}")
-    bundle_of = {name: root(name) for name in layers}
-    merged: dict[str, _Observed] = {}
-    for name, bundle in bundle_of.items():
-        merged.setdefault(bundle, _Observed([])).samples += by_layer[name].samples
-        merged[bundle].features = by_layer[name].features
-    return merged, bundle_of
-
-
-def _check_input(layer: nn.Module, value: Tensor, name: str) -> None:
-    wanted = {nn.Conv1d: 3, nn.Conv2d: 4}
-    if any(isinstance(layer, kind) and value.dim() != rank for kind, rank in wanted.items()):
-        got = f"one without a batch, {list(value.shape)}"
-        raise InputError(f"expected inputs [N, C, ...] in calibration, got {got} - at layer `{name}`")
-    if not value.isfinite().all():
-        raise InputError(f"expected finite inputs in calibration, got NaN or infinity - at layer `{name}`")
-
-
-def _show(net: nn.Module, calibration: object, after_each: Callable[[], None]) -> None:
-    """Runs the network on the first batches, and leaves its mode, its buffers and the random numbers as they were."""
-    like = next(parameter for parameter in net.parameters() if parameter.is_floating_point())
-    devices = {parameter.device for parameter in net.parameters() if parameter.is_cuda}
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
-    try:
-        with torch.random.fork_rng([*devices]), _evaluating(net), torch.no_grad():
-            for index, batch in enumerate(batches(calibration, most=CALIBRATION_BATCHES)):
-                images = torch.tensor(batch, dtype=like.dtype, device=like.device)
-                _run(net, images, f"batch {index} of the calibration data, {list(images.shape)}")
-                after_each()
-    finally:
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.detach().copy_(value)
-
-
-def _run(net: nn.Module, images: Tensor, at: str) -> None:
-    try:
-        net(images)
-    except QdeployError:
-        raise
-    except Exception as error:
-        said = (str(error).strip().splitlines() or [""])[0][:200]
-        expected, got = "inputs that the network takes", f"{type(error).__name__}: {said}"
-        raise InputError(f"expected {expected}, got {got} - at {at}") from error

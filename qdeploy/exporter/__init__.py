@@ -34,6 +34,7 @@ from qdeploy.exporter.lowering import lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.graph import COMBINE, Graph
+from qdeploy.quantizable import classifier
 
 __all__ = ["ExportReport", "check", "export", "export_ensemble"]
 
@@ -56,12 +57,13 @@ def export(
             (`qdeploy.training.quantize_`).
         example: float32 [N, C, H, W] or [N, F]; only its shape matters.
         path: the file; one that exists is replaced when the new one is complete.
-        calibration: float32 inputs, an array [N, ...] or an iterable of batches or of (batch, ...) tuples, read once;
-            with `preprocess` also uint8 [N, H, W, C] images. May be None where every tensor between layers has a
-            learned quantizer.
-        fallback_bits: what weights without a learned quantizer may do. None: only the classifier (the last layer) is
-            rounded to 8 bits per channel, any other is an error. A number: all of them are rounded to it. A mapping
-            from module names: these are.
+        calibration: inputs, read once: an array or tensor [N, ...], a dataset of single images, or an iterable of
+            batches, which may be tuples that begin with the images or dicts that hold them. Floats of any width, no
+            integers; with `preprocess` also uint8 [N, H, W, C] images. Of data without a length at most 512 batches
+            are read. May be None where every tensor between layers has a learned quantizer.
+        fallback_bits: what weights without a learned quantizer may do. None: only the classifier (the convolution or
+            linear layer registered last, which `quantize_` leaves alone) is rounded to 8 bits per channel, any other
+            is an error. A number: all of them are rounded to it. A mapping from module names: these are.
         observer: "minmax", "percentile" (99.99) or "mse": how the range of a tensor without learned quantizer follows
             from the data.
         preprocess: {"mean": [C], "std": [C]} of the images in 0..1; the file then also takes raw uint8 [N, H, W, C]
@@ -133,7 +135,7 @@ def _export(
     for name, net in nets.items():
         with _named(name, combine is not None):
             networks.append(_fused(net, example))
-            quantize_weights(networks[-1], options.fallback_bits)
+            quantize_weights(networks[-1], classifier(net), options.fallback_bits)
     classes = _checked_classes(options.classes, networks)
     grids = [Grids(network, options.observer) for network in networks]
     images = observe(grids, calibration, example.numpy(), preprocess, images_to_compare(networks))
