@@ -95,7 +95,7 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> None:
     text = _dump(header).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise ModelError(f"expected at most {MAX_HEADER_BYTES} bytes of header, got {len(text)} - at {os.fspath(path)}")
+        raise ModelError(f"expected at most {MAX_HEADER_BYTES} bytes of header, got {len(text)} - at {os.fsdecode(path)}")
     _write(path, [len(text).to_bytes(8, "little"), text, *(_bytes(value) for _, value in ordered)])
 
 
@@ -122,7 +122,7 @@ def parse(content: bytes, path: str | os.PathLike[str]) -> Graph:
         validate(graph, input_shape)
         _check_version(graph, version)
     except ModelError as error:
-        raise ModelError(f"{error} in {os.fspath(path)}") from None
+        raise ModelError(f"{error} in {os.fsdecode(path)}") from None
     return graph
 
 
@@ -130,14 +130,16 @@ def read(path: str | os.PathLike[str]) -> bytes:
     """The content of a regular file. Raises ModelError, naming it."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or device would block or never end
-            raise ModelError(f"expected a regular file, got something else - at {os.fspath(path)}")
+            raise ModelError(f"expected a regular file, got something else - at {os.fsdecode(path)}")
         with open(path, "rb") as file:
+            _header_length(file.read(9), os.fstat(file.fileno()).st_size, f" in {os.fsdecode(path)}")
+            file.seek(0)  # only now: a file of holes may be larger than any memory
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, ModelError):
             raise
         reason = getattr(error, "strerror", error)
-        raise ModelError(f"expected a readable file, got {reason} - at {os.fspath(path)}") from None
+        raise ModelError(f"expected a readable file, got {reason} - at {os.fsdecode(path)}") from None
 
 
 def _dump(document: object) -> str:
@@ -201,14 +203,12 @@ def _write(path: str | os.PathLike[str], parts: list[bytes | memoryview]) -> Non
     except OSError as error:
         size = sum(len(part) for part in parts)
         reason = error.strerror or error
-        raise ModelError(f"expected to write {size} bytes, got: {reason} - at {os.fspath(path)}") from error
+        raise ModelError(f"expected to write {size} bytes, got: {reason} - at {os.fsdecode(path)}") from error
 
 
 def _parse(data: bytes) -> tuple[Graph, int, Shape]:
     """The graph as it stands there, the format version, and the shape that the members must take."""
-    length = int.from_bytes(data[:8], "little")
-    whole = 0 < length <= min(len(data) - 8, MAX_HEADER_BYTES) and length % 8 == 0 and data[8:9] == b"{"
-    expect(whole, "a whole safetensors file", f"{len(data)} bytes that do not hold its header", "the header")
+    length = _header_length(data[:9], len(data))
     header = _json(data[8 : 8 + length], "the header")
     metadata = header.pop("__metadata__", None)
     ours = isinstance(metadata, dict) and metadata.get("format") == "qdeploy"
@@ -220,6 +220,14 @@ def _parse(data: bytes) -> tuple[Graph, int, Shape]:
     text = _field(metadata, "graph", "__metadata__").encode("utf-8", "surrogatepass")
     graph, input_shape = _graph(_json(text, "the graph"), tensors)
     return graph, version, input_shape
+
+
+def _header_length(start: bytes, size: int, file: str = "") -> int:
+    """Bytes of the header of a file of `size` bytes, from the first 9 of them."""
+    length = int.from_bytes(start[:8], "little")
+    whole = 0 < length <= min(size - 8, MAX_HEADER_BYTES) and length % 8 == 0 and start[8:] == b"{"
+    expect(whole, "a whole safetensors file", f"{size} bytes that do not hold its header", f"the header{file}")
+    return length
 
 
 def _version(metadata: dict[str, str]) -> int:
