@@ -95,7 +95,8 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> None:
     text = _dump(header).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise ModelError(f"expected at most {MAX_HEADER_BYTES} bytes of header, got {len(text)} - at {os.fsdecode(path)}")
+        got = f"{len(text)} - at {os.fsdecode(path)}"
+        raise ModelError(f"expected at most {MAX_HEADER_BYTES} bytes of header, got {got}")
     _write(path, [len(text).to_bytes(8, "little"), text, *(_bytes(value) for _, value in ordered)])
 
 

@@ -82,9 +82,7 @@ def _source(path: Source) -> tuple[str, bytes | None]:
     return text, content
 
 
-def _load_on_gpu(
-    name: str, content: bytes | None, device: str, num_threads: int | None, isa: str | None
-) -> GpuModel:
+def _load_on_gpu(name: str, content: bytes | None, device: str, num_threads: int | None, isa: str | None) -> GpuModel:
     if num_threads is not None or isa is not None:
         raise InputError(f"expected num_threads and isa with device 'cpu' only, got {device!r} - at load_int_model")
     try:

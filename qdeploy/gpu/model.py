@@ -33,9 +33,7 @@ LAUNCHES_TIMED, ROUNDS_TIMED = 20, 10
 SMALL_BATCH = 16  # up to here one network leaves multiprocessors idle, and the members of an ensemble run side by side
 
 
-def load(
-    path: str | os.PathLike[str], device: str | torch.device = "cuda", content: bytes | None = None
-) -> GpuModel:
+def load(path: str | os.PathLike[str], device: str | torch.device = "cuda", content: bytes | None = None) -> GpuModel:
     """Load a model file onto a GPU of compute capability 8.0 or newer; `path` only names its `content` where given.
 
     Raises ModelError for a file that cannot be run, InputError for a device that is not there.
