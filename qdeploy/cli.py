@@ -60,15 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         at = "" if error.filename is None else f" - at {os.fsdecode(error.filename)}"
         return _fail(f"expected to read or write a file, got: {error.strerror or error}{at}")
-    except MemoryError as error:
-        return _fail(f"expected memory for this, got: {str(error) or 'none'}")
     except SystemExit as stop:  # of --help, and of a training that a signal stopped
         return int(stop.code or 0)
     except KeyboardInterrupt:
         status()
         note("qdeploy: stopped by Ctrl-C")
         return 130
-    except Exception:
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail(f"expected memory for this, got: {str(error) or 'none'}")
         with suppress(OSError):
             traceback.print_exc()
         return 70  # EX_SOFTWARE of sysexits.h
@@ -109,6 +109,12 @@ def _flush() -> None:
         except (OSError, ValueError):  # ValueError: it is closed
             with suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
                 os.dup2(nothing.fileno(), stream.fileno())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether numpy, the engine or torch (which is not imported for that) had none left."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and of_torch
 
 
 def _fail(message: str) -> int:

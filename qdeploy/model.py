@@ -68,13 +68,14 @@ def _source(path: Source) -> tuple[str, bytes | None]:
         return path_text(path), None
     if isinstance(path, (bytes, bytearray, memoryview)):
         return f"<{type(path).__name__}>", bytes(path)
-    if not hasattr(path, "read") or isinstance(path, io.TextIOBase):
+    file: Any = path
+    if not hasattr(file, "read") or isinstance(file, io.TextIOBase):
         expected = "a path, the content of a model file or a file opened in binary mode"
         raise InputError(f"expected {expected}, got {type(path).__name__} - at path")
-    name = getattr(path, "name", None)
+    name = getattr(file, "name", None)
     text = os.fsdecode(name) if isinstance(name, (str, bytes)) else f"<{type(path).__name__}>"
     try:
-        content = path.read()
+        content = file.read()
     except (OSError, ValueError) as error:  # ValueError: a closed file
         raise ModelError(f"expected a readable file, got {getattr(error, 'strerror', error)} - at {text}") from error
     if not isinstance(content, bytes):

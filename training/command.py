@@ -47,7 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=kind, default=setting.default, choices=choices, help=text + default)
     seeds = "train so many networks, from --seed on; 2 or more make an ensemble (default: 1)"
     parser.add_argument("--seeds", type=int, default=1, help=seeds)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; the same command continues it")
+    parser.add_argument("--out", type=_folder, required=True, help="folder of the run; the same command continues it")
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -100,13 +106,13 @@ def _check_folders(config: Config, out: Path, runs: Sequence[Path]) -> None:
 
 def _fabric(config: Config) -> Fabric:
     from lightning_fabric import Fabric
-    from lightning_fabric.accelerators import CPUAccelerator
+    from lightning_fabric.accelerators.cpu import CPUAccelerator
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     try:
         precision: Any = config.precision  # one of the choices of Config
         fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=precision)
-    except (RuntimeError, ValueError, MisconfigurationException) as error:
+    except (RuntimeError, ValueError, ImportError, MisconfigurationException) as error:
         said = str(error).splitlines()[0]
         raise InputError(f"expected a device of this machine, got {said} - at --accelerator") from error
     if isinstance(fabric.accelerator, CPUAccelerator):

@@ -3,6 +3,7 @@ until a state is read."""
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Iterator
@@ -62,6 +63,16 @@ def read_state(path: Path) -> tuple[Config, dict[str, Any]]:
         warnings.simplefilter("ignore")  # of what torch takes a damaged file for
         state = torch.load(path, map_location="cpu", weights_only=True)
         return stored(state["config"]), state
+
+
+def write_state(path: Path, config: Config, state: dict[str, Any]) -> None:
+    """Write CHECKPOINT or MODEL. In memory first: on a full disk torch hides the error behind one of its own."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({"config": asdict(config), **state}, buffer)
+    with atomic_file(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def check_same_run(old: Config, config: Config, path: Path) -> None:

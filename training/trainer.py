@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from qdeploy.training.run_files import (
     read_state,
     sound,
     write_done,
+    write_state,
 )
 
 HOLDOUT = 0.2  # share of each domain that is kept for validation
@@ -218,7 +219,7 @@ class _State:
             check_record(record)
         selected = select(self.records, _first_eligible(config))
         shapes = {key: value.shape for key, value in net.state_dict().items()} if selected else None
-        best = self.best and {key: value.shape for key, value in self.best.items()}
+        best = None if self.best is None else {key: value.shape for key, value in self.best.items()}
         if not 0 < self.update <= config.updates or best != shapes or not math.isfinite(sum(self.losses)):
             raise ValueError(self.update)
 
@@ -248,8 +249,7 @@ def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -
     selected = select(state.records, _first_eligible(config))
     assert selected is not None  # `resolve` lets no run end before an evaluation that may be selected
     if fabric.is_global_zero:
-        with atomic_file(directory / MODEL) as file:
-            torch.save({"config": asdict(config), "net": state.best}, file)
+        write_state(directory / MODEL, config, {"net": state.best})
         write_done(directory, config, selected)
         (directory / CHECKPOINT).unlink(missing_ok=True)
     fabric.barrier()
@@ -299,8 +299,7 @@ def _first_eligible(config: Config) -> int:
 
 def _checkpoint(directory: Path, config: Config, algorithm: ERM, state: _State, fabric: Fabric) -> None:
     if fabric.is_global_zero:
-        with atomic_file(directory / CHECKPOINT) as file:
-            torch.save({"config": asdict(config), "algorithm": algorithm.state_dict(), **vars(state)}, file)
+        write_state(directory / CHECKPOINT, config, {"algorithm": algorithm.state_dict(), **vars(state)})
     fabric.barrier()
 
 
