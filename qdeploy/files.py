@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,8 +34,12 @@ def named_errors(path: AnyPath) -> Iterator[None]:
 
 
 def check_regular(path: AnyPath) -> None:
-    """Raise OSError for what is there but cannot be replaced by a file: a folder, a device, a pipe."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    """Raise OSError for a path that no file can have: what is there is a folder, a device or a pipe; it is too long."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "something that is not a regular file", os.fsdecode(path))
 
 

@@ -35,7 +35,7 @@ def write(text: str = "") -> None:
 
 def note(text: str) -> None:
     """One line on standard error. It stops nothing: one that cannot be written is lost."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # ValueError: it is closed
         if sys.stderr is not None:  # else `print` would take standard output
             print(printable(text), file=sys.stderr, flush=True)
 
@@ -73,7 +73,7 @@ def status(text: str = "") -> None:
 
 def on_terminal() -> bool:
     """Whether there is somebody to see standard error now."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 @contextmanager

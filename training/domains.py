@@ -134,7 +134,8 @@ def load_benchmark(
     if data == "digits-dg":
         names = sorted(SOURCES) if domains is None else sorted(domains)
         if unknown := set(names) - set(SOURCES):
-            raise InputError(f"expected domains of {', '.join(SOURCES)}, got {', '.join(unknown)} - at digits-dg")
+            got = ", ".join(map(repr, sorted(unknown)))
+            raise InputError(f"expected domains of {', '.join(SOURCES)}, got {got} - at digits-dg")
         outline = Outline(data, [str(d) for d in range(10)], names, SMALL)
         check(outline)
         loaded = [ArrayDomain(name, *arrays) for name, arrays in _load_digits(names).items()]

@@ -218,10 +218,14 @@ class _State:
         for record in self.records:
             check_record(record)
         selected = select(self.records, _first_eligible(config))
-        shapes = {key: value.shape for key, value in net.state_dict().items()} if selected else None
-        best = None if self.best is None else {key: value.shape for key, value in self.best.items()}
+        shapes = _shapes(net.state_dict()) if selected else None
+        best = None if self.best is None else _shapes(self.best)
         if not 0 < self.update <= config.updates or best != shapes or not math.isfinite(sum(self.losses)):
             raise ValueError(self.update)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: getattr(value, "shape", None) for key, value in state.items()}
 
 
 def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -> dict:
