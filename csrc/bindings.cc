@@ -159,9 +159,11 @@ py::list plan(Session& session, int64_t batch) {
   return list;
 }
 
-// An exception of qdeploy.errors, so that users catch one class whichever side found the fault.
+// An exception of qdeploy.errors, so that users catch one class whichever side found the fault. A path in the text may
+// be no UTF-8.
 void raise_as(const char* name, const char* text) {
-  PyErr_SetString(py::module_::import("qdeploy.errors").attr(name).ptr(), text);
+  const py::object decoded = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(text));
+  PyErr_SetObject(py::module_::import("qdeploy.errors").attr(name).ptr(), decoded.ptr());
 }
 
 }  // namespace

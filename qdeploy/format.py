@@ -25,7 +25,7 @@ from qdeploy.checks import (
     shape_text,
 )
 from qdeploy.errors import ModelError
-from qdeploy.files import atomic_file
+from qdeploy.files import AnyPath, atomic_file
 from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Activation, Graph, Member, Node, Shape
 from qdeploy.ops import OPS
 from qdeploy.validate import MemberCheck, check_members, check_outputs, check_preprocess, check_results, validate
@@ -70,7 +70,7 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return (codes.view(np.int8) >> np.int8(8 - bits)).reshape(-1)[:count]
 
 
-def save(graph: Graph, path: str | os.PathLike[str]) -> None:
+def save(graph: Graph, path: AnyPath) -> None:
     """Validate `graph` and write it as a model file: an older file at `path` stays until the whole new one is on disk.
 
     Raises ModelError for an invalid graph, a path that is no regular file, or a write that failed (a full disk).
@@ -118,32 +118,34 @@ def _version_keys(version: int) -> dict[str, str]:
     return keys if version == 1 else keys | {"requires": RELEASES[version]}
 
 
-def load(path: str | os.PathLike[str]) -> Graph:
+def load(path: AnyPath) -> Graph:
     """Read a model file. Raises ModelError, naming place and file, for whatever docs/format.md does not allow."""
     return parse(read(path), path)
 
 
-def parse(content: bytes, path: str | os.PathLike[str]) -> Graph:
+def parse(content: bytes, path: AnyPath) -> Graph:
     """The graph in the content of a model file; `path` is for errors alone. Raises as `load`."""
     try:
         graph = _parse(content)
     except ModelError as error:
-        raise ModelError(f"{error} in {os.fspath(path)}") from None
+        raise ModelError(f"{error} in {os.fsdecode(path)}") from None
     return graph
 
 
-def read(path: str | os.PathLike[str]) -> bytes:
+def read(path: AnyPath) -> bytes:
     """The content of a regular file. Raises ModelError, naming it."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or device would block or never end
-            raise ModelError(f"expected a regular file, got something else - at {os.fspath(path)}")
+            raise ModelError(f"expected a regular file, got something else - at {os.fsdecode(path)}")
         with open(path, "rb") as file:
+            _header_length(file.read(9), os.fstat(file.fileno()).st_size, f" in {os.fsdecode(path)}")
+            file.seek(0)  # only now: a file of holes may be larger than any memory
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, ModelError):
             raise
         reason = getattr(error, "strerror", error)
-        raise ModelError(f"expected a readable file, got {reason} - at {os.fspath(path)}") from None
+        raise ModelError(f"expected a readable file, got {reason} - at {os.fsdecode(path)}") from None
 
 
 def _dump(document: object) -> str:
@@ -200,7 +202,7 @@ def _attribute_json(value: Any, kind: type) -> Any:
     return convert(value) if np.ndim(value) == 0 else [convert(v) for v in value]
 
 
-def write(content: bytes, path: str | os.PathLike[str]) -> None:
+def write(content: bytes, path: AnyPath) -> None:
     """Write what `dump` gave; raises ModelError as `save`."""
     try:
         with atomic_file(path) as file:
@@ -210,7 +212,7 @@ def write(content: bytes, path: str | os.PathLike[str]) -> None:
         raise ModelError(f"expected to write {len(content)} bytes, got: {reason} - at {os.fsdecode(path)}") from error
 
 
-def check_path(path: str | os.PathLike[str]) -> None:
+def check_path(path: AnyPath) -> None:
     """Raise ModelError for a path that `write` could not write to, as far as that shows beforehand."""
     try:
         target = os.path.realpath(os.fsdecode(path))
@@ -229,9 +231,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 
 def _parse(data: bytes) -> Graph:
-    length = int.from_bytes(data[:8], "little")
-    whole = 0 < length <= min(len(data) - 8, MAX_HEADER_BYTES) and length % 8 == 0 and data[8:9] == b"{"
-    expect(whole, "a whole safetensors file", f"{len(data)} bytes that do not hold its header", "the header")
+    length = _header_length(data[:9], len(data))
     header = _json(data[8 : 8 + length], "the header")
     metadata = header.pop("__metadata__", None)
     ours = isinstance(metadata, dict) and metadata.get("format") == "qdeploy"
@@ -241,6 +241,14 @@ def _parse(data: bytes) -> Graph:
     version, text = _version(metadata), _field(metadata, "graph", "__metadata__")
     tensors = _container(header, memoryview(data)[8 + length :])
     return _Reader(tensors, version).graph(_json(text.encode(), "the graph"))
+
+
+def _header_length(start: bytes, size: int, file: str = "") -> int:
+    """Bytes of the header of a file of `size` bytes, from the first 9 of them."""
+    length = int.from_bytes(start[:8], "little")
+    whole = 0 < length <= min(size - 8, MAX_HEADER_BYTES) and length % 8 == 0 and start[8:] == b"{"
+    expect(whole, "a whole safetensors file", f"{size} bytes that do not hold its header", f"the header{file}")
+    return length
 
 
 def _version(metadata: dict[str, str]) -> int:

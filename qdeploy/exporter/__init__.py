@@ -33,6 +33,7 @@ from qdeploy.exporter.layers import Network
 from qdeploy.exporter.lowering import lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
+from qdeploy.files import AnyPath
 from qdeploy.graph import COMBINE, Graph
 from qdeploy.quantizable import classifier
 
@@ -42,7 +43,7 @@ __all__ = ["ExportReport", "check", "export", "export_ensemble"]
 def export(
     net: nn.Module,
     example: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     calibration: object = None,
     *,
     fallback_bits: int | Mapping[str, int] | None = None,
@@ -82,7 +83,7 @@ def export(
 def export_ensemble(
     nets: Iterable[nn.Module],
     example: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     calibration: object = None,
     *,
     combine: str = "logits",
@@ -122,7 +123,7 @@ def _export(
     nets: Mapping[str, nn.Module],
     combine: str | None,
     example: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     calibration: object,
     options: _Options,
 ) -> ExportReport:
