@@ -55,9 +55,10 @@ def export(
 
     Args:
         net: traced in eval mode by torch.export and left as it was. Weights carry LSQ quantizers
-            (`qdeploy.training.quantize_`).
+            (`qdeploy.training.quantize_`). It may be wrapped (torch.compile, DataParallel, AveragedModel, Fabric), and
+            return its logits in a tuple, dict or dataclass.
         example: float32 [N, C, H, W] or [N, F]; only its shape matters.
-        path: the file; one that exists is replaced when the new one is complete.
+        path: the file; one that exists is replaced when the new one is complete and compared.
         calibration: inputs, read once: an array or tensor [N, ...], a dataset of single images, or an iterable of
             batches, which may be tuples that begin with the images or dicts that hold them. Floats of any width, no
             integers; with `preprocess` also uint8 [N, H, W, C] images. Of data without a length at most 512 batches
@@ -72,7 +73,8 @@ def export(
         classes: names of the classes, one for each logit: a list, {0: name, ...} or {name: 0, ...}.
 
     Raises:
-        ExportError: an operator the engine lacks, an unquantized weight, a bad step size; names the module.
+        ExportError: operators the engine lacks, randomness or state in eval mode, an unquantized weight, something
+            between a learned quantizer and its layer, a bad step size; names the modules, in one line.
         InputError: an example, calibration batch or option that does not fit.
         ModelError: the file cannot be written.
     """
