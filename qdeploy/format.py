@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.checks import (
+    Facts,
     array,
     check_keys,
     check_name,
@@ -334,6 +335,8 @@ class _Reader:
     def __init__(self, tensors: dict[str, np.ndarray], version: int) -> None:
         self.tensors = tensors
         self.version = version
+        self.facts = Facts()
+        self.weights: dict[tuple[str, int, tuple[int, ...]], np.ndarray] = {}  # by name, bits and shape
 
     def graph(self, document: Json) -> Graph:
         at = "the graph"
@@ -351,12 +354,12 @@ class _Reader:
         lowest = lowest_version(graph)
         expect(lowest == self.version, f"format version {lowest}, the lowest that holds the ops", self.version, at)
         check_outputs(graph)
-        check_results(graph)
+        check_results(graph, self.facts)
         return graph
 
     def member(self, document: Json, unnamed_at: str, input_shape: Shape, has_preprocess: bool) -> Member:
         name = _name(document, unnamed_at)
-        check = MemberCheck(name, input_shape, has_preprocess, self.version)
+        check = MemberCheck(name, input_shape, has_preprocess, self.version, self.facts)
         check_keys(document, ("name", "preprocess_table", "tensors", "nodes"), check.at)
         for i, entry in enumerate(_list(document, "tensors", MAX_NODES + 1, check.at)):
             check.tensor(_activation(entry, f"tensor {i} of {check.at}", check.at))
@@ -400,8 +403,11 @@ class _Reader:
         expect(count < 2**48, "a weight that fits a file", f"shape {shape_text(shape)}", at)
         packed = self.constant(document, "codes", at)
         array(packed, np.uint8, (-(-count * bits // 8),), key_of("codes", at))
+        key = (document["codes"], bits, tuple(shape))
         try:
-            return unpack_codes(packed, bits, count).reshape(shape), bits
+            if key not in self.weights:
+                self.weights[key] = unpack_codes(packed, bits, count).reshape(shape)
+            return self.weights[key], bits
         except ModelError:
             raise ModelError(f"expected zeros after the last code, got others - at {key_of('codes', at)}") from None
 

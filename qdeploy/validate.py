@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.checks import (
+    Facts,
     array,
     check_keys,
     check_name,
@@ -31,12 +32,13 @@ NEWEST = max(op.version for op in OPS.values())
 
 def validate(graph: Graph) -> None:
     """Raise ModelError, naming member and node, unless `graph` is a valid model of docs/format.md section 3."""
+    facts = Facts()
     check_members(graph)
     input_shape = graph.members[0].tensors[0].shape if graph.members[0].tensors else ()
     check_preprocess(graph.preprocess, input_shape)
     for i, member in enumerate(graph.members):
         check_name(member.name, key_of("name", f"member {i}"))
-        check = MemberCheck(member.name, input_shape, graph.preprocess is not None, NEWEST)
+        check = MemberCheck(member.name, input_shape, graph.preprocess is not None, NEWEST, facts)
         for j, tensor in enumerate(member.tensors):
             check_name(tensor.name, key_of("name", f"tensor {j} of {check.at}"))
             check.tensor(tensor)
@@ -48,7 +50,7 @@ def validate(graph: Graph) -> None:
             check.node(node)
         check.end()
     check_outputs(graph)
-    check_results(graph)
+    check_results(graph, facts)
 
 
 def check_members(graph: Graph) -> None:
@@ -78,12 +80,12 @@ def check_outputs(graph: Graph) -> None:
         _check_classes(graph.classes, graph.members[0].output)
 
 
-def check_results(graph: Graph) -> None:
+def check_results(graph: Graph, facts: Facts) -> None:
     """The bounds on nodes with weights; those come last because the engine finds them when it packs the weights."""
     for member in graph.members:
         for node in member.nodes:
             if OPS[node.op].has_weight:
-                check_weighted_bound(node, member.tensors[node.output], node_at(node, member_at(member.name)))
+                check_weighted_bound(node, member.tensors[node.output], node_at(node, member_at(member.name)), facts)
 
 
 def _check_ensemble(graph: Graph) -> None:
@@ -126,11 +128,12 @@ class MemberCheck:
     So that a graph that is being read is checked as it grows: of several faults every reader names the first.
     """
 
-    def __init__(self, name: str, input_shape: Shape, has_preprocess: bool, version: int) -> None:
+    def __init__(self, name: str, input_shape: Shape, has_preprocess: bool, version: int, facts: Facts) -> None:
         self.at = member_at(name)
         self.input_shape = input_shape
         self.has_preprocess = has_preprocess
         self.version = version
+        self.facts = facts
         self.tensors: list[Activation] = []
         self.written = {0}  # ids of tensors
         self.names: set[str] = set()  # of nodes
@@ -182,7 +185,7 @@ class MemberCheck:
         at, op = node_at(node, self.at), OPS[node.op]
         inputs, output = [self.tensors[i] for i in node.inputs], self.tensors[node.output]
         expect(op.has_weight or node.bits is None, f"no bits of {node.op}", node.bits, at)
-        op.check(node, inputs, output, at)
+        op.check(node, inputs, output, at, self.facts)
         if "clamp" in node.attributes:
             clamp = integers(node.attributes["clamp"], 2, 2, 0, 255, key_of("clamp", at))
             expect(clamp[0] <= clamp[1], "clamp [lo, hi] with lo <= hi", shape_text(clamp), at)
