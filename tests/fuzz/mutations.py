@@ -479,14 +479,15 @@ def other_bytes(draft: Draft, rng: Random) -> bool:
 
 
 def other_floats(draft: Draft, rng: Random) -> bool:
-    """One number of an F32 tensor, of any bits."""
+    """A number or three of an F32 tensor, of any bits."""
     found = [entry for _, entry in entries(draft) if entry.get("dtype") == "F32" and 0 not in entry.get("shape")]
     if not found:
         return False
     begin, end = rng.choice(found).get("data_offsets")
-    bits = rng.choice([0, 1 << 31, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000])
-    bits = rng.choice([bits, 0xFFFFFFFF, 0x7F800001, rng.getrandbits(30), *struct.unpack("<I", struct.pack("<f", 0.1))])
-    struct.pack_into("<I", draft.data, rng.randrange(begin, end, 4), bits)
+    values = [0, 1 << 31, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF]
+    for _ in range(rng.choice([1, 1, 3])):
+        bits = rng.choice([*values, rng.getrandbits(30), rng.getrandbits(31)])
+        struct.pack_into("<I", draft.data, rng.randrange(begin, end, 4), bits)
     return True
 
 
