@@ -92,7 +92,7 @@ class Quantizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         # Range and gradient scale of an input come from calibration data: a checkpoint has to carry them.
-        return torch.tensor([self.qmin, self.qmax, self.grad_scale, self.bundle], dtype=torch.float64)
+        return torch.tensor([self.qmin, self.qmax, self.bits, self.grad_scale, self.bundle], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.qmin, self.qmax, self.grad_scale, self.bundle = _checked_state(state, "a quantizer")
@@ -109,18 +109,20 @@ class Quantizer(nn.Module):
 def _checked_state(state: Any, at: str) -> tuple[int, int, float, int]:
     """qmin, qmax, gradient scale and bundle of a quantizer's state.
 
-    A state may be an average of states (soups, moving averages), whose integers come out a rounding error away. The
-    average of two ranges is a little or a lot away, and no range of 2 to 8 bits.
+    A state may be an average of states (soups, moving averages), whose integers come out a rounding error away. Those
+    of different ranges may come out as a third one (4, 4 and 6 bits as 5), but their bits never as the bits of that:
+    2**bits is convex.
     """
-    numbers = state.tolist() if isinstance(state, Tensor) and state.shape == (4,) else []
+    numbers = state.tolist() if isinstance(state, Tensor) and state.shape == (5,) else []
     if numbers and all(map(math.isfinite, numbers)):
-        qmin, qmax, bundle = (round(numbers[i]) for i in (0, 1, 3))
-        off = [abs(numbers[i] - whole) * 256 > max(abs(whole), 1) for i, whole in ((0, qmin), (1, qmax), (3, bundle))]
-        ranges = [(low, low + 2**bits - 1) for bits in range(2, 9) for low in (0, -(2 ** (bits - 1)))]
-        if (qmin, qmax) in ranges and not any(off) and bundle >= 0 and numbers[2] > 0:
-            return qmin, qmax, numbers[2], bundle
+        low, high, bits, scale, bundle = numbers
+        ranges = [(qmin, qmin + 2**b - 1, b) for b in range(2, 9) for qmin in (0, -(2 ** (b - 1)))]
+        qmin, qmax, b = min(ranges, key=lambda one: abs(low - one[0]) + abs(high - one[1]))
+        off = max(abs(low - qmin) / qmax, abs(high - qmax) / qmax, abs(bits - b), abs(bundle - round(bundle)))
+        if off < 0.01 and scale > 0 and bundle >= 0:
+            return qmin, qmax, scale, round(bundle)
     got = numbers or (list(state.shape) if isinstance(state, Tensor) else type(state).__name__)
-    raise InputError(f"expected a range of 2 to 8 bits, a positive gradient scale and a bundle, got {got} - at {at}")
+    raise InputError(f"expected the state of a quantizer of 2 to 8 bits, got {got} - at {at}")
 
 
 def quantize_(
@@ -209,10 +211,13 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
         for path, layer in [*net.named_modules()]:
             prefix = f"{path}." if path else ""
             if (found := _saved(state, f"{prefix}parametrizations.weight.{_depth(layer)}.")) is not None:
-                device = _check_weight(layer, f"layer `{path}`").device
-                _attach(layer, weights.setdefault(_identity(layer), found.to(device)))
+                weight = _check_weight(layer, f"layer `{path}`")
+                if found.step.shape not in ((), weight.shape[:1]):
+                    expected = f"one step size, or one for each of {len(weight)} channels"
+                    raise InputError(f"expected {expected}, got shape {list(found.step.shape)} - at layer `{path}`")
+                _attach(layer, weights.setdefault(_identity(layer), found.to(weight.device)))
                 if (found := _saved(state, f"{prefix}input_quantizer.")) is not None:
-                    _attach_input(layer, inputs.setdefault(found.bundle, found.to(device)))
+                    _attach_input(layer, inputs.setdefault(found.bundle, found.to(weight.device)))
         _quantize_together(net)
         if not quantizers(net):
             raise InputError("expected the state of a quantized network, got no quantizers in it - at quantize_like_")
@@ -435,6 +440,12 @@ def _attach(layer: nn.Module, quantizer: Quantizer) -> None:
     if is_computed(layer):
         parametrized_weight(layer).append(quantizer)  # register_parametrization would compute the weight in training
     else:
+        if parametrize.is_parametrized(
+            layer
+        ):  # the bias, say; copies of the layer share its class, which gets `weight`
+            kind = type(layer)
+            own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+            layer.__class__ = type(kind.__name__, kind.__bases__, own)
         parametrize.register_parametrization(layer, "weight", quantizer)
 
 
