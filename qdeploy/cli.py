@@ -1,6 +1,7 @@
 """The `qdeploy` command. Each subcommand is one function that returns a report; it is printed as text, or as JSON.
 
-Exit codes: 0 fine, 1 a verification failed, 2 bad input or usage (one line on stderr), 130 Ctrl-C.
+Exit codes: 0 fine, 1 a verification failed, 2 bad input or usage (one line on stderr), 70 a bug of qdeploy (with its
+traceback), 130 Ctrl-C, 143 a training that SIGTERM stopped.
 """
 
 from __future__ import annotations
@@ -12,22 +13,30 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+import qdeploy
+from qdeploy.arguments import integer
 from qdeploy.errors import InputError, QdeployError
+from qdeploy.files import check_regular
 from qdeploy.graph import COMBINE, Member
-from qdeploy.terminal import columns, percent, status
+from qdeploy.memory import check_memory
+from qdeploy.model import MAX_ROUNDS
+from qdeploy.terminal import columns, note, percent, printable, status, write
 
 if TYPE_CHECKING:
     from qdeploy.model import Model
 
 Report = dict
 EXTRAS = ("train", "onnx", "bench")  # "test" is for those who change qdeploy
+MAX_BATCH = 2**31 - 1
 CPU_FLAGS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8"),
     *("asimd", "asimddp", "i8mm"),  # aarch64
@@ -36,29 +45,81 @@ CPU_FLAGS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    args = _parser().parse_args(argv)
     try:
+        _check_streams()
+        args = _parser().parse_args(argv)
         report = args.run(args)
-        if args.json:
-            print(json.dumps(report))
-        else:
-            args.show(report)
-        sys.stdout.flush()
+        with _output():
+            if args.json:
+                print(json.dumps(report))
+            else:
+                args.show(report)
         return 1 if report.get("equal") is False else 0
     except QdeployError as error:
         return _fail(str(error))
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away; keep the exit from complaining too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        return _fail(f"expected to read or write a file, got: {error.strerror} - at {error.filename}")
+        at = "" if error.filename is None else f" - at {os.fsdecode(error.filename)}"
+        return _fail(f"expected to read or write a file, got: {error.strerror or error}{at}")
+    except SystemExit as stop:  # of --help, and of a training that a signal stopped
+        return int(stop.code or 0)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        status()
+        note("qdeploy: stopped by Ctrl-C")
         return 130
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail(f"expected memory for this, got: {str(error) or 'none'}")
+        with suppress(OSError):
+            traceback.print_exc()
+        return 70  # EX_SOFTWARE of sysexits.h
+    finally:
+        _flush()
+
+
+def _check_streams() -> None:
+    """Raise InputError without a standard output; without a standard error what is said there is lost."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a closed one, which the next file would become
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None or sys.stdout.closed:
+        raise InputError("expected a place for the report, got a closed one - at standard output")
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """What is written to standard output in here arrives; OSError otherwise, unless its reader has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _flush() -> None:
+    """Empty standard output, or else make Python forget it: it would complain at its exit, with an exit code of its
+    own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):  # ValueError: it is closed
+            with suppress(OSError, ValueError), open(os.devnull, "w") as nothing:
+                os.dup2(nothing.fileno(), stream.fileno())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether numpy, the engine or torch (which is not imported for that) had none left."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and of_torch
 
 
 def _fail(message: str) -> int:
-    print("qdeploy: error: " + " ".join(message.split()), file=sys.stderr)
+    status()
+    note("qdeploy: error: " + " ".join(message.split()))
     return 2
 
 
@@ -91,7 +152,7 @@ def _describe(member: Member) -> Report:
     for bits in sorted({node.bits for node in weighted if node.bits is not None}):
         nodes = [node for node in weighted if node.bits == bits]
         weights = sum(node.constants["weight"].size for node in nodes)
-        share = sum(macs[node.name] for node in nodes) / total
+        share = sum(macs[node.name] for node in nodes) / total  # weights have MACs
         layers.append({"bits": bits, "layers": len(nodes), "weights": weights, "share_of_macs": share})
     ops = [node.op for node in member.nodes]
     parameters = sum(node.constants[key].size for node in weighted for key in ("weight", "bias"))
@@ -112,36 +173,35 @@ def _pixels(member: Member, tensor: int) -> int:
 def _show_info(report: Report) -> None:
     count = len(report["members"])
     size, float32 = report["bytes"], report["float32_bytes"]
-    print(f"file       {report['file']}: {size:,} bytes, {size / float32:.3f}x of float32 ({float32:,} bytes)")
-    if count > 1:
-        print(f"           {size / float32 * count:.3f}x of one float32 member")
-    print(f"input      {report['input']}" + (", or raw u8 images" if report["preprocess"] else ""))
+    ratio = f", {size / float32:.3f}x of float32 ({float32:,} bytes)" if float32 else ", no weights"
+    write(f"file       {printable(report['file'])}: {size:,} bytes{ratio}")
+    if count > 1 and float32:
+        write(f"           {size / float32 * count:.3f}x of one float32 member")
+    write(f"input      {report['input']}" + (", or raw u8 images" if report["preprocess"] else ""))
     if report["classes"]:
-        print(f"classes    {', '.join(report['classes'])}")
-    print(f"members    {count}" + (f", combined by {report['combine']}" if count > 1 else ""))
+        write(f"classes    {', '.join(report['classes'])}")
+    write(f"members    {count}" + (f", combined by {report['combine']}" if count > 1 else ""))
     for member in report["members"]:
         ops = ", ".join(f"{count} {op}" for op, count in member["ops"].items())
-        print(f"\n{member['name']}: {member['macs'] / 1e6:,.2f} MMAC, output {member['output']}\n  {ops}")
+        write(f"\n{member['name']}: {member['macs'] / 1e6:,.2f} MMAC, output {member['output']}\n  {ops}")
         for row in member["weights"]:
             share = f"{row['share_of_macs']:.1%} of the MACs"
-            print(f"  {row['bits']}-bit weights: {row['layers']} layers, {row['weights']:,} weights, {share}")
+            write(f"  {row['bits']}-bit weights: {row['layers']} layers, {row['weights']:,} weights, {share}")
 
 
 def plan(args: argparse.Namespace) -> Report:
     """Which kernel runs each node and how."""
-    import qdeploy
-
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
     return {"isa": model.isa, "threads": model.num_threads, "batch": args.batch, "nodes": model.plan(args.batch)}
 
 
 def _show_plan(report: Report) -> None:
-    print(_setting(report), end="")
+    write(_setting(report))
     _print_rows([_planned(report, node) for node in report["nodes"]])
 
 
 def _setting(report: Report) -> str:
-    return f"{report['isa']}, {report['threads']} thread(s), batch {report['batch']}\n\n"
+    return f"{report['isa']}, {report['threads']} thread(s), batch {report['batch']}\n"
 
 
 def _planned(report: Report, node: Report) -> Report:
@@ -153,7 +213,6 @@ def _planned(report: Report, node: Report) -> Report:
 
 def profile(args: argparse.Namespace) -> Report:
     """The plan with the time of each node, and how near it comes to the peak of the CPU's int8 instructions."""
-    import qdeploy
     from qdeploy import peers
 
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
@@ -163,9 +222,10 @@ def profile(args: argparse.Namespace) -> Report:
     total = sum(node["microseconds"] for node in nodes)
     peak = found["peak_gmacs"]["int8"]
     for node in nodes:
-        node["of_time"] = node["microseconds"] / total
-        node["gmacs_per_second"] = node["macs"] / node["microseconds"] / 1e3 if node["macs"] else None
-        node["of_peak"] = peak and node["macs"] and node["gmacs_per_second"] / (peak * model.num_threads) or None
+        node["of_time"] = node["microseconds"] / (total or 1.0)
+        counted = node["macs"] and node["microseconds"]
+        node["gmacs_per_second"] = node["macs"] / node["microseconds"] / 1e3 if counted else None
+        node["of_peak"] = peak and counted and node["gmacs_per_second"] / (peak * model.num_threads) or None
     call = found["results"][0]
     keys = ("isa", "threads", "batch", "macs", "peak_gmacs")
     return {key: found[key] for key in keys} | {
@@ -176,7 +236,7 @@ def profile(args: argparse.Namespace) -> Report:
 
 
 def _show_profile(report: Report) -> None:
-    print(_setting(report), end="")
+    write(_setting(report))
     rows = []
     for node in report["nodes"]:
         row = {"us": node["microseconds"], "of time": percent(node["of_time"])}
@@ -184,15 +244,14 @@ def _show_profile(report: Report) -> None:
         rows.append(_planned(report, node) | row)
     _print_rows(rows)
     nodes = sum(node["microseconds"] for node in report["nodes"]) / 1e3
-    print(f"\nnodes {nodes:.3f} ms; a call {report['call_ms']:.3f} ms, input and output included")
+    write(f"\nnodes {nodes:.3f} ms; a call {report['call_ms']:.3f} ms, input and output included")
     peak = report["peak_gmacs"]["int8"]
     if peak:
-        print(f"{report['of_peak']:.1%} of the peak of its int8 instructions, {peak:.0f} GMAC/s a thread")
+        write(f"{report['of_peak']:.1%} of the peak of its int8 instructions, {peak:.0f} GMAC/s a thread")
 
 
 def bench(args: argparse.Namespace) -> Report:
     """INT8 here beside the runtimes that are installed, over the same network, alternating in one process."""
-    import qdeploy
     from qdeploy import format, peers
 
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
@@ -212,12 +271,12 @@ def _show_bench(report: Report) -> None:
     from qdeploy import peers
 
     status()
-    print(_setting(report) + peers.text(report))
+    write(_setting(report))
+    write(peers.text(report))
 
 
 def verify(args: argparse.Namespace) -> Report:
     """The engine against the numpy reference, bit for bit: every instruction set of this CPU, or a GPU."""
-    import qdeploy
     from qdeploy import format, verification
 
     graph = format.load(args.file)
@@ -231,7 +290,7 @@ def verify(args: argparse.Namespace) -> Report:
 
 def _show_verify(report: Report) -> None:
     _print_rows(report["runs"])
-    print("\nequal to the reference, bit for bit" if report["equal"] else "\nNOT equal to the reference")
+    write("\nequal to the reference, bit for bit" if report["equal"] else "\nNOT equal to the reference")
 
 
 def doctor(args: argparse.Namespace | None = None) -> Report:
@@ -241,7 +300,7 @@ def doctor(args: argparse.Namespace | None = None) -> Report:
     cpu, flags = _cpu()
     packages = dict.fromkeys(name for names in _extras().values() for name in names)
     return {
-        "qdeploy": metadata.version("qdeploy"),
+        "qdeploy": qdeploy.__version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cpu": cpu,
@@ -266,7 +325,10 @@ def _cpu() -> tuple[str, list[str]]:
 def _extras() -> dict[str, list[str]]:
     """The packages that come with each of EXTRAS."""
     packages: dict[str, list[str]] = {extra: [] for extra in EXTRAS}
-    for requirement in metadata.requires("qdeploy") or []:
+    requirements: list[str] = []
+    with suppress(metadata.PackageNotFoundError):  # run from a checkout
+        requirements = metadata.requires("qdeploy") or []
+    for requirement in requirements:
         name, extra = re.match(r"[\w-]+", requirement), re.search(r"extra == .(\w+)", requirement)
         if name and extra and extra[1] in packages:
             packages[extra[1]].append(name[0])
@@ -281,16 +343,16 @@ def _version(package: str) -> str | None:
 
 
 def _show_doctor(report: Report) -> None:
-    print(f"qdeploy {report['qdeploy']}, Python {report['python']}, numpy {report['numpy']}")
-    print(f"CPU      {report['cpu']}: {' '.join(report['cpu_flags'])}")
+    write(f"qdeploy {report['qdeploy']}, Python {report['python']}, numpy {report['numpy']}")
+    write(f"CPU      {report['cpu']}: {' '.join(report['cpu_flags'])}")
     forced = f" (QDEPLOY_ISA={report['QDEPLOY_ISA']})" if report["QDEPLOY_ISA"] else ""
-    print(f"ISAs     {' '.join(report['isas'])}: {report['isas'][-1]} by default{forced}")
+    write(f"ISAs     {' '.join(report['isas'])}: {report['isas'][-1]} by default{forced}")
     affinity = f"{report['cpus_by_affinity']} of {report['cpus']} CPUs by affinity"
-    print(f"threads  {report['default_threads']} by default; {affinity}")
+    write(f"threads  {report['default_threads']} by default; {affinity}")
     for extra, names in _extras().items():
         found = [f"{name} {report['packages'][name] or '-'}" for name in names]
         missing = any(report["packages"][name] is None for name in names)
-        print(f"[{extra}]".ljust(9) + ", ".join(found) + (f"   pip install 'qdeploy[{extra}]'" if missing else ""))
+        write(f"[{extra}]".ljust(9) + ", ".join(found) + (f"   pip install 'qdeploy[{extra}]'" if missing else ""))
 
 
 def train(args: argparse.Namespace) -> Report:
@@ -314,13 +376,14 @@ def export(args: argparse.Namespace) -> Report:
     config = command.common_config(args.runs)
     if not args.out.parent.is_dir():
         raise InputError(f"expected a folder to write {args.out.name} in, got none - at {args.out.parent}")
+    check_regular(args.out)
     _require("train", "torch", "lightning_fabric", "rich", "PIL")
     report = command.export_runs(args.runs, config, args.out, args.combine, args.observer, args.images)
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
 
 
 def _show_export(report: Report) -> None:
-    print("\n".join(report["table"]))
+    write("\n".join(report["table"]))
 
 
 def demo(args: argparse.Namespace) -> Report:
@@ -341,22 +404,30 @@ def _show_demo(report: Report) -> None:
 
 def _random_input(model: Model, batch: int) -> np.ndarray:
     """f32 inputs that cover the whole range of input codes and a little beyond, so that both ends saturate."""
-    entry = model.inputs[0]
-    codes = np.random.default_rng(0).uniform(-20, 275, (batch, *entry["shape"]))
-    return ((codes - entry["zero_point"]) * entry["scale"]).astype(np.float32)
+    return _input(model, np.random.default_rng(0).uniform(-20, 275, _checked_shape(model, batch)))
 
 
 def _image_like_input(model: Model, batch: int) -> np.ndarray:
     """Normal noise with four deviations on either side inside the input's range: float32 peers, which do not saturate,
     then compute the same."""
+    return _input(model, np.random.default_rng(0).normal(127.5, 32, _checked_shape(model, batch)))
+
+
+def _input(model: Model, codes: np.ndarray) -> np.ndarray:
     entry = model.inputs[0]
-    codes = np.random.default_rng(0).normal(127.5, 32, (batch, *entry["shape"]))
     return ((codes - entry["zero_point"]) * entry["scale"]).astype(np.float32)
+
+
+def _checked_shape(model: Model, batch: int) -> tuple[int, ...]:
+    """Of an input whose codes (two arrays of float64 at a time), images and results fit the memory of this machine."""
+    shape, result = (batch, *model.inputs[0]["shape"]), (batch, *model.outputs[0]["shape"])
+    check_memory(20 * math.prod(shape) + 4 * math.prod(result), f"{batch} images", "--batch")
+    return shape
 
 
 def _print_rows(rows: list[dict]) -> None:
     status()
-    print(columns(rows))
+    write(columns(rows))
 
 
 def _require(extra: str, *modules: str) -> None:
@@ -375,7 +446,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, in the form of all our errors where argparse tells enough."""
         found = re.fullmatch(r"argument (?:\S+/)?([^\s:]+): (expected .*)", message)
-        sys.exit(_fail(f"{found[2]} - at {found[1]}" if found else f"{message} - see {self.prog} --help"))
+        raise InputError(f"{found[2]} - at {found[1]}" if found else f"{message} - see {self.prog} --help")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        with _output():
+            pass  # of --help: argparse itself passes over errors
+        super().exit(status, message)
 
 
 def _integer(text: str) -> int:
@@ -385,16 +461,21 @@ def _integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
 
 
-def _positive(text: str) -> int:
-    value = _integer(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+def _at_most(most: int) -> Callable[[str], int]:
+    """Takes 1 to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            return integer(_integer(text), 1, most, "")
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error).removesuffix(" - at ")) from None
+
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qdeploy", description="Exact int8 inference: the same bits on every instruction set.")
-    parser.add_argument("--version", action="version", version=f"qdeploy {_version('qdeploy')}")
+    parser.add_argument("--version", action="version", version=f"qdeploy {qdeploy.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(run: Callable, show: Callable, *, file: bool = False, threads: bool = False) -> argparse.ArgumentParser:
@@ -416,19 +497,20 @@ def _parser() -> argparse.ArgumentParser:
     text = "how the ranges of activations follow from the calibration images: minmax (default), percentile or mse"
     added.add_argument("--observer", default="minmax", help=text)
     text = "calibration images of each source domain (default: 128)"
-    added.add_argument("--images", type=_positive, default=128, help=text)
+    added.add_argument("--images", type=_at_most(MAX_BATCH), default=128, help=text)
     added = command(plan, _show_plan, file=True, threads=True)
-    added.add_argument("--batch", type=_positive, default=1)
+    added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
     added = command(profile, _show_profile, file=True, threads=True)
-    added.add_argument("--batch", type=_positive, default=1)
-    added.add_argument("--rounds", type=_positive, default=10, help="the times are medians of so many (default: 10)")
+    added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
+    text = "the times are medians of so many (default: 10)"
+    added.add_argument("--rounds", type=_at_most(MAX_ROUNDS), default=10, help=text)
     added = command(bench, _show_bench, file=True, threads=True)
-    added.add_argument("--batch", type=_positive, default=1)
-    added.add_argument("--rounds", type=_positive, default=10, help="turns of each runtime (default: 10)")
+    added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
+    added.add_argument("--rounds", type=_at_most(MAX_ROUNDS), default=10, help="turns of each runtime (default: 10)")
     text = "beside onnxruntime and OpenVINO, where installed (default)"
     added.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help=text)
     added = command(verify, _show_verify, file=True)
-    added.add_argument("--batch", type=_positive, default=2)
+    added.add_argument("--batch", type=_at_most(MAX_BATCH), default=2)
     added.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
     from qdeploy.training.command import add_arguments  # imports no torch
 

@@ -14,6 +14,7 @@ import numpy as np
 import qdeploy
 from qdeploy import _engine, format, reference
 from qdeploy.graph import Graph, Node
+from qdeploy.terminal import write
 
 DATA = Path(__file__).parent / "demo_data"
 MODEL = DATA / "digits_eoq.safetensors"
@@ -50,27 +51,27 @@ def run(threads: int | None) -> dict:
 
 def show(report: dict) -> None:
     """Print the report of `run`."""
-    print(textwrap.fill(report["about"], 100) + "\n")
+    write(textwrap.fill(report["about"], 100) + "\n")
     for lines in zip(*(example["drawing"] for example in report["examples"]), strict=True):
-        print("  " + "  ".join(lines))
+        write("  " + "  ".join(lines))
     verdicts = [f"{e['class']} ({e['probability']:.0%}), is {e['label']}" for e in report["examples"]]
-    print("  " + "  ".join(v.ljust(len(report["examples"][0]["drawing"][0])) for v in verdicts) + "\n")
+    write("  " + "  ".join(v.ljust(len(report["examples"][0]["drawing"][0])) for v in verdicts) + "\n")
 
     accuracy, size = report["accuracy"], report["bytes"]
     members = accuracy["members"]
-    print(f"accuracy   {', '.join(f'{a:.1%}' for a in members)} by each member alone, on {report['images']} images")
-    print(f"           {accuracy['ensemble']:.1%} by the ensemble of {len(members)}")
+    write(f"accuracy   {', '.join(f'{a:.1%}' for a in members)} by each member alone, on {report['images']} images")
+    write(f"           {accuracy['ensemble']:.1%} by the ensemble of {len(members)}")
     one, all_float32 = size["float32_member"], size["float32_member"] * len(members)
-    print(f"size       {size['ensemble']:,} bytes for all {len(members)} members in one file:")
+    write(f"size       {size['ensemble']:,} bytes for all {len(members)} members in one file:")
     ratios = f"{size['ensemble'] / all_float32:.2f}x of them in float32, {size['ensemble'] / one:.2f}x of one alone"
-    print("           " + ratios)
+    write("           " + ratios)
     for batch, microseconds in report["latency_us"].items():
         images = "one image" if batch == 1 else f"{batch} images"
-        print(f"latency    {microseconds:,.0f} us for {images}, {report['isa']}, {report['threads']} thread(s)")
-    print("bits       sha256 of all probabilities:")
+        write(f"latency    {microseconds:,.0f} us for {images}, {report['isa']}, {report['threads']} thread(s)")
+    write("bits       sha256 of all probabilities:")
     for name, digest in report["sha256_of_probabilities"].items():
-        print(f"           {name:<16} {digest[:16]}")
-    print(f"           {'the same bits everywhere' if report['equal'] else 'THEY DIFFER'}")
+        write(f"           {name:<16} {digest[:16]}")
+    write(f"           {'the same bits everywhere' if report['equal'] else 'THEY DIFFER'}")
 
 
 def _logits_of_member(graph: Graph, index: int, images: np.ndarray, threads: int | None) -> np.ndarray:

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import numpy as np
 
 from . import _engine
+from .arguments import integer, path_text
 from .errors import InputError, ModelError
+from .files import AnyPath
+from .terminal import printable
 
 if TYPE_CHECKING:
     from .gpu import GpuModel
 
+MAX_THREADS = 256
+MAX_MACS = 2**63 - 1  # of a call: the engine counts them in 64 bits
+MAX_ROUNDS = 1_000_000  # of a measurement: all their times are kept
 _DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
+
+
+class _Readable(Protocol):
+    def read(self) -> bytes: ...
+
+
+Source = AnyPath | bytearray | memoryview | _Readable
 
 
 @overload
 def load_int_model(  # type: ignore[overload-overlap]  # a `str` is for a GPU, though at run time it may be "cpu"
-    path: str | os.PathLike[str],
-    num_threads: int | None = None,
-    isa: str | None = None,
-    device: Literal["cpu"] = "cpu",
+    path: Source, num_threads: int | None = None, isa: str | None = None, device: Literal["cpu"] = "cpu"
 ) -> Model: ...
 @overload
+def load_int_model(path: Source, num_threads: None = None, isa: None = None, *, device: str) -> GpuModel: ...
 def load_int_model(
-    path: str | os.PathLike[str], num_threads: None = None, isa: None = None, *, device: str
-) -> GpuModel: ...
-def load_int_model(
-    path: str | os.PathLike[str], num_threads: int | None = None, isa: str | None = None, device: str = "cpu"
+    path: Source, num_threads: int | None = None, isa: str | None = None, device: str = "cpu"
 ) -> Model | GpuModel:
     """Load a model file; an ensemble loads the same way.
 
-    path: a file written by `qdeploy.export` (docs/format.md). It is data: nothing in it is executed or followed, and
-        it is not needed any more once this returns.
+    path: a file written by `qdeploy.export` (docs/format.md), or its content: a bytearray, a memoryview, or a binary
+        file object, which is read from where it stands to its end. `bytes` are content where they hold a byte 0 (a
+        model file has one among its first 8), which no path can, and else a path. The file is data: nothing in it is
+        executed or followed, and it is not needed any more once this returns.
     num_threads: 1 to 256; None takes the cores that this process may use (affinity, cgroup quota, physical cores).
         A call uses fewer where it has less than 4 million multiply-accumulates for each, or where calls side by side
         already keep the cores busy. The bits never depend on it.
@@ -43,14 +54,36 @@ def load_int_model(
         bits.
     device: "cpu", or "cuda" or "cuda:N" for a `qdeploy.gpu.GpuModel`, which takes and returns torch tensors, needs
         PyTorch and Triton, and gives the same bits.
-    Raises ModelError for a file that cannot be run, InputError for the other three.
+    Raises ModelError for a file that cannot be run, InputError for the other three and for what is no path.
     """
+    name, content = _source(path)
     if str(device) != "cpu":
-        return _load_on_gpu(path, device, num_threads, isa)
-    return Model(_engine.Session(os.fspath(path), _threads(num_threads), isa or ""), Path(path), num_threads, isa)
+        return _load_on_gpu(name, content, device, num_threads, isa)
+    return _load(name, content, num_threads, isa)
 
 
-def _load_on_gpu(path: str | os.PathLike[str], device: str, num_threads: int | None, isa: str | None) -> GpuModel:
+def _source(path: Source) -> tuple[str, bytes | None]:
+    """The path; or what stands for it in errors, and the content."""
+    if isinstance(path, (str, os.PathLike)) or isinstance(path, bytes) and b"\0" not in path:
+        return path_text(path), None
+    if isinstance(path, (bytes, bytearray, memoryview)):
+        return f"<{type(path).__name__}>", bytes(path)
+    file: Any = path
+    if not hasattr(file, "read") or isinstance(file, io.TextIOBase):
+        expected = "a path, the content of a model file or a file opened in binary mode"
+        raise InputError(f"expected {expected}, got {type(path).__name__} - at path")
+    name = getattr(file, "name", None)
+    text = os.fsdecode(name) if isinstance(name, (str, bytes)) else f"<{type(path).__name__}>"
+    try:
+        content = file.read()
+    except (OSError, ValueError) as error:  # ValueError: a closed file
+        raise ModelError(f"expected a readable file, got {getattr(error, 'strerror', error)} - at {text}") from error
+    if not isinstance(content, bytes):
+        raise InputError(f"expected a file that gives bytes, got {type(content).__name__} - at {text}")
+    return text, content
+
+
+def _load_on_gpu(name: str, content: bytes | None, device: str, num_threads: int | None, isa: str | None) -> GpuModel:
     if num_threads is not None or isa is not None:
         raise InputError(f"expected num_threads and isa with device 'cpu' only, got {device!r} - at load_int_model")
     try:
@@ -58,20 +91,29 @@ def _load_on_gpu(path: str | os.PathLike[str], device: str, num_threads: int | N
     except ModuleNotFoundError as error:
         needed = "PyTorch and Triton for a model on a GPU (pip install 'qdeploy[train]')"
         raise InputError(f"expected {needed}, got no module {error.name!r} - at device") from None
-    return gpu.load(path, device)
+    return gpu.load(name, device, content)
+
+
+def _load(name: str, content: bytes | None, num_threads: int | None, isa: str | None) -> Model:
+    path, options = os.fsencode(name), (_threads(num_threads), _isa(isa))
+    session = _engine.Session(path, *options) if content is None else _engine.Session(path, content, *options)
+    return Model(session, Path(name), num_threads, isa, content)
 
 
 def _threads(num_threads: int | None) -> int:
     if num_threads is None:
         return 0
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 1 <= num_threads <= 256:
-        raise InputError(f"expected 1 to 256 threads, got {num_threads!r} - at num_threads")
-    return num_threads
+    try:
+        return integer(num_threads, 1, MAX_THREADS, "num_threads")
+    except InputError:
+        expected = f"1 to {MAX_THREADS} threads"
+        raise InputError(f"expected {expected}, got {num_threads!r} - at num_threads") from None
 
 
-def _load_bytes(content: bytes, path: Path, num_threads: int | None, isa: str | None) -> Model:
-    session = _engine.Session(str(path), content, _threads(num_threads), isa or "")
-    return Model(session, path, num_threads, isa, content)
+def _isa(isa: str | None) -> str:
+    if isa is not None and not (isinstance(isa, str) and isa.isascii() and isa.isprintable()):
+        raise InputError(f"expected the name of an instruction set, got {isa!r} - at isa")
+    return isa or ""
 
 
 class Model:
@@ -88,13 +130,17 @@ class Model:
         self._session = session
         self._path = path
         self._options = (num_threads, isa)
-        self._content = content  # of an unpickled model, whose file may be on another machine
+        self._content = content  # where there may be no file: it was given, or is that of another machine
         self._stamp = None if content is not None else _stamp(path)
         self._activations = session.activations
         self._output = session.outputs[0]
         self._steps = session.plan(1)
         shape = self._activations[session.input]["shape"]
         self._accepted: dict[np.dtype[Any], tuple[int, ...]] = {np.dtype(np.float32): shape}
+        self._macs = sum(step["macs"] for step in self._steps)
+        self._is_ensemble = len(session.members) > 1
+        self._memory = _engine.memory_limit()
+        self._result_bytes = [int(np.prod(a["shape"])) * _DTYPES[a["dtype"]].itemsize for a in self._activations]
         if session.preprocess:
             self._accepted[np.dtype(np.uint8)] = (shape[1], shape[2], shape[0])
 
@@ -142,7 +188,7 @@ class Model:
 
     def __repr__(self) -> str:
         networks = f"{len(self.members)} member(s), input {self.inputs[0]['shape']}"
-        return f"<qdeploy.Model {self._path.name}: {networks}, {self.isa}, {self.num_threads} thread(s)>"
+        return f"<qdeploy.Model {printable(self._path.name)}: {networks}, {self.isa}, {self.num_threads} thread(s)>"
 
     # ---- Running --------------------------------------------------------------------------------------------------
 
@@ -180,26 +226,34 @@ class Model:
 
     def plan(self, batch: int = 1) -> list[dict]:
         """What runs each node: kernel, tile, split over threads, bits of the weights, MACs for `batch` images."""
-        return [{**step, "share_of_macs": step["macs"] / self._total_macs(batch)} for step in self._session.plan(batch)]
+        total = max(1, sum(step["macs"] for step in self._steps))  # of one image
+        batch = integer(batch, 1, MAX_MACS // total, "batch")
+        return [{**step, "share_of_macs": step["macs"] / (batch * total)} for step in self._session.plan(batch)]
 
     def profile(self, images: np.ndarray, rounds: int = 10) -> list[dict]:
-        """The plan with `microseconds` per node: the median of `rounds` runs of `images`."""
+        """The plan with `microseconds` per node: the median of `rounds` runs (1 to a million) of `images`, one or
+        more."""
         images = self._checked(images)
-        seconds = np.zeros((rounds, len(self._steps)))
+        plan = self.plan(integer(len(images), 1, MAX_MACS, "the number of images"))
+        seconds = np.zeros((integer(rounds, 1, MAX_ROUNDS, "rounds"), len(self._steps)))
         for row in seconds:
             self._run(images, step_seconds=row)
-        plan = self.plan(max(1, len(images)))
         return [{**step, "microseconds": s * 1e6} for step, s in zip(plan, np.median(seconds, axis=0), strict=True)]
 
     def _run(
         self,
         images: np.ndarray,
-        taps: Iterable[int] = (),
+        taps: Collection[int] = (),
         classes: np.ndarray | None = None,
         step_seconds: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
         """Output of checked images, and pairs of the activations `taps` and what they hold; fills the other two."""
         n = len(images)
+        wanted = n * self._result_bytes[self._output]
+        for activation in taps:
+            wanted += n * self._result_bytes[activation]
+        if wanted > self._memory:
+            raise self._beyond_memory(n, wanted)
         output = self._empty(n, self._output)
         tapped = [(activation, self._empty(n, activation)) for activation in taps]
         if n:
@@ -208,28 +262,37 @@ class Model:
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if isinstance(images, np.ndarray) and images.ndim and self._accepted.get(images.dtype) == images.shape[1:]:
+            if type(images) is np.ndarray and images.flags.c_contiguous:
+                return images
+            if np.ma.is_masked(images):
+                raise InputError("expected images without masked elements, got some - at the input")
+            if images.nbytes > self._memory:
+                raise self._beyond_memory(len(images), images.nbytes)
             return np.ascontiguousarray(images)
         accepted = " or ".join(f"{dtype} [N, {', '.join(map(str, size))}]" for dtype, size in self._accepted.items())
         is_array = isinstance(images, np.ndarray)
         got = f"{images.dtype} {list(images.shape)}" if is_array else type(images).__name__
         raise InputError(f"expected {accepted}, got {got} - at the input")
 
+    def _beyond_memory(self, n: int, wanted: int) -> InputError:
+        fits = f"a batch that fits the {self._memory} bytes of memory"
+        return InputError(f"expected {fits}, got {n} images, which need {wanted} bytes more - at the input")
+
     def _empty(self, n: int, activation: int) -> np.ndarray:
         entry = self._activations[activation]
         return np.empty((n, *entry["shape"]), _DTYPES[entry["dtype"]])
 
     def _tap_name(self, step: dict) -> str:
-        return step["name"] if len(self.members) == 1 else f"{step['member']}/{step['name']}"
+        return f"{step['member']}/{step['name']}" if self._is_ensemble else step["name"]
 
     def _tap_ids(self, taps: Sequence[str]) -> dict[str, int]:
         ids = {self._tap_name(step): step["output"] for step in self._steps}
+        if isinstance(taps, str):
+            raise InputError(f"expected a list of names, got {taps!r} - at taps")
         for name in taps:
-            if name not in ids:
+            if not isinstance(name, str) or name not in ids:
                 raise InputError(f"expected the name of a node, as `qdeploy plan` lists them, got {name!r} - at taps")
         return {name: ids[name] for name in taps}
-
-    def _total_macs(self, batch: int) -> int:
-        return max(1, batch * sum(step["macs"] for step in self._steps))
 
     # ---- Pickle ---------------------------------------------------------------------------------------------------
 
@@ -237,7 +300,7 @@ class Model:
         if self._content is None and _stamp(self._path) != self._stamp:
             raise ModelError(f"expected the file that was loaded, got another or none (load again) - at {self._path}")
         content = self._path.read_bytes() if self._content is None else self._content
-        return _load_bytes, (content, self._path, *self._options)
+        return _load, (str(self._path), content, *self._options)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

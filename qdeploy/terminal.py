@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 Status = Callable[[str], None]  # takes what goes on now, as `status` does
@@ -16,6 +16,28 @@ class Advance(Protocol):
     """Call it once per step; `text` replaces the one before."""
 
     def __call__(self, text: str | None = None, /) -> None: ...
+
+
+def printable(text: str) -> str:
+    """`text` as one line that is safe to show: escapes (\\x9b, \\u202e) stand for what is no visible character, such as
+    those with which commands to a terminal begin, and for what the encoding of standard output does not have."""
+    if text.isascii() and text.isprintable():
+        return text
+    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return visible.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def write(text: str = "") -> None:
+    """Print on standard output, each line as a `printable` one."""
+    print("\n".join(map(printable, text.split("\n"))))
+
+
+def note(text: str) -> None:
+    """One line on standard error. It stops nothing: one that cannot be written is lost."""
+    with suppress(OSError, ValueError):  # ValueError: it is closed
+        if sys.stderr is not None:  # else `print` would take standard output
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -39,13 +61,19 @@ def _cell(value: object) -> str:
         return f"{value:,.3f}" if abs(value) < 1000 else f"{value:,.0f}"
     if isinstance(value, (list, tuple)):
         return "x".join(str(v) for v in value)
-    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else printable(str(value))
 
 
 def status(text: str = "") -> None:
     """One line on the terminal that the next one overwrites; nothing where stderr is a file. "" clears the line."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        if on_terminal():
+            print(f"\r\x1b[K{printable(text)}", end="", file=sys.stderr, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether there is somebody to see standard error now."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 @contextmanager
@@ -55,7 +83,7 @@ def progress(text: str, total: int | None, done: int = 0, keep: bool = False) ->
     On a terminal it draws a bar where there is rich, else a counter; nothing where stderr is a file. `keep`: the bar
     stays when all is done.
     """
-    if not sys.stderr.isatty():
+    if not on_terminal():
         yield lambda text=None: None
         return
     try:
@@ -65,15 +93,21 @@ def progress(text: str, total: int | None, done: int = 0, keep: bool = False) ->
         with _counter(text, total, done) as advance:
             yield advance
         return
-    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    shown = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
     with Progress(*shown, TimeRemainingColumn(), console=Console(stderr=True), transient=not keep) as bar:
-        task = bar.add_task(text, total=total, completed=done, rate="")
+        task = bar.add_task(printable(text), total=total, completed=done, rate="")
         began, steps = time.perf_counter(), 0
 
         def advance_bar(text: str | None = None, /) -> None:
             nonlocal steps
             steps += 1
-            bar.update(task, advance=1, description=text, rate=f"{steps / (time.perf_counter() - began):.1f}/s")
+            new_text = None if text is None else printable(text)
+            bar.update(task, advance=1, description=new_text, rate=f"{steps / (time.perf_counter() - began):.1f}/s")
 
         yield advance_bar
 

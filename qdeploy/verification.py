@@ -23,11 +23,11 @@ def verify(path: str | os.PathLike[str], inputs: dict[str, np.ndarray], device: 
     """
     graph = format.load(path)
     nodes = [(f"{m.name}/" if graph.combine else "") + node.name for m in graph.members for node in m.nodes]
-    rows = []
+    runs, rows = _runs(path, device), []
     for kind, x in inputs.items():
         progress(f"numpy reference, {kind} input")
         output, taps = reference.run(graph, x, taps=nodes)
-        for isa, threads, run in _runs(path, device):
+        for isa, threads, run in runs:
             progress(f"{isa}, {kind} input" if threads is None else f"{isa}, {threads} thread(s), {kind} input")
             got = {"output": run(x), **run(x, taps=nodes)[1]}
             wrong = [name for name, want in {"output": output, **taps}.items() if want.tobytes() != got[name].tobytes()]

@@ -437,6 +437,53 @@ def test_names_that_are_no_names_of_classes(path):
             export(small(), X[:1], path, X, fallback_bits=8, classes=classes)
 
 
+# ---- Raw images -----------------------------------------------------------------------------------------------------
+
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+
+def pixels(count=16):
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+
+
+def normalized(images):
+    return ((images.astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
+
+
+def test_mean_and_std_of_pixels_are_refused(path):
+    raw = pixels()
+    for data in (normalized(raw), raw):
+        with pytest.raises(
+            InputError, match=r"mean of images in 0..1 \(divide mean and std of pixels in 0..255 by 255\)"
+        ):
+            preprocess = {"mean": (MEAN * 255).tolist(), "std": (STD * 255).tolist()}
+            export(small(), X[:1], path, data, fallback_bits=8, preprocess=preprocess)
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        {"mean": 0, "std": 1},
+        {"mean": MEAN, "std": STD * 255},
+        {"mean": MEAN - 0.3, "std": STD},
+        {"mean": 0, "std": 1 / 255},
+    ],
+)
+def test_images_are_compared_with_what_mean_and_std_make_of_pixels(preprocess, path):
+    dark = normalized(pixels() // 200)  # less than 2 of the 256 levels
+    data = dark if preprocess["std"] is not STD and np.min(preprocess["std"]) < 0.1 else normalized(pixels())
+    with pytest.raises(InputError, match="expected calibration images as mean and std make them of pixels, .* got"):
+        export(small(), X[:1], path, data, fallback_bits=8, preprocess=preprocess)
+    assert not path.exists()
+
+
+def test_raw_images_give_what_floats_give(path):
+    raw = pixels()
+    export(small(), X[:1], path, normalized(raw), fallback_bits=8, preprocess={"mean": MEAN, "std": STD})
+    model = qdeploy.load_int_model(path)
+    assert np.abs(model(raw) - model(normalized(raw))).max() < 0.02 * np.abs(model(raw)).max()
+
+
 # ---- The report -----------------------------------------------------------------------------------------------------
 
 

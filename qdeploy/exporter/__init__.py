@@ -33,6 +33,7 @@ from qdeploy.exporter.layers import Network
 from qdeploy.exporter.lowering import lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
+from qdeploy.files import AnyPath
 from qdeploy.graph import COMBINE, Graph
 from qdeploy.quantizable import classifier
 
@@ -42,7 +43,7 @@ __all__ = ["ExportReport", "check", "export", "export_ensemble"]
 def export(
     net: nn.Module,
     example: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     calibration: object = None,
     *,
     fallback_bits: int | Mapping[str, int] | None = None,
@@ -82,7 +83,7 @@ def export(
 def export_ensemble(
     nets: Iterable[nn.Module],
     example: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     calibration: object = None,
     *,
     combine: str = "logits",
@@ -122,7 +123,7 @@ def _export(
     nets: Mapping[str, nn.Module],
     combine: str | None,
     example: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     calibration: object,
     options: _Options,
 ) -> ExportReport:
@@ -221,8 +222,9 @@ def _checked_preprocess(
 ) -> dict[str, list[float]] | None:
     if preprocess is None:
         return None
-    if set(preprocess) != {"mean", "std"} or len(shape) != 3:
-        got = f"{sorted(preprocess)} for inputs {list(shape)}"
+    if not isinstance(preprocess, Mapping) or set(preprocess) != {"mean", "std"} or len(shape) != 3:
+        keys = sorted(map(str, preprocess)) if isinstance(preprocess, Mapping) else type(preprocess).__name__
+        got = f"{keys} for inputs {list(shape)}"
         raise InputError(f"expected mean and std, for inputs [C, H, W], got {got} - at preprocess")
     values = {}
     for key in ("mean", "std"):
@@ -232,4 +234,7 @@ def _checked_preprocess(
         values[key] = np.broadcast_to(numbers.reshape(-1), shape[:1]).tolist()
     if min(values["std"]) <= 0:
         raise InputError(f"expected numbers greater than 0, got {preprocess['std']} - at preprocess std")
+    if max(map(abs, values["mean"])) > 1:
+        expected = "the mean of images in 0..1 (divide mean and std of pixels in 0..255 by 255)"
+        raise InputError(f"expected {expected}, got {preprocess['mean']} - at preprocess mean")
     return values

@@ -198,10 +198,33 @@ def observe(
             raise InputError(f"expected {expected}, got none - at export")
         return example[:count]
     kept: list[np.ndarray] = []
+    ends = []  # lowest and highest number of each channel, by batch
     with progress("calibrating", count_batches(calibration)) as advance:
         for batch in batches(calibration, example.shape[1:], preprocess):
             for one in grids:
                 one.observe(batch)
             kept += [batch] if sum(map(len, kept)) < count else []
+            ends.append((batch.min((0, *range(2, batch.ndim))), batch.max((0, *range(2, batch.ndim)))))
             advance()
+    if preprocess is not None:
+        low, high = np.array(ends).min(0)[0], np.array(ends).max(0)[1]
+        _compare_with_pixels(low, high, preprocess)
     return np.concatenate(kept)[:count]
+
+
+def _compare_with_pixels(low: np.ndarray, high: np.ndarray, preprocess: Preprocess) -> None:
+    """Raises InputError where the images, [low, high] by channel, are not what `preprocess` makes of pixels.
+
+    Mean and std of pixels in 0..255 in place of 0..1 would give every raw image one color. Filters that resize go
+    beyond black and white, by less than a tenth; images that use less than 2 of 256 levels are not these images.
+    """
+    mean, std = (np.asarray(preprocess[key], np.float64) for key in ("mean", "std"))
+    black, white = -mean / std, (1 - mean) / std
+    within = (low >= black - 0.1 / std) & (high <= white + 0.1 / std) & ((high - low).max() * std > 2 / 256)
+    if not within.all():
+        c = int(np.argmin(within))
+        expected = (
+            f"calibration images as mean and std make them of pixels, {black[c]:.4g} to {white[c]:.4g} in channel {c}"
+        )
+        advice = "mean and std are those of images in 0..1: divide those of pixels in 0..255 by 255"
+        raise InputError(f"expected {expected}, got {low[c]:.4g} to {high[c]:.4g} ({advice}) - at preprocess")

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor, fx
@@ -16,8 +15,9 @@ from qdeploy import reference
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
 from qdeploy.exporter.trace import LSQ
+from qdeploy.files import AnyPath
 from qdeploy.graph import Activation, Graph
-from qdeploy.model import _load_bytes
+from qdeploy.model import load_int_model
 
 REPORT_MACS = 16e9  # in all: an integer and a float run of so many take seconds
 REPORT_IMAGES = 256
@@ -112,7 +112,7 @@ def compare(
     networks: list[Network],
     learned: list[dict[Layer, Grid]],
     content: bytes,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     images: np.ndarray,
 ) -> ExportReport:
     """Runs `content`, the file to be, in the engine and the networks in float32 on f32 `images`.
@@ -126,7 +126,7 @@ def compare(
     ]
     prefixes = [f"{member.name}/" if graph.combine else "" for member in graph.members]
     taps = [prefix + layer.name for prefix, layers in zip(prefixes, compared, strict=True) for layer in layers]
-    output, integers = _load_bytes(content, Path(os.fsdecode(path)), None, None)(images, taps=taps)
+    output, integers = load_int_model(content)(images, taps=taps)
     rows, floats = [], []
     for i, (member, network) in enumerate(zip(graph.members, networks, strict=True)):
         values = _float_values(network, images, compared[i])

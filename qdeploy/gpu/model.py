@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qdeploy import format
+from qdeploy.arguments import integer
 from qdeploy.errors import InputError, ModelError
 from qdeploy.gpu.program import Conv, Program, Step, as_array
 from qdeploy.graph import Activation
@@ -32,18 +33,19 @@ LAUNCHES_TIMED, ROUNDS_TIMED = 20, 10
 SMALL_BATCH = 16  # up to here one network leaves multiprocessors idle, and the members of an ensemble run side by side
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cuda") -> GpuModel:
-    """Load a model file onto a GPU of compute capability 8.0 or newer.
+def load(path: str | os.PathLike[str], device: str | torch.device = "cuda", content: bytes | None = None) -> GpuModel:
+    """Load a model file onto a GPU of compute capability 8.0 or newer; `path` only names its `content` where given.
 
     Raises ModelError for a file that cannot be run, InputError for a device that is not there.
     """
-    return GpuModel(format.read(path), Path(path), _checked_device(device))
+    device = _checked_device(device)
+    return GpuModel(format.read(path) if content is None else content, Path(path), device)
 
 
 def _checked_device(device: str | torch.device) -> torch.device:
     try:
         device = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise InputError(f"expected cpu, cuda or cuda:N, got {device!r} - at device") from None
     if device.type != "cuda":
         raise InputError(f"expected cpu, cuda or cuda:N, got {device} - at device")
@@ -171,6 +173,7 @@ class GpuModel:
 
     def plan(self, batch: int = 1) -> list[dict]:
         """What runs each node for `batch` images: kernel, tile of a convolution, bits of the weights, MACs."""
+        batch = integer(batch, 1, MAX_OFFSET - 1, "batch")
         total = max(1, sum(step.macs for step in self._steps().values()))
         rows = []
         for program in self._programs:
@@ -193,13 +196,15 @@ class GpuModel:
 
     def profile(self, images: Tensor) -> list[dict]:
         """The plan with `microseconds` per node: each node by itself, replayed from a CUDA graph, median."""
+        self._check(images)
+        plan = self.plan(integer(len(images), 1, MAX_OFFSET - 1, "the number of images"))
         times = []
 
         def measure(step: Step, inputs: list[Tensor], output: Tensor) -> None:
             times.append(_milliseconds(lambda: step.launch(inputs, output)) * 1e3)
 
         self._visit(images, measure)
-        return [row | {"microseconds": t} for row, t in zip(self.plan(len(images)), times, strict=True)]
+        return [row | {"microseconds": t} for row, t in zip(plan, times, strict=True)]
 
     def tune(self, images: Tensor) -> None:
         """Finds the fastest tiles for so many images, on these images, and keeps them on disk (TunedTiles).

@@ -1,0 +1,32 @@
+"""Checks of what a caller gives. Each raises InputError: "expected X, got Y - at Z"."""
+
+from __future__ import annotations
+
+import operator
+import os
+
+from qdeploy.errors import InputError
+from qdeploy.files import AnyPath
+
+
+def integer(value: object, least: int, most: int, at: str) -> int:
+    """An int, or a number of numpy that is one, in [least, most]; True and 1.0 are none."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]  # the answer is a TypeError
+    except TypeError:
+        raise InputError(f"expected an integer, got {value!r} - at {at}") from None
+    if number < least:
+        raise InputError(f"expected at least {least}, got {number} - at {at}")
+    if number > most:
+        raise InputError(f"expected at most {most}, got {number} - at {at}")
+    return number
+
+
+def path_text(path: AnyPath, at: str = "path") -> str:
+    """A path as text; bytes that are no UTF-8 become what `os.fsencode` turns back into them."""
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        raise InputError(f"expected a path, got {'one with a byte 0' if text else 'an empty one'} - at {at}")
+    return text

@@ -1,0 +1,81 @@
+"""The files in the folder of a run. Whatever is wrong with one of them is an InputError that names it. Needs no torch
+until a state is read."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qdeploy.errors import InputError
+from qdeploy.files import atomic_file
+from qdeploy.training.config import Config, difference, stored
+
+CHECKPOINT, LOG, MODEL, DONE = "checkpoint.pt", "log.jsonl", "model.pt", "done.json"
+
+
+@contextmanager
+def sound(path: Path) -> Iterator[None]:
+    """For what reads the file `path`, which may hold anything: all other exceptions say that it is damaged."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except OSError as error:
+        raise InputError(f"expected a readable file, got {error.strerror or error} - at {path}") from error
+    except Exception as error:
+        raise InputError(f"expected a file written by a run, got a damaged one: delete it - at {path}") from error
+
+
+def read_done(folder: Path) -> tuple[Config, dict[str, Any]] | None:
+    """The settings and the selected record of a finished run, or None."""
+    path = folder / DONE
+    with sound(path):
+        if not path.exists():
+            return None
+        done = json.loads(path.read_bytes())
+        config, selected = stored(done["config"]), done["selected"]
+        check_record(selected)
+        return config, selected
+
+
+def write_done(folder: Path, config: Config, selected: dict[str, Any]) -> None:
+    with atomic_file(folder / DONE) as file:
+        file.write(json.dumps({"config": asdict(config), "selected": selected}, indent=1).encode())
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Raise what comes unless `record` is what an evaluation says."""
+    if not isinstance(record["update"], int) or not all(0 <= record[key] <= 1 for key in ("validation", "test")):
+        raise ValueError(record)
+
+
+def read_state(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The settings in CHECKPOINT or MODEL, and all that the file holds."""
+    import torch
+
+    with sound(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what torch takes a damaged file for
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return stored(state["config"]), state
+
+
+def write_state(path: Path, config: Config, state: dict[str, Any]) -> None:
+    """Write CHECKPOINT or MODEL. In memory first: on a full disk torch hides the error behind one of its own."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({"config": asdict(config), **state}, buffer)
+    with atomic_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def check_same_run(old: Config, config: Config, path: Path) -> None:
+    """Raise InputError unless the run with the file `path` has the settings `config`."""
+    if (found := difference(old, config)) is not None:
+        raise InputError(f"expected the settings of the run begun here, {found}: give another --out - at {path}")
