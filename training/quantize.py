@@ -177,9 +177,6 @@ def quantize_(
             raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
         images = _first_batches(net, calibration)
     made = _weight_quantizers(net, targets, per_channel, init, grad_scale)
-    if reason := _refusal_of_export(net, images[:1]):
-        expected = "a network that qdeploy.export can write (this one only trains)"
-        warnings.warn(f"expected {expected}, got {reason} - at quantize_", stacklevel=2)
     with all_or_nothing(net):
         for name, (layer, _) in targets.items():
             _attach(layer, made[name])
@@ -187,6 +184,9 @@ def quantize_(
         if activation_bits is not None:
             layers = {name: layer for name, (layer, _) in targets.items()}
             _attach_input_quantizers(net, layers, activation_bits, init, grad_scale, images)
+        if reason := _refusal_of_export(net, images[:1]):
+            expected = "a network that qdeploy.export can write (this one only trains)"
+            warnings.warn(f"expected {expected}, got {reason} - at quantize_", stacklevel=2)
     return step_parameters(net)
 
 
