@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from threading import get_ident
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -170,13 +170,12 @@ def quantize_(
         if value not in choices:
             known = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise InputError(f"expected {name} {known}, got {value!r} - at quantize_")
-    images: list[Tensor] = []
     if activation_bits is not None:
         activation_bits = checked_bits(activation_bits, "activation_bits")
         if calibration is None:
             raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
-        images = _first_batches(net, calibration)
     made = _weight_quantizers(net, targets, per_channel, init, grad_scale)
+    images = [] if activation_bits is None else _first_batches(net, calibration)
     with all_or_nothing(net):
         for name, (layer, _) in targets.items():
             _attach(layer, made[name])
@@ -447,6 +446,13 @@ def _attach(layer: nn.Module, quantizer: Quantizer) -> None:
             own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
             layer.__class__ = type(kind.__name__, kind.__bases__, own)
         parametrize.register_parametrization(layer, "weight", quantizer)
+    made: Any = type(layer)  # of this layer alone
+    made.__getstate__ = _refuse_to_pickle
+
+
+def _refuse_to_pickle(layer: nn.Module) -> NoReturn:
+    expected = "its state_dict() (torch.save(net.state_dict()), later quantize_like_)"
+    raise InputError(f"expected {expected}, got a quantized network to pickle - at {type(layer).__name__}")
 
 
 def _attach_input(layer: nn.Module, quantizer: Quantizer) -> None:
