@@ -508,6 +508,19 @@ def test_inputs_of_layers_are_finite():
         quantize_(nn.Sequential(Overflows(), *small()), 7, 8, calibration=X)
 
 
+def test_inputs_that_are_all_zero_are_named():
+    with pytest.warns(UserWarning, match=r"not all zero \(.* 1e-8\), got zeros - at layer `0`, `4`$") as found:
+        quantize_(small(), 7, 8, calibration=X * 0)
+    assert len(found) == 1 and found[0].filename == __file__
+
+
+def test_layers_that_are_never_called_are_named():
+    net = small()
+    net.forward = lambda x: net[0](x)
+    with pytest.raises(InputError, match=r"\(skip those that the network does not call\), got no input - at layer `4`"):
+        quantize_(net, 7, 8, calibration=X)
+
+
 # ---- Which networks can be exported -------------------------------------------------------------------------------
 
 

@@ -356,11 +356,10 @@ COMPUTED = {
 
 
 def _first_batches(net: nn.Module, calibration: object) -> list[Tensor]:
-    """As the network takes them: of the type and on the device of its first parameter."""
-    like = next(parameter for parameter in net.parameters() if parameter.is_floating_point())
+    """On the CPU, of the type of the network's first parameter."""
+    dtype = next(parameter.dtype for parameter in net.parameters() if parameter.is_floating_point())
     with undisturbed(net):  # a loader that shuffles draws random numbers
-        shown = list(batches(calibration, most=CALIBRATION_BATCHES))
-    return [torch.tensor(batch, dtype=like.dtype, device=like.device) for batch in shown]
+        return [torch.tensor(batch, dtype=dtype) for batch in batches(calibration, most=CALIBRATION_BATCHES)]
 
 
 def _refusal_of_export(net: nn.Module, images: list[Tensor]) -> str:
@@ -645,6 +644,10 @@ def _attach_input_quantizers(
     observed, bundle_of = observe(net, layers, images)
     made: dict[str, Quantizer] = {}
     numbers = [quantizer.bundle for quantizer in quantizers(net).values()]
+    silent = [f"`{name}`" for name in layers if not any(part.any() for part in observed[bundle_of[name]].samples)]
+    if silent:
+        expected = "inputs in calibration that are not all zero (the first step sizes would be 1e-8)"
+        warnings.warn(f"expected {expected}, got zeros - at layer {', '.join(silent)}", stacklevel=3)
     for name, layer in layers.items():
         bundle = bundle_of[name]
         if bundle not in made:

@@ -40,6 +40,7 @@ def observe(
     parent = {name: name for name in layers}
     by_layer: dict[str, Observed] = {name: Observed([]) for name in layers}
     generator = torch.Generator().manual_seed(0)
+    device = next(net.parameters()).device
     readers: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
     def root(name: str) -> str:
@@ -64,12 +65,13 @@ def observe(
         with undisturbed(net):
             for index, batch in enumerate(images):
                 readers.clear()
-                _run(net, batch, f"batch {index} of the calibration data, {list(batch.shape)}")
+                _run(net, batch.to(device), f"batch {index} of the calibration data, {list(batch.shape)}")
     finally:
         for handle in handles:
             handle.remove()
     if idle := [f"`{name}`" for name in layers if not by_layer[name].samples]:
-        raise InputError(f"expected calibration to reach every layer, got no input - at layer {', '.join(idle)}")
+        expected = "calibration to reach every layer (skip those that the network does not call)"
+        raise InputError(f"expected {expected}, got no input - at layer {', '.join(idle)}")
     bundle_of = {name: root(name) for name in layers}
     merged: dict[str, Observed] = {}
     for name, bundle in bundle_of.items():
