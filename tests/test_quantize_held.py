@@ -358,6 +358,19 @@ def test_lazy_layers_are_named():
     quantize_(net, 7)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_is_no_network():
+    for wrong, kind in (
+        (None, "NoneType"),
+        ([small()], "list"),
+        (torch.jit.trace(small().eval(), X), "TopLevelTraced"),
+    ):
+        with pytest.raises(InputError, match=f"expected a torch.nn.Module in Python, got {kind}.* - at quantize_"):
+            quantize_(wrong)
+    with pytest.raises(InputError, match="a network that will train, got torch.inference_mode"), torch.inference_mode():
+        quantize_(small())
+
+
 def test_networks_without_layers():
     with pytest.raises(InputError, match="convolutions or linear layers, got none - at ReLU"):
         quantize_(nn.ReLU())
@@ -506,6 +519,23 @@ class Overflows(nn.Module):
 def test_inputs_of_layers_are_finite():
     with pytest.raises(InputError, match="finite inputs in calibration, got NaN or infinity - at layer `1`"):
         quantize_(nn.Sequential(Overflows(), *small()), 7, 8, calibration=X)
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.fc(input=self.conv(input=x).mean((2, 3)))
+
+
+def test_layers_may_get_their_input_by_name(tmp_path):
+    net = ByName()
+    quantize_(net, 6, 8, skip=[], calibration=X)
+    net(X).sum().backward()
+    assert all(step.grad is not None for step in step_parameters(net)) and len(step_parameters(net)) == 4
+    assert qdeploy.export(net, X[:1], tmp_path / "net.safetensors", X).output_sqnr_db > 30
 
 
 def test_inputs_that_are_all_zero_are_named():
@@ -726,6 +756,18 @@ def test_a_state_brings_its_quantizers(activation_bits, tmp_path):
     assert other.state_dict().keys() == net.state_dict().keys()
 
 
+def test_states_of_wrapped_networks_fit():
+    net = small()
+    quantize_(net, 5, 8, calibration=X)
+    for state in (
+        nn.DataParallel(AveragedModel(net)).state_dict(),
+        {f"_orig_mod.{k}": v for k, v in net.state_dict().items()},
+    ):
+        other = small()
+        quantize_like_(nn.DataParallel(other), state)
+        assert torch.equal(other.eval()(X), net.eval()(X))
+
+
 def test_states_that_do_not_fit_change_nothing():
     net, wide = small(), small()
     wide[0] = nn.Conv2d(3, 16, 3)
@@ -734,6 +776,7 @@ def test_states_that_do_not_fit_change_nothing():
     state = net.state_dict()
     for text, wrong in {
         "expected the state of a quantized network, got no quantizers in it": small().state_dict(),
+        "expected a state dict, got list - at quantize_like_": [],
         r"one step size, or one for each of 8 channels, got shape \[16\] - at layer `0`": wide.state_dict(),
         r"state of a Sequential, got 0.weight too much - at": {**state, "0.weight": torch.ones(1)},
         r"got 9.weight \[4, 8\] - at": {**state, "9.weight": torch.ones(4, 8)},

@@ -31,7 +31,7 @@ from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
 from qdeploy.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
 from qdeploy.training.ranges import observe, one_line
 from qdeploy.training.untouched import all_or_nothing, evaluating, is_computed, undisturbed
-from qdeploy.wrappers import plain_names, unwrapped
+from qdeploy.wrappers import WRAPPERS, plain_names, unwrapped
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INITS, GRAD_SCALES = ("lsq", "mse", "minmax"), ("tensor", "channel", "none")
@@ -162,9 +162,7 @@ def quantize_(
             weight that is no Parameter, not float or not finite, missing or bad calibration data, or
             DistributedDataParallel around the network.
     """
-    _check_not_distributed(net)
-    net = unwrapped(net)
-    _check_not_lazy(net)
+    net = _network(net)
     targets = _select(net, weight_bits, skip)
     for value, choices, name in ((init, INITS, "init"), (grad_scale, GRAD_SCALES, "grad_scale")):
         if value not in choices:
@@ -202,8 +200,8 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
     Raises:
         InputError: the state is of another network, or its network was not quantized.
     """
-    _check_not_distributed(net)
-    net = unwrapped(net)
+    net = _network(net)
+    state = _plain_state(net, state)
     with all_or_nothing(net):
         weights: dict[tuple[int, ...], Quantizer] = {}
         inputs: dict[int, Quantizer] = {}
@@ -317,8 +315,8 @@ def _select(
         wanted: dict[str, int | None] = {**weight_bits}
     else:
         left = classifier(net) if skip is None else skip
-        left = [left] if isinstance(left, str) else left or []
-        wanted = {**dict.fromkeys(layers, weight_bits), **dict.fromkeys(left)}
+        names = [left] if isinstance(left, str) or not isinstance(left, Iterable) else left
+        wanted = {**dict.fromkeys(layers, weight_bits), **dict.fromkeys(map(str, names))}
     if unknown := sorted(set(wanted) - set(layers), key=str):
         got = ", ".join(map(str, unknown))
         raise InputError(f"expected names of convolutions or linear layers, got {got} - at quantize_")
@@ -341,10 +339,18 @@ def _check_not_distributed(net: nn.Module) -> None:
         raise InputError(f"expected {expected}, got one that it holds - at quantize_")
 
 
-def _check_not_lazy(net: nn.Module) -> None:
+def _network(net: nn.Module) -> nn.Module:
+    """What is in the wrappers, checked."""
+    if not isinstance(net, nn.Module) or isinstance(net, torch.jit.ScriptModule):
+        raise InputError(f"expected a torch.nn.Module in Python, got {type(net).__name__} - at quantize_")
+    if torch.is_inference_mode_enabled():
+        raise InputError("expected a network that will train, got torch.inference_mode - at quantize_")
+    _check_not_distributed(net)
+    net = unwrapped(net)
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise InputError(f"expected parameters with shapes, got a lazy one (run the network once) - at `{name}`")
+    return net
 
 
 # What holds the weight where something that is no parametrization computes it, and how to end that.
@@ -456,7 +462,7 @@ def _refuse_to_pickle(layer: nn.Module) -> NoReturn:
 
 def _attach_input(layer: nn.Module, quantizer: Quantizer) -> None:
     layer.input_quantizer = quantizer
-    layer.register_forward_pre_hook(_quantize_input)
+    layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
 # ---- Quantized networks from saved states -------------------------------------------------------------------------
@@ -473,6 +479,17 @@ def _saved(state: Mapping[str, Tensor], prefix: str) -> Quantizer | None:
     if step is None or extra is None:
         return None
     return Quantizer(step.detach().clone(), *_checked_state(extra, f"quantizer `{prefix.rstrip('.')}`"))
+
+
+def _plain_state(net: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state without the names that wrappers put before all others, and without the count of AveragedModel."""
+    if not isinstance(state, Mapping):
+        raise InputError(f"expected a state dict, got {type(state).__name__} - at quantize_like_")
+    first = {name.partition(".")[0] for name in state} - {"n_averaged"}
+    if len(first) != 1 or first & net._modules.keys() or not first & {*WRAPPERS.values()}:
+        return state
+    inner = {name.partition(".")[2]: value for name, value in state.items() if name != "n_averaged"}
+    return _plain_state(net, inner)
 
 
 def _check_fits(net: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -628,9 +645,11 @@ def _forget_weights(net: nn.Module, args: tuple, output: object) -> None:
 # ---- Inputs -------------------------------------------------------------------------------------------------------
 
 
-def _quantize_input(module: nn.Module, args: tuple) -> tuple:
+def _quantize_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     quantizer: Any = module.input_quantizer
-    return (quantizer(args[0]), *args[1:])
+    if args:
+        return (quantizer(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": quantizer(kwargs["input"])}
 
 
 def _attach_input_quantizers(

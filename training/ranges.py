@@ -49,18 +49,19 @@ def observe(
         return name
 
     def observer(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            _check_input(module, args[0], name)
-            key = (id(args[0]), args[0]._version)
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            value = args[0] if args else kwargs["input"]
+            _check_input(module, value, name)
+            key = (id(value), value._version)
             if key in readers:
                 parent[root(name)] = root(readers[key][0])
             else:
-                readers[key] = (name, args[0])  # the reference keeps the id from being used again
-            by_layer[name].add(args[0], generator)
+                readers[key] = (name, value)  # the reference keeps the id from being used again
+            by_layer[name].add(value, generator)
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(observer(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(observer(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with undisturbed(net):
             for index, batch in enumerate(images):
