@@ -309,17 +309,16 @@ def _select(
     layers = quantizable_layers(net)
     if not layers:
         raise InputError(f"expected a network with convolutions or linear layers, got none - at {type(net).__name__}")
-    if isinstance(weight_bits, Mapping):
-        if skip is not None:
-            raise InputError("expected bits by layer or names to skip, got both - at quantize_")
-        wanted: dict[str, int | None] = {**weight_bits}
-    else:
-        left = classifier(net) if skip is None else skip
-        names = [left] if isinstance(left, str) or not isinstance(left, Iterable) else left
-        wanted = {**dict.fromkeys(layers, weight_bits), **dict.fromkeys(map(str, names))}
-    if unknown := sorted(set(wanted) - set(layers), key=str):
-        got = ", ".join(map(str, unknown))
+    given: Any = weight_bits
+    if not isinstance(weight_bits, Mapping):
+        given = classifier(net) if skip is None else skip
+        given = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    elif skip is not None:
+        raise InputError("expected bits by layer or names to skip, got both - at quantize_")
+    if unknown := [str(name) for name in given if not (isinstance(name, str) and name in layers)]:
+        got = ", ".join(unknown)
         raise InputError(f"expected names of convolutions or linear layers, got {got} - at quantize_")
+    wanted = weight_bits if isinstance(weight_bits, Mapping) else dict.fromkeys(layers.keys() - given, weight_bits)
     chosen = {name: bits for name in layers if (bits := wanted.get(name)) is not None}
     if not chosen:
         got = f"none but what is left alone ({', '.join(layers)})"
