@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .models import MODELS
-    from .quantize import project_steps_, quantize_, quantizers, step_group, summary
+    from .quantize import project_steps_, quantize_, quantize_like_, quantizers, step_group, summary
 
-__all__ = ["MODELS", "project_steps_", "quantize_", "quantizers", "step_group", "summary"]
+__all__ = ["MODELS", "project_steps_", "quantize_", "quantize_like_", "quantizers", "step_group", "summary"]
 
 
 def __getattr__(name: str) -> Any:

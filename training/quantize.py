@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from threading import get_ident
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
 from qdeploy.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
 from qdeploy.training.ranges import observe, one_line
 from qdeploy.training.untouched import all_or_nothing, evaluating, is_computed, undisturbed
-from qdeploy.wrappers import plain_names, unwrapped
+from qdeploy.wrappers import WRAPPERS, plain_names, unwrapped
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INITS, GRAD_SCALES = ("lsq", "mse", "minmax"), ("tensor", "channel", "none")
@@ -92,7 +92,7 @@ class Quantizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         # Range and gradient scale of an input come from calibration data: a checkpoint has to carry them.
-        return torch.tensor([self.qmin, self.qmax, self.grad_scale, self.bundle], dtype=torch.float64)
+        return torch.tensor([self.qmin, self.qmax, self.bits, self.grad_scale, self.bundle], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         self.qmin, self.qmax, self.grad_scale, self.bundle = _checked_state(state, "a quantizer")
@@ -109,18 +109,20 @@ class Quantizer(nn.Module):
 def _checked_state(state: Any, at: str) -> tuple[int, int, float, int]:
     """qmin, qmax, gradient scale and bundle of a quantizer's state.
 
-    A state may be an average of states (soups, moving averages), whose integers come out a rounding error away. The
-    average of two ranges is a little or a lot away, and no range of 2 to 8 bits.
+    A state may be an average of states (soups, moving averages), whose integers come out a rounding error away. Those
+    of different ranges may come out as a third one (4, 4 and 6 bits as 5), but their bits never as the bits of that:
+    2**bits is convex.
     """
-    numbers = state.tolist() if isinstance(state, Tensor) and state.shape == (4,) else []
+    numbers = state.tolist() if isinstance(state, Tensor) and state.shape == (5,) else []
     if numbers and all(map(math.isfinite, numbers)):
-        qmin, qmax, bundle = (round(numbers[i]) for i in (0, 1, 3))
-        off = [abs(numbers[i] - whole) * 256 > max(abs(whole), 1) for i, whole in ((0, qmin), (1, qmax), (3, bundle))]
-        ranges = [(low, low + 2**bits - 1) for bits in range(2, 9) for low in (0, -(2 ** (bits - 1)))]
-        if (qmin, qmax) in ranges and not any(off) and bundle >= 0 and numbers[2] > 0:
-            return qmin, qmax, numbers[2], bundle
+        low, high, bits, scale, bundle = numbers
+        ranges = [(qmin, qmin + 2**b - 1, b) for b in range(2, 9) for qmin in (0, -(2 ** (b - 1)))]
+        qmin, qmax, b = min(ranges, key=lambda one: abs(low - one[0]) + abs(high - one[1]))
+        off = max(abs(low - qmin) / qmax, abs(high - qmax) / qmax, abs(bits - b), abs(bundle - round(bundle)))
+        if off < 0.01 and scale > 0 and bundle >= 0:
+            return qmin, qmax, scale, round(bundle)
     got = numbers or (list(state.shape) if isinstance(state, Tensor) else type(state).__name__)
-    raise InputError(f"expected a range of 2 to 8 bits, a positive gradient scale and a bundle, got {got} - at {at}")
+    raise InputError(f"expected the state of a quantizer of 2 to 8 bits, got {got} - at {at}")
 
 
 def quantize_(
@@ -160,24 +162,18 @@ def quantize_(
             weight that is no Parameter, not float or not finite, missing or bad calibration data, or
             DistributedDataParallel around the network.
     """
-    _check_not_distributed(net)
-    net = unwrapped(net)
-    _check_not_lazy(net)
+    net = _network(net)
     targets = _select(net, weight_bits, skip)
     for value, choices, name in ((init, INITS, "init"), (grad_scale, GRAD_SCALES, "grad_scale")):
         if value not in choices:
             known = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise InputError(f"expected {name} {known}, got {value!r} - at quantize_")
-    images: list[Tensor] = []
     if activation_bits is not None:
         activation_bits = checked_bits(activation_bits, "activation_bits")
         if calibration is None:
             raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
-        images = _first_batches(net, calibration)
     made = _weight_quantizers(net, targets, per_channel, init, grad_scale)
-    if reason := _refusal_of_export(net, images[:1]):
-        expected = "a network that qdeploy.export can write (this one only trains)"
-        warnings.warn(f"expected {expected}, got {reason} - at quantize_", stacklevel=2)
+    images = [] if activation_bits is None else _first_batches(net, calibration)
     with all_or_nothing(net):
         for name, (layer, _) in targets.items():
             _attach(layer, made[name])
@@ -185,6 +181,9 @@ def quantize_(
         if activation_bits is not None:
             layers = {name: layer for name, (layer, _) in targets.items()}
             _attach_input_quantizers(net, layers, activation_bits, init, grad_scale, images)
+        if reason := _refusal_of_export(net, images[:1]):
+            expected = "a network that qdeploy.export can write (this one only trains)"
+            warnings.warn(f"expected {expected}, got {reason} - at quantize_", stacklevel=2)
     return step_parameters(net)
 
 
@@ -201,18 +200,21 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
     Raises:
         InputError: the state is of another network, or its network was not quantized.
     """
-    _check_not_distributed(net)
-    net = unwrapped(net)
+    net = _network(net)
+    state = _plain_state(net, state)
     with all_or_nothing(net):
         weights: dict[tuple[int, ...], Quantizer] = {}
         inputs: dict[int, Quantizer] = {}
         for path, layer in [*net.named_modules()]:
             prefix = f"{path}." if path else ""
             if (found := _saved(state, f"{prefix}parametrizations.weight.{_depth(layer)}.")) is not None:
-                device = _check_weight(layer, f"layer `{path}`").device
-                _attach(layer, weights.setdefault(_identity(layer), found.to(device)))
+                weight = _check_weight(layer, f"layer `{path}`")
+                if found.step.shape not in ((), weight.shape[:1]):
+                    expected = f"one step size, or one for each of {len(weight)} channels"
+                    raise InputError(f"expected {expected}, got shape {list(found.step.shape)} - at layer `{path}`")
+                _attach(layer, weights.setdefault(_identity(layer), found.to(weight.device)))
                 if (found := _saved(state, f"{prefix}input_quantizer.")) is not None:
-                    _attach_input(layer, inputs.setdefault(found.bundle, found.to(device)))
+                    _attach_input(layer, inputs.setdefault(found.bundle, found.to(weight.device)))
         _quantize_together(net)
         if not quantizers(net):
             raise InputError("expected the state of a quantized network, got no quantizers in it - at quantize_like_")
@@ -307,17 +309,16 @@ def _select(
     layers = quantizable_layers(net)
     if not layers:
         raise InputError(f"expected a network with convolutions or linear layers, got none - at {type(net).__name__}")
-    if isinstance(weight_bits, Mapping):
-        if skip is not None:
-            raise InputError("expected bits by layer or names to skip, got both - at quantize_")
-        wanted: dict[str, int | None] = {**weight_bits}
-    else:
-        left = classifier(net) if skip is None else skip
-        left = [left] if isinstance(left, str) else left or []
-        wanted = {**dict.fromkeys(layers, weight_bits), **dict.fromkeys(left)}
-    if unknown := sorted(set(wanted) - set(layers), key=str):
-        got = ", ".join(map(str, unknown))
+    given: Any = weight_bits
+    if not isinstance(weight_bits, Mapping):
+        given = classifier(net) if skip is None else skip
+        given = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    elif skip is not None:
+        raise InputError("expected bits by layer or names to skip, got both - at quantize_")
+    if unknown := [str(name) for name in given if not (isinstance(name, str) and name in layers)]:
+        got = ", ".join(unknown)
         raise InputError(f"expected names of convolutions or linear layers, got {got} - at quantize_")
+    wanted = weight_bits if isinstance(weight_bits, Mapping) else dict.fromkeys(layers.keys() - given, weight_bits)
     chosen = {name: bits for name in layers if (bits := wanted.get(name)) is not None}
     if not chosen:
         got = f"none but what is left alone ({', '.join(layers)})"
@@ -337,10 +338,18 @@ def _check_not_distributed(net: nn.Module) -> None:
         raise InputError(f"expected {expected}, got one that it holds - at quantize_")
 
 
-def _check_not_lazy(net: nn.Module) -> None:
+def _network(net: nn.Module) -> nn.Module:
+    """What is in the wrappers, checked."""
+    if not isinstance(net, nn.Module) or isinstance(net, torch.jit.ScriptModule):
+        raise InputError(f"expected a torch.nn.Module in Python, got {type(net).__name__} - at quantize_")
+    if torch.is_inference_mode_enabled():
+        raise InputError("expected a network that will train, got torch.inference_mode - at quantize_")
+    _check_not_distributed(net)
+    net = unwrapped(net)
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise InputError(f"expected parameters with shapes, got a lazy one (run the network once) - at `{name}`")
+    return net
 
 
 # What holds the weight where something that is no parametrization computes it, and how to end that.
@@ -352,11 +361,10 @@ COMPUTED = {
 
 
 def _first_batches(net: nn.Module, calibration: object) -> list[Tensor]:
-    """As the network takes them: of the type and on the device of its first parameter."""
-    like = next(parameter for parameter in net.parameters() if parameter.is_floating_point())
+    """On the CPU, of the type of the network's first parameter."""
+    dtype = next(parameter.dtype for parameter in net.parameters() if parameter.is_floating_point())
     with undisturbed(net):  # a loader that shuffles draws random numbers
-        shown = list(batches(calibration, most=CALIBRATION_BATCHES))
-    return [torch.tensor(batch, dtype=like.dtype, device=like.device) for batch in shown]
+        return [torch.tensor(batch, dtype=dtype) for batch in batches(calibration, most=CALIBRATION_BATCHES)]
 
 
 def _refusal_of_export(net: nn.Module, images: list[Tensor]) -> str:
@@ -435,12 +443,25 @@ def _attach(layer: nn.Module, quantizer: Quantizer) -> None:
     if is_computed(layer):
         parametrized_weight(layer).append(quantizer)  # register_parametrization would compute the weight in training
     else:
+        if parametrize.is_parametrized(
+            layer
+        ):  # the bias, say; copies of the layer share its class, which gets `weight`
+            kind = type(layer)
+            own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+            layer.__class__ = type(kind.__name__, kind.__bases__, own)
         parametrize.register_parametrization(layer, "weight", quantizer)
+    made: Any = type(layer)  # of this layer alone
+    made.__getstate__ = _refuse_to_pickle
+
+
+def _refuse_to_pickle(layer: nn.Module) -> NoReturn:
+    expected = "its state_dict() (torch.save(net.state_dict()), later quantize_like_)"
+    raise InputError(f"expected {expected}, got a quantized network to pickle - at {type(layer).__name__}")
 
 
 def _attach_input(layer: nn.Module, quantizer: Quantizer) -> None:
     layer.input_quantizer = quantizer
-    layer.register_forward_pre_hook(_quantize_input)
+    layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
 # ---- Quantized networks from saved states -------------------------------------------------------------------------
@@ -457,6 +478,17 @@ def _saved(state: Mapping[str, Tensor], prefix: str) -> Quantizer | None:
     if step is None or extra is None:
         return None
     return Quantizer(step.detach().clone(), *_checked_state(extra, f"quantizer `{prefix.rstrip('.')}`"))
+
+
+def _plain_state(net: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state without the names that wrappers put before all others, and without the count of AveragedModel."""
+    if not isinstance(state, Mapping):
+        raise InputError(f"expected a state dict, got {type(state).__name__} - at quantize_like_")
+    first = {name.partition(".")[0] for name in state} - {"n_averaged"}
+    if len(first) != 1 or first & net._modules.keys() or not first & {*WRAPPERS.values()}:
+        return state
+    inner = {name.partition(".")[2]: value for name, value in state.items() if name != "n_averaged"}
+    return _plain_state(net, inner)
 
 
 def _check_fits(net: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -612,9 +644,11 @@ def _forget_weights(net: nn.Module, args: tuple, output: object) -> None:
 # ---- Inputs -------------------------------------------------------------------------------------------------------
 
 
-def _quantize_input(module: nn.Module, args: tuple) -> tuple:
+def _quantize_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     quantizer: Any = module.input_quantizer
-    return (quantizer(args[0]), *args[1:])
+    if args:
+        return (quantizer(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": quantizer(kwargs["input"])}
 
 
 def _attach_input_quantizers(
@@ -628,6 +662,10 @@ def _attach_input_quantizers(
     observed, bundle_of = observe(net, layers, images)
     made: dict[str, Quantizer] = {}
     numbers = [quantizer.bundle for quantizer in quantizers(net).values()]
+    silent = [f"`{name}`" for name in layers if not any(part.any() for part in observed[bundle_of[name]].samples)]
+    if silent:
+        expected = "inputs in calibration that are not all zero (the first step sizes would be 1e-8)"
+        warnings.warn(f"expected {expected}, got zeros - at layer {', '.join(silent)}", stacklevel=3)
     for name, layer in layers.items():
         bundle = bundle_of[name]
         if bundle not in made:

@@ -40,6 +40,7 @@ def observe(
     parent = {name: name for name in layers}
     by_layer: dict[str, Observed] = {name: Observed([]) for name in layers}
     generator = torch.Generator().manual_seed(0)
+    device = next(net.parameters()).device
     readers: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
     def root(name: str) -> str:
@@ -48,28 +49,30 @@ def observe(
         return name
 
     def observer(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            _check_input(module, args[0], name)
-            key = (id(args[0]), args[0]._version)
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            value = args[0] if args else kwargs["input"]
+            _check_input(module, value, name)
+            key = (id(value), value._version)
             if key in readers:
                 parent[root(name)] = root(readers[key][0])
             else:
-                readers[key] = (name, args[0])  # the reference keeps the id from being used again
-            by_layer[name].add(args[0], generator)
+                readers[key] = (name, value)  # the reference keeps the id from being used again
+            by_layer[name].add(value, generator)
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(observer(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(observer(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with undisturbed(net):
             for index, batch in enumerate(images):
                 readers.clear()
-                _run(net, batch, f"batch {index} of the calibration data, {list(batch.shape)}")
+                _run(net, batch.to(device), f"batch {index} of the calibration data, {list(batch.shape)}")
     finally:
         for handle in handles:
             handle.remove()
     if idle := [f"`{name}`" for name in layers if not by_layer[name].samples]:
-        raise InputError(f"expected calibration to reach every layer, got no input - at layer {', '.join(idle)}")
+        expected = "calibration to reach every layer (skip those that the network does not call)"
+        raise InputError(f"expected {expected}, got no input - at layer {', '.join(idle)}")
     bundle_of = {name: root(name) for name in layers}
     merged: dict[str, Observed] = {}
     for name, bundle in bundle_of.items():

@@ -17,13 +17,15 @@ def all_or_nothing(net: nn.Module) -> Iterator[None]:
     before = []
     for module in net.modules():
         held = [vars(module), *(value for value in vars(module).values() if isinstance(value, dict))]
-        before.append((module, is_computed(module), [(one, {**one}) for one in held]))
+        before.append((module, type(module), is_computed(module), [(one, {**one}) for one in held]))
     try:
         yield
     except BaseException:
-        for module, computed, contents in before:
+        for module, kind, computed, contents in before:
             if not computed and is_computed(module):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)  # the class, too
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            if type(module) is not kind:
+                module.__class__ = kind
             for one, content in contents:  # in place: handles of hooks refer to these dicts
                 one.clear()
                 one.update(content)
