@@ -56,7 +56,10 @@ def call(*args: object, out: TextIO | None = None, encoding: str = "utf-8", err:
     kept_out = io.TextIOWrapper(io.BytesIO(), encoding)
     kept_err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     with contextlib.redirect_stdout(out or kept_out), contextlib.redirect_stderr(err or kept_err):
-        code = cli.main([str(arg) for arg in args])
+        try:
+            code = cli.main([str(arg) for arg in args])
+        except SystemExit as stop:  # of argparse, and of a training that a signal stopped
+            code = stop.code
     kept_out.flush()
     kept_err.flush()
     return Result(code, kept_out.buffer.getvalue(), kept_err.buffer.getvalue().decode())
@@ -670,7 +673,7 @@ def no_download(monkeypatch) -> None:
         (("--model", "vgg16_bn"), "expected images that vgg16_bn can take, got 128 of [1, 16, 16]: "),
         (("--domains", "mnist"), "expected two or more domains, got 1 - at --domains"),
         (("--domains", "mnist,mnist"), "expected every domain once, got mnist, mnist - at --domains"),
-        (("--domains", ""), "expected domains of mnist, mfeat, optdigits, pen, usps, got '' - at digits-dg"),
+        (("--domains", ""), "expected domains of mnist, mfeat, optdigits, pen, usps, got an empty name - at digits-dg"),
         (("--domains", "pen,usps"), "expected one of pen, usps, got 'mnist' - at the domains of digits-dg"),
         (("--test-domain", "caf\udce9"), r"got 'caf\udce9' - at the domains of digits-dg"),
         (("--weights", "missing"), "expected a file of weights, got No such file or directory - at missing"),

@@ -134,7 +134,7 @@ def load_benchmark(
     if data == "digits-dg":
         names = sorted(SOURCES) if domains is None else sorted(domains)
         if unknown := set(names) - set(SOURCES):
-            got = ", ".join(map(repr, sorted(unknown)))
+            got = ", ".join(sorted(unknown)) or "an empty name"
             raise InputError(f"expected domains of {', '.join(SOURCES)}, got {got} - at digits-dg")
         outline = Outline(data, [str(d) for d in range(10)], names, SMALL)
         check(outline)
