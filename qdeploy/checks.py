@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,20 @@ MAX_NAME_BYTES = 512
 _FILE_DTYPES = {"float32": "F32", "uint8": "U8", "int8": "I8"}  # as safetensors calls them
 
 
+class Facts:
+    """What was computed of arrays, for the next node that shares them: a file may name one tensor 65,536 times."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[Any, tuple[np.ndarray, ...]]] = {}
+
+    def of(self, compute: Callable[..., Any], *arrays: np.ndarray) -> Any:
+        """`compute(*arrays)`, once. Arrays are the same where they are one object; it is kept, and with it its id."""
+        key = (compute, *map(id, arrays))
+        if key not in self._known:
+            self._known[key] = compute(*arrays), arrays
+        return self._known[key][0]
+
+
 def expect(condition: bool, expected: str, got: object, at: str) -> None:
     """Raise ModelError unless `condition` holds."""
     if not condition:
@@ -26,7 +40,7 @@ def expect(condition: bool, expected: str, got: object, at: str) -> None:
 
 def key_of(key: str, at: str) -> str:
     """The place of a key of the object at `at`."""
-    return f"key `{key}` of {at}"
+    return f"key {quoted(key)} of {at}"
 
 
 def quoted(name: str) -> str:
@@ -57,14 +71,14 @@ def kind(value: object) -> str:
 def check_name(value: Any, at: str) -> None:
     """Names reach terminals and other tools: 1 to 512 bytes of UTF-8 without control characters."""
     expect(isinstance(value, str), "a string", kind(value), at)
-    valid = not any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in value)
+    valid = not any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in value)
     valid = valid and 1 <= len(value.encode()) <= MAX_NAME_BYTES
     expect(valid, "a name of 1 to 512 bytes without control characters", quoted(value), at)
 
 
 def check_keys(found: Iterable[str], known: Sequence[str], at: str) -> None:
     """Exactly the known keys: nothing that a reader does not understand is passed over."""
-    found = list(found)
+    found = sorted(found)
     for key in found:
         expect(key in known, "no keys but the known ones", quoted(key), at)
     for key in sorted(known):
@@ -89,9 +103,13 @@ def integers(value: Any, fewest: int, most: int, low: int, high: int, at: str) -
 def number(value: Any, at: str) -> float:
     """A finite f32, as a Python float."""
     expect(kind(value) == "number", "a number", kind(value), at)
+    try:
+        double = float(value)
+    except OverflowError:  # of an integer
+        double = math.inf
     with np.errstate(over="ignore"):
-        result = float(np.float32(value)) if abs(value) < 2.0**128 else math.nan
-    expect(math.isfinite(result), "a finite f32", value, at)
+        result = float(np.float32(double))
+    expect(math.isfinite(result), "a finite f32", f"{double:.3g}", at)
     return result
 
 
@@ -103,17 +121,24 @@ def numbers(value: Any, count: int, at: str) -> list[float]:
 
 
 def array(value: Any, dtype: type, shape: Sequence[int], at: str) -> np.ndarray:
-    """An array of this dtype and shape, in which -1 is any size; floats are finite."""
+    """An array of this dtype and shape, in which -1 is any size."""
     expected = f"{_FILE_DTYPES[np.dtype(dtype).name]} {shape_text(shape)}"
     is_array = isinstance(value, np.ndarray)
     got = f"{_FILE_DTYPES.get(value.dtype.name, value.dtype)} {shape_text(value.shape)}" if is_array else kind(value)
     fits = is_array and value.dtype.name == np.dtype(dtype).name and value.ndim == len(shape)
     fits = fits and all(wanted in (-1, size) for wanted, size in zip(shape, value.shape, strict=True))
     expect(fits, expected, got, at)
-    if dtype is np.float32 and not np.isfinite(value).all():
+    return value
+
+
+def finite(value: np.ndarray, facts: Facts, at: str) -> None:
+    if not facts.of(_is_finite, value):
         wrong = value[~np.isfinite(value)][0]
         expect(False, "finite constants", f"{wrong:.3g}", at)
-    return value
+
+
+def _is_finite(value: np.ndarray) -> bool:
+    return bool(np.isfinite(value).all())
 
 
 def _entries(value: Any, fewest: int, most: int, at: str) -> Sequence[Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qdeploy.checks import array, expect, integer, integers, key_of, number, numbers, shape_text
+from qdeploy.checks import Facts, array, expect, finite, integer, integers, key_of, number, numbers, shape_text
 from qdeploy.graph import MAX_NODES, Activation, Node, Shape
 
 MAX_ATTRIBUTE = 65_535  # strides, paddings, dilations, groups, kernels
@@ -40,7 +40,7 @@ class Op:
     inputs: tuple[int, int]
     output: Literal["requantized", "same_grid", "table"]
     shape: Callable[[Node, Sequence[Shape]], Shape | None]
-    check: Callable[[Node, Sequence[Activation], Activation, str], None]
+    check: Callable[[Node, Sequence[Activation], Activation, str, Facts], None]
     attributes: Mapping[str, type[int] | type[float]] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
     residual: bool = False
@@ -85,16 +85,21 @@ def _attribute(node: Node, key: str, at: str) -> tuple[Any, str]:
     return node.attributes[key], key_of(key, at)
 
 
-def _constant(node: Node, key: str, dtype: type, shape: Sequence[int], at: str) -> np.ndarray:
-    return array(node.constants[key], dtype, shape, key_of(key, at))
+def _floats(node: Node, key: str, shape: Sequence[int], at: str, facts: Facts) -> np.ndarray:
+    value = array(node.constants[key], np.float32, shape, key_of(key, at))
+    finite(value, facts, key_of(key, at))
+    return value
 
 
-def check_bound(bound: float | np.ndarray, output: Activation, at: str, by_channel: bool = False) -> None:
+def check_bound(bound: float, output: Activation, at: str) -> None:
     """So that no result leaves the range of the conversion to an integer (u8) or of sums over members (f32)."""
-    limit = 30 if output.dtype == "u8" else 100
-    for channel in np.flatnonzero(~(np.atleast_1d(bound) < 2.0**limit))[:1]:
-        place = f"channel {channel} of {at}" if by_channel else at
-        expect(False, f"results below 2^{limit}", f"up to {np.atleast_1d(bound)[channel]:.3g}", place)
+    limit = _limit(output)
+    expect(bound < 2.0**limit, f"results below 2^{limit}", f"up to {bound:.3g}", at)
+
+
+def _limit(output: Activation) -> int:
+    """The power of two that results stay below."""
+    return 30 if output.dtype == "u8" else 100
 
 
 def _like_first(node: Node, inputs: Sequence[Shape]) -> Shape:
@@ -146,27 +151,43 @@ def _weight(node: Node, rank: int, layout: str, at: str) -> np.ndarray:
     return weight
 
 
-def _check_weighted(node: Node, expected: Shape, inputs: Sequence[Activation], output: Activation, at: str) -> None:
-    """What conv2d and linear share: codes, multiplier, bias, residual and the bounds."""
+def _check_weighted(
+    node: Node, expected: Shape, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts
+) -> None:
+    """What conv2d and linear share: codes, multiplier, bias, residual and the bound of the accumulators."""
     weight, weight_at = node.constants["weight"], key_of("weight", at)
     expect(weight.shape == expected, f"a weight of shape {shape_text(expected)}", shape_text(weight.shape), weight_at)
     bits = integer(node.bits, 2, 8, key_of("bits", weight_at))
     depth, half = math.prod(weight.shape[1:]), 2 ** (bits - 1)
     got = f"weight {shape_text(weight.shape)} of {bits} bits"
     expect(depth * 255 * half < 2**31, "accumulators below 2^31", got, at)
-    codes = (int(weight.min()), int(weight.max()))
+    codes = facts.of(_range, weight)
     expect(-half <= codes[0] and codes[1] < half, f"codes of {bits} bits", f"codes from {codes[0]} to {codes[1]}", at)
-    channels = weight.shape[:1]
-    multiplier, bias = (
-        np.abs(_constant(node, key, np.float32, channels, at).astype(np.float64)) for key in ("multiplier", "bias")
-    )
-    residual = 0.0
+    for key in ("multiplier", "bias"):
+        _floats(node, key, weight.shape[:1], at, facts)
     if len(inputs) == 2:
         shape = shape_text(output.shape)
         expect(inputs[1].shape == output.shape, f"a residual of shape {shape}", shape_text(inputs[1].shape), at)
-        residual = abs(number(*_attribute(node, "residual_multiplier", at)))
+        number(*_attribute(node, "residual_multiplier", at))
+
+
+def _range(weight: np.ndarray) -> tuple[int, int]:
+    return int(weight.min()), int(weight.max())
+
+
+def check_weighted_bound(node: Node, output: Activation, at: str, facts: Facts) -> None:
+    """The bound on the results of a conv2d or linear that has passed `check`."""
+    bound = facts.of(_weighted_bound, *(node.constants[key] for key in ("weight", "multiplier", "bias")))
+    residual = 255.0 * abs(number(node.attributes.get("residual_multiplier", 0.0), at))
+    if not facts.of(np.max, bound) + residual < 2.0 ** _limit(output):
+        channel = int(np.argmax(~(bound + residual < 2.0 ** _limit(output))))  # the first
+        check_bound(float(bound[channel]) + residual, output, f"channel {channel} of {at}")
+
+
+def _weighted_bound(weight: np.ndarray, multiplier: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Of each channel, without a residual."""
     magnitude = np.abs(weight.reshape(weight.shape[0], -1).astype(np.int16)).sum(axis=1, dtype=np.int64)
-    check_bound(255.0 * magnitude * multiplier + bias + 255.0 * residual, output, at, by_channel=True)
+    return 255.0 * magnitude * np.abs(multiplier.astype(np.float64)) + np.abs(bias.astype(np.float64))
 
 
 def _conv2d_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
@@ -174,25 +195,25 @@ def _conv2d_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     return (out_channels, *_spatial(node, inputs[0], kernel, node.attributes["dilation"]))
 
 
-def _check_conv2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+def _check_conv2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     weight = _weight(node, 4, "[O, C/groups, KH, KW]", at)
     _check_window(node, inputs[0], weight.shape[2:], output.shape[0], output, at)
     value, place = _attribute(node, "groups", at)
     groups = integer(value, 1, MAX_ATTRIBUTE, place)
     channels, outputs = inputs[0].shape[0], output.shape[0]
     expect(channels % groups == 0 == outputs % groups, "groups that divide the channels", groups, at)
-    _check_weighted(node, (outputs, channels // groups, *weight.shape[2:]), inputs, output, at)
+    _check_weighted(node, (outputs, channels // groups, *weight.shape[2:]), inputs, output, at, facts)
 
 
 def _linear_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     return (node.constants["weight"].shape[0],)
 
 
-def _check_linear(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+def _check_linear(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     _weight(node, 2, "[O, F]", at)
     for tensor, what in ((inputs[0], "input"), (output, "output")):
         expect(len(tensor.shape) == 1, f"an {what} of shape [F]", shape_text(tensor.shape), at)
-    _check_weighted(node, (output.shape[0], inputs[0].shape[0]), inputs, output, at)
+    _check_weighted(node, (output.shape[0], inputs[0].shape[0]), inputs, output, at, facts)
 
 
 # ---- Pools -----------------------------------------------------------------------------------------------------------
@@ -211,30 +232,42 @@ def _check_pool(node: Node, x: Activation, output: Activation, at: str) -> None:
     for axis, windows in enumerate(_spatial(node, x.shape, kernel, dilation)):
         before, after, step = padding[axis], padding[axis + 2], dilation[axis]
         extent, size = step * (kernel[axis] - 1) + 1, x.shape[1 + axis]
-        starts = range(-before, 0, stride[axis])[:windows]
-        real = max(before, after) < extent and all(start % step < size for start in starts)
+        in_padding, first = min(windows, -(-before // stride[axis])), -before % step
+        # of residues r of the step, (r + step - size) // step is 1 for those that reach no element
+        floors = [_sum_of_floors(in_padding, first + d, stride[axis], step) for d in (max(0, step - size), 0)]
+        real = max(before, after) < extent and floors[0] == floors[1]
         expect(real, "a real element in every window of the pool", f"padding {before} and {after} on {size}", at)
 
 
-def _check_max_pool2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+def _sum_of_floors(n: int, a: int, step: int, m: int) -> int:
+    """The sum of (a + i*step) // m over i < n: points below a line, row by row, then column by column."""
+    whole, end = n * (a // m) + n * (n - 1) // 2 * (step // m), a % m + step % m * n
+    return whole if end < m else whole + _sum_of_floors(end // m, end % m, m, step % m)
+
+
+def _check_max_pool2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     _check_pool(node, inputs[0], output, at)
 
 
-def _check_avg_pool2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+def _check_avg_pool2d(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     _check_pool(node, inputs[0], output, at)
     window = math.prod(node.attributes["kernel"])
     expect(window * 255 < 2**31, "a window with sums below 2^31", f"{window} elements", at)
-    multiplier = _constant(node, "multiplier", np.float32, (-1,), at)
+    multiplier = _floats(node, "multiplier", (-1,), at, facts)
     expect(multiplier.size in (1, window), f"1 or {window} multipliers", multiplier.size, at)
-    counts = np.arange(1, window + 1) if multiplier.size == window else window
+    most = facts.of(_largest_by_count, multiplier) * (window if multiplier.size == 1 else 1)
     bias = abs(number(*_attribute(node, "bias", at)))
-    check_bound(255.0 * counts * np.abs(multiplier.astype(np.float64)) + bias, output, at)
+    check_bound(255.0 * most + bias, output, at)
+
+
+def _largest_by_count(multiplier: np.ndarray) -> float:
+    return float(np.max(np.arange(1, multiplier.size + 1) * np.abs(multiplier.astype(np.float64))))
 
 
 # ---- Elementwise -----------------------------------------------------------------------------------------------------
 
 
-def _check_add(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+def _check_add(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     a, b = (tensor.shape for tensor in inputs)
     expect(a == b, f"a second input of shape {shape_text(a)}", shape_text(b), at)
     _check_shape(output, a, at)
@@ -244,7 +277,7 @@ def _check_add(node: Node, inputs: Sequence[Activation], output: Activation, at:
     check_bound(255.0 * ma + 255.0 * mb + bias, output, at)
 
 
-def _check_mul(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+def _check_mul(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     a, b = (tensor.shape for tensor in inputs)
     gate = (a[0], 1, 1) if len(a) == 3 else a
     expected = shape_text(a) if gate == a else f"{shape_text(a)} or {shape_text(gate)}"
@@ -254,11 +287,13 @@ def _check_mul(node: Node, inputs: Sequence[Activation], output: Activation, at:
     check_bound(255.0 * 255.0 * multiplier + bias, output, at)
 
 
-def _check_table(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+def _check_table(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     _check_shape(output, inputs[0].shape, at)
-    table = _constant(node, "table", np.uint8 if output.dtype == "u8" else np.float32, (256,), at)
-    if output.dtype == "f32":
-        check_bound(np.abs(table.astype(np.float64)), output, at)
+    if output.dtype == "u8":
+        array(node.constants["table"], np.uint8, (256,), key_of("table", at))
+        return
+    magnitudes = np.abs(_floats(node, "table", (256,), at, facts).astype(np.float64))
+    check_bound(float(magnitudes.max()), output, at)
 
 
 # ---- Moves -----------------------------------------------------------------------------------------------------------
@@ -268,7 +303,7 @@ def _concat_shape(node: Node, inputs: Sequence[Shape]) -> Shape:
     return (sum(shape[0] for shape in inputs), *inputs[0][1:])
 
 
-def _check_concat(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+def _check_concat(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     first = inputs[0].shape
     for tensor in inputs[1:]:
         same = len(tensor.shape) == len(first) and tensor.shape[1:] == first[1:]
@@ -276,7 +311,7 @@ def _check_concat(node: Node, inputs: Sequence[Activation], output: Activation, 
     _check_shape(output, _concat_shape(node, [tensor.shape for tensor in inputs]), at)
 
 
-def _check_reshape(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+def _check_reshape(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     same = math.prod(inputs[0].shape) == math.prod(output.shape)
     got = f"{shape_text(inputs[0].shape)} to {shape_text(output.shape)}"
     expect(same, "an output with as many elements", got, at)

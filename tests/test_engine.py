@@ -393,6 +393,17 @@ def test_inputs_that_do_not_fit(network, case):
         network[0](x)
 
 
+def test_masked_images_are_refused(network):
+    """Whatever lies under the mask is no image; a mask of nothing hides nothing."""
+    model, graph, x = network
+    masked = np.ma.masked_array(x)
+    masked[-1, 2, 3, 4] = np.ma.masked
+    for call in (model, model.predict, model.profile):
+        with pytest.raises(InputError, match="expected images without masked elements, got some - at the input"):
+            call(masked)
+    assert_same(model(np.ma.masked_array(x)), reference.run(graph, x), "nothing masked")
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_anywhere(tmp_path, isa, bad):

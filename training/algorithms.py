@@ -79,6 +79,7 @@ class QTDoG(ERM):
 
     def _quantize(self, minibatches: Minibatches) -> None:
         config = self.config
+        del self._model  # data-parallel training holds the network, which may not be quantized then
         attach_quantizers(self.net, config, [images for images, _ in minibatches])
         for quantizer in quantizers(self.net).values():
             quantizer.step.requires_grad_(config.qat_scope == "all")
@@ -92,7 +93,7 @@ class QTDoG(ERM):
         if config.qat_scope == "all":
             self.optimizer.add_param_group(step_group(self.net, config.lr_step_size))
         self.quantized = True
-        self._wrap()  # data-parallel training has to learn of the new parameters
+        self._wrap()  # again, with the new parameters
 
     def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
         if state["quantized"] and not self.quantized:

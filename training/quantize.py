@@ -2,7 +2,8 @@
 
 A weight is quantized by a parametrization (torch.nn.utils.parametrize): the module keeps its Parameter object, so the
 moments an optimizer holds for it survive, and `module.weight` becomes the fake-quantized value. An input is quantized
-by a forward pre-hook. torch.export sees both as `qdeploy::lsq` nodes in front of the layer's own operator.
+by a forward pre-hook. torch.export sees both as `qdeploy::lsq` nodes in front of the layer's own operator. A weight
+that is computed already (weight norm, spectral norm) keeps its parametrizations; the quantizer comes last.
 
 On a GPU a forward pre-hook of the network quantizes its float32 weights together, in one launch (`lsq_many`), and the
 quantizers hand out the results; a forward hook takes them away. The gradients of all these weights come together too,
@@ -11,9 +12,12 @@ when that of the first layer is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import gc
+import math
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import takewhile
 from threading import get_ident
 from typing import Any
 
@@ -21,14 +25,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qdeploy.calibration import batches
 from qdeploy.errors import InputError
 from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
+from qdeploy.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
+from qdeploy.training.ranges import observe, one_line
+from qdeploy.training.untouched import all_or_nothing, evaluating, is_computed, undisturbed
+from qdeploy.wrappers import plain_names, unwrapped
 
-# The layers whose `weight` is quantized; axis 0 of each is its output channel. Add a class here to have it quantized.
-WEIGHT_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INITS, GRAD_SCALES = ("lsq", "mse", "minmax"), ("tensor", "channel", "none")
 MIN_STEP = 1e-8
 CALIBRATION_BATCHES = 4
-SAMPLES_PER_BATCH = 65536
 
 
 @dataclass
@@ -58,10 +66,11 @@ class Quantizer(nn.Module):
 
     prepared: _Prepared | None = None  # during a forward pass of the network
 
-    def __init__(self, step: Tensor, qmin: int, qmax: int, grad_scale: float):
+    def __init__(self, step: Tensor, qmin: int, qmax: int, grad_scale: float, bundle: int = 0):
         super().__init__()
         self.step = nn.Parameter(step.float())
         self.qmin, self.qmax, self.grad_scale = qmin, qmax, grad_scale
+        self.bundle = bundle  # of an input: layers whose inputs have the same number read one tensor
 
     @property
     def axis(self) -> int:
@@ -83,19 +92,35 @@ class Quantizer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         # Range and gradient scale of an input come from calibration data: a checkpoint has to carry them.
-        return torch.tensor([self.qmin, self.qmax, self.grad_scale], dtype=torch.float64)
+        return torch.tensor([self.qmin, self.qmax, self.grad_scale, self.bundle], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        qmin, qmax, self.grad_scale = state.tolist()
-        self.qmin, self.qmax = int(qmin), int(qmax)
+        self.qmin, self.qmax, self.grad_scale, self.bundle = _checked_state(state, "a quantizer")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}_extra_state" in state_dict:  # checked here, where the name is known
+            _checked_state(state_dict[f"{prefix}_extra_state"], f"quantizer `{prefix.rstrip('.')}`")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, range=[{self.qmin}, {self.qmax}], steps={self.step.numel()}"
 
 
-def quantizable_layers(net: nn.Module) -> dict[str, nn.Module]:
-    """The layers that `quantize_` can treat, by name in order of registration; a shared module appears once."""
-    return {name: module for name, module in net.named_modules() if isinstance(module, WEIGHT_TYPES)}
+def _checked_state(state: Any, at: str) -> tuple[int, int, float, int]:
+    """qmin, qmax, gradient scale and bundle of a quantizer's state.
+
+    A state may be an average of states (soups, moving averages), whose integers come out a rounding error away. The
+    average of two ranges is a little or a lot away, and no range of 2 to 8 bits.
+    """
+    numbers = state.tolist() if isinstance(state, Tensor) and state.shape == (4,) else []
+    if numbers and all(map(math.isfinite, numbers)):
+        qmin, qmax, bundle = (round(numbers[i]) for i in (0, 1, 3))
+        off = [abs(numbers[i] - whole) * 256 > max(abs(whole), 1) for i, whole in ((0, qmin), (1, qmax), (3, bundle))]
+        ranges = [(low, low + 2**bits - 1) for bits in range(2, 9) for low in (0, -(2 ** (bits - 1)))]
+        if (qmin, qmax) in ranges and not any(off) and bundle >= 0 and numbers[2] > 0:
+            return qmin, qmax, numbers[2], bundle
+    got = numbers or (list(state.shape) if isinstance(state, Tensor) else type(state).__name__)
+    raise InputError(f"expected a range of 2 to 8 bits, a positive gradient scale and a bundle, got {got} - at {at}")
 
 
 def quantize_(
@@ -107,12 +132,16 @@ def quantize_(
     init: str = "lsq",
     grad_scale: str = "tensor",
     skip: Iterable[str] | None = None,
-    calibration: Iterable | None = None,
+    calibration: object = None,
 ) -> list[nn.Parameter]:
     """Quantizes the weights, and on request the inputs, of the convolutions and linear layers of any network, in place.
 
+    All of it or nothing: where it raises, whatever for, the network is as it was before. It warns of layers that train
+    but that `qdeploy.export` cannot write.
+
     Args:
-        net: the network. Its Parameter objects stay the same; shared modules and tied weights share one quantizer.
+        net: the network, or one in torch.compile, DataParallel, AveragedModel or Fabric. Its Parameter objects stay the
+            same; shared modules and tied weights share one quantizer. Quantize before DistributedDataParallel.
         weight_bits: 2 to 8 bits, signed, for every layer; or bits by layer name, and then only those layers.
         activation_bits: 2 to 8 bits for the input of each of these layers, or None. A tensor has one step size, which
             all layers that read it share. Its range is unsigned where calibration saw no negative value, else signed.
@@ -120,43 +149,90 @@ def quantize_(
         init: the first step sizes: "lsq" 2*mean|v|/sqrt(qmax), "mse" (least squared error), "minmax" (nothing clipped).
         grad_scale: "tensor" 1/sqrt(numel(weight)*qmax), "channel" with the elements of one channel, "none" 1.
         skip: names of layers to leave alone. None leaves the classifier: the quantizable layer registered last.
-        calibration: batches of inputs, or (inputs, ...) tuples; required with `activation_bits`. The first 4 are used.
+        calibration: inputs in any form that `export` takes; required with `activation_bits`. The first 4 batches are
+            used (of an array, 128 images), converted to the type of the network's first parameter.
 
     Returns:
         The trainable step sizes, in order; `step_group` makes an optimizer group of them.
 
     Raises:
-        InputError: bits out of range, an unknown layer or option, a layer quantized before, or missing calibration.
+        InputError: bits out of range, an unknown layer or option, nothing to quantize, a layer quantized before, a
+            weight that is no Parameter, not float or not finite, missing or bad calibration data, or
+            DistributedDataParallel around the network.
     """
-    layers = _select(net, weight_bits, skip)
-    for name, (layer, bits) in layers.items():
-        _check_bits(bits, f"layer `{name}`")
-        if _weight_quantizer(layer) is not None:
-            raise InputError(f"expected a layer without quantizer, got one quantized before - at layer `{name}`")
-    by_weight: dict[int, Quantizer] = {}
-    for layer, bits in layers.values():
-        key = id(layer.weight)
-        if key not in by_weight:
-            by_weight[key] = _make_weight_quantizer(layer.weight.detach(), bits, per_channel, init, grad_scale)
-        parametrize.register_parametrization(layer, "weight", by_weight[key])
-    _quantize_together(net)
+    _check_not_distributed(net)
+    net = unwrapped(net)
+    _check_not_lazy(net)
+    targets = _select(net, weight_bits, skip)
+    for value, choices, name in ((init, INITS, "init"), (grad_scale, GRAD_SCALES, "grad_scale")):
+        if value not in choices:
+            known = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise InputError(f"expected {name} {known}, got {value!r} - at quantize_")
+    images: list[Tensor] = []
     if activation_bits is not None:
-        _check_bits(activation_bits, "activation_bits")
+        activation_bits = checked_bits(activation_bits, "activation_bits")
         if calibration is None:
             raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
-        targets = {name: layer for name, (layer, _) in layers.items()}
-        _attach_input_quantizers(net, targets, activation_bits, init, grad_scale, calibration)
+        images = _first_batches(net, calibration)
+    made = _weight_quantizers(net, targets, per_channel, init, grad_scale)
+    if reason := _refusal_of_export(net, images[:1]):
+        expected = "a network that qdeploy.export can write (this one only trains)"
+        warnings.warn(f"expected {expected}, got {reason} - at quantize_", stacklevel=2)
+    with all_or_nothing(net):
+        for name, (layer, _) in targets.items():
+            _attach(layer, made[name])
+        _quantize_together(net)
+        if activation_bits is not None:
+            layers = {name: layer for name, (layer, _) in targets.items()}
+            _attach_input_quantizers(net, layers, activation_bits, init, grad_scale, images)
+    return step_parameters(net)
+
+
+def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    """Attaches the quantizers of a saved state dict to a float network and loads the state, without calibration data.
+
+    Args:
+        net: as before `quantize_` when `state` was made; left as it was where this raises.
+        state: `state_dict()` of the quantized network.
+
+    Returns:
+        The trainable step sizes, in order.
+
+    Raises:
+        InputError: the state is of another network, or its network was not quantized.
+    """
+    _check_not_distributed(net)
+    net = unwrapped(net)
+    with all_or_nothing(net):
+        weights: dict[tuple[int, ...], Quantizer] = {}
+        inputs: dict[int, Quantizer] = {}
+        for path, layer in [*net.named_modules()]:
+            prefix = f"{path}." if path else ""
+            if (found := _saved(state, f"{prefix}parametrizations.weight.{_depth(layer)}.")) is not None:
+                device = _check_weight(layer, f"layer `{path}`").device
+                _attach(layer, weights.setdefault(_identity(layer), found.to(device)))
+                if (found := _saved(state, f"{prefix}input_quantizer.")) is not None:
+                    _attach_input(layer, inputs.setdefault(found.bundle, found.to(device)))
+        _quantize_together(net)
+        if not quantizers(net):
+            raise InputError("expected the state of a quantized network, got no quantizers in it - at quantize_like_")
+        _check_fits(net, state)
+        net.load_state_dict(state)
     return step_parameters(net)
 
 
 def quantizers(net: nn.Module) -> dict[str, Quantizer]:
-    """Every quantizer by what it quantizes: "layer1.0.conv1.weight" or "layer1.0.conv1.input". Shared ones repeat."""
+    """Every quantizer by what it quantizes: "layer1.0.conv1.weight" or "layer1.0.conv1.input". Shared ones repeat.
+
+    Names are those of the network itself, without the wrappers around it or within it.
+    """
     found = {}
-    for name, module in net.named_modules():
-        prefix = f"{name}." if name else ""
+    names = plain_names(net)
+    for path, module in net.named_modules():
+        prefix = f"{names[path]}." if names[path] else ""
         if (quantizer := _weight_quantizer(module)) is not None:
             found[f"{prefix}weight"] = quantizer
-        if isinstance(quantizer := getattr(module, "input_quantizer", None), Quantizer):
+        if isinstance(quantizer := module._modules.get("input_quantizer"), Quantizer):
             found[f"{prefix}input"] = quantizer
     return found
 
@@ -197,18 +273,18 @@ class LayerSummary:
 def summary(net: nn.Module) -> list[LayerSummary]:
     """What is quantized, how finely, and how far the step sizes are from the ones of least squared error."""
     rows = []
-    found = quantizers(net)
-    for key, quantizer in found.items():
-        name, _, kind = key.rpartition(".")
-        if kind != "weight":
+    names = plain_names(net)
+    for path, layer in net.named_modules():
+        quantizer = _weight_quantizer(layer)
+        if quantizer is None:
             continue
-        weight = parametrized_weight(net.get_submodule(name)).original.float()
+        weight = _weight_before(layer, quantizer).float()
         rest = weight / quantizer.step.reshape(-1, *[1] * (weight.dim() - 1))
         best = initial_step(_rows(weight, quantizer.axis), quantizer.qmin, quantizer.qmax, "mse")
-        inputs = found.get(key.removesuffix("weight") + "input")
+        inputs = getattr(layer, "input_quantizer", None)
         rows.append(
             LayerSummary(
-                name=name,
+                name=names[path],
                 shape=tuple(weight.shape),
                 bits=quantizer.bits,
                 input_bits=inputs.bits if inputs else None,
@@ -221,38 +297,208 @@ def summary(net: nn.Module) -> list[LayerSummary]:
     return rows
 
 
+# ---- What to quantize, checked before anything is changed ---------------------------------------------------------
+
+
 def _select(
     net: nn.Module, weight_bits: int | Mapping[str, int], skip: Iterable[str] | None
-) -> dict[str, tuple[Any, int]]:
+) -> dict[str, tuple[nn.Module, int]]:
     """The layers to quantize: {name: (layer, bits)}."""
     layers = quantizable_layers(net)
+    if not layers:
+        raise InputError(f"expected a network with convolutions or linear layers, got none - at {type(net).__name__}")
     if isinstance(weight_bits, Mapping):
         if skip is not None:
             raise InputError("expected bits by layer or names to skip, got both - at quantize_")
         wanted: dict[str, int | None] = {**weight_bits}
     else:
-        skipped = list(layers)[-1:] if skip is None else list(skip)
-        wanted = {**dict.fromkeys(layers, weight_bits), **dict.fromkeys(skipped)}
-    if unknown := sorted(set(wanted) - set(layers)):
-        raise InputError(f"expected names of convolutions or linear layers, got {', '.join(unknown)} - at quantize_")
-    return {name: (layer, bits) for name, layer in layers.items() if (bits := wanted.get(name)) is not None}
+        left = classifier(net) if skip is None else skip
+        left = [left] if isinstance(left, str) else left or []
+        wanted = {**dict.fromkeys(layers, weight_bits), **dict.fromkeys(left)}
+    if unknown := sorted(set(wanted) - set(layers), key=str):
+        got = ", ".join(map(str, unknown))
+        raise InputError(f"expected names of convolutions or linear layers, got {got} - at quantize_")
+    chosen = {name: bits for name in layers if (bits := wanted.get(name)) is not None}
+    if not chosen:
+        got = f"none but what is left alone ({', '.join(layers)})"
+        raise InputError(f"expected a convolution or linear layer to quantize, got {got} - at quantize_")
+    return {name: (layers[name], checked_bits(bits, f"layer `{name}`")) for name, bits in chosen.items()}
 
 
-def _check_bits(bits: int, at: str) -> None:
-    if not (isinstance(bits, int) and 2 <= bits <= 8):
-        raise InputError(f"expected 2 to 8 bits, got {bits!r} - at {at}")
+def _check_not_distributed(net: nn.Module) -> None:
+    """DistributedDataParallel averages the gradients of the parameters that it found when it was made, and no others:
+    step sizes that come later drift apart from process to process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    gc.collect()  # one that was given up refers to itself and is still there
+    kind, mine = nn.parallel.DistributedDataParallel, set(net.modules())
+    if any(issubclass(type(found), kind) and not mine.isdisjoint(found.modules()) for found in gc.get_objects()):
+        expected = "a network before DistributedDataParallel (quantize first, wrap afterwards)"
+        raise InputError(f"expected {expected}, got one that it holds - at quantize_")
+
+
+def _check_not_lazy(net: nn.Module) -> None:
+    for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"expected parameters with shapes, got a lazy one (run the network once) - at `{name}`")
+
+
+# What holds the weight where something that is no parametrization computes it, and how to end that.
+COMPUTED = {
+    "weight_mask": "pruned: make that permanent with torch.nn.utils.prune.remove(layer, 'weight')",
+    "weight_g": "of weight_norm: end that with torch.nn.utils.remove_weight_norm(layer)",
+    "weight_u": "of spectral_norm: end that with torch.nn.utils.remove_spectral_norm(layer)",
+}
+
+
+def _first_batches(net: nn.Module, calibration: object) -> list[Tensor]:
+    """As the network takes them: of the type and on the device of its first parameter."""
+    like = next(parameter for parameter in net.parameters() if parameter.is_floating_point())
+    with undisturbed(net):  # a loader that shuffles draws random numbers
+        shown = list(batches(calibration, most=CALIBRATION_BATCHES))
+    return [torch.tensor(batch, dtype=like.dtype, device=like.device) for batch in shown]
+
+
+def _refusal_of_export(net: nn.Module, images: list[Tensor]) -> str:
+    """Why `export` will refuse the network, from a trace where there are `images`, else from the types of its layers;
+    "" where nothing is known against it."""
+    if not images:
+        return "; ".join(float_only_layers(net))
+    from qdeploy.exporter import check  # takes half a second
+
+    try:
+        with undisturbed(net):
+            check(net, images[0].float())
+    except Exception as error:  # whatever it is, the network trains
+        return f"a refusal: {one_line(error)}"
+    return ""
+
+
+def _check_weight(layer: nn.Module, at: str) -> Tensor:
+    """The weight that a quantizer of the layer will round; raises InputError unless it has one that can train."""
+    if _weight_quantizer(layer) is not None:
+        raise InputError(f"expected a layer without quantizer, got one quantized before - at {at}")
+    stored = layer._parameters.get("weight", layer._buffers.get("weight"))
+    if stored is None and not is_computed(layer):
+        how = next((text for name, text in COMPUTED.items() if hasattr(layer, name)), "computed elsewhere")
+        raise InputError(f"expected a weight that is a Parameter, got one that is {how} - at {at}")
+    weight: Any = layer.weight
+    weight = weight.detach()
+    if weight.dtype not in FLOATS or weight.layout != torch.strided or weight.is_meta or not weight.numel():
+        kind = "meta " if weight.is_meta else "" if weight.layout == torch.strided else "sparse "
+        got = f"{kind}{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+        raise InputError(f"expected a dense float weight with values, got {got} - at {at}")
+    if not weight.isfinite().all():
+        raise InputError(f"expected finite weights, got NaN or infinity - at {at}")
+    return weight
+
+
+def _identity(layer: nn.Module) -> tuple[int, ...]:
+    """Equal for layers that train one weight: the same Parameters, and the same parametrizations of them.
+
+    The weight itself would not tell: a computed one is a new tensor at every access, often at an old address.
+    """
+    if not is_computed(layer):
+        weight: Any = layer.weight
+        return (id(weight),)
+    done = takewhile(lambda module: not isinstance(module, Quantizer), parametrized_weight(layer))
+    return tuple(id(part) for part in (*_originals(layer), *done))
+
+
+@torch.no_grad()
+def _weight_quantizers(
+    net: nn.Module, targets: dict[str, tuple[nn.Module, int]], per_channel: bool, init: str, grad_scale: str
+) -> dict[str, Quantizer]:
+    """A quantizer for the weight of each layer, or that of the layer with which it shares the weight."""
+    made: dict[str, Quantizer] = {}
+    by_weight = {_identity(m): (name, q) for name, m in quantizable_layers(net).items() if (q := _weight_quantizer(m))}
+    with evaluating(net):  # a spectral norm in training is another one every time
+        for name, (layer, bits) in targets.items():
+            weight = _check_weight(layer, f"layer `{name}`")
+            key = _identity(layer)
+            if key not in by_weight:
+                by_weight[key] = name, _make_weight_quantizer(weight, bits, per_channel, init, grad_scale)
+            other, made[name] = by_weight[key]
+            if made[name].bits != bits:
+                got = f"{made[name].bits} for `{other}` and {bits}"
+                raise InputError(
+                    f"expected the same bits for layers that share a weight, got {got} - at layer `{name}`"
+                )
+    return made
+
+
+# ---- Attaching, and undoing it ------------------------------------------------------------------------------------
+
+
+def _attach(layer: nn.Module, quantizer: Quantizer) -> None:
+    """Quantizes the weight, after whatever computes it."""
+    if is_computed(layer):
+        parametrized_weight(layer).append(quantizer)  # register_parametrization would compute the weight in training
+    else:
+        parametrize.register_parametrization(layer, "weight", quantizer)
+
+
+def _attach_input(layer: nn.Module, quantizer: Quantizer) -> None:
+    layer.input_quantizer = quantizer
+    layer.register_forward_pre_hook(_quantize_input)
+
+
+# ---- Quantized networks from saved states -------------------------------------------------------------------------
+
+
+def _depth(layer: nn.Module) -> int:
+    """How many parametrizations compute the weight."""
+    return len(parametrized_weight(layer)) if is_computed(layer) else 0
+
+
+def _saved(state: Mapping[str, Tensor], prefix: str) -> Quantizer | None:
+    """The quantizer whose state begins with `prefix`."""
+    step, extra = state.get(f"{prefix}step"), state.get(f"{prefix}_extra_state")
+    if step is None or extra is None:
+        return None
+    return Quantizer(step.detach().clone(), *_checked_state(extra, f"quantizer `{prefix.rstrip('.')}`"))
+
+
+def _check_fits(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Before anything is loaded: torch tells of what does not fit when half of it is loaded, in many lines."""
+    own, shapes = net.state_dict(), {name: list(getattr(value, "shape", ())) for name, value in state.items()}
+    wrong = [f"no {name}" for name in own if name not in state]
+    wrong += [f"{name} too much" for name in state if name not in own]
+    wrong += [f"{name} {shapes[name]}" for name in own if name in state and list(own[name].shape) != shapes[name]]
+    if wrong:
+        got = ", ".join(wrong[:3]) + ("..." if len(wrong) > 3 else "")
+        raise InputError(f"expected the state of a {type(net).__name__}, got {got} - at quantize_like_")
 
 
 def _weight_quantizer(module: nn.Module) -> Quantizer | None:
-    if not parametrize.is_parametrized(module, "weight"):
+    if not is_computed(module):
         return None
     return next((p for p in parametrized_weight(module) if isinstance(p, Quantizer)), None)
 
 
 def parametrized_weight(layer: nn.Module) -> parametrize.ParametrizationList:
-    """The weight as it trains, `original`, and what is done to it, of a layer with a quantizer."""
+    """The weight as it trains, `original` or `original0` and so on, and what is done to it, of a computed weight."""
     parametrizations: Any = layer.parametrizations
     return parametrizations.weight
+
+
+def _originals(layer: nn.Module) -> list[Tensor]:
+    """The tensors of which a computed weight is made."""
+    computed = parametrized_weight(layer)
+    names = ["original"] if computed.is_tensor else [f"original{i}" for i in range(computed.ntensors)]
+    return [getattr(computed, name) for name in names]
+
+
+def _weight_before(layer: nn.Module, quantizer: Quantizer) -> Tensor:
+    """The weight that the quantizer rounds: what the parametrizations before it compute."""
+    value: Any = _originals(layer)
+    with evaluating(layer):
+        for module in takewhile(lambda module: module is not quantizer, parametrized_weight(layer)):
+            value = [module(*value)]
+    return value[0].detach()
+
+
+# ---- Step sizes ---------------------------------------------------------------------------------------------------
 
 
 def _rows(value: Tensor, axis: int) -> Tensor:
@@ -271,8 +517,6 @@ def _make_weight_quantizer(weight: Tensor, bits: int, per_channel: bool, init: s
 def training_scale(numel: int, numel_per_step: int, qmax: int, mode: str) -> float:
     """The factor g on the gradient of a step size (LSQ section 2.2); `mode` as `grad_scale` of `quantize_`."""
     counts = {"tensor": numel * qmax, "channel": numel_per_step * qmax, "none": 1}
-    if mode not in counts:
-        raise InputError(f"expected grad_scale tensor, channel or none, got {mode!r} - at quantize_")
     return counts[mode] ** -0.5
 
 
@@ -281,13 +525,11 @@ def initial_step(rows: Tensor, qmin: int, qmax: int, method: str) -> Tensor:
     """First step sizes, [rows], for float32 values [rows, n]; `method` as `init` of `quantize_`. At least 1e-8."""
     if method == "lsq":
         step = 2 * rows.abs().mean(1) / qmax**0.5
-    elif method in ("mse", "minmax"):
+    else:
         low = rows.amin(1) / qmin if qmin else torch.zeros_like(rows[:, 0])
         step = torch.maximum(rows.amax(1) / qmax, low)
         if method == "mse":
             step = _least_squares_step(rows, step.clamp(min=MIN_STEP), qmin, qmax)
-    else:
-        raise InputError(f"expected init lsq, mse or minmax, got {method!r} - at quantize_")
     return step.clamp(min=MIN_STEP)
 
 
@@ -318,6 +560,9 @@ def _least_squares_step(rows: Tensor, largest: Tensor, qmin: int, qmax: int) -> 
         to_left = left_error < right_error
         low, high = torch.where(to_left, low, left), torch.where(to_left, right, high)
     return best
+
+
+# ---- All weights in one launch ------------------------------------------------------------------------------------
 
 
 def _quantize_together(net: nn.Module) -> None:
@@ -364,24 +609,12 @@ def _forget_weights(net: nn.Module, args: tuple, output: object) -> None:
             quantizer.prepared = None
 
 
+# ---- Inputs -------------------------------------------------------------------------------------------------------
+
+
 def _quantize_input(module: nn.Module, args: tuple) -> tuple:
     quantizer: Any = module.input_quantizer
     return (quantizer(args[0]), *args[1:])
-
-
-@dataclass
-class _Observed:
-    """What calibration saw of the tensors that share one step size."""
-
-    samples: list[Tensor]
-    features: int = 1  # elements of one sample of the batch
-
-    def add(self, value: Tensor, generator: torch.Generator) -> None:
-        flat = value.detach().float().flatten()
-        count = min(flat.numel(), SAMPLES_PER_BATCH)
-        picks = torch.randint(flat.numel(), (count,), generator=generator, device="cpu")  # where the generator is
-        self.samples += [flat[picks.to(flat.device)], flat.amin()[None], flat.amax()[None]]
-        self.features = value[0].numel()
 
 
 def _attach_input_quantizers(
@@ -390,10 +623,11 @@ def _attach_input_quantizers(
     bits: int,
     init: str,
     grad_scale: str,
-    calibration: Iterable,
+    images: list[Tensor],
 ) -> None:
-    observed, bundle_of = _observe(net, layers, calibration)
+    observed, bundle_of = observe(net, layers, images)
     made: dict[str, Quantizer] = {}
+    numbers = [quantizer.bundle for quantizer in quantizers(net).values()]
     for name, layer in layers.items():
         bundle = bundle_of[name]
         if bundle not in made:
@@ -402,57 +636,6 @@ def _attach_input_quantizers(
             qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if values.amin() < 0 else (0, 2**bits - 1)
             step = initial_step(values[None], qmin, qmax, init)[0]
             # Features of one sample, not of the batch (LSQ section 2.2): the scale does not change with the batch.
-            made[bundle] = Quantizer(step, qmin, qmax, training_scale(seen.features, seen.features, qmax, grad_scale))
-        layer.input_quantizer = made[bundle]
-        layer.register_forward_pre_hook(_quantize_input)
-
-
-def _observe(
-    net: nn.Module, layers: dict[str, nn.Module], calibration: Iterable
-) -> tuple[dict[str, _Observed], dict[str, str]]:
-    """Runs the calibration batches in eval mode; returns what was seen by bundle, and the bundle of each layer.
-
-    Layers that read the very same tensor (the first convolution and the shortcut of a residual block) form a bundle:
-    one tensor can have only one integer code.
-    """
-    parent = {name: name for name in layers}
-    by_layer: dict[str, _Observed] = {name: _Observed([]) for name in layers}
-    generator = torch.Generator().manual_seed(0)
-
-    def root(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
-
-    def observe(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple) -> None:
-            key = (id(args[0]), args[0]._version)
-            if key in readers:
-                parent[root(name)] = root(readers[key][0])
-            else:
-                readers[key] = (name, args[0])  # the reference keeps the id from being used again
-            by_layer[name].add(args[0], generator)
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
-    modes = {module: module.training for module in net.modules()}
-    net.eval()
-    try:
-        with torch.no_grad():
-            for batch in islice(calibration, CALIBRATION_BATCHES):
-                readers: dict[tuple[int, int], tuple[str, Tensor]] = {}
-                net(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    if idle := [f"`{name}`" for name in layers if not by_layer[name].samples]:
-        raise InputError(f"expected calibration to reach every layer, got no input - at layer {', '.join(idle)}")
-    bundle_of = {name: root(name) for name in layers}
-    merged: dict[str, _Observed] = {}
-    for name, bundle in bundle_of.items():
-        merged.setdefault(bundle, _Observed([])).samples += by_layer[name].samples
-        merged[bundle].features = by_layer[name].features
-    return merged, bundle_of
+            scale = training_scale(seen.features, seen.features, qmax, grad_scale)
+            made[bundle] = Quantizer(step, qmin, qmax, scale, max(numbers) + 1 + len(made))
+        _attach_input(layer, made[bundle])

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, named_errors
 from qdeploy.memory import check_memory
+from qdeploy.quantizable import classifier
 from qdeploy.terminal import note, on_terminal, progress
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
 from qdeploy.training.config import Config
 from qdeploy.training.domains import Benchmark, Outline
 from qdeploy.training.models import MODELS
-from qdeploy.training.quantize import quantizable_layers
 from qdeploy.training.run_files import (
     CHECKPOINT,
     DONE,
@@ -130,8 +130,8 @@ def _load_pretrained(net: nn.Module, path: Path) -> None:
         raise InputError(f"expected a file of weights, got {error.strerror or error} - at {path}") from error
     except Exception as error:  # the two readers have many
         raise InputError(f"expected a file of weights, got another or a damaged one - at {path}") from error
-    classifier = list(quantizable_layers(net))[-1]
-    own = {key: value for key, value in net.state_dict().items() if key.startswith(f"{classifier}.")}
+    last = classifier(net)
+    own = {key: value for key, value in net.state_dict().items() if key.startswith(f"{last}.")}
     try:
         net.load_state_dict(state | own)
     except RuntimeError as error:

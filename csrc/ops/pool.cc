@@ -13,23 +13,32 @@ struct MaxPoolData : OpData {
 
 struct AvgPoolData : OpData {
   Window window;
-  std::vector<float> multiplier;  // by the number of real elements, or one for all windows
+  SharedFloats multiplier;  // by the number of real elements, or one for all windows
   float bias;
 };
 
 // ---- Reading ------------------------------------------------------------------------------------------------------
 
-// Every window of a pool must hold a real element of the image along dimension d.
+// The sum of floor((a + i*step) / m) over i < n, all of them natural numbers: points below a line, row by row, then
+// column by column.
+int64_t sum_of_floors(int64_t n, int64_t a, int64_t step, int64_t m) {
+  const int64_t whole = n * (a / m) + n * (n - 1) / 2 * (step / m);
+  const int64_t end = a % m + step % m * n;
+  return end < m ? whole : whole + sum_of_floors(end / m, end % m, m, step % m);
+}
+
+// Every window of a pool must hold a real element of the image along dimension d. Only those that start in the padding
+// can miss: with a first element at 0 or later that is `size` or more. A residue r of the dilation is that where
+// floor((r + dilation - size) / dilation) is 1: counted together, as a file may have 65,536 pools of 65,535 windows.
 void require_real_elements(const NodeSource& node, const Window& window, int d) {
   const int64_t size = d == 0 ? node.input().h : node.input().w, windows = d == 0 ? node.output.h : node.output.w;
   const int64_t dilation = window.dilation[d], extent = dilation * (window.kernel[d] - 1) + 1;
   const int64_t before = window.padding[d], after = window.padding[d + 2];
-  bool reaches = before < extent && after < extent;
-  // Only those that start in the padding can miss.
-  for (int64_t i = 0; reaches && i < windows && i * window.stride[d] < before; ++i) {
-    const int64_t start = i * window.stride[d] - before;
-    reaches = (start % dilation + dilation) % dilation < size;  // the first element at 0 or later
-  }
+  const int64_t stride = window.stride[d], in_padding = std::min(windows, (before + stride - 1) / stride);
+  const int64_t first = (dilation - before % dilation) % dilation;
+  const bool reaches = before < extent && after < extent &&
+                       (dilation <= size || sum_of_floors(in_padding, first + dilation - size, stride, dilation) ==
+                                                sum_of_floors(in_padding, first, stride, dilation));
   node.require(reaches, "a real element in every window of the pool",
                "padding " + std::to_string(before) + " and " + std::to_string(after) + " on " + std::to_string(size));
 }
@@ -54,15 +63,12 @@ std::unique_ptr<const OpData> read_avg_pool2d(const NodeSource& node) {
   node.require(elements * 255 < (int64_t{1} << 31), "a window with sums below 2^31",
                std::to_string(elements) + " elements");
   pool->multiplier = node.floats("multiplier", {-1});
-  const int64_t count = static_cast<int64_t>(pool->multiplier.size());
+  const int64_t count = static_cast<int64_t>(pool->multiplier->values.size());
   node.require(count == 1 || count == elements, "1 or " + std::to_string(elements) + " multipliers",
                std::to_string(count));
   pool->bias = number_member(node.json, "bias", node.where);
-  for (int64_t i = 0; i < count; ++i) {
-    const double summed = static_cast<double>(count == 1 ? elements : i + 1);
-    require_bounded(255.0 * summed * std::fabs(pool->multiplier[i]) + std::fabs(pool->bias), node.output.is_f32,
-                    node.where);
-  }
+  const double most = (count == 1 ? static_cast<double>(elements) : 1.0) * pool->multiplier->largest_by_count;
+  require_bounded(255.0 * most + std::fabs(pool->bias), node.output.is_f32, node.where);
   return pool;
 }
 
@@ -124,6 +130,7 @@ void run_max_pool2d(const StepRun& run) {
 
 void run_avg_pool2d(const StepRun& run) {
   const AvgPoolData& pool = run.data<AvgPoolData>();
+  const std::vector<float>& multiplier = pool.multiplier->values;
   AvgPoolParams params = {};
   params.zero_point = run.in().zero_point;
   params.bias = pool.bias;
@@ -131,7 +138,7 @@ void run_avg_pool2d(const StepRun& run) {
   params.qmax = run.node().qmax;
   for_each_window(run, pool.window, [&](const PoolParams& window, int64_t offset) {
     params.window = window;
-    params.multiplier = pool.multiplier[pool.multiplier.size() == 1 ? 0 : window.rows * window.cols - 1];
+    params.multiplier = multiplier[multiplier.size() == 1 ? 0 : window.rows * window.cols - 1];
     if (run.out().is_f32) {
       run.kernels().avg_pool_f32(&params, run.to_f32() + offset);
     } else {

@@ -13,37 +13,43 @@ biases and all scales go into one multiplier and one bias per channel, computed 
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qdeploy import format, reference
-from qdeploy.errors import InputError
+from qdeploy.errors import ExportError, InputError
 from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
-from qdeploy.exporter.emit import emit
+from qdeploy.exporter.emit import check_shapes, emit
 from qdeploy.exporter.fusion import fuse
+from qdeploy.exporter.layers import Network
 from qdeploy.exporter.lowering import lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
+from qdeploy.files import AnyPath
 from qdeploy.graph import COMBINE, Graph
+from qdeploy.quantizable import classifier
 
-__all__ = ["ExportReport", "export", "export_ensemble"]
+__all__ = ["ExportReport", "check", "export", "export_ensemble"]
 
 
 def export(
     net: nn.Module,
     example: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     calibration: object = None,
     *,
     fallback_bits: int | Mapping[str, int] | None = None,
     observer: str = "minmax",
     preprocess: Mapping[str, float | Sequence[float]] | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | Mapping[Any, Any] | None = None,
 ) -> ExportReport:
     """Writes `net` as an integer model file and returns how close the integers are to the network.
 
@@ -52,17 +58,18 @@ def export(
             (`qdeploy.training.quantize_`).
         example: float32 [N, C, H, W] or [N, F]; only its shape matters.
         path: the file; one that exists is replaced when the new one is complete.
-        calibration: float32 inputs, an array [N, ...] or an iterable of batches or of (batch, ...) tuples, read once;
-            with `preprocess` also uint8 [N, H, W, C] images. May be None where every tensor between layers has a
-            learned quantizer.
-        fallback_bits: what weights without a learned quantizer may do. None: only the classifier (the last layer) is
-            rounded to 8 bits per channel, any other is an error. A number: all of them are rounded to it. A mapping
-            from module names: these are.
+        calibration: inputs, read once: an array or tensor [N, ...], a dataset of single images, or an iterable of
+            batches, which may be tuples that begin with the images or dicts that hold them. Floats of any width, no
+            integers; with `preprocess` also uint8 [N, H, W, C] images. Of data without a length at most 512 batches
+            are read. May be None where every tensor between layers has a learned quantizer.
+        fallback_bits: what weights without a learned quantizer may do. None: only the classifier (the convolution or
+            linear layer registered last, which `quantize_` leaves alone) is rounded to 8 bits per channel, any other
+            is an error. A number: all of them are rounded to it. A mapping from module names: these are.
         observer: "minmax", "percentile" (99.99) or "mse": how the range of a tensor without learned quantizer follows
             from the data.
         preprocess: {"mean": [C], "std": [C]} of the images in 0..1; the file then also takes raw uint8 [N, H, W, C]
             images.
-        classes: names of the classes, one for each logit.
+        classes: names of the classes, one for each logit: a list, {0: name, ...} or {name: 0, ...}.
 
     Raises:
         ExportError: an operator the engine lacks, an unquantized weight, a bad step size; names the module.
@@ -74,16 +81,16 @@ def export(
 
 
 def export_ensemble(
-    nets: Sequence[nn.Module],
+    nets: Iterable[nn.Module],
     example: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     calibration: object = None,
     *,
     combine: str = "logits",
     fallback_bits: int | Mapping[str, int] | None = None,
     observer: str = "minmax",
     preprocess: Mapping[str, float | Sequence[float]] | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | Mapping[Any, Any] | None = None,
 ) -> ExportReport:
     """Writes two or more networks as one file whose output is the ensemble's probabilities; arguments as for `export`.
 
@@ -92,6 +99,9 @@ def export_ensemble(
     """
     if combine not in COMBINE:
         raise InputError(f"expected combine {' or '.join(COMBINE)}, got {combine!r} - at export_ensemble")
+    if isinstance(nets, nn.Module) and not isinstance(nets, nn.ModuleList):
+        raise InputError(f"expected two or more networks, got one {type(nets).__name__} - at export_ensemble")
+    nets = list(nets)
     if len(nets) < 2:
         raise InputError(f"expected two or more networks, got {len(nets)} - at export_ensemble")
     members = {f"member{i}": net for i, net in enumerate(nets)}
@@ -106,34 +116,89 @@ class _Options:
     fallback_bits: int | Mapping[str, int] | None
     observer: str
     preprocess: Mapping[str, float | Sequence[float]] | None
-    classes: Sequence[str] | None
+    classes: Sequence[str] | Mapping[Any, Any] | None
 
 
 def _export(
     nets: Mapping[str, nn.Module],
     combine: str | None,
     example: Tensor | np.ndarray,
-    path: str | os.PathLike[str],
+    path: AnyPath,
     calibration: object,
     options: _Options,
 ) -> ExportReport:
     """`nets` by the name of the member that each becomes."""
     check_observer(options.observer)
+    format.check_path(path)
     example = _checked_example(example)
     preprocess = _checked_preprocess(options.preprocess, tuple(example.shape[1:]))
-    networks = [fuse(lower(net, example)) for net in nets.values()]
-    for network in networks:
-        quantize_weights(network, options.fallback_bits)
+    networks = []
+    for name, net in nets.items():
+        with _named(name, combine is not None):
+            networks.append(_fused(net, example))
+            quantize_weights(networks[-1], classifier(net), options.fallback_bits)
+    classes = _checked_classes(options.classes, networks)
     grids = [Grids(network, options.observer) for network in networks]
     images = observe(grids, calibration, example.numpy(), preprocess, images_to_compare(networks))
-    members = [emit(name, network, found.chosen()) for name, network, found in zip(nets, networks, grids, strict=True)]
+    members = []
+    for name, network, found in zip(nets, networks, grids, strict=True):
+        with _named(name, combine is not None):
+            members.append(emit(name, network, found.chosen()))
     if preprocess is not None:
         for member in members:
             member.preprocess_table = reference.preprocess_table(preprocess, member.tensors[0])
-    classes = None if options.classes is None else [str(name) for name in options.classes]
     graph = Graph(members, combine, preprocess, classes)
-    format.save(graph, path)
-    return compare(graph, networks, path, images)
+    content = format.dump(graph)
+    # Before the file is written: no failure may follow a file that looks finished.
+    report = compare(graph, networks, [found.fixed for found in grids], content, path, images)
+    format.write(content, path)
+    return report
+
+
+def check(net: nn.Module, example: Tensor | np.ndarray) -> None:
+    """Raises ExportError for all that `export` of `net` for inputs like `example` would stop at, with the modules, but
+    for what depends on weights and calibration data. Takes about as long as a few forward passes."""
+    _fused(net, _checked_example(example))
+
+
+def _fused(net: nn.Module, example: Tensor) -> Network:
+    network = fuse(lower(net, example))
+    check_shapes(network)
+    return network
+
+
+@contextmanager
+def _named(member: str, several: bool) -> Iterator[None]:
+    """An error in here names the member, where there are several."""
+    try:
+        yield
+    except ExportError as error:
+        if not several:
+            raise
+        raise ExportError(f"{error} of {member}") from error
+
+
+def _checked_classes(classes: Sequence[str] | Mapping[Any, Any] | None, networks: list[Network]) -> list[str] | None:
+    """Names by logit: from a sequence, {0: name, ...} or {name: 0, ...}."""
+    shapes = [network.output.shape for network in networks]
+    if len(set(shapes)) > 1:
+        got = ", ".join(f"{list(shape)} of member{i}" for i, shape in enumerate(shapes))
+        raise InputError(f"expected members with outputs of one shape, got {got} - at export_ensemble")
+    if classes is None:
+        return None
+    count = math.prod(shapes[0])
+    if isinstance(classes, Mapping):
+        numbered = not any(isinstance(key, str) for key in classes)
+        by_index = classes if numbered else {index: name for name, index in classes.items()}
+        if set(by_index) != set(range(len(by_index))):
+            raise InputError(f"expected names of the classes 0 to {count - 1}, got {list(by_index)} - at classes")
+        classes = [by_index[i] for i in range(len(by_index))]
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise InputError(f"expected a list of names, got {classes!r} - at classes")
+    names = [str(name) for name in classes]
+    if len(names) != count:
+        raise InputError(f"expected {count} class names, got {len(names)} - at classes")
+    return names
 
 
 def check_observer(observer: str) -> None:
@@ -143,7 +208,7 @@ def check_observer(observer: str) -> None:
 
 
 def _checked_example(example: Tensor | np.ndarray) -> Tensor:
-    example = torch.from_numpy(example) if isinstance(example, np.ndarray) else example
+    example = torch.from_numpy(np.ascontiguousarray(example)) if isinstance(example, np.ndarray) else example
     if not isinstance(example, Tensor):
         raise InputError(f"expected an array or tensor, got {type(example).__name__} - at the example")
     if example.dtype != torch.float32 or example.dim() not in (2, 4) or not example.numel():
@@ -157,8 +222,9 @@ def _checked_preprocess(
 ) -> dict[str, list[float]] | None:
     if preprocess is None:
         return None
-    if set(preprocess) != {"mean", "std"} or len(shape) != 3:
-        got = f"{sorted(preprocess)} for inputs {list(shape)}"
+    if not isinstance(preprocess, Mapping) or set(preprocess) != {"mean", "std"} or len(shape) != 3:
+        keys = sorted(map(str, preprocess)) if isinstance(preprocess, Mapping) else type(preprocess).__name__
+        got = f"{keys} for inputs {list(shape)}"
         raise InputError(f"expected mean and std, for inputs [C, H, W], got {got} - at preprocess")
     values = {}
     for key in ("mean", "std"):
@@ -168,4 +234,7 @@ def _checked_preprocess(
         values[key] = np.broadcast_to(numbers.reshape(-1), shape[:1]).tolist()
     if min(values["std"]) <= 0:
         raise InputError(f"expected numbers greater than 0, got {preprocess['std']} - at preprocess std")
+    if max(map(abs, values["mean"])) > 1:
+        expected = "the mean of images in 0..1 (divide mean and std of pixels in 0..255 by 255)"
+        raise InputError(f"expected {expected}, got {preprocess['mean']} - at preprocess mean")
     return values

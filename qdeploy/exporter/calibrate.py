@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
 
+from qdeploy.calibration import Preprocess, batches, count_batches
 from qdeploy.errors import ExportError, InputError
 from qdeploy.exporter.grid import Grid, grid_of_range
 from qdeploy.exporter.layers import Layer, Network, Quantize
@@ -183,7 +183,7 @@ def observe(
     grids: list[Grids],
     calibration: object,
     example: np.ndarray,
-    preprocess: Mapping[str, list[float]] | None,
+    preprocess: Preprocess | None,
     count: int,
 ) -> np.ndarray:
     """Shows all calibration data to all networks, once; returns the first `count` images, f32, for the report.
@@ -198,64 +198,33 @@ def observe(
             raise InputError(f"expected {expected}, got none - at export")
         return example[:count]
     kept: list[np.ndarray] = []
-    total = len(calibration) if isinstance(calibration, Sized) and not hasattr(calibration, "ndim") else None
-    with progress("calibrating", total) as advance:
-        for batch in batches(calibration, example.shape[1:], _pixels_to_float(preprocess) if preprocess else None):
+    ends = []  # lowest and highest number of each channel, by batch
+    with progress("calibrating", count_batches(calibration)) as advance:
+        for batch in batches(calibration, example.shape[1:], preprocess):
             for one in grids:
                 one.observe(batch)
             kept += [batch] if sum(map(len, kept)) < count else []
+            ends.append((batch.min((0, *range(2, batch.ndim))), batch.max((0, *range(2, batch.ndim)))))
             advance()
+    if preprocess is not None:
+        low, high = np.array(ends).min(0)[0], np.array(ends).max(0)[1]
+        _compare_with_pixels(low, high, preprocess)
     return np.concatenate(kept)[:count]
 
 
-def _pixels_to_float(preprocess: Mapping[str, list[float]]) -> Callable[[np.ndarray], np.ndarray]:
-    mean, std = (np.asarray(preprocess[key], np.float32) for key in ("mean", "std"))
-    return lambda images: ((images.astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+def _compare_with_pixels(low: np.ndarray, high: np.ndarray, preprocess: Preprocess) -> None:
+    """Raises InputError where the images, [low, high] by channel, are not what `preprocess` makes of pixels.
 
-
-def batches(
-    calibration: object, shape: tuple[int, ...], images: Callable[[np.ndarray], np.ndarray] | None, batch_size: int = 32
-) -> Iterator[np.ndarray]:
-    """Checked f32 batches [N, *shape] of `calibration`: one array, or an iterable of arrays or of (images, labels).
-
-    Tensors of torch are accepted where arrays are. `images` turns u8 [N, H, W, C] into f32 [N, C, H, W]; without it
-    u8 is refused. Raises InputError naming the batch: wrong dtype, rank or shape, NaN or infinity, or no data at all.
+    Mean and std of pixels in 0..255 in place of 0..1 would give every raw image one color. Filters that resize go
+    beyond black and white, by less than a tenth; images that use less than 2 of 256 levels are not these images.
     """
-    found = False
-    for index, batch in enumerate(_split(calibration, batch_size)):
-        where = f"batch {index} of the calibration data"
-        batch = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
-        if hasattr(batch, "detach"):  # a torch tensor
-            batch = batch.detach().cpu().numpy()
-        if not isinstance(batch, np.ndarray):
-            raise InputError(
-                f"expected arrays or tensors, or tuples that begin with one, got {type(batch).__name__} - at {where}"
-            )
-        if batch.dtype == np.uint8 and images is not None and batch.ndim == 4:
-            batch = images(batch)
-        if batch.dtype != np.float32:
-            wanted = "float32 images" if images is None else "float32 images [N, C, H, W] or uint8 images [N, H, W, C]"
-            raise InputError(f"expected {wanted}, got {batch.dtype} - at {where}")
-        if batch.shape[1:] != shape:
-            raise InputError(
-                f"expected shape [N, {', '.join(map(str, shape))}] as the example has, "
-                f"got {list(batch.shape)} - at {where}"
-            )
-        if not np.isfinite(batch).all():
-            raise InputError(f"expected finite numbers, got NaN or infinity - at {where}")
-        if len(batch):
-            found = True
-            yield np.ascontiguousarray(batch)
-    if not found:
-        raise InputError("expected at least one image, got none - at the calibration data")
-
-
-def _split(calibration: Any, batch_size: int) -> Iterable[object]:
-    if hasattr(calibration, "ndim") and hasattr(calibration, "shape"):  # one array or tensor: cut it
-        length = calibration.shape[0] if calibration.ndim else 0
-        return (calibration[i : i + batch_size] for i in range(0, length, batch_size))
-    if not isinstance(calibration, Iterable):
-        raise InputError(
-            f"expected an array [N, ...] or an iterable of batches, got {type(calibration).__name__} - at calibration"
+    mean, std = (np.asarray(preprocess[key], np.float64) for key in ("mean", "std"))
+    black, white = -mean / std, (1 - mean) / std
+    within = (low >= black - 0.1 / std) & (high <= white + 0.1 / std) & ((high - low).max() * std > 2 / 256)
+    if not within.all():
+        c = int(np.argmin(within))
+        expected = (
+            f"calibration images as mean and std make them of pixels, {black[c]:.4g} to {white[c]:.4g} in channel {c}"
         )
-    return calibration
+        advice = "mean and std are those of images in 0..1: divide those of pixels in 0..255 by 255"
+        raise InputError(f"expected {expected}, got {low[c]:.4g} to {high[c]:.4g} ({advice}) - at preprocess")

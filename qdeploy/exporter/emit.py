@@ -51,11 +51,16 @@ def emit(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
     return Member(name, tensors, nodes)
 
 
+def check_shapes(network: Network) -> None:
+    """Raises ExportError for an activation that the engine cannot hold."""
+    for layer in network.layers:
+        if len(layer.shape) > 3:
+            got = f"[N, {', '.join(map(str, layer.shape))}]"
+            expected = "tensors [N, C, H, W] or [N, F] between operators"
+            raise ExportError(f"expected {expected}, got {got} - at module `{layer.name}`")
+
+
 def _engine_shape(layer: Layer) -> tuple[int, ...]:
-    if len(layer.shape) > 3:
-        got = f"[N, {', '.join(map(str, layer.shape))}]"
-        expected = "tensors [N, C, H, W] or [N, F] between operators"
-        raise ExportError(f"expected {expected}, got {got} - at module `{layer.name}`")
     return (*layer.shape, 1) if len(layer.shape) == 2 else layer.shape
 
 

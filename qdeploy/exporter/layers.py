@@ -54,13 +54,11 @@ class Codes:
 
 
 def checked_step(step: Tensor, at: str) -> np.ndarray:
-    """The step sizes as float64; ExportError where one is not > 0 and finite, or all are 1.0: never initialized."""
+    """The step sizes as float64; ExportError where one is not > 0 and finite."""
     steps = step.detach().cpu().reshape(-1).numpy()
     wrong = np.flatnonzero(~(np.isfinite(steps) & (steps > 0)))
     if len(wrong):
         raise ExportError(f"expected step sizes > 0 and finite, got {steps[wrong[0]]} of channel {wrong[0]} - at {at}")
-    if (steps == 1).all():
-        raise ExportError(f"expected trained step sizes, got 1.0 for all as if never initialized - at {at}")
     return steps.astype(np.float64)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.grid import Grid
@@ -39,23 +40,43 @@ from qdeploy.exporter.layers import (
     checked_step,
     elementwise,
 )
-from qdeploy.exporter.trace import Trace, trace
+from qdeploy.exporter.trace import LSQ, Trace, is_random, modules_of, trace
 
 aten = torch.ops.aten
 L = TypeVar("L", bound=Layer)
-SUPPORTED = (
-    "conv2d, linear, BatchNorm, ReLU and other functions of one tensor, sums and products of two, concatenation of "
-    "channels, max and average pools, reshape, padding by 0"
+OPERATOR = (
+    "an operator that the engine has (conv2d, linear, BatchNorm, ReLU and other functions of one tensor, sums and "
+    "products of two, concatenation of channels, max and average pools, reshape, padding by 0)"
 )
 
 
 def lower(net: nn.Module, example: Tensor) -> Network:
     """One layer for each operator of `net` that its output needs, for inputs like `example` [N, C, H, W] or [N, F].
 
-    The network is traced in eval mode and left as it was. Raises ExportError naming the module for what the engine
-    lacks.
+    The network is traced in eval mode and left as it was. Raises ExportError for what the engine lacks: all of it, with
+    the modules.
     """
     return _lowered(trace(net, example))
+
+
+class Obstacle(ExportError):
+    """What stands in the way of one operator."""
+
+    def __init__(self, expected: str, got: str, site: Site):
+        super().__init__(f"expected {expected}, got {got} - at module `{site.module}` (aten.{site.operator})")
+        self.expected, self.got, self.module = expected, got, site.module
+        if site.attention is not None:  # thirty operators, of which each is missing for the same reason
+            self.expected, self.got, self.module = OPERATOR, "attention", site.attention
+
+
+class Missing(Layer):
+    """In place of a layer that the engine lacks, so that what follows is looked at as well."""
+
+    op = "missing"
+
+
+class Unknown:
+    """In place of a value that is no layer's: what it goes into is missing too, for no reason of its own."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +97,16 @@ class Site:
     @property
     def module(self) -> str:
         """Path of the module whose forward holds the operator, and the operator, unless the module is of torch.nn."""
-        path, kind = list((self.node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1]
-        kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        path, kind = modules_of(self.node, self.trace.names)[-1]
         path = path.split(".parametrizations.")[0]
         if path and (kind.startswith("torch.nn.") or self.operator == "lsq"):
             return path
         return f"{path}.{self.operator}" if path else self.operator
+
+    @property
+    def attention(self) -> str | None:
+        """Path of the nn.MultiheadAttention that the operator is part of."""
+        return next((x for x, kind in modules_of(self.node, self.trace.names) if kind == ATTENTION), None)
 
     @property
     def operator(self) -> str:
@@ -92,20 +117,25 @@ class Site:
         """The operator itself; of an in-place one, whose name ends in _, the functional one."""
         target: Any = self.node.target
         name = getattr(target, "_opname", "")
-        return getattr(getattr(aten, name[:-1]), target._overloadname) if name.endswith("_") else target
+        pure = getattr(aten, name[:-1], None) if name.endswith("_") else None
+        return target if pure is None else getattr(pure, target._overloadname, target)
 
     @property
     def shape(self) -> tuple[int, ...]:
         value = self.node.meta["val"]
         shape = (value if isinstance(value, Tensor) else value[0]).shape
-        if len(shape) < 2 or str(shape[0]) != str(self.trace.batch) or not all(isinstance(d, int) for d in shape[1:]):
-            self.fail(
-                "an operator that keeps the batch as dimension 0 and fixed sizes behind it", f"shape {list(shape)}"
-            )
+        if not self.has_batch(shape):
+            got = ", ".join(str(size).replace(str(self.trace.batch), "N") for size in shape)
+            self.fail("an operator that keeps the batch as dimension 0 and fixed sizes behind it", f"shape [{got}]")
         return tuple(shape[1:])
 
+    def has_batch(self, shape: Any) -> bool:
+        """Whether the shape is [N, ...]: the batch, and fixed sizes behind it."""
+        fixed = all(isinstance(size, int) for size in shape[1:])
+        return fixed and len(shape) > 1 and str(shape[0]) == str(self.trace.batch)
+
     def fail(self, expected: str, got: str) -> NoReturn:
-        raise ExportError(f"expected {expected}, got {got} - at module `{self.module}` (aten.{self.operator})")
+        raise Obstacle(expected, got, self)
 
     def layer(self, kind: type[L], inputs: list[Layer], shape: tuple[int, ...] | None = None, **fields: Any) -> L:
         layer = kind(self.module, inputs, self.shape if shape is None else shape, self.node, **fields)
@@ -116,6 +146,7 @@ class Site:
 def _lowered(trace: Trace) -> Network:
     values: dict[fx.Node, Any] = {}
     layers: list[Layer] = []
+    obstacles: list[Obstacle] = []
     needed = {trace.output}
     for node in reversed(trace.module.graph.nodes):
         if node in needed:
@@ -130,15 +161,56 @@ def _lowered(trace: Trace) -> Network:
             layers.append(values[node])
         elif node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
-            values[node] = _lower_node(Site(node, trace, layers), args, kwargs)
+            site = Site(node, trace, layers)
+            try:
+                values[node] = _lower_node(site, args, kwargs)
+            except Obstacle as obstacle:
+                obstacles.append(obstacle)
+                values[node] = _missing(site, node.meta["val"], tree_leaves((args, kwargs)))
+    if obstacles:
+        raise _all_of(obstacles)
     output = values.get(trace.output)
     if not isinstance(output, Layer):
         raise ExportError("expected an output that depends on the input, got a constant - at the network's forward")
     return Network(trace, layers, output)
 
 
+def _missing(site: Site, value: Any, inputs: list[Any]) -> Any:
+    """What stands for the result `value` of an operator that failed."""
+    if isinstance(value, (tuple, list)):
+        return tuple(_missing(site, part, inputs) for part in value)
+    if site.has_batch(value.shape) and any(isinstance(x, (Layer, Expanded, Unknown)) for x in inputs):
+        return Missing("", [], tuple(value.shape[1:]), site.node)
+    return Unknown()
+
+
+def _all_of(obstacles: list[Obstacle]) -> ExportError:
+    """One error, one line, for all of them: each kind once, with its modules."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for obstacle in obstacles:
+        kinds.setdefault((obstacle.expected, obstacle.got), []).append(obstacle.module)
+    (expected, got), modules = next(iter(kinds.items()))
+    if len(obstacles) == 1:
+        return ExportError(str(obstacles[0]))
+    if len(kinds) == 1:
+        return ExportError(f"expected {expected}, got {got} - at {_places(modules)}")
+    lines = [
+        f"({i}) {got} at {_places(modules)}" + ("" if expected == OPERATOR else f" instead of {expected}")
+        for i, ((expected, got), modules) in enumerate(kinds.items(), 1)
+    ]
+    return ExportError(f"expected {OPERATOR}, got {len(kinds)} things that it lacks: {'; '.join(lines)}")
+
+
+def _places(modules: list[str]) -> str:
+    names = [f"`{name}`" for name in dict.fromkeys(modules)]
+    if len(names) == 1:
+        return f"module {names[0]}" + (f" ({len(modules)} times)" if len(modules) > 1 else "")
+    rest = len(modules) - len(names[:3])
+    return f"modules {', '.join(names[:3])}" + (f" and {rest} more" if rest else "")
+
+
 def _constant(node: fx.Node, trace: Trace) -> Any:
-    if node.op == "call_function" and node.target is torch.ops.qdeploy.lsq.default:
+    if node.target is LSQ:
         arguments: Any = fx.map_arg(node.args[:5], lambda n: trace.constants[n])
         value, step, qmin, qmax, axis = arguments
         if axis > 0:
@@ -148,21 +220,45 @@ def _constant(node: fx.Node, trace: Trace) -> Any:
 
 
 def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
+    inputs = tree_leaves((args, kwargs))
+    if is_random(site.node):
+        dropout = "dropout" in site.operator
+        got = "dropout that stays on (pass training=self.training)" if dropout else f"random numbers of {site.operator}"
+        site.fail("an operator that gives the same every time", got)
+    if site.node in site.trace.stateful:
+        site.fail("a forward that changes no buffer in eval mode", "a change that the output depends on")
     rule = LOWERING.get(getattr(site.target, "overloadpacket", site.target))
     if rule is None:
-        advice = f" ({ADVICE[site.operator]})" if site.operator in ADVICE else ""
-        site.fail(f"an operator that the engine has ({SUPPORTED})", f"aten.{site.operator}{advice}")
-    if rule not in (_conv2d, _linear) and any(isinstance(a, LearnedWeight) for a in args):
-        site.fail("a quantized weight that goes straight into conv2d or linear", f"aten.{site.operator} of it")
-    if rule is not _multiply and any(isinstance(a, Expanded) for a in args):
-        site.fail("an expanded tensor that goes straight into a product", f"aten.{site.operator} of it")
-    return rule(site, *args, **kwargs)
+        site.fail(OPERATOR, _described(site))
+    if any(isinstance(x, Unknown) for x in inputs):
+        return _missing(site, site.node.meta["val"], inputs)
+    weight = isinstance(args[0], LearnedWeight) and rule in (_same, _reshape)  # the codes stay
+    for i, value in enumerate(inputs):
+        if isinstance(value, LearnedWeight) and not weight and not (i == 1 and rule in (_conv2d, _linear)):
+            expected = "a learned quantizer right before its conv2d or linear (quantize_ after pruning and the like)"
+            site.fail(expected, f"aten.{site.operator} of its result")
+        if isinstance(value, Expanded) and rule is not _multiply:
+            site.fail("an expanded tensor that goes straight into a product", f"aten.{site.operator} of it")
+    if not weight and not any(isinstance(x, (Layer, Expanded)) for x in inputs):
+        site.fail(OPERATOR, f"aten.{site.operator} of what is neither an activation nor a constant")
+    try:
+        return rule(site, *args, **kwargs)
+    except ExportError:
+        raise
+    except Exception:  # arguments that no rule foresaw, such as sizes that depend on the batch
+        site.fail(OPERATOR, f"{_described(site)} with arguments that it lacks")
+
+
+def _described(site: Site) -> str:
+    """The operator in the words of the field, where its own name is none of them."""
+    words = PATTERNS.get(site.operator, f"aten.{site.operator}")
+    return words + (f" ({ADVICE[site.operator]})" if site.operator in ADVICE else "")
 
 
 # ---- A function for each kind of operator -------------------------------------------------------------------------
 
 
-def _same(site: Site, x: Layer, *_: Any, **__: Any) -> Layer:
+def _same(site: Site, x: Layer | LearnedWeight, *_: Any, **__: Any) -> Layer | LearnedWeight:
     dtype = site.node.meta["val"].dtype
     if dtype != torch.float32:
         site.fail("float32 throughout", str(dtype))
@@ -171,6 +267,8 @@ def _same(site: Site, x: Layer, *_: Any, **__: Any) -> Layer:
 
 def _getitem(site: Site, x: Any, index: int) -> Layer:
     """BatchNorm and pools with indices return tuples; only their first element is a value."""
+    if isinstance(x, tuple):  # of layers that the engine lacks
+        return x[index]
     if index:
         site.fail("only the first result of the operator to be read", f"result {index}")
     x.value = site.node
@@ -244,7 +342,8 @@ def _batch_norm(
     cudnn: bool = False,
 ) -> Layer:
     if training or mean is None or variance is None:
-        site.fail("BatchNorm with running statistics", "statistics of the batch")
+        expected = "BatchNorm with running statistics (in eval mode, with track_running_stats)"
+        site.fail(expected, "statistics of the batch")
     gamma = np.ones(x.shape[0]) if weight is None else _float64(weight)
     beta = np.zeros(x.shape[0]) if bias is None else _float64(bias)
     scale = gamma / np.sqrt(_float64(variance) + eps)
@@ -397,8 +496,26 @@ def _path(root: Layer, layer: Layer) -> Function:
     return composed
 
 
-def _reshape(site: Site, x: Layer, *_: Any, **__: Any) -> Layer:
+def _reshape(site: Site, x: Layer | LearnedWeight, *_: Any, **__: Any) -> Layer | LearnedWeight:
+    if isinstance(x, LearnedWeight):
+        shape = site.node.meta["val"].shape
+        if x.step.numel() > 1 and shape[0] != x.shape[0]:
+            site.fail("a reshape that keeps the output channels of a quantized weight", f"{list(shape)}")
+        return replace(x, value=x.value.reshape(shape))
     return x if site.shape == x.shape else site.layer(Reshape, [x])
+
+
+def _permutation(site: Site, x: Layer, order: list[int]) -> str:
+    """What people call it."""
+    if len(order) == 5 and order == [0, 2, 1, 3, 4]:
+        return "a channel shuffle"
+    if order == [0, 2, 3, 1]:
+        return "channels moved last (NHWC)"
+    if order == [0, 3, 1, 2]:
+        return "channels moved back from last (NHWC to NCHW)"
+    if len(order) == 3 and order == [0, 2, 1]:
+        return "a transpose of channels and positions (tokens, as in transformers)"
+    return f"a permutation of [N, {', '.join(map(str, x.shape))}] to order {order}"
 
 
 def _permute(site: Site, x: Layer, *dims: Any) -> Layer:
@@ -411,7 +528,7 @@ def _permute(site: Site, x: Layer, *dims: Any) -> Layer:
         order = [d % len(order) for d in dims[0]]
     moved = [d for d in order if d == 0 or x.shape[d - 1] != 1]
     if moved != sorted(moved):
-        site.fail(f"an operator that the engine has ({SUPPORTED})", f"aten.{site.operator}")
+        site.fail(OPERATOR, _permutation(site, x, order))
     return _reshape(site, x)
 
 
@@ -538,6 +655,8 @@ def _slice(
     """Every step-th row or column from the first on is a max pool of 1x1 windows; a full slice is nothing."""
     if site.shape == x.shape:
         return x
+    if dim == 1:
+        site.fail(OPERATOR, "a channel split (part of the channels)")
     if start or dim < 2 or len(x.shape) != 3 or site.shape[dim - 1] != -(-x.shape[dim - 1] // step):
         site.fail("x[..., ::step] of height or width", f"a slice of dimension {dim}")
     stride = [step if dim == 2 else 1, step if dim == 3 else 1]
@@ -552,7 +671,7 @@ FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu 
     threshold log_sigmoid exp expm1 log log1p sqrt rsqrt square pow reciprocal abs sign erf sin cos atan floor ceil
     round gt ge lt le where max min maximum minimum"""
 LOWERING: dict[Any, Callable[..., Any]] = {
-    torch.ops.qdeploy.lsq: _quantize,
+    LSQ.overloadpacket: _quantize,
     operator.getitem: _getitem,
     aten.conv2d: _conv2d,
     aten.linear: _linear,
@@ -590,6 +709,29 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     **{getattr(aten, name): _table for name in FUNCTIONS.split()},
 }
 
+# ---- Words for what the engine lacks ---------------------------------------------------------------------------------
+
+ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
+PATTERNS = {
+    "group_norm": "GroupNorm",
+    "layer_norm": "LayerNorm",
+    "instance_norm": "InstanceNorm",
+    "linalg_vector_norm": "a norm of activations",
+    "conv1d": "Conv1d",
+    "conv3d": "Conv3d",
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "a transposed convolution"),
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "narrow"), "a channel split (part of the channels)"),
+    **dict.fromkeys(("select", "index", "index_select", "gather"), "a selection by index"),
+    **dict.fromkeys(("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu"), "attention"),
+    **dict.fromkeys(("matmul", "mm", "bmm", "addmm", "einsum"), "a matrix product outside a Linear"),
+    **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"), "a resize (interpolate)"),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "a recurrent layer"),
+    "embedding": "an embedding",
+    "channel_shuffle": "a channel shuffle",
+    "pixel_shuffle": "a pixel shuffle",
+    "softmax": "softmax",
+    "log_softmax": "log_softmax",
+}
 _LOGITS = "export the network that ends in logits; predict and ensembles apply softmax themselves"
 _NORMALIZE = "only normalization with constants, as BatchNorm in eval mode, is integer arithmetic"
 ADVICE = {

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Container
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
 from qdeploy import reference
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
+from qdeploy.exporter.trace import LSQ
+from qdeploy.files import AnyPath
 from qdeploy.graph import Activation, Graph
 from qdeploy.model import load_int_model
 
 REPORT_MACS = 16e9  # in all: an integer and a float run of so many take seconds
 REPORT_IMAGES = 256
+FITS_NOTHING = "ranges and figures that follow from them fit no others"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class ExportReport:
     fp32_bytes: int  # of all parameters and BatchNorm statistics
     packed_bytes: int  # learned weights at their width, their step sizes and everything else in f32
     file_bytes: int
+    warnings: list[str] = field(default_factory=list)  # why these figures may say little
 
     @property
     def mac_share(self) -> dict[int, float]:
@@ -88,6 +92,7 @@ class ExportReport:
             f"top-1 agreement with the fake-quant network: {self.top1_agreement:.2%} of {self.images} images{sqnr}",
             f"size: FP32 {self.fp32_bytes:,} B, packed {self.packed_bytes:,} B ({self.packed_ratio:.3f}x), "
             f"file {self.file_bytes:,} B ({self.file_ratio:.3f}x)",
+            *(f"warning: {text}" for text in self.warnings),
         ]
         return "\n".join(lines)
 
@@ -102,41 +107,86 @@ def images_to_compare(networks: list[Network]) -> int:
     return int(np.clip(REPORT_MACS / max(macs, 1), 2, REPORT_IMAGES))
 
 
-def compare(graph: Graph, networks: list[Network], path: str | os.PathLike[str], images: np.ndarray) -> ExportReport:
-    """Runs the file written to `path` by the engine and the networks in float32 on f32 `images`."""
+def compare(
+    graph: Graph,
+    networks: list[Network],
+    learned: list[dict[Layer, Grid]],
+    content: bytes,
+    path: AnyPath,
+    images: np.ndarray,
+) -> ExportReport:
+    """Runs `content`, the file to be, in the engine and the networks in float32 on f32 `images`.
+
+    learned: of each network the layers whose output has the grid of a learned quantizer. They are compared behind it:
+        what training rounded there is no error.
+    """
     compared = [
         [layer for layer in network.layers if not layer.same_grid and not isinstance(layer, Input)]
         for network in networks
     ]
     prefixes = [f"{member.name}/" if graph.combine else "" for member in graph.members]
     taps = [prefix + layer.name for prefix, layers in zip(prefixes, compared, strict=True) for layer in layers]
-    output, integers = load_int_model(path)(images, taps=taps)
+    output, integers = load_int_model(content)(images, taps=taps)
     rows, floats = [], []
-    for member, network, prefix, measured in zip(graph.members, networks, prefixes, compared, strict=True):
-        values = _float_values(network, images, measured)
+    for i, (member, network) in enumerate(zip(graph.members, networks, strict=True)):
+        values = _float_values(network, images, compared[i])
         floats.append(values[network.output])
         tensors = {node.name: member.tensors[node.output] for node in member.nodes}
         for layer in network.layers[1:]:
             sqnr = None
             if layer in values:
-                sqnr = _sqnr(values[layer], _real(integers[prefix + layer.name], tensors[layer.name]))
+                expected = _rounded(values[layer], learned[i][layer]) if layer in learned[i] else values[layer]
+                sqnr = _sqnr(expected, _real(integers[prefixes[i] + layer.name], tensors[layer.name]))
             rows.append(_row(member.name, layer, sqnr))
     if graph.combine:
         expected, _ = reference.combine([logits.astype(np.float32) for logits in floats], graph.combine)
     else:
         expected, output = floats[0], _real(output, graph.members[0].output)
-    top1 = [scores.reshape(len(images), -1).argmax(1) for scores in (expected, output)]
+    expected, output = (scores.reshape(len(images), -1) for scores in (expected, output))
     sizes = [_sizes(network) for network in networks]
     return ExportReport(
-        path=os.fspath(path),
+        path=os.fsdecode(path),
         layers=rows,
         images=len(images),
-        top1_agreement=float((top1[0] == top1[1]).mean()),
+        top1_agreement=float((_classes(expected) == _classes(output)).mean()),
         output_sqnr_db=_sqnr(expected, output),
         fp32_bytes=sum(fp32 for fp32, _ in sizes),
         packed_bytes=sum(packed for _, packed in sizes),
-        file_bytes=os.path.getsize(path),
+        file_bytes=len(content),
+        warnings=_doubts(images, expected, output),
     )
+
+
+def _classes(scores: np.ndarray) -> np.ndarray:
+    """The class of each image; of one logit its sign decides."""
+    return scores.argmax(1) if scores.shape[1] > 1 else scores[:, 0] > 0
+
+
+def _doubts(images: np.ndarray, expected: np.ndarray, got: np.ndarray) -> list[str]:
+    """What makes the figures of the report say little; data that can fit no range are a Python warning, too."""
+    count = len(images)
+    if np.ptp(images) == 0:
+        doubt = f"the {count} images hold nothing but the number {images.flat[0]:g}: {FITS_NOTHING}"
+        warnings.warn(doubt, stacklevel=5)
+        return [doubt]
+    if count == 1:
+        return []
+    if (images == images[:1]).all():
+        doubt = f"the {count} images are all the same: {FITS_NOTHING}"
+        warnings.warn(doubt, stacklevel=5)
+        return [doubt]
+    doubts = []
+    error, spread = (float(np.sqrt(np.square(x).mean())) for x in (got - expected, expected - expected.mean(0)))
+    if error > spread:
+        doubts.append(f"the scores of the {count} images differ by {spread:.3g}, the integers are off by {error:.3g}")
+    if len(set(_classes(expected).tolist())) == 1:
+        doubts.append(f"all {count} images are of one class for the network: their top-1 agreement says little")
+    return doubts
+
+
+def _rounded(values: np.ndarray, grid: Grid) -> np.ndarray:
+    """As LSQ does it: one f32 division."""
+    return grid.real(np.clip(np.rint(values / np.float32(grid.scale)) + grid.zero_point, grid.low, grid.high))
 
 
 def _row(member: str, layer: Layer, sqnr: float | None) -> LayerReport:
@@ -171,17 +221,29 @@ def _sqnr(expected: np.ndarray, got: np.ndarray) -> float | None:
 
 def _sizes(network: Network) -> tuple[int, int]:
     """Bytes of the network in float32, and with learned weights packed at their width, all the rest in float32."""
-    constants = network.trace.constants
-    quantizers = [node for node in network.trace.module.graph.nodes if node.target is torch.ops.qdeploy.lsq.default]
+    constants, nodes = network.trace.constants, network.trace.module.graph.nodes
+    quantizers = [node for node in nodes if node.target is LSQ]
     steps = {node.args[1] for node in quantizers}
-    packed = {
-        node.args[0]: (node.args[3] - node.args[2]).bit_length() for node in quantizers if node.args[0] in constants
-    }
+    packed = {node.args[0]: (node.args[3] - node.args[2]).bit_length() for node in quantizers}
+    packed = {node: bits for node, bits in packed.items() if node in constants}  # weights, no activations
     floats = {
         node: value.numel()
         for node, value in constants.items()
         if node.op == "placeholder" and node.users and isinstance(value, Tensor) and value.is_floating_point()
     }
     fp32 = 4 * sum(count for node, count in floats.items() if node not in steps)
-    learned = sum((floats[node] * bits + 7) // 8 for node, bits in packed.items())
-    return fp32, learned + 4 * sum(count for node, count in floats.items() if node not in packed)
+    # A weight may be computed, from direction and gain for example: packed, it stands for these.
+    inside = _sources(list(packed))
+    rest = _sources([node for node in nodes if node.op == "output"], stop=set(packed))
+    learned = sum((constants[node].numel() * bits + 7) // 8 for node, bits in packed.items())
+    return fp32, learned + 4 * sum(count for node, count in floats.items() if node in rest or node not in inside)
+
+
+def _sources(nodes: list[fx.Node], stop: Container[fx.Node] = ()) -> set[fx.Node]:
+    """`nodes` and all that they are computed from, but for `stop`."""
+    found, waiting = set(nodes), list(nodes)
+    while waiting:
+        new = {node for node in waiting.pop().all_input_nodes if node not in found and node not in stop}
+        found |= new
+        waiting += new
+    return found

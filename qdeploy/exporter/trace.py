@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import OutputKind
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 import qdeploy.kernels.lsq  # noqa: F401  (registers the operator qdeploy::lsq)
 from qdeploy.errors import ExportError
+from qdeploy.wrappers import plain_names, unwrapped
+
+LSQ = torch.ops.qdeploy.lsq.default
 
 
 @dataclass
 class Trace:
-    """The network as a graph of ATen operators, and the value of every node that does not depend on the input."""
+    """The network as a graph of ATen operators, and the value of every node that depends neither on the input nor on a
+    learned quantizer: what follows a quantizer must show as it is, or a weight would be rounded twice."""
 
     module: fx.GraphModule
     constants: dict[fx.Node, Any]
     output: fx.Node
     batch: Any  # the symbol of the batch size
     shape: tuple[int, ...]  # of the input, without the batch
+    names: dict[str, str]  # path of each module of the traced network: its name for the user
+    stateful: set[fx.Node]  # operators that write into a buffer
 
     def run(self, images: np.ndarray, observe: dict[fx.Node, Callable[[Tensor], None]]) -> None:
         """Runs the fake-quant network in float32 on `images` and hands the value of each node in `observe` to its
@@ -47,34 +56,182 @@ class _Observed(fx.Interpreter):
         return result
 
 
+class _Forward(nn.Module):
+    """From one tensor to one tensor, whatever the arguments and results of the network's forward are."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _one_tensor(self.net(x))
+
+
+def _one_tensor(output: Any) -> Tensor:
+    """The tensor of what a forward returned: the only one in it, or the one that is named `logits`."""
+    found = dict(_named_tensors(output, ""))
+    only = found if len(found) == 1 else {name: t for name, t in found.items() if name.split(".")[-1] == "logits"}
+    if len(only) == 1:
+        return next(iter(only.values()))
+    got = f"{len(found)} ({', '.join(found)})" if found else type(output).__name__
+    expected = "one output tensor, or one named logits"
+    raise ExportError(f"expected {expected}, got {got} - at the network's forward")
+
+
+def _named_tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        yield name, output
+        return
+    parts: Mapping[Any, Any] = {}
+    if isinstance(output, Mapping):
+        parts = output
+    elif is_dataclass(output):
+        parts = {part.name: getattr(output, part.name) for part in fields(output)}
+    elif hasattr(output, "_asdict"):
+        parts = output._asdict()
+    elif isinstance(output, (tuple, list)):
+        parts = dict(enumerate(output))
+    for key, value in parts.items():
+        yield from _named_tensors(value, f"{name}.{key}" if name else str(key))
+
+
+@contextmanager
+def _calls() -> Iterator[list[nn.Module]]:
+    """The modules whose forward runs, outermost first; after an error still those in which it happened."""
+    running: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield running
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def trace(net: nn.Module, example: Tensor) -> Trace:
     """`net` in eval mode, for inputs like `example` [N, C, H, W] or [N, F] in batches of any size; `net` is left as it
     was. Raises ExportError where torch.export cannot."""
-    for name, parameter in net.named_parameters():
-        if parameter.dtype != torch.float32:
-            expected = "float32 parameters (call net.float())"
-            raise ExportError(f"expected {expected}, got {parameter.dtype} - at parameter `{name}`")
+    if not isinstance(net, nn.Module):
+        raise ExportError(f"expected a torch.nn.Module, got {type(net).__name__} - at the network")
+    net = unwrapped(net)
+    _check_tensors(net)
+    names = {"": ""} | {f"net.{path}".rstrip("."): name for path, name in plain_names(net).items()}
     modes = {module: module.training for module in net.modules()}
     device = next((p.device for p in net.parameters()), example.device)
     pair = example[:1].expand(2, *example.shape[1:]).contiguous().to(device)  # a batch of 1 would become a constant
     net.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _calls() as calls:
             warnings.simplefilter("ignore")  # deprecations inside torch.export itself
-            program = torch.export.export(net, (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            program = torch.export.export(_Forward(net), (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            _inline_regions(program.graph_module, names)
             if _reads_stale_alias(program.graph):
                 program = program.run_decompositions({})  # every operator functional; as slow as two traces
+    except ExportError:
+        raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "Constraints violated" in reason:
-            reason = "a batch size fixed in the code (write x.shape[0], not len(x) or a number)"
+        paths = {module: name for name, module in net.named_modules()}
+        inside = [names[f"net.{paths[module]}"] for module in calls if paths.get(module)]
+        at = f"module `{inside[-1]}`" if inside else type(net).__name__
         raise ExportError(
-            f"expected a network that torch.export traces for any batch size, got {reason} - at {type(net).__name__}"
+            f"expected a network that torch.export traces for any batch size, got {_reason(error)} - at {at}"
         ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return _constants_folded(program)
+    return _constants_folded(program, names)
+
+
+def _reason(error: Exception) -> str:
+    """What torch says, in one line."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "Constraints violated" in reason:
+        return "a batch size fixed in the code (write x.shape[0], not len(x) or a number)"
+    return reason
+
+
+def _check_tensors(net: nn.Module) -> None:
+    """Float32 all through; a buffer that is wider shows in the trace, if it is read at all."""
+    for kind, tensors in (("parameter", net.named_parameters()), ("buffer", net.named_buffers())):
+        for name, tensor in tensors:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            expected, got = f"float32 {kind}s (call net.float())", dtype
+            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                expected, got = "initialized parameters (run the network once)", "a lazy one"
+            elif tensor.is_meta:
+                expected, got = "tensors with values (load the weights first)", "one on the device meta"
+            elif tensor.dtype == torch.float32 or kind == "buffer" and not dtype.endswith("float16"):
+                continue
+            raise ExportError(f"expected {expected}, got {got} - at {kind} `{name}`")
+
+
+def modules_of(node: fx.Node, names: dict[str, str]) -> list[tuple[str, str]]:
+    """Name and class of the modules whose forward holds the operator, outermost first."""
+    found = []
+    for path, kind in (node.meta.get("nn_module_stack") or {"": ("", "")}).values():
+        kind = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        found.append((names.get(path.split("@")[0], path), kind))
+    return found
+
+
+def _inline_regions(module: fx.GraphModule, names: dict[str, str]) -> None:
+    """Puts the operators of regions with their own autocast or gradient mode where the region stands.
+
+    torch has switched off the autocast of other devices than this machine's; one that is on would change the results.
+    """
+    regions = torch.ops.higher_order
+    for node in list(module.graph.nodes):
+        if node.target is regions.wrap_with_autocast:
+            _, dtype, enabled, _, body, *inputs = node.args
+            if enabled:
+                name, kind = modules_of(node, names)[-1]
+                got = f"autocast to {str(dtype).removeprefix('torch.')}"
+                at = f"module `{name}`" if name else f"the forward of {kind.split('.')[-1]}"
+                raise ExportError(f"expected float32 throughout (autocast disabled in eval mode), got {got} - at {at}")
+        elif node.target is regions.wrap_with_set_grad_enabled:
+            _, body, *inputs = node.args
+        else:
+            continue
+        inner = getattr(module, body.target)
+        _inline_regions(inner, names)
+        _inline(module.graph, node, inner.graph, inputs)
+
+
+def _inline(graph: fx.Graph, region: fx.Node, body: fx.Graph, inputs: list[Any]) -> None:
+    places = [node for node in body.nodes if node.op == "placeholder"]
+    with graph.inserting_before(region):
+        results: Any = graph.graph_copy(body, dict(zip(places, inputs, strict=True)))
+    for user in list(region.users):  # operator.getitem: a region returns a tuple
+        user.replace_all_uses_with(results[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(region)
+
+
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None)
+
+
+def _storages(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The node that made the memory of each node."""
+    storage: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        schema = _schema(node)
+        aliases = schema is not None and bool(schema.returns) and schema.returns[0].alias_info is not None
+        aliases = aliases or "dropout" in str(node.target)  # in eval mode it returns its argument
+        storage[node] = storage.get(source, source) if aliases and source is not None else node
+    return storage
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = _schema(node)
+    return schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node)
 
 
 def _reads_stale_alias(graph: fx.Graph) -> bool:
@@ -83,23 +240,23 @@ def _reads_stale_alias(graph: fx.Graph) -> bool:
     Where the tensor itself is read later, the trace already names the operator's result.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
-    storage: dict[fx.Node, fx.Node] = {}  # the node that made the memory of each node
-    for node in graph.nodes:
-        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        schema = getattr(node.target, "_schema", None)
-        aliases = schema is not None and bool(schema.returns) and schema.returns[0].alias_info is not None
-        aliases = aliases or "dropout" in str(node.target)  # in eval mode it returns its argument
-        storage[node] = storage.get(source, source) if aliases and source is not None else node
-        if schema is not None and schema.is_mutable:
-            others = [other for other, made in storage.items() if made is storage[node] and other is not node]
-            if any(position[user] > position[node] for other in others for user in other.users):
-                return True
+    storage = _storages(graph)
+    for node in filter(_writes, graph.nodes):
+        others = [x for x, made in storage.items() if made is storage[node] and position[x] < position[node]]
+        if any(position[user] > position[node] for other in others for user in other.users):
+            return True
     return False
 
 
-def _constants_folded(program: torch.export.ExportedProgram) -> Trace:
+def _constants_folded(program: torch.export.ExportedProgram, names: dict[str, str]) -> Trace:
     tensors = {**dict(program.named_parameters()), **dict(program.named_buffers()), **program.constants}
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    kinds = [spec.kind for spec in program.graph_signature.output_specs]
+    results = [x for x, kind in zip(outputs, kinds, strict=True) if kind is OutputKind.USER_OUTPUT]
+    storage = _storages(program.graph)
+    stateful = {x for x in outputs if x not in results}
+    stateful |= {x for x in filter(_writes, program.graph.nodes) if getattr(specs.get(storage[x].name), "target", None)}
     constants: dict[fx.Node, Any] = {}
     inputs = []
     for node in program.graph.nodes:
@@ -109,18 +266,32 @@ def _constants_folded(program: torch.export.ExportedProgram) -> Trace:
                 inputs.append(node)
             else:
                 constants[node] = tensors[spec.target].detach().cpu()
-        elif node.op == "call_function" and all(source in constants for source in node.all_input_nodes):
+        elif node.op == "call_function" and node not in stateful and _is_constant(node, constants):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: constants[n])
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": torch.device("cpu")}
-            if node.target._schema.is_mutable:
+            if _writes(node):
                 args = (args[0].clone(), *args[1:])
             with torch.no_grad():
                 constants[node] = node.target(*args, **kwargs)
-    results = next(node for node in program.graph.nodes if node.op == "output").args[0]
     if len(inputs) != 1 or len(results) != 1 or not isinstance(results[0], fx.Node):
         raise ExportError(
             f"expected one input and one output tensor, got {len(inputs)} and {len(results)} - at the network's forward"
         )
     shape = inputs[0].meta["val"].shape
-    return Trace(program.graph_module, constants, results[0], shape[0], tuple(shape[1:]))
+    return Trace(program.graph_module, constants, results[0], shape[0], tuple(shape[1:]), names, stateful)
+
+
+def _is_constant(node: fx.Node, constants: dict[fx.Node, Any]) -> bool:
+    """Whether the operator gives the same in every call, and no learned quantizer stands right before it."""
+    return not is_random(node) and all(x in constants and x.target is not LSQ for x in node.all_input_nodes)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the operator draws random numbers, called as it is: dropout in eval mode does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    arguments = _schema(node).arguments
+    values = {a.name: a.default_value for a in arguments} | dict(node.kwargs)
+    values |= {a.name: value for a, value in zip(arguments, node.args, strict=False)}
+    return all(values[name] for name in ("p", "dropout_p", "train", "training") if name in values)

@@ -8,16 +8,20 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from qdeploy.errors import ExportError, InputError
+from qdeploy.errors import ExportError
 from qdeploy.exporter.layers import Codes, LearnedWeight, Network, Weighted, checked_step
+from qdeploy.quantizable import checked_bits
 
 CLASSIFIER_BITS = 8
 
 
-def quantize_weights(network: Network, fallback_bits: int | Mapping[str, int] | None) -> None:
-    """Turns every weight into codes and multiplies its step size into the scale of its layer."""
+def quantize_weights(network: Network, classifier: str | None, fallback_bits: int | Mapping[str, int] | None) -> None:
+    """Turns every weight into codes and multiplies its step size into the scale of its layer.
+
+    classifier: the module that `quantize_` leaves in float by default.
+    """
     layers = [layer for layer in network.layers if isinstance(layer, Weighted)]
-    fallback = _fallback(network, layers, fallback_bits)
+    fallback = _fallback(layers, classifier, fallback_bits)
     for layer in layers:
         if isinstance(layer.weight, LearnedWeight):
             codes, step = _learned_codes(layer.weight, layer.name)
@@ -52,7 +56,11 @@ def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray
         raise ExportError(f"expected signed codes of 2 to 8 bits, got {got} - at weight of module `{name}`")
     value = learned.value.detach().cpu().numpy()
     scaled = value / _per_channel(step, value.ndim).astype(np.float32)  # one f32 division, as in training
-    return Codes(np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8), bits, "learned"), step
+    codes = np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8)
+    if (step == 1).all() and value.any() and not codes.any():
+        got = f"1.0 for all, as if never initialized: weights up to {np.abs(value).max():.3g} are all rounded to 0"
+        raise ExportError(f"expected trained step sizes, got {got} - at weight of module `{name}`")
+    return Codes(codes, bits, "learned"), step
 
 
 def _rounded_codes(weight: Tensor, bits: int) -> tuple[Codes, np.ndarray]:
@@ -67,32 +75,23 @@ def _per_channel(step: np.ndarray, ndim: int) -> np.ndarray:
     return step.reshape(-1, *[1] * (ndim - 1))
 
 
-def _fallback(network: Network, layers: list[Weighted], bits: int | Mapping[str, int] | None) -> dict[Weighted, int]:
+def _fallback(
+    layers: list[Weighted], classifier: str | None, bits: int | Mapping[str, int] | None
+) -> dict[Weighted, int]:
     """Of `layers` those that may do without a learned quantizer, and their bits."""
     plain = [layer for layer in layers if isinstance(layer.weight, Tensor)]
-    classifier = _classifier(network)
-    result = {classifier: CLASSIFIER_BITS} if classifier in plain else {}
+
+    def named(name: str) -> list[Weighted]:  # "fc.linear" where the class of `fc` is not one of PyTorch
+        return [x for x in plain if x.name.split("#")[0] in (name, f"{name}.{x.op}".lstrip("."))]
+
+    result = {} if classifier is None else dict.fromkeys(named(classifier), CLASSIFIER_BITS)
     if isinstance(bits, Mapping):
         for name, width in bits.items():
-            named = [layer for layer in plain if layer.name.split("#")[0] == name]
-            if not named:
+            if not named(name):
                 names = ", ".join(layer.name for layer in plain) or "there is none"
                 expected = f"the name of a module with a float32 weight ({names})"
                 raise ExportError(f"expected {expected}, got {name!r} - at fallback_bits")
-            result |= dict.fromkeys(named, width)
+            result |= dict.fromkeys(named(name), checked_bits(width, "fallback_bits"))
     elif bits is not None:
-        result = dict.fromkeys(plain, bits)
-    for width in result.values() if bits is None or isinstance(bits, Mapping) else [bits]:
-        if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= 8:
-            raise InputError(f"expected 2 to 8 bits, got {width!r} - at fallback_bits")
+        result = dict.fromkeys(plain, checked_bits(bits, "fallback_bits"))
     return result
-
-
-def _classifier(network: Network) -> Weighted | None:
-    """The layer that computes the logits: nothing with weights and nothing with two inputs comes after it."""
-    layer = network.output
-    while not isinstance(layer, Weighted) or isinstance(layer.weight, Codes):
-        if len(layer.inputs) != 1:
-            return None
-        layer = layer.inputs[0]
-    return layer

@@ -1,0 +1,53 @@
+"""What can be quantized, layers and bits: what `quantize_` leaves in float by default, `export` rounds by default."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from qdeploy.errors import InputError
+from qdeploy.wrappers import plain_names
+
+# The layers whose `weight` is quantized; axis 0 of each is its output channel. Add a class here to have it quantized.
+WEIGHT_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
+
+def quantizable_layers(net: nn.Module) -> dict[str, nn.Module]:
+    """The layers that `quantize_` can treat, by name in order of registration; a shared module appears once."""
+    names = plain_names(net)
+    return {names[path]: module for path, module in net.named_modules() if isinstance(module, WEIGHT_TYPES)}
+
+
+def classifier(net: nn.Module) -> str | None:
+    """The layer that `quantize_` leaves in float unless told otherwise, and that `export` rounds to 8 bits: of all
+    quantizable layers that registered last, whatever the network does with it. None where there is no layer."""
+    return next(reversed(quantizable_layers(net)), None)
+
+
+def checked_bits(bits: object, at: str) -> int:
+    """`bits` as an int: 2 to 8, an integer of Python or numpy; raises InputError for anything else."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 2 <= bits <= 8:
+        raise InputError(f"expected 2 to 8 bits, got {bits!r} - at {at}")
+    return int(bits)
+
+
+# Layers of PyTorch that have no integer form, whatever the network does with them.
+FLOAT_ONLY: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.LocalResponseNorm),
+    *(nn.MultiheadAttention, nn.RNNBase, nn.Embedding, nn.Upsample, nn.Fold, nn.Unfold, nn.GLU),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.ReflectionPad2d, nn.ReplicationPad2d),
+)
+
+
+def float_only_layers(net: nn.Module) -> list[str]:
+    """Why `export` will refuse the network, as far as the types of its layers tell: "`line` (Conv1d)"."""
+    names = plain_names(net)
+    found: dict[str, list[str]] = {}
+    for path, module in net.named_modules():
+        kind = next((kind.__name__ for kind in FLOAT_ONLY if isinstance(module, kind)), None)
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            kind = f"padding_mode {module.padding_mode}"
+        if kind is not None:
+            found.setdefault(kind, []).append(f"`{names[path]}`")
+    return [f"{', '.join(where[:3])}{'...' if len(where) > 3 else ''} ({kind})" for kind, where in found.items()]
