@@ -19,6 +19,7 @@ from typing import TextIO
 
 import numpy as np
 import pytest
+import torch
 from builder import Builder
 
 import qdeploy
@@ -36,9 +37,15 @@ NAME = "b\u202ec\u2028d é 中"  # a turn of direction, the end of a line, two l
 EVIL = f"a\x9b2J{NAME}"  # with a terminal's command, which no file may hold
 
 
-@pytest.fixture(autouse=True)
-def short_measurements(monkeypatch):
-    monkeypatch.setattr(peers, "PEAK_SECONDS", 0.001)
+@pytest.fixture(autouse=True, scope="module")
+def little_work():
+    """Short measurements; one thread of torch, whose threads wait for each other where others use the machine, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "PEAK_SECONDS", 0.001)
+        yield
+    torch.set_num_threads(before)
 
 
 # ---- The harness -----------------------------------------------------------------------------------------------------
@@ -313,6 +320,24 @@ def test_names_of_a_file_do_not_command_the_terminal(models):
     assert r"b\u202ec\u2028d é 中0: 0.00 MMAC, output [2]" in text.splitlines()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_progress_on_a_terminal_of_any_encoding(monkeypatch, encoding, has_rich):
+    if not has_rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr(err, "isatty", lambda: True, raising=False)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with terminal.progress(f"[red]{EVIL}", 2, keep=True) as advance:
+            advance()
+            advance(f"{EVIL}[/red]")
+        terminal.status(EVIL)
+    err.flush()
+    shown = err.buffer.getvalue().decode(encoding)
+    assert "\x9b" not in shown and "\u202e" not in shown
+    assert r"a\x9b2Jb\u202ec" in shown.replace("\n", "")
+
+
 def test_no_standard_error_leaves_standard_output_alone(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     terminal.note("nobody hears it")
@@ -518,7 +543,7 @@ def test_bad_taps(models, taps):
 
 
 OPTIONS = ["--data", "debug", "--test-domain", "debug0", "--accelerator", "cpu"]
-SHORT = ["--updates", "3", "--quantize-at", "1", "--eval-every", "1"]
+SHORT = ["--updates", "3", "--quantize-at", "1", "--eval-every", "1", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -536,8 +561,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def altered(path: Path, change: Callable[[dict], object]) -> None:
     """Writes the file of a run anew with what `change` makes of its content."""
-    import torch
-
     is_json = path.suffix == ".json"
     content = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
     content = change(content) or content
