@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy import format, reference
+from qdeploy.checks import check_name
 from qdeploy.errors import ExportError, InputError
 from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
 from qdeploy.exporter.emit import check_shapes, emit
@@ -200,6 +201,8 @@ def _checked_classes(classes: Sequence[str] | Mapping[Any, Any] | None, networks
     names = [str(name) for name in classes]
     if len(names) != count:
         raise InputError(f"expected {count} class names, got {len(names)} - at classes")
+    for name in names:
+        check_name(name, "classes")
     return names
 
 
