@@ -22,4 +22,4 @@ except ImportError:
     from qdeploy import format, model, reference
 
     qdeploy.__path__.append(str(ROOT))  # kernels and training
-    model.load_int_model = lambda path: partial(reference.run, format.load(path))
+    model.load_int_model = lambda content: partial(reference.run, format.parse(content, "the export"))

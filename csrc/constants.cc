@@ -36,7 +36,8 @@ SharedBytes Constants::bytes(const std::string& name, const std::vector<int64_t>
 int Constants::used_bits(const FileTensor& codes) {
   int& bits = used_bits_[&codes];
   if (bits > 0) return bits;
-  uint8_t used = 0;  // bits that differ from the sign
+  footprint_.check(codes.bytes);  // which is less than they take when packed: of a sparse file nothing is read
+  uint8_t used = 0;               // bits that differ from the sign
   std::vector<int8_t> piece(std::min(codes.bytes, size_t{64} << 10));
   for (size_t begin = 0; begin < codes.bytes; begin += piece.size()) {
     const size_t size = std::min(piece.size(), codes.bytes - begin);

@@ -15,9 +15,13 @@ class Footprint {
  public:
   explicit Footprint(const ModelFile& file);
 
-  // Counts `bytes` more. Throws ModelError, with what all of it would take, where that is beyond the memory of this
-  // process or out of proportion to the file.
-  void add(uint64_t bytes);
+  // Throws ModelError, with what all of it would take, where `bytes` more are beyond the memory of this process or out of
+  // proportion to the file.
+  void check(uint64_t bytes) const;
+  void add(uint64_t bytes) {
+    check(bytes);
+    bytes_ += bytes;
+  }
   uint64_t bytes() const { return bytes_; }
 
  private:

@@ -418,7 +418,7 @@ auto key_of(const ConvData& data, const Activation& in, bool f32_output, bool ha
 // What the panels follow from: all but the strides of the image and the constants. The kernel follows from the codes.
 auto key_of_weights(const Layer& layer) {
   const ConvData& data = layer.data;
-  return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, data.window.kernel[0],
+  return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, layer.depth(), data.window.kernel[0],
                          data.window.kernel[1], merges_rows(layer), layer.conv->is_depthwise, layer.conv->repeat,
                          layer.conv->lanes.empty());
 }

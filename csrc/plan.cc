@@ -144,10 +144,12 @@ Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
 
 PlanBytes plan_bytes(const Program& program, int64_t batch, bool keep_all) {
   const Plan plan = plan_arena(program, batch, keep_all);
-  PlanBytes bytes = {plan.arena_bytes, 0};
+  const Activation& output = program.activations[program.member_output[0]];
+  const bool is_ensemble = program.graph.combine != Combine::none;
+  PlanBytes bytes = {plan.arena_bytes, is_ensemble ? 2 * sizeof(float) * static_cast<uint64_t>(output.c) : 0};
   for (const Pass& pass : plan.passes) {
     for (size_t s = pass.begin; s < pass.end; ++s) {
-      bytes.tilings += tiling_bytes(program, program.steps[s], pass.together ? batch : 1);
+      bytes.others += tiling_bytes(program, program.steps[s], pass.together ? batch : 1);
     }
   }
   return bytes;

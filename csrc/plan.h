@@ -31,7 +31,10 @@ Plan make_plan(const Program& program, int64_t batch, bool keep_all);
 
 // The memory of make_plan(program, batch, keep_all), before any of it is taken.
 struct PlanBytes {
-  uint64_t arena, tilings;
+  uint64_t arena;
+  uint64_t others;  // tiles, and what combines the members of an ensemble
+
+  uint64_t all() const { return arena + others; }
 };
 PlanBytes plan_bytes(const Program& program, int64_t batch, bool keep_all);
 

@@ -45,10 +45,10 @@ int64_t chunk_for(const Program& program, bool keep_all, uint64_t memory) {
   while (chunk > 1 && plan_bytes(program, chunk, false).arena > most) chunk /= 2;
   for (chunk = std::max<int64_t>(1, chunk);; chunk /= 2) {
     const PlanBytes bytes = plan_bytes(program, chunk, keep_all);
-    if (bytes.arena + bytes.tilings <= memory) return chunk;
+    if (bytes.all() <= memory) return chunk;
     if (chunk > 1) continue;
-    throw InputError("expected activations and tiles that fit the " + std::to_string(memory) + " bytes of memory, got " +
-                     std::to_string(bytes.arena + bytes.tilings) + " bytes of one image - at taps");
+    throw InputError("expected activations and tiles that fit the " + std::to_string(memory) +
+                     " bytes of memory, got " + std::to_string(bytes.all()) + " bytes of one image - at taps");
   }
 }
 
@@ -66,9 +66,8 @@ Session::Session(const ModelFile& file, int threads, const std::string& isa, int
       program_(load_program(file, kernels_, threads_)) {
   registry();
   const PlanBytes image = plan_bytes(program_, 1, false);
-  require(image.arena + image.tilings <= memory_,
-          "activations and tiles that fit the " + std::to_string(memory_) + " bytes of memory",
-          std::to_string(image.arena + image.tilings) + " bytes an image", "the graph in " + file.path());
+  require(image.all() <= memory_, "activations and tiles that fit the " + std::to_string(memory_) + " bytes of memory",
+          std::to_string(image.all()) + " bytes an image", "the graph in " + file.path());
   for (const Step& step : program_.steps) macs_per_image_ += static_cast<double>(step.macs);
 }
 

@@ -44,7 +44,8 @@ CPU_FLAGS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code."""
+    """Run one subcommand; returns the exit code. Raises SystemExit as argparse does, and for a training that a signal
+    stopped."""
     try:
         _check_streams()
         args = _parser().parse_args(argv)
@@ -60,8 +61,6 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         at = "" if error.filename is None else f" - at {os.fsdecode(error.filename)}"
         return _fail(f"expected to read or write a file, got: {error.strerror or error}{at}")
-    except SystemExit as stop:  # of --help, and of a training that a signal stopped
-        return int(stop.code or 0)
     except KeyboardInterrupt:
         status()
         note("qdeploy: stopped by Ctrl-C")
@@ -446,12 +445,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, in the form of all our errors where argparse tells enough."""
         found = re.fullmatch(r"argument (?:\S+/)?([^\s:]+): (expected .*)", message)
-        raise InputError(f"{found[2]} - at {found[1]}" if found else f"{message} - see {self.prog} --help")
+        sys.exit(_fail(f"{found[2]} - at {found[1]}" if found else f"{message} - see {self.prog} --help"))
 
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Help and version; argparse itself passes over errors."""
         with _output():
-            pass  # of --help: argparse itself passes over errors
-        super().exit(status, message)
+            write(message.rstrip("\n"))
 
 
 def _integer(text: str) -> int:

@@ -226,7 +226,7 @@ class Model:
 
     def plan(self, batch: int = 1) -> list[dict]:
         """What runs each node: kernel, tile, split over threads, bits of the weights, MACs for `batch` images."""
-        total = max(1, sum(step["macs"] for step in self._steps))  # of one image
+        total = max(1, self._macs)
         batch = integer(batch, 1, MAX_MACS // total, "batch")
         return [{**step, "share_of_macs": step["macs"] / (batch * total)} for step in self._session.plan(batch)]
 

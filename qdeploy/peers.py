@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdeploy import _engine
+from qdeploy.arguments import integer
 from qdeploy.errors import InputError
 from qdeploy.graph import Graph
+from qdeploy.model import MAX_ROUNDS
 from qdeploy.onnx import to_onnx
 from qdeploy.terminal import Status, columns, percent
 from qdeploy.timing import Timing
@@ -121,12 +123,13 @@ def _fault(folder: str, names: list[str], shape: Shape, threads: int) -> str | N
     arguments = (folder, names, tuple(shape), threads)
     program = f"import sys; sys.path[:] = {sys.path!r}\nfrom qdeploy import peers; peers.trial(*{arguments!r})"
     try:
-        child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=TRIAL_SECONDS)
+        child = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=TRIAL_SECONDS)
     except subprocess.TimeoutExpired:
         return f"no answer in {TRIAL_SECONDS} s"
     if child.returncode < 0:
         return f"crashed ({signal.Signals(-child.returncode).name})"
-    return (child.stderr.strip().splitlines() or ["failed"])[-1] if child.returncode else None
+    said = child.stderr.decode(errors="backslashreplace").strip().splitlines() or ["failed"]
+    return said[-1] if child.returncode else None
 
 
 def trial(folder: str, names: list[str], shape: Shape, threads: int) -> None:
@@ -152,7 +155,7 @@ def alternate(
     `speed` measures the machine before each turn, in any unit; turns where it is below SLOW of its best do not count.
     """
     turns: dict[str, list[tuple[float, list[float]]]] = {name: [] for name in runs}
-    for turn in range(rounds):
+    for turn in range(integer(rounds, 1, MAX_ROUNDS, "rounds")):
         progress(f"round {turn + 1} of {rounds}")
         for name, run in runs.items():
             run()

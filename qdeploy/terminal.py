@@ -93,13 +93,10 @@ def progress(text: str, total: int | None, done: int = 0, keep: bool = False) ->
         with _counter(text, total, done) as advance:
             yield advance
         return
-    shown = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*shown, TimeRemainingColumn(), console=Console(stderr=True), transient=not keep) as bar:
+    description, rate = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
+    shown = (description, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    # With rich's own standard output nobody would know the encoding any more.
+    with Progress(*shown, console=Console(stderr=True), transient=not keep, redirect_stdout=False) as bar:
         task = bar.add_task(printable(text), total=total, completed=done, rate="")
         began, steps = time.perf_counter(), 0
 

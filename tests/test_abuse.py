@@ -19,10 +19,11 @@ from typing import TextIO
 
 import numpy as np
 import pytest
+import torch
 from builder import Builder
 
 import qdeploy
-from qdeploy import cli, format, peers, terminal
+from qdeploy import _engine, cli, format, peers, terminal
 from qdeploy.graph import Graph
 
 ON_FILES: dict[str, list[str]] = {
@@ -32,13 +33,19 @@ ON_FILES: dict[str, list[str]] = {
     "bench": ["--rounds", "1", "--no-peers"],
     "verify": ["--batch", "1"],
 }
-# A terminal's command, a turn of direction, the end of a line; two letters that some encodings lack.
-EVIL = "a\x9b2Jb\u202ec\u2028d é 中"
+NAME = "b\u202ec\u2028d é 中"  # a turn of direction, the end of a line, two letters that some encodings lack
+EVIL = f"a\x9b2J{NAME}"  # with a terminal's command, which no file may hold
 
 
-@pytest.fixture(autouse=True)
-def short_measurements(monkeypatch):
-    monkeypatch.setattr(peers, "PEAK_SECONDS", 0.001)
+@pytest.fixture(autouse=True, scope="module")
+def little_work():
+    """Short measurements; one thread of torch, whose threads wait for each other where others use the machine, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "PEAK_SECONDS", 0.001)
+        yield
+    torch.set_num_threads(before)
 
 
 # ---- The harness -----------------------------------------------------------------------------------------------------
@@ -56,7 +63,10 @@ def call(*args: object, out: TextIO | None = None, encoding: str = "utf-8", err:
     kept_out = io.TextIOWrapper(io.BytesIO(), encoding)
     kept_err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     with contextlib.redirect_stdout(out or kept_out), contextlib.redirect_stderr(err or kept_err):
-        code = cli.main([str(arg) for arg in args])
+        try:
+            code = cli.main([str(arg) for arg in args])
+        except SystemExit as stop:  # of argparse, and of a training that a signal stopped
+            code = stop.code
     kept_out.flush()
     kept_err.flush()
     return Result(code, kept_out.buffer.getvalue(), kept_err.buffer.getvalue().decode())
@@ -84,7 +94,7 @@ def network(rng: np.random.Generator, classes: list[str], members: int = 1) -> G
         x = builder.conv2d(0, 8, (3, 3), (2, 2), (1, 1, 1, 1), bits=4)
         x = builder.max_pool2d(x, (4, 4), (4, 4), (0, 0, 0, 0))
         builder.linear(builder.reshape(x, (8,)), len(classes), dtype="f32")
-        found.append(builder.member(f"{EVIL}{i}"))
+        found.append(builder.member(f"{NAME}{i}"))
     return Graph(found, "logits" if members > 1 else None, classes=classes)
 
 
@@ -94,7 +104,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("models")
     graphs = {
         "weightless": table(rng),
-        "names": network(rng, [EVIL, "b"]),
+        "names": network(rng, [NAME, "b"]),
         "one logit": network(rng, ["only"]),
         "one logit of two": network(rng, ["only"], members=2),
     }
@@ -306,8 +316,26 @@ def test_escapes_stand_for_what_is_no_character_or_has_no_place(encoding, shown)
 
 def test_names_of_a_file_do_not_command_the_terminal(models):
     text = call("info", models["names"]).out.decode()
-    assert r"classes    a\x9b2Jb\u202ec\u2028d é 中, b" in text.splitlines()
-    assert r"a\x9b2Jb\u202ec\u2028d é 中0: 0.00 MMAC, output [2]" in text.splitlines()
+    assert r"classes    b\u202ec\u2028d é 中, b" in text.splitlines()
+    assert r"b\u202ec\u2028d é 中0: 0.00 MMAC, output [2]" in text.splitlines()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_progress_on_a_terminal_of_any_encoding(monkeypatch, encoding, has_rich):
+    if not has_rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr(err, "isatty", lambda: True, raising=False)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with terminal.progress(f"[red]{EVIL}", 2, keep=True) as advance:
+            advance()
+            advance(f"{EVIL}[/red]")
+        terminal.status(EVIL)
+    err.flush()
+    shown = err.buffer.getvalue().decode(encoding)
+    assert "\x9b" not in shown and "\u202e" not in shown
+    assert r"a\x9b2Jb\u202ec" in shown.replace("\n", "")
 
 
 def test_no_standard_error_leaves_standard_output_alone(capsys, monkeypatch):
@@ -515,7 +543,7 @@ def test_bad_taps(models, taps):
 
 
 OPTIONS = ["--data", "debug", "--test-domain", "debug0", "--accelerator", "cpu"]
-SHORT = ["--updates", "3", "--quantize-at", "1", "--eval-every", "1"]
+SHORT = ["--updates", "3", "--quantize-at", "1", "--eval-every", "1", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -533,8 +561,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def altered(path: Path, change: Callable[[dict], object]) -> None:
     """Writes the file of a run anew with what `change` makes of its content."""
-    import torch
-
     is_json = path.suffix == ".json"
     content = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
     content = change(content) or content
@@ -670,7 +696,7 @@ def no_download(monkeypatch) -> None:
         (("--model", "vgg16_bn"), "expected images that vgg16_bn can take, got 128 of [1, 16, 16]: "),
         (("--domains", "mnist"), "expected two or more domains, got 1 - at --domains"),
         (("--domains", "mnist,mnist"), "expected every domain once, got mnist, mnist - at --domains"),
-        (("--domains", ""), "expected domains of mnist, mfeat, optdigits, pen, usps, got '' - at digits-dg"),
+        (("--domains", ""), "expected domains of mnist, mfeat, optdigits, pen, usps, got an empty name - at digits-dg"),
         (("--domains", "pen,usps"), "expected one of pen, usps, got 'mnist' - at the domains of digits-dg"),
         (("--test-domain", "caf\udce9"), r"got 'caf\udce9' - at the domains of digits-dg"),
         (("--weights", "missing"), "expected a file of weights, got No such file or directory - at missing"),
@@ -687,7 +713,7 @@ def no_download(monkeypatch) -> None:
 )
 def test_settings_are_refused_before_anything_is_downloaded(tmp_path, monkeypatch, options, text):
     no_download(monkeypatch)
-    monkeypatch.setattr("qdeploy.memory.os.sysconf", lambda name: 2**16)  # 4 GiB
+    monkeypatch.setattr(_engine, "memory_limit", lambda: 2**32)
     monkeypatch.chdir(tmp_path)
     words = ["--test-domain", "mnist", "--accelerator", "cpu", "--out", "run", *options]
     assert_refused(call("train", *words), text)

@@ -86,6 +86,12 @@ def test_a_damaged_image_is_named(tree):
         benchmark.domains[0].batch(np.array([0]))
 
 
+def test_classes_are_names_that_a_model_file_can_hold(tree):
+    (tree / "art" / "cat").rename(tree / "art" / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(InputError, match="^expected a name of 1 to 512 bytes without control characters, got .* - at "):
+        load_benchmark(str(tree))
+
+
 def test_chosen_domains_and_unknown_names(tree):
     assert [d.name for d in load_benchmark(str(tree), ["photo"]).domains] == ["photo"]
     with pytest.raises(InputError, match="expected one of art, photo, got 'sketch' - at the domains of"):

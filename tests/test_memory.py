@@ -137,6 +137,28 @@ def test_nodes_of_other_grids_and_constants_share_the_weights(tmp_path):
     assert sizes[-1] - sizes[0] < 20 * 1024 < 4096 * 16 < sizes[0]
 
 
+def test_codes_of_other_lengths_in_the_same_bytes(tmp_path):
+    """3 codes of 3 bits fill two bytes as 4 and 5 do: each weight has the panels of its own shape."""
+    rng = np.random.default_rng(0)
+    own = {"codes": np.array([0b11010001, 0], np.uint8), "multiplier": np.ones(1, np.float32)}
+    nodes, tensors = [], [tensor(60)]
+    for size in (3, 4, 5):
+        i = len(tensors)
+        first = {"weight": {"codes": f"c{size}", "shape": [size, 60], "bits": 8}}
+        nodes.append(linear(i, [0], (size, 60)) | first | {"multiplier": f"m{size}", "bias": f"m{size}"})
+        nodes.append(linear(i + 1, [i], (1, size), 3))
+        tensors += [tensor(size), tensor(1)]
+        own[f"c{size}"] = rng.integers(0, 256, 60 * size, dtype=np.uint8)
+        own[f"m{size}"] = np.full(size, 0.01, np.float32)
+    path = write(tmp_path / "m.safetensors", {"tensors": tensors, "nodes": nodes}, own)
+    graph = load(path)
+    x, names = batch(graph, 2, rng), [node["name"] for node in nodes]
+    expected = reference.run(graph, x, names)[1]
+    for isa in _engine.isas():
+        taps = qdeploy.load_int_model(path, isa=isa)(x, taps=names)[1]
+        assert all(np.array_equal(taps[name], expected[name]) for name in names), isa
+
+
 def test_weights_of_a_plain_model_are_packed_once(tmp_path):
     """Each convolution of its own bytes has a place of its own: as many as there are, and no more."""
     builder = Builder(np.random.default_rng(0), (64, 8, 8), (0.5, 9))

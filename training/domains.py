@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.checks import check_name
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, ModelError
 from qdeploy.files import atomic_file, cache_folder
 from qdeploy.terminal import note
 
@@ -134,7 +134,7 @@ def load_benchmark(
     if data == "digits-dg":
         names = sorted(SOURCES) if domains is None else sorted(domains)
         if unknown := set(names) - set(SOURCES):
-            got = ", ".join(map(repr, sorted(unknown)))
+            got = ", ".join(sorted(unknown)) or "an empty name"
             raise InputError(f"expected domains of {', '.join(SOURCES)}, got {got} - at digits-dg")
         outline = Outline(data, [str(d) for d in range(10)], names, SMALL)
         check(outline)
@@ -173,10 +173,13 @@ def _load_folder(root: Path, size: int) -> Benchmark:
             found[directory.name] = files
     if len(found) < 2:
         raise InputError(f"expected two or more domains as root/domain/class/image, got {len(found)} - at {root}")
-    for name in (*found, *(file.parent.name for files in found.values() for file in files)):
-        check_name(name, f"a folder of {root}")
     # One list of classes for all domains: numbering each domain's own folders would mislabel a domain that lacks one.
     classes = sorted({file.parent.name for files in found.values() for file in files})
+    try:
+        for name in classes:
+            check_name(name, f"the classes of {root}")  # the model file will hold them
+    except ModelError as error:
+        raise InputError(str(error)) from None
     number = {name: i for i, name in enumerate(classes)}
     domains = [
         FolderDomain(name, files, np.array([number[file.parent.name] for file in files]), size)

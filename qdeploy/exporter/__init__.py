@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy import format, reference
+from qdeploy.checks import check_name
 from qdeploy.errors import ExportError, InputError
 from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
 from qdeploy.exporter.emit import check_shapes, emit
@@ -55,9 +56,10 @@ def export(
 
     Args:
         net: traced in eval mode by torch.export and left as it was. Weights carry LSQ quantizers
-            (`qdeploy.training.quantize_`).
+            (`qdeploy.training.quantize_`). It may be wrapped (torch.compile, DataParallel, AveragedModel, Fabric), and
+            return its logits in a tuple, dict or dataclass.
         example: float32 [N, C, H, W] or [N, F]; only its shape matters.
-        path: the file; one that exists is replaced when the new one is complete.
+        path: the file; one that exists is replaced when the new one is complete and compared.
         calibration: inputs, read once: an array or tensor [N, ...], a dataset of single images, or an iterable of
             batches, which may be tuples that begin with the images or dicts that hold them. Floats of any width, no
             integers; with `preprocess` also uint8 [N, H, W, C] images. Of data without a length at most 512 batches
@@ -72,7 +74,8 @@ def export(
         classes: names of the classes, one for each logit: a list, {0: name, ...} or {name: 0, ...}.
 
     Raises:
-        ExportError: an operator the engine lacks, an unquantized weight, a bad step size; names the module.
+        ExportError: operators the engine lacks, randomness or state in eval mode, an unquantized weight, something
+            between a learned quantizer and its layer, a bad step size; names the modules, in one line.
         InputError: an example, calibration batch or option that does not fit.
         ModelError: the file cannot be written.
     """
@@ -198,6 +201,8 @@ def _checked_classes(classes: Sequence[str] | Mapping[Any, Any] | None, networks
     names = [str(name) for name in classes]
     if len(names) != count:
         raise InputError(f"expected {count} class names, got {len(names)} - at classes")
+    for name in names:
+        check_name(name, "classes")
     return names
 
 

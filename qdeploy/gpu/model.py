@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cuda", cont
     Raises ModelError for a file that cannot be run, InputError for a device that is not there.
     """
     device = _checked_device(device)
-    return GpuModel(format.read(path) if content is None else content, Path(path), device)
+    return GpuModel(format.read(path) if content is None else content, Path(os.fsdecode(path)), device)
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

@@ -31,6 +31,7 @@ from qdeploy import _engine, terminal
 ROUND = 500  # inputs that share their seeds: a few draws of hypothesis for all of them
 RANDOM_GRAPHS = 24  # of a round
 HANG_SECONDS = 120  # the slowest input takes one or two
+FAILURES = seeds.ROOT / "build" / "failures"
 
 
 # ---- An input --------------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="of inputs (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="instead of a count")
     parser.add_argument("--keep-going", action="store_true", help="after a failure, with the next input")
-    parser.add_argument("--failures", type=Path, default=Path("failures"), help="folder for the inputs that fail")
+    parser.add_argument("--failures", type=Path, default=FAILURES, help="folder for the inputs that fail")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

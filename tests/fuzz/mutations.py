@@ -309,12 +309,9 @@ def _fill(draft: Draft, rng: Random, node: Object, shape: Shape) -> Shape | None
     op, name = node.get("op"), node.get("name")
     keys: dict[str, Any] = {}
     weight: Shape = ()
-    kernel = [rng.choice([1, 1, 2, 3]) for _ in range(2)]
+    kernel = [1, 1]
     if "stride" in OPS[op].attributes:
-        keys["stride"] = [rng.choice([1, 1, 2, 3, 65_535]) for _ in range(2)]
-        keys["padding"] = [rng.choice([0, 0, 0, 1, 2, 3]) for _ in range(4)]
-    if "dilation" in OPS[op].attributes:
-        keys["dilation"] = [rng.choice([1, 1, 2, 3]) for _ in range(2)]
+        kernel, keys = _window(rng, shape[1:], "dilation" in OPS[op].attributes)
     if op == "conv2d":
         keys["groups"] = rng.choice([1, 1, shape[0], 2])
         weight = (keys["groups"] * rng.choice([1, 2, 3]), max(1, shape[0] // keys["groups"]), *kernel)
@@ -341,6 +338,22 @@ def _fill(draft: Draft, rng: Random, node: Object, shape: Shape) -> Shape | None
     plain = Node(op, name, [], 0, keys, {"weight": np.zeros(weight, np.int8)} if weight else {})
     output = OPS[op].shape(plain, [shape] * len(node.get("inputs")))
     return output if output and min(output) > 0 and math.prod(output) < 10**6 else None
+
+
+def _window(rng: Random, size: Shape, dilated: bool) -> tuple[list[int], dict[str, Any]]:
+    """A kernel, and the keys of a window that mostly fits an image of this size, at times with no room to spare."""
+    axes = []
+    for pixels in size:
+        for _ in range(20):
+            kernel, dilation = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3]) if dilated else 1
+            reach = dilation * (kernel - 1)
+            before, after = (max(0, rng.choice([0, 1, reach // 2, reach - 1, reach, reach + 1])) for _ in range(2))
+            if reach < before + pixels + after:
+                break
+        axes.append((kernel, dilation, before, after, rng.choice([1, 1, 2, 3, 65_535])))
+    kernels, dilations, befores, afters, strides = (list(values) for values in zip(*axes, strict=True))
+    keys = {"stride": strides, "padding": befores + afters}
+    return kernels, keys | {"dilation": dilations} if dilated else keys
 
 
 def _weighted(draft: Draft, rng: Random, name: str, weight: Shape) -> dict[str, Any]:
@@ -456,6 +469,9 @@ def other_bytes(draft: Draft, rng: Random) -> bool:
     if not found:
         return False
     begin, end = rng.choice(found).get("data_offsets")
+    if rng.random() < 0.15:
+        draft.data[end - 1] |= 128  # behind the last code, where there are bits left
+        return True
     last = end if rng.random() < 0.1 else end - 1
     for _ in range(rng.choice([1, 1, 5, 50])):
         draft.data[rng.randrange(begin, max(begin + 1, last))] = rng.choice([0, 255, 128, 127, rng.randrange(256)])
@@ -463,14 +479,15 @@ def other_bytes(draft: Draft, rng: Random) -> bool:
 
 
 def other_floats(draft: Draft, rng: Random) -> bool:
-    """One number of an F32 tensor, of any bits."""
+    """A number or three of an F32 tensor, of any bits."""
     found = [entry for _, entry in entries(draft) if entry.get("dtype") == "F32" and 0 not in entry.get("shape")]
     if not found:
         return False
     begin, end = rng.choice(found).get("data_offsets")
-    bits = rng.choice([0, 1 << 31, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000])
-    bits = rng.choice([bits, 0xFFFFFFFF, 0x7F800001, rng.getrandbits(30), *struct.unpack("<I", struct.pack("<f", 0.1))])
-    struct.pack_into("<I", draft.data, rng.randrange(begin, end, 4), bits)
+    values = [0, 1 << 31, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF]
+    for _ in range(rng.choice([1, 1, 3])):
+        bits = rng.choice([*values, rng.getrandbits(30), rng.getrandbits(31)])
+        struct.pack_into("<I", draft.data, rng.randrange(begin, end, 4), bits)
     return True
 
 
@@ -651,9 +668,10 @@ def other_metadata(draft: Draft, rng: Random) -> bool:
     if "__metadata__" not in draft.header or not isinstance(draft.header.get("__metadata__"), Object):
         return False
     metadata = draft.header.get("__metadata__")
-    key = rng.choice(["format", "format_version", "requires", "graph", "note"])
+    key = rng.choice(["format", "format_version", "requires", "graph", "note", rng.choice(NAMES)])
     values = ["1", "2", "3", "0", "01", "1 ", "1.0", "-1", "+1", "١", "9" * 9, "9" * 10, "", "qdeploy", "pt", "0.1.0"]
-    metadata.set(key, rng.choice([*values, *values, *NAMES, any_value(rng), copied(draft.graph), GraphText()]))
+    other = rng.choice([*values, *values, *NAMES, copied(draft.graph), GraphText()])
+    metadata.set(key, any_value(rng) if rng.random() < 0.3 else other)
     return True
 
 
