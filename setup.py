@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["qdeploy", "qdeploy.exporter", "qdeploy.gpu", "qdeploy.kernels", "qdeploy.training"],
+    packages=["qdeploy", *(f"qdeploy.{room}" for room in ("exporter", "gpu", "kernels", "networks", "training"))],
     package_dir={"qdeploy": "qdeploy", "qdeploy.kernels": "kernels", "qdeploy.training": "training"},
     package_data={"qdeploy": ["_engine.pyi", "py.typed", "demo_data/*"]},
     ext_modules=[

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "lightning_fabric", "rich", "PIL")
-PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/gpu")}  # as installed: the folder here
+PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/gpu", "qdeploy/networks")}  # as installed
 PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training")}
 BLOCK = f"""
 import sys
@@ -108,8 +108,8 @@ def _for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def test_only_the_rooms_exporter_and_gpu_need_more_than_numpy():
-    rooms = ("qdeploy.exporter", "qdeploy.gpu", "qdeploy.kernels")
+def test_only_the_rooms_inside_need_more_than_numpy():
+    rooms = ("qdeploy.exporter", "qdeploy.gpu", "qdeploy.kernels", "qdeploy.networks")
     for path in (ROOT / "qdeploy").glob("*.py"):
         found = imported(ast.parse(path.read_text()))
         assert [name for name in found if name.partition(".")[0] in OPTIONAL or name.startswith(rooms)] == [], path.name

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qdeploy.errors import InputError
 from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many
-from qdeploy.quantizable import quantizable_layers
+from qdeploy.networks.quantizable import quantizable_layers
 from qdeploy.training import quantize as quantize_module
 from qdeploy.training.models import MODELS
 from qdeploy.training.quantize import (

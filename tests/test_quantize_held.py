@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import qdeploy
 from qdeploy.errors import ExportError, InputError
-from qdeploy.quantizable import classifier
+from qdeploy.networks.quantizable import classifier
 from qdeploy.training import project_steps_, quantize_, quantize_like_, quantizers, step_group, summary
 from qdeploy.training.quantize import Quantizer, step_parameters
 

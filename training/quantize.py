@@ -28,10 +28,10 @@ from torch.nn.utils import parametrize
 from qdeploy.calibration import batches
 from qdeploy.errors import InputError
 from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
-from qdeploy.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
+from qdeploy.networks.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
+from qdeploy.networks.wrappers import WRAPPERS, plain_names, unwrapped
 from qdeploy.training.ranges import observe, one_line
 from qdeploy.training.untouched import all_or_nothing, evaluating, is_computed, undisturbed
-from qdeploy.wrappers import WRAPPERS, plain_names, unwrapped
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INITS, GRAD_SCALES = ("lsq", "mse", "minmax"), ("tensor", "channel", "none")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, named_errors
 from qdeploy.memory import check_memory
-from qdeploy.quantizable import classifier
+from qdeploy.networks.quantizable import classifier
 from qdeploy.terminal import note, on_terminal, progress
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
 from qdeploy.training.config import Config

@@ -14,7 +14,6 @@ biases and all scales go into one multiplier and one bias per channel, computed 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.files import AnyPath
 from qdeploy.graph import COMBINE, Graph
-from qdeploy.quantizable import classifier
+from qdeploy.networks.quantizable import classifier
 
 __all__ = ["ExportReport", "check", "export", "export_ensemble"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.layers import Codes, LearnedWeight, Network, Weighted, checked_step
-from qdeploy.quantizable import checked_bits
+from qdeploy.networks.quantizable import checked_bits
 
 CLASSIFIER_BITS = 8
 

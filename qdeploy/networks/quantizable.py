@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 
 from qdeploy.errors import InputError
-from qdeploy.wrappers import plain_names
+from qdeploy.networks.wrappers import plain_names
 
 # The layers whose `weight` is quantized; axis 0 of each is its output channel. Add a class here to have it quantized.
 WEIGHT_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Linear)
