@@ -101,8 +101,9 @@ def export_ensemble(
     """
     if combine not in COMBINE:
         raise InputError(f"expected combine {' or '.join(COMBINE)}, got {combine!r} - at export_ensemble")
-    if isinstance(nets, nn.Module) and not isinstance(nets, nn.ModuleList):
-        raise InputError(f"expected two or more networks, got one {type(nets).__name__} - at export_ensemble")
+    held: object = nets
+    if isinstance(held, nn.Module) and not isinstance(held, nn.ModuleList):
+        raise InputError(f"expected two or more networks, got one {type(held).__name__} - at export_ensemble")
     nets = list(nets)
     if len(nets) < 2:
         raise InputError(f"expected two or more networks, got {len(nets)} - at export_ensemble")

@@ -496,12 +496,18 @@ def _path(root: Layer, layer: Layer) -> Function:
     return composed
 
 
-def _reshape(site: Site, x: Layer | LearnedWeight, *_: Any, **__: Any) -> Layer | LearnedWeight:
-    if isinstance(x, LearnedWeight):
-        shape = site.node.meta["val"].shape
-        if x.step.numel() > 1 and shape[0] != x.shape[0]:
-            site.fail("a reshape that keeps the output channels of a quantized weight", f"{list(shape)}")
-        return replace(x, value=x.value.reshape(shape))
+def _reshape(site: Site, x: Any, *_: Any, **__: Any) -> Any:
+    return _reshaped_weight(site, x) if isinstance(x, LearnedWeight) else _reshaped(site, x)
+
+
+def _reshaped_weight(site: Site, weight: LearnedWeight) -> LearnedWeight:
+    shape = site.node.meta["val"].shape
+    if weight.step.numel() > 1 and shape[0] != weight.shape[0]:
+        site.fail("a reshape that keeps the output channels of a quantized weight", f"{list(shape)}")
+    return replace(weight, value=weight.value.reshape(shape))
+
+
+def _reshaped(site: Site, x: Layer) -> Layer:
     return x if site.shape == x.shape else site.layer(Reshape, [x])
 
 
@@ -529,7 +535,7 @@ def _permute(site: Site, x: Layer, *dims: Any) -> Layer:
     moved = [d for d in order if d == 0 or x.shape[d - 1] != 1]
     if moved != sorted(moved):
         site.fail(OPERATOR, _permutation(site, x, order))
-    return _reshape(site, x)
+    return _reshaped(site, x)
 
 
 def _concat(site: Site, tensors: list, dim: int = 0) -> Layer:

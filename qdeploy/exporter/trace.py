@@ -162,7 +162,7 @@ def _check_tensors(net: nn.Module) -> None:
         for name, tensor in tensors:
             dtype = str(tensor.dtype).removeprefix("torch.")
             expected, got = f"float32 {kind}s (call net.float())", dtype
-            if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            if nn.parameter.is_lazy(tensor):
                 expected, got = "initialized parameters (run the network once)", "a lazy one"
             elif tensor.is_meta:
                 expected, got = "tensors with values (load the weights first)", "one on the device meta"
