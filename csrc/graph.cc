@@ -56,6 +56,8 @@ class MemberReader {
 Member MemberReader::read(size_t index) {
   where_ = "member " + std::to_string(index) + " in " + file_.path();
   member_.name = name_member(json_, "name", where_);
+  require(member_.name.find('/') == std::string::npos, "a name without `/`", name_text(member_.name),
+          key_of("name", where_));
   where_ = place_of(member_, file_);
   require_keys(json_, {"name", "preprocess_table", "tensors", "nodes"}, where_);
   for (const Json& entry : array_member(json_, "tensors", kMaxNodes + 1, where_)) {

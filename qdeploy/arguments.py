@@ -26,6 +26,8 @@ def integer(value: object, least: int, most: int, at: str) -> int:
 
 def path_text(path: AnyPath, at: str = "path") -> str:
     """A path as text; bytes that are no UTF-8 become what `os.fsencode` turns back into them."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise InputError(f"expected a path, got {type(path).__name__} - at {at}")
     text = os.fsdecode(path)
     if not text or "\0" in text:
         raise InputError(f"expected a path, got {'one with a byte 0' if text else 'an empty one'} - at {at}")

@@ -73,6 +73,17 @@ def batches(
         raise InputError("expected at least one image, got none - at the calibration data")
 
 
+def doubt(images: np.ndarray) -> str | None:
+    """Why ranges that follow from f32 `images` [N, ...] fit no others, if that is so."""
+    if np.ptp(images) == 0:
+        what = f"hold nothing but the number {images.flat[0] + 0:g}"
+    elif len(images) > 1 and (images == images[:1]).all():
+        what = "are all the same"
+    else:
+        return None
+    return f"the {len(images)} images {what}: ranges and figures that follow from them fit no others"
+
+
 def count_batches(calibration: object) -> int | None:
     """How many batches there are, for those who wait; None where the data do not say."""
     return _items(calibration, None)[1]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qdeploy.arguments import path_text
 from qdeploy.checks import (
     Facts,
     array,
@@ -28,7 +29,15 @@ from qdeploy.errors import ModelError
 from qdeploy.files import AnyPath, atomic_file
 from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Activation, Graph, Member, Node, Shape
 from qdeploy.ops import OPS
-from qdeploy.validate import MemberCheck, check_members, check_outputs, check_preprocess, check_results, validate
+from qdeploy.validate import (
+    MemberCheck,
+    check_member_name,
+    check_members,
+    check_outputs,
+    check_preprocess,
+    check_results,
+    validate,
+)
 
 RELEASES = {1: "0.1.0", 2: "0.1.0"}  # of each format version: the first qdeploy that reads it
 MAX_HEADER_BYTES = 100_000_000
@@ -207,27 +216,25 @@ def write(content: bytes, path: AnyPath) -> None:
     try:
         with atomic_file(path) as file:
             file.write(content)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"expected to write {len(content)} bytes, got: {reason} - at {os.fsdecode(path)}") from error
+    except OSError as error:
+        got = error.strerror or error
+        raise ModelError(f"expected to write {len(content)} bytes, got: {got} - at {os.fsdecode(path)}") from error
 
 
 def check_path(path: AnyPath) -> None:
-    """Raise ModelError for a path that `write` could not write to, as far as that shows beforehand."""
-    try:
-        target = os.path.realpath(os.fsdecode(path))
-        folder = os.path.dirname(target)
-        reason = ""
-        if os.path.exists(target) and not os.path.isfile(target):
-            reason = "something that is not a regular file"
-        elif not os.path.isdir(folder):
-            reason = "a folder that does not exist"
-        elif not os.access(folder, os.W_OK):
-            reason = "a folder without permission to write"
-    except ValueError as error:
-        reason = str(error)
-    if reason:
-        raise ModelError(f"expected a path to write to, got {reason} - at {os.fsdecode(path)}")
+    """Raise InputError for what is no path, ModelError for one that `write` could not write to, as far as that shows
+    beforehand."""
+    target = os.path.realpath(path_text(path))
+    folder = os.path.dirname(target)
+    if os.path.exists(target) and not os.path.isfile(target):
+        reason = "something that is not a regular file"
+    elif not os.path.isdir(folder):
+        reason = "a folder that does not exist"
+    elif not os.access(folder, os.W_OK):
+        reason = "a folder without permission to write"
+    else:
+        return
+    raise ModelError(f"expected a path to write to, got {reason} - at {os.fsdecode(path)}")
 
 
 def _parse(data: bytes) -> Graph:
@@ -392,6 +399,7 @@ class _Reader:
 
     def member(self, document: Json, unnamed_at: str, input_shape: Shape, has_preprocess: bool) -> Member:
         name = _name(document, unnamed_at)
+        check_member_name(name, key_of("name", unnamed_at))
         check = MemberCheck(name, input_shape, has_preprocess, self.version, self.facts)
         check_keys(document, ("name", "preprocess_table", "tensors", "nodes"), check.at)
         for i, entry in enumerate(_list(document, "tensors", MAX_NODES + 1, check.at)):

@@ -116,6 +116,14 @@ def _isa(isa: str | None) -> str:
     return isa or ""
 
 
+def check_has_classes(shape: Sequence[int]) -> None:
+    """Raise InputError unless an output of this shape, without the batch, has scores to choose a class by."""
+    if len(shape) != 1:
+        raise InputError(f"expected a model with one score per class, got output {list(shape)} - at predict")
+    if shape[0] < 2:
+        raise InputError("expected a model with two or more scores, got one (its sign says the class) - at predict")
+
+
 class Model:
     """An int8 network or ensemble. Immutable: any number of threads may call it. Pickles with its file's content."""
 
@@ -208,7 +216,7 @@ class Model:
         Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
         """
         images = self._checked(images)
-        if not len(taps):
+        if not isinstance(taps, str) and not len(taps):
             return self._run(images)[0]
         ids = self._tap_ids(taps)
         output, tapped = self._run(images, taps=ids.values())
@@ -216,9 +224,7 @@ class Model:
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
-        if len(self.outputs[0]["shape"]) != 1:
-            shape = self.outputs[0]["shape"]
-            raise InputError(f"expected a model with one score per class, got output {shape} - at predict")
+        check_has_classes(self.outputs[0]["shape"])
         images = self._checked(images)
         classes = np.empty(len(images), np.int64)
         self._run(images, classes=classes)
@@ -286,9 +292,9 @@ class Model:
         return f"{step['member']}/{step['name']}" if self._is_ensemble else step["name"]
 
     def _tap_ids(self, taps: Sequence[str]) -> dict[str, int]:
-        ids = {self._tap_name(step): step["output"] for step in self._steps}
         if isinstance(taps, str):
             raise InputError(f"expected a list of names, got {taps!r} - at taps")
+        ids = {self._tap_name(step): step["output"] for step in self._steps}
         for name in taps:
             if not isinstance(name, str) or name not in ids:
                 raise InputError(f"expected the name of a node, as `qdeploy plan` lists them, got {name!r} - at taps")

@@ -38,6 +38,7 @@ def validate(graph: Graph) -> None:
     check_preprocess(graph.preprocess, input_shape)
     for i, member in enumerate(graph.members):
         check_name(member.name, key_of("name", f"member {i}"))
+        check_member_name(member.name, key_of("name", f"member {i}"))
         check = MemberCheck(member.name, input_shape, graph.preprocess is not None, NEWEST, facts)
         for j, tensor in enumerate(member.tensors):
             check_name(tensor.name, key_of("name", f"tensor {j} of {check.at}"))
@@ -59,6 +60,11 @@ def check_members(graph: Graph) -> None:
     expect(nodes <= MAX_NODES, f"at most {MAX_NODES} nodes in all members", nodes, "the graph")
     expect(count <= MAX_MEMBERS, f"at most {MAX_MEMBERS} entries", count, "key `members` of the graph")
     expect(count >= 1, "at least one member", "none", "the graph")
+
+
+def check_member_name(name: str, at: str) -> None:
+    """`member/node` is how results are asked for: the first `/` ends the member's name."""
+    expect("/" not in name, "a name without `/`", quoted(name), at)
 
 
 def check_preprocess(preprocess: Any, input_shape: Shape) -> None:

@@ -51,7 +51,7 @@ def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path, batches=(1,
     save(graph, path)
     names = tap_names(graph)
     expected, expected_taps = reference.run(graph, x, names)
-    classes = reference.predict(graph, x) if expected.ndim == 2 else None
+    classes = reference.predict(graph, x) if expected.ndim == 2 and expected.shape[1] > 1 else None
     for isa in ISAS:
         for num_threads in threads:
             model = qdeploy.load_int_model(path, num_threads, isa)
@@ -461,6 +461,11 @@ def test_predict_needs_scores(tmp_path):
     save(Graph([builder.member()]), tmp_path / "m.safetensors")
     with pytest.raises(InputError, match="expected a model with one score per class"):
         qdeploy.load_int_model(tmp_path / "m.safetensors").predict(np.zeros((1, 2, 3, 3), np.float32))
+    builder = Builder(np.random.default_rng(0), (2,), (0.1, 3))
+    builder.linear(0, 1, dtype="f32")
+    save(Graph([builder.member()]), tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=r"two or more scores, got one \(its sign says the class\) - at predict"):
+        qdeploy.load_int_model(tmp_path / "m.safetensors").predict(np.zeros((1, 2), np.float32))
 
 
 def test_the_first_of_equal_scores_is_the_class(tmp_path):

@@ -1,5 +1,6 @@
 """Networks and calls as people have them: `export` writes the right file, or refuses in one line and writes none."""
 
+import os
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -368,6 +369,20 @@ def test_everything_that_is_missing_is_said_at_once(path):
     assert str(error.value) == text
 
 
+def test_only_the_error_speaks(path, capfd):
+    """torch.export prints a graph and log lines before it fails."""
+    refused(Flow(lambda net, x: x if x.sum() > 0 else -x), path, "got a branch or size that depends on the numbers")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_no_network(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(small())
+    for net, kind in ((scripted, "RecursiveScriptModule"), (small, "function"), (small().state_dict(), "OrderedDict")):
+        refused(net, path, f"expected a torch.nn.Module in Python, got {kind} - at the network")
+
+
 def test_no_symbols_of_torch(path):
     text = refused(Flow(lambda net, x: x.flatten(1).reshape(-1, 2).reshape(x.shape)), path, r"got shape \[144\*N, 2\]")
     assert "s77" not in text
@@ -395,6 +410,18 @@ def test_a_path_that_cannot_be_written_is_refused_before_calibration(tmp_path):
     for path, reason in ((tmp_path, "not a regular file"), (tmp_path / "no" / "net", "folder that does not exist")):
         with pytest.raises(ModelError, match=reason):
             export(small(), X[:1], path, calibration(), fallback_bits=8)
+    for path, reason in ((None, "NoneType"), (3, "int"), ("a\0b", "one with a byte 0"), ("", "an empty one")):
+        with pytest.raises(InputError, match=f"expected a path, got {reason} - at path"):
+            export(small(), X[:1], path, calibration(), fallback_bits=8)
+
+
+def test_paths_of_every_kind(tmp_path):
+    plain = tmp_path / "plain"
+    export(small(), X[:1], plain, X, fallback_bits=8)
+    for name in (os.fsencode(tmp_path) + b"/\xff", os.fsdecode(os.fsencode(tmp_path) + b"/\xfe")):
+        export(small(), X[:1], name, X, fallback_bits=8)
+        with open(name, "rb") as file:
+            assert file.read() == plain.read_bytes()
 
 
 def test_ensembles_as_people_hold_them(path):
@@ -482,6 +509,36 @@ def test_raw_images_give_what_floats_give(path):
     export(small(), X[:1], path, normalized(raw), fallback_bits=8, preprocess={"mean": MEAN, "std": STD})
     model = qdeploy.load_int_model(path)
     assert np.abs(model(raw) - model(normalized(raw))).max() < 0.02 * np.abs(model(raw)).max()
+
+
+# ---- One logit ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flat", [lambda y: y, lambda y: y.squeeze(1), lambda y: y.flatten(0), lambda y: torch.sigmoid(y)]
+)
+def test_one_logit(flat, path):
+    """It may come out as [N, 1] or as [N]; in the file it is [N, 1]. Of one score there is no largest."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = small(1)
+
+        def forward(self, x):
+            return flat(self.body(x))
+
+    net = Net()
+    report = export(net, X[:1], path, X, fallback_bits=8)
+    model = qdeploy.load_int_model(path)
+    with torch.no_grad():
+        expected = net(X).numpy().reshape(-1, 1)
+    assert np.abs(model(X.numpy()) - expected).max() < 0.05 * np.abs(expected).max()
+    assert report.output_sqnr_db > 20
+    with pytest.raises(InputError, match=r"two or more scores, got one \(its sign says the class\) - at predict"):
+        model.predict(X.numpy())
+    with pytest.raises(InputError, match="members with two or more logits, .* got one logit"):
+        export_ensemble([net, net], X[:1], path, X, fallback_bits=8)
 
 
 # ---- The report -----------------------------------------------------------------------------------------------------

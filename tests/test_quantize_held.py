@@ -537,6 +537,18 @@ def test_layers_may_get_their_input_by_name(tmp_path):
     assert qdeploy.export(net, X[:1], tmp_path / "net.safetensors", X).output_sqnr_db > 30
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (torch.ones(8, 3, 12, 12), "hold nothing but the number 1"),
+        (torch.rand(1, 3, 12, 12).repeat(8, 1, 1, 1), "all the same"),
+    ],
+)
+def test_calibration_that_says_nothing(data, words):
+    with pytest.warns(UserWarning, match=f"the 8 images .*{words}: ranges .* fit no others - at the calibration data"):
+        quantize_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(800, 5)), 7, 8, calibration=data)
+
+
 def test_inputs_that_are_all_zero_are_named():
     with pytest.warns(UserWarning, match=r"not all zero \(.* 1e-8\), got zeros - at layer `0`, `4`$") as found:
         quantize_(small(), 7, 8, calibration=X * 0)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from qdeploy.calibration import batches
+from qdeploy.calibration import batches, doubt
 from qdeploy.errors import InputError
 from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
 from qdeploy.networks.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
@@ -666,6 +666,8 @@ def _attach_input_quantizers(
     if silent:
         expected = "inputs in calibration that are not all zero (the first step sizes would be 1e-8)"
         warnings.warn(f"expected {expected}, got zeros - at layer {', '.join(silent)}", stacklevel=3)
+    elif len({batch.shape[1:] for batch in images}) == 1 and (found := doubt(torch.cat(images).float().numpy())):
+        warnings.warn(f"{found} - at the calibration data", stacklevel=3)
     for name, layer in layers.items():
         bundle = bundle_of[name]
         if bundle not in made:

@@ -187,9 +187,12 @@ def _checked_classes(classes: Sequence[str] | Mapping[Any, Any] | None, networks
     if len(set(shapes)) > 1:
         got = ", ".join(f"{list(shape)} of member{i}" for i, shape in enumerate(shapes))
         raise InputError(f"expected members with outputs of one shape, got {got} - at export_ensemble")
+    count = math.prod(shapes[0])
+    if len(networks) > 1 and count == 1:
+        expected = "members with two or more logits, of which softmax makes probabilities"
+        raise InputError(f"expected {expected}, got one logit - at export_ensemble")
     if classes is None:
         return None
-    count = math.prod(shapes[0])
     if isinstance(classes, Mapping):
         numbered = not any(isinstance(key, str) for key in classes)
         by_index = classes if numbered else {index: name for name, index in classes.items()}

@@ -127,12 +127,11 @@ class Site:
         if not self.has_batch(shape):
             got = ", ".join(str(size).replace(str(self.trace.batch), "N") for size in shape)
             self.fail("an operator that keeps the batch as dimension 0 and fixed sizes behind it", f"shape [{got}]")
-        return tuple(shape[1:])
+        return tuple(shape[1:]) or (1,)  # one number an image is [N] in torch and [N, 1] in the file
 
     def has_batch(self, shape: Any) -> bool:
         """Whether the shape is [N, ...]: the batch, and fixed sizes behind it."""
-        fixed = all(isinstance(size, int) for size in shape[1:])
-        return fixed and len(shape) > 1 and str(shape[0]) == str(self.trace.batch)
+        return len(shape) > 0 and str(shape[0]) == str(self.trace.batch) and all(isinstance(d, int) for d in shape[1:])
 
     def fail(self, expected: str, got: str) -> NoReturn:
         raise Obstacle(expected, got, self)
@@ -180,7 +179,7 @@ def _missing(site: Site, value: Any, inputs: list[Any]) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(_missing(site, part, inputs) for part in value)
     if site.has_batch(value.shape) and any(isinstance(x, (Layer, Expanded, Unknown)) for x in inputs):
-        return Missing("", [], tuple(value.shape[1:]), site.node)
+        return Missing("", [], tuple(value.shape[1:]) or (1,), site.node)
     return Unknown()
 
 
@@ -228,9 +227,7 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     if site.node in site.trace.stateful:
         site.fail("a forward that changes no buffer in eval mode", "a change that the output depends on")
     rule = LOWERING.get(getattr(site.target, "overloadpacket", site.target))
-    if rule is None:
-        site.fail(OPERATOR, _described(site))
-    if any(isinstance(x, Unknown) for x in inputs):
+    if rule is not None and any(isinstance(x, Unknown) for x in inputs):
         return _missing(site, site.node.meta["val"], inputs)
     weight = isinstance(args[0], LearnedWeight) and rule in (_same, _reshape)  # the codes stay
     for i, value in enumerate(inputs):
@@ -239,6 +236,8 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
             site.fail(expected, f"aten.{site.operator} of its result")
         if isinstance(value, Expanded) and rule is not _multiply:
             site.fail("an expanded tensor that goes straight into a product", f"aten.{site.operator} of it")
+    if rule is None:
+        site.fail(OPERATOR, _described(site))
     if not weight and not any(isinstance(x, (Layer, Expanded)) for x in inputs):
         site.fail(OPERATOR, f"aten.{site.operator} of what is neither an activation nor a constant")
     try:

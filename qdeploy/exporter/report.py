@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, fx
 
 from qdeploy import reference
+from qdeploy.calibration import doubt
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
 from qdeploy.exporter.trace import LSQ
@@ -21,7 +22,6 @@ from qdeploy.model import load_int_model
 
 REPORT_MACS = 16e9  # in all: an integer and a float run of so many take seconds
 REPORT_IMAGES = 256
-FITS_NOTHING = "ranges and figures that follow from them fit no others"
 
 
 @dataclass(frozen=True)
@@ -164,18 +164,12 @@ def _classes(scores: np.ndarray) -> np.ndarray:
 
 def _doubts(images: np.ndarray, expected: np.ndarray, got: np.ndarray) -> list[str]:
     """What makes the figures of the report say little; data that can fit no range are a Python warning, too."""
-    count = len(images)
-    if np.ptp(images) == 0:
-        doubt = f"the {count} images hold nothing but the number {images.flat[0]:g}: {FITS_NOTHING}"
-        warnings.warn(doubt, stacklevel=5)
-        return [doubt]
+    if (found := doubt(images)) is not None:
+        warnings.warn(found, stacklevel=5)
+        return [found]
+    count, doubts = len(images), []
     if count == 1:
         return []
-    if (images == images[:1]).all():
-        doubt = f"the {count} images are all the same: {FITS_NOTHING}"
-        warnings.warn(doubt, stacklevel=5)
-        return [doubt]
-    doubts = []
     error, spread = (float(np.sqrt(np.square(x).mean())) for x in (got - expected, expected - expected.mean(0)))
     if error > spread:
         doubts.append(f"the scores of the {count} images differ by {spread:.3g}, the integers are off by {error:.3g}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -96,6 +99,19 @@ def _named_tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.export says beside its error (a graph, log lines) and deprecations inside of it."""
+    with warnings.catch_warnings(), redirect_stderr(StringIO()) as said:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+    sys.stderr.write(said.getvalue())  # of a network that prints
+
+
+@contextmanager
 def _calls() -> Iterator[list[nn.Module]]:
     """The modules whose forward runs, outermost first; after an error still those in which it happened."""
     running: list[nn.Module] = []
@@ -117,8 +133,8 @@ def _calls() -> Iterator[list[nn.Module]]:
 def trace(net: nn.Module, example: Tensor) -> Trace:
     """`net` in eval mode, for inputs like `example` [N, C, H, W] or [N, F] in batches of any size; `net` is left as it
     was. Raises ExportError where torch.export cannot."""
-    if not isinstance(net, nn.Module):
-        raise ExportError(f"expected a torch.nn.Module, got {type(net).__name__} - at the network")
+    if not isinstance(net, nn.Module) or isinstance(net, torch.jit.ScriptModule):
+        raise ExportError(f"expected a torch.nn.Module in Python, got {type(net).__name__} - at the network")
     net = unwrapped(net)
     _check_tensors(net)
     names = {"": ""} | {f"net.{path}".rstrip("."): name for path, name in plain_names(net).items()}
@@ -127,8 +143,7 @@ def trace(net: nn.Module, example: Tensor) -> Trace:
     pair = example[:1].expand(2, *example.shape[1:]).contiguous().to(device)  # a batch of 1 would become a constant
     net.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _calls() as calls:
-            warnings.simplefilter("ignore")  # deprecations inside torch.export itself
+        with torch.no_grad(), _quiet(), _calls() as calls:
             program = torch.export.export(_Forward(net), (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
             _inline_regions(program.graph_module, names)
             if _reads_stale_alias(program.graph):
@@ -153,6 +168,8 @@ def _reason(error: Exception) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if "Constraints violated" in reason:
         return "a batch size fixed in the code (write x.shape[0], not len(x) or a number)"
+    if "data-dependent" in reason:
+        return "a branch or size that depends on the numbers of the input"
     return reason
 
 

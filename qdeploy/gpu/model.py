@@ -25,6 +25,7 @@ from qdeploy.errors import InputError, ModelError
 from qdeploy.gpu.program import Conv, Program, Step, as_array
 from qdeploy.graph import Activation
 from qdeploy.kernels import triton_ensemble
+from qdeploy.model import check_has_classes
 from qdeploy.terminal import progress
 
 MAX_GRAPHS = 8  # batch sizes whose launches are kept; the one used longest ago goes
@@ -165,9 +166,7 @@ class GpuModel:
 
     def predict(self, images: Tensor) -> Tensor:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
-        if len(self.outputs[0]["shape"]) != 1:
-            shape = self.outputs[0]["shape"]
-            raise InputError(f"expected a model with one score per class, got output {shape} - at predict")
+        check_has_classes(self.outputs[0]["shape"])
         output, classes = self._run(images)
         return output.argmax(-1) if classes is None else classes
 

@@ -45,9 +45,14 @@ def float_only_layers(net: nn.Module) -> list[str]:
     names = plain_names(net)
     found: dict[str, list[str]] = {}
     for path, module in net.named_modules():
-        kind = next((kind.__name__ for kind in FLOAT_ONLY if isinstance(module, kind)), None)
+        kind = _kind(module) if isinstance(module, FLOAT_ONLY) else None
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             kind = f"padding_mode {module.padding_mode}"
         if kind is not None:
             found.setdefault(kind, []).append(f"`{names[path]}`")
     return [f"{', '.join(where[:3])}{'...' if len(where) > 3 else ''} ({kind})" for kind, where in found.items()]
+
+
+def _kind(module: nn.Module) -> str:
+    """The class of PyTorch that it is: parametrizations make a subclass."""
+    return next(kind.__name__ for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.modules."))

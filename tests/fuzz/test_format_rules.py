@@ -229,6 +229,8 @@ RULES: dict[str, tuple[Change, str]] = {  # what is done, and how the text begin
     "a name with U+009F": (named("a\x9f"), NAME),
     "a name with U+00A0": (named("\xa0"), MODEL),
     "a name with U+00C2": (named("\xc2\xc2"), MODEL),
+    "a name of a node with a slash": (set_node("mul", name="a/b"), MODEL),
+    "a name of a member with a slash": (named("a/b"), "a name without `/`, got `a/b` - at key `name` of member 0"),
     "a class with U+009B": (set_graph(classes=["cat", "\x9b31m"]), NAME),
     "an escaped 0 in a name": (named(Raw('"\\u0000"')), NAME),
     "an activation named like another": (set_activation(1, name="input"), MODEL),
