@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, ModelError
 from qdeploy.files import AnyPath
 
 
@@ -25,10 +25,13 @@ def integer(value: object, least: int, most: int, at: str) -> int:
 
 
 def path_text(path: AnyPath, at: str = "path") -> str:
-    """A path as text; bytes that are no UTF-8 become what `os.fsencode` turns back into them."""
+    """A path as text; bytes that are no UTF-8 become what `os.fsencode` turns back into them.
+
+    Raises InputError for what is no path, ModelError for one that no file can have.
+    """
     if not isinstance(path, (str, bytes, os.PathLike)):
         raise InputError(f"expected a path, got {type(path).__name__} - at {at}")
     text = os.fsdecode(path)
     if not text or "\0" in text:
-        raise InputError(f"expected a path, got {'one with a byte 0' if text else 'an empty one'} - at {at}")
+        raise ModelError(f"expected a path, got {'one with a byte 0' if text else 'an empty one'} - at {at}")
     return text
