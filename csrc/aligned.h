@@ -12,17 +12,22 @@
 
 namespace qdeploy {
 
+struct NoMemory : std::bad_alloc {
+  explicit NoMemory(size_t bytes) : bytes(bytes) {}
+  size_t bytes;  // that were asked for
+};
+
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
   // Zeroed. A large buffer is fresh pages, which nobody need zero again, and asks for huge ones: fewer page faults
   // while it is filled, fewer TLB misses while weights stream (0.6 % of ResNet-50).
   explicit AlignedBuffer(size_t bytes) : bytes_(bytes) {
-    if (total() < bytes) throw std::bad_alloc();
+    if (total() < bytes) throw NoMemory(bytes);
     if (is_mapped()) {
       memory_ = map_huge_pages(total());
     } else {
-      if (posix_memalign(&memory_, 64, total()) != 0) throw std::bad_alloc();
+      if (posix_memalign(&memory_, 64, total()) != 0) throw NoMemory(bytes);
       memset(memory_, 0, total());
     }
   }
@@ -49,9 +54,9 @@ class AlignedBuffer {
 
   static void* map_huge_pages(size_t bytes) {
     const size_t whole = bytes + kHugePage;  // holds an aligned part
-    if (whole < bytes) throw std::bad_alloc();
+    if (whole < bytes) throw NoMemory(bytes);
     void* mapping = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapping == MAP_FAILED) throw std::bad_alloc();
+    if (mapping == MAP_FAILED) throw NoMemory(bytes);
     uint8_t* const start = static_cast<uint8_t*>(mapping);
     const size_t head = (kHugePage - reinterpret_cast<uintptr_t>(start) % kHugePage) % kHugePage;
     if (head > 0) munmap(start, head);

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "arena.h"
 #include "cpu.h"
 #include "errors.h"
 #include "ops/conv.h"
@@ -15,19 +16,36 @@ namespace py = pybind11;
 namespace qdeploy {
 namespace {
 
+// work(), where an Error says which memory there was not. What can be known before is checked before: here a limit on
+// the address space, or on all processes together, came in between.
+template <class Error, class Work>
+auto within_memory(const std::string& where, const Work& work) {
+  try {
+    return work();
+  } catch (const NoMemory& error) {
+    throw Error("expected " + std::to_string(error.bytes) + " bytes of memory, got none - at " + where);
+  } catch (const std::bad_alloc&) {
+    throw Error("expected more memory, got none - at " + where);
+  }
+}
+
 std::unique_ptr<Session> open_path(const std::string& path, int threads, const std::string& isa,
                                    int64_t macs_per_thread) {
   const py::gil_scoped_release release;
-  const ModelFile file(path);
-  return std::make_unique<Session>(file, threads, isa, macs_per_thread);
+  return within_memory<ModelError>(path, [&] {
+    const ModelFile file(path);
+    return std::make_unique<Session>(file, threads, isa, macs_per_thread);
+  });
 }
 
 std::unique_ptr<Session> open_bytes(const std::string& name, const py::bytes& content, int threads,
                                     const std::string& isa, int64_t macs_per_thread) {
   const std::string_view view = content;
   const py::gil_scoped_release release;
-  const ModelFile file(name, reinterpret_cast<const uint8_t*>(view.data()), view.size());
-  return std::make_unique<Session>(file, threads, isa, macs_per_thread);
+  return within_memory<ModelError>(name, [&] {
+    const ModelFile file(name, reinterpret_cast<const uint8_t*>(view.data()), view.size());
+    return std::make_unique<Session>(file, threads, isa, macs_per_thread);
+  });
 }
 
 // Elements of this kind and size in the machine's order of bytes, without gaps, row-major.
@@ -50,7 +68,7 @@ void run(Session& session, const py::array& images, py::array output, std::optio
   for (auto& [activation, array] : taps) results.taps.push_back({activation, array.mutable_data()});
   if (step_seconds) results.step_seconds = step_seconds->mutable_data();
   const py::gil_scoped_release release;
-  session.run(in, results);
+  within_memory<InputError>("the input", [&] { session.run(in, results); });
 }
 
 py::list activations(const Session& session) {
@@ -68,6 +86,14 @@ py::list activations(const Session& session) {
     }
   }
   return list;
+}
+
+// For tests: offsets, bytes and visits of an Arena, for blocks of (bytes, first, last).
+py::tuple place_blocks(const std::vector<std::tuple<size_t, int, int>>& lives) {
+  std::vector<Block> blocks;
+  for (const auto& [bytes, first, last] : lives) blocks.push_back({bytes, first, last});
+  const Arena arena = place(blocks);
+  return py::make_tuple(arena.offset, arena.bytes, arena.visits);
 }
 
 const char* output_name(Output output) {
@@ -109,8 +135,9 @@ std::string tile_of(const Step& step) {
 }
 
 py::list plan(Session& session, int64_t batch) {
+  if (batch < 1) throw InputError("expected at least 1 image, got " + std::to_string(batch) + " - at batch");
   const Program& program = session.program();
-  const std::shared_ptr<const Plan> plan = session.plan(session.images_per_chunk(batch), false);
+  const std::shared_ptr<const Plan> plan = session.plan(session.images_per_chunk(batch, false), false);
   const int threads = session.threads_for(plan->batch);
   py::list list;
   for (size_t s = 0; s < program.steps.size(); ++s) {
@@ -123,7 +150,7 @@ py::list plan(Session& session, int64_t batch) {
     entry["output"] = step.output;
     entry["kernel"] = kernel_of(program, step);
     entry["bits"] = conv ? conv->bits : 0;
-    entry["macs"] = step.macs * batch;
+    entry["macs"] = py::int_(step.macs) * py::int_(batch);
     entry["tile"] = tile_of(step);
     entry["split"] = split_of(step, plan->tilings[s], threads);
     entry["residual"] = step.node->has_residual;
@@ -151,8 +178,12 @@ PYBIND11_MODULE(_engine, m) {
   });
   m.def("isas", &available_isas, "Instruction sets that this machine can run, from scalar upwards.");
   m.def("ops", &ops, "The operations that this engine runs, one dict each.");
+  m.def("place", &place_blocks, py::arg("blocks"),
+        "Offsets, bytes and visits of an arena for blocks of (bytes, first step, last step).");
   m.def("cpu_quota", &cpu_quota, py::arg("root") = "",
         "CPUs that the cgroups of this process grant; infinity without a quota. /proc and /sys lie under root.");
+  m.def("memory_limit", &memory_limit, py::arg("root") = "",
+        "Bytes of memory that this process may use: the machine's, its cgroups' or its address space. root as above.");
   m.def("default_threads", &default_threads, "min(affinity, cgroup quota, physical cores).");
   m.def("peak_gmacs", &peak_gmacs, py::arg("isa"), py::arg("precision"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
@@ -169,6 +200,7 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("threads", &Session::threads)
       .def_property_readonly("isa", [](const Session& s) { return s.program().kernels->isa; })
       .def_property_readonly("nbytes", [](const Session& s) { return s.program().file_bytes; })
+      .def_property_readonly("footprint", [](const Session& s) { return s.program().footprint; })
       .def_property_readonly("members",
                              [](const Session& s) {
                                std::vector<std::string> names;

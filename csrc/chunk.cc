@@ -46,8 +46,8 @@ void copy_out_as(const Activation& a, int64_t images, const T* from, T* to) {
 
 }  // namespace
 
-bool run_input(const Chunk& chunk, int activation, const std::vector<uint8_t>& preprocess_table, const void* images,
-               bool is_u8, Share share) {
+bool run_input(const Chunk& chunk, int activation, const uint8_t* preprocess_table, const void* images, bool is_u8,
+               Share share) {
   const Activation& a = chunk.program.activations[activation];
   fill_border(chunk, activation, share);
   const Range rows = slice(chunk.images * a.h, share);
@@ -55,7 +55,7 @@ bool run_input(const Chunk& chunk, int activation, const std::vector<uint8_t>& p
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     uint8_t* to = chunk.u8_at(activation) + a.row_offset(row);
     if (is_u8) {
-      quantize_raw(static_cast<const uint8_t*>(images) + row * a.w * a.c, a.w, a.c, preprocess_table.data(), to);
+      quantize_raw(static_cast<const uint8_t*>(images) + row * a.w * a.c, a.w, a.c, preprocess_table, to);
       continue;
     }
     const int64_t plane = a.h * a.w;

@@ -27,8 +27,8 @@ struct Chunk {
 
 // Quantizes `images` (f32 NCHW or u8 NHWC, already at this chunk's first image) into an input activation. Returns false
 // if this share holds NaN or infinity.
-bool run_input(const Chunk& chunk, int activation, const std::vector<uint8_t>& preprocess_table, const void* images,
-               bool is_u8, Share share);
+bool run_input(const Chunk& chunk, int activation, const uint8_t* preprocess_table, const void* images, bool is_u8,
+               Share share);
 
 void run_step(const Chunk& chunk, size_t step, Share share);
 

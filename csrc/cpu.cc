@@ -2,6 +2,7 @@
 
 #include <sched.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -88,6 +89,26 @@ double quota_of(const std::string& folder) {
   return value > 0 && period > 0 ? value / period : INFINITY;
 }
 
+// Calls visit(folder) for this process's cgroup and its parents, as far as they are seen, where they control `what`.
+template <class Visit>
+void for_each_cgroup(const std::string& root, const std::string& what, const Visit& visit) {
+  std::ifstream groups(root + "/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {  // id:controllers:path, no controllers in v2
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool v2 = controllers.empty();
+    if (!v2 && ("," + controllers + ",").find("," + what + ",") == std::string::npos) continue;
+    const std::string mount = root + "/sys/fs/cgroup" + (v2 ? "" : "/" + what);
+    // The path may be the host's, where the container sees its own cgroup as the mount: then no folder but that is
+    // found.
+    for (std::string path = line.substr(second + 1);; path.resize(path.rfind('/'))) {
+      visit(mount + path);
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> available_isas() {
@@ -111,28 +132,23 @@ const Kernels& kernels_for(std::string isa) {
                    "\" - at " + where);
 }
 
-size_t physical_memory() {
-  return static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-}
-
 double cpu_quota(const std::string& root) {
   double quota = INFINITY;
-  std::ifstream groups(root + "/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {  // id:controllers:path, no controllers in v2
-    const size_t first = line.find(':'), second = line.find(':', first + 1);
-    if (second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    const bool v2 = controllers.empty();
-    if (!v2 && ("," + controllers + ",").find(",cpu,") == std::string::npos) continue;
-    const std::string mount = root + "/sys/fs/cgroup" + (v2 ? "" : "/cpu");
-    // The path may be the host's, where the container sees its own cgroup as the mount: then no folder but that is
-    // found.
-    for (std::string path = line.substr(second + 1);; path.resize(path.rfind('/'))) {
-      quota = std::min(quota, quota_of(mount + path));
-      if (path.find('/') == std::string::npos) break;
-    }
-  }
+  for_each_cgroup(root, "cpu", [&](const std::string& folder) { quota = std::min(quota, quota_of(folder)); });
   return quota;
+}
+
+uint64_t memory_limit(const std::string& root) {
+  uint64_t limit = static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  rlimit address_space;
+  if (getrlimit(RLIMIT_AS, &address_space) == 0) limit = std::min<uint64_t>(limit, address_space.rlim_cur);
+  for_each_cgroup(root, "memory", [&](const std::string& folder) {
+    for (const char* file : {"/memory.max", "/memory.limit_in_bytes"}) {  // of v2, where it may be "max", and of v1
+      uint64_t bytes;
+      if (std::ifstream(folder + file) >> bytes) limit = std::min(limit, bytes);
+    }
+  });
+  return limit;
 }
 
 int default_threads() {

@@ -20,7 +20,8 @@ double cpu_quota(const std::string& root);
 // min(affinity, cpu_quota, physical cores among them), at least 1.
 int default_threads();
 
-// Bytes of memory of this machine: no model may ask for more.
-size_t physical_memory();
+// Bytes of memory that this process may use: those of the machine, or fewer by the limits of its cgroup and the parents,
+// v1 or v2, and of its address space. `root` as above.
+uint64_t memory_limit(const std::string& root);
 
 }  // namespace qdeploy

@@ -27,8 +27,9 @@ std::set<std::string> keys_of(const Node& node, bool is_f32) {
 // Reads one member; holds what every check needs for its error text.
 class MemberReader {
  public:
-  MemberReader(const ModelFile& file, const Json& json, const std::vector<int64_t>& input_shape, bool preprocess)
-      : file_(file), json_(json), input_shape_(input_shape), preprocess_(preprocess) {}
+  MemberReader(const ModelFile& file, Constants* constants, const Json& json, const std::vector<int64_t>& input_shape,
+               bool preprocess)
+      : file_(file), constants_(*constants), json_(json), input_shape_(input_shape), preprocess_(preprocess) {}
 
   // `index` of the member in the file.
   Member read(size_t index);
@@ -43,6 +44,7 @@ class MemberReader {
   void require_complete() const;
 
   const ModelFile& file_;
+  Constants& constants_;
   const Json& json_;
   const std::vector<int64_t>& input_shape_;
   const bool preprocess_;
@@ -83,9 +85,7 @@ void MemberReader::read_input() {
   const std::string place = key_of("preprocess_table", where_);
   require(!table.is_null(), tensor_text(DType::u8, {in.c, 256}), "null", place);
   const std::string& name = string_member(json_, "preprocess_table", where_);
-  const FileTensor& values = file_.tensor(name, DType::u8, {in.c, 256}, place);
-  member_.preprocess_table.resize(values.bytes);
-  file_.read(values.offset, values.bytes, member_.preprocess_table.data());
+  member_.preprocess_table = constants_.bytes(name, {in.c, 256}, place);
 }
 
 void MemberReader::require_complete() const {
@@ -131,6 +131,7 @@ Node MemberReader::read_node(const Json& json) {
   node.name = name_member(json, "name", where);
   where = place_of(node, member_, file_);
   const std::string& op = string_member(json, "op", where);
+  for (const char* key : {"inputs", "output"}) member(json, key, where);
   node.op = find_op(op);
   if (!node.op) fail("an op that this engine has", name_text(op), where);
   require(node.op->version <= file_.version(),
@@ -139,7 +140,7 @@ Node MemberReader::read_node(const Json& json) {
   read_operands(json, where, &node);
   const Tensor& output = member_.tensors[node.output];
   require_keys(json, keys_of(node, output.is_f32), where);
-  NodeSource source = {*node.op, json, file_, where, {}, output, node.has_residual};
+  NodeSource source = {*node.op, json, file_, constants_, where, {}, output, node.has_residual};
   for (const int input : node.inputs) source.inputs.push_back(&member_.tensors[input]);
   node.data = node.op->read(source);
   if (node.op->output == Output::requantized && !output.is_f32) read_clamp(json, where, &node);
@@ -197,11 +198,12 @@ bool read_preprocess(const Json& input, const std::vector<int64_t>& input_shape,
   return true;
 }
 
-void read_members(const ModelFile& file, const Json& json, const std::vector<int64_t>& input_shape, Graph* graph) {
+void read_members(const ModelFile& file, Constants* constants, const Json& json,
+                  const std::vector<int64_t>& input_shape, Graph* graph) {
   const std::string where = graph_place(file);
   size_t nodes = 0;
   for (const Json& entry : array_member(json, "members", kMaxMembers, where)) {
-    MemberReader reader(file, entry, input_shape, graph->preprocess);
+    MemberReader reader(file, constants, entry, input_shape, graph->preprocess);
     graph->members.push_back(reader.read(graph->members.size()));
     nodes += graph->members.back().nodes.size();
     require(nodes <= kMaxNodes, "at most 65536 nodes in all members", std::to_string(nodes), where);
@@ -272,7 +274,7 @@ std::string place_of(const Tensor& tensor, const Member& member, const ModelFile
   return "tensor " + name_text(tensor.name) + " of " + place_of(member, file);
 }
 
-Graph read_graph(const ModelFile& file) {
+Graph read_graph(const ModelFile& file, Footprint* footprint) {
   const std::string where = graph_place(file);
   const std::string& text = file.graph_json();
   const Json json = parse_json(text.data(), text.data() + text.size(), where);
@@ -283,8 +285,9 @@ Graph read_graph(const ModelFile& file) {
   const std::vector<int64_t> input_shape = int_array(input, "shape", 1, 3, 1, kMaxElements, input_where);
 
   Graph graph;
+  Constants constants(file, footprint);
   graph.preprocess = read_preprocess(input, input_shape, input_where);
-  read_members(file, json, input_shape, &graph);
+  read_members(file, &constants, json, input_shape, &graph);
   require_lowest_version(file, graph);
   graph.combine = read_combine(file, json, graph);
   graph.classes = read_classes(file, json, graph);

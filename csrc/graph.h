@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "constants.h"
 #include "model_file.h"
 
 namespace qdeploy {
@@ -44,7 +45,7 @@ struct Node {
 
 struct Member {
   std::string name;
-  std::vector<uint8_t> preprocess_table;  // [C][256], or empty
+  SharedBytes preprocess_table;  // [C][256], or null
   std::vector<Tensor> tensors;
   std::vector<Node> nodes;
   int output() const { return nodes.back().output; }
@@ -59,8 +60,9 @@ struct Graph {
   std::vector<std::string> classes;
 };
 
-// Parses and checks the graph of `file`. Throws ModelError naming the file, the node and what was expected.
-Graph read_graph(const ModelFile& file);
+// Parses and checks the graph of `file`, and counts its constants. Throws ModelError naming the file, the node and what
+// was expected.
+Graph read_graph(const ModelFile& file, Footprint* footprint);
 
 // Places in errors: "member `net` in FILE", "node `fc` of member `net` in FILE".
 std::string place_of(const Member& member, const ModelFile& file);

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "cpu.h"
 #include "errors.h"
 #include "json.h"
 
@@ -17,7 +18,8 @@ namespace {
 using FileTensors = std::map<std::string, FileTensor>;
 
 constexpr uint64_t kMaxHeader = 100000000;
-constexpr int kFormatVersion = 2;  // the newest that this engine reads
+constexpr uint64_t kMemoryPerHeaderByte = 32;  // as `{"a":1},` of 8 bytes takes 176 once parsed
+constexpr int kFormatVersion = 2;              // the newest that this engine reads
 constexpr size_t kMaxRank = 8;
 constexpr uint64_t kMaxElements = uint64_t{1} << 48;  // of a tensor of the container, sizes of 0 counted as 1
 
@@ -172,6 +174,12 @@ void ModelFile::parse() {
       header_bytes > 0 && header_bytes <= kMaxHeader && header_bytes % 8 == 0 && header_bytes <= bytes_ - 8;
   require(fits && start[8] == '{', "a whole safetensors file",
           std::to_string(bytes_) + " bytes that do not hold its header", where);
+  const uint64_t memory = memory_limit("");
+  require(
+      header_bytes <= memory / kMemoryPerHeaderByte,
+      "a header that fits the " + std::to_string(memory) + " bytes of memory",
+      std::to_string(header_bytes) + " bytes, which take " + std::to_string(kMemoryPerHeaderByte) + " times as many",
+      where);
   std::vector<char> text(header_bytes);
   read(8, header_bytes, text.data());
   const Json header = parse_json(text.data(), text.data() + header_bytes, where);

@@ -6,7 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <mutex>
+#include <tuple>
 
 #include "cpu.h"
 #include "errors.h"
@@ -18,14 +20,20 @@ namespace {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// One conv2d or linear on its way to its PackedConv.
+struct Sums {
+  int32_t codes, magnitudes;  // below 2^31 / 255: the reader checked it
+};
+
+// What conv2d or linear nodes have in common on the way to their PackedConv.
 struct Layer {
-  const Node& node;
+  const Node& node;  // the first of them
   const ConvData& data;
   const Activation& in;
   bool f32_output;
   std::string where;
-  std::unique_ptr<PackedConv> conv;
+  std::shared_ptr<PackedConv> conv = std::make_shared<PackedConv>();
+  size_t weights = 0;           // the first layer that packs the same codes alike: it has the panels, and
+  std::vector<Sums> sums = {};  // of the codes of each channel
 
   int64_t channels() const { return data.channels(); }
   int64_t depth() const { return in.c / data.groups; }  // input channels of a group
@@ -110,8 +118,12 @@ void lower(const Layer& layer, const Kernels& kernels) {
   set_panels(layer);
 }
 
-// Bytes of packed weights, a multiple of 64. The kernel is chosen.
-size_t set_sizes(const Layer& layer) {
+// Bytes of packed weights, a multiple of 64, and of each of the three constants. The kernel is chosen.
+struct Sizes {
+  size_t weights, constant;
+};
+
+Sizes sizes_of(const Layer& layer) {
   PackedConv* conv = layer.conv.get();
   const int64_t cells = static_cast<int64_t>(conv->cell_offset.size());
   int64_t channels = conv->depthwise_stride, bytes = cells * conv->depthwise_stride;
@@ -122,10 +134,7 @@ size_t set_sizes(const Layer& layer) {
     channels = conv->panels * kernel.nr;
     bytes = conv->panels * static_cast<int64_t>(conv->panel_bytes);
   }
-  for (AlignedBuffer* constants : {&conv->comp, &conv->multiplier, &conv->bias}) {
-    *constants = AlignedBuffer(static_cast<size_t>(channels) * 4);
-  }
-  return static_cast<size_t>(round_up(bytes, 64));
+  return {static_cast<size_t>(round_up(bytes, 64)), static_cast<size_t>(channels) * 4};
 }
 
 // ---- One channel: its codes, its bound, its constants -------------------------------------------------------------
@@ -162,10 +171,6 @@ void unpack_codes(const uint8_t* packed, int bits, int64_t first_bit, int64_t co
   }
 }
 
-struct Sums {
-  int32_t codes, magnitudes;  // below 2^31 / 255: the reader checked it
-};
-
 // By pieces whose sums fit 16 bits, of which a vector holds twice as many as of 32 bits.
 Sums sums_of(const int8_t* codes, int64_t count) {
   constexpr int64_t kPiece = 32767 / 128;
@@ -182,23 +187,29 @@ Sums sums_of(const int8_t* codes, int64_t count) {
   return sums;
 }
 
-// The sum of one channel's codes; checks that no result can leave the range that the kernels convert exactly.
-int32_t checked_sum(const Layer& layer, int64_t channel, const int8_t* codes) {
-  const Sums sums = sums_of(codes, layer.codes_per_channel());
-  const double largest = 255.0 * sums.magnitudes * std::fabs(layer.data.multiplier[channel]) +
-                         std::fabs(layer.data.bias[channel]) + 255.0 * std::fabs(layer.data.residual_multiplier);
+// Checks that no result can leave the range that the kernels convert exactly.
+void require_bounded_channel(const Layer& layer, int64_t channel, const Sums& sums) {
+  const double largest = 255.0 * sums.magnitudes * std::fabs(layer.data.multiplier->values[channel]) +
+                         std::fabs(layer.data.bias->values[channel]) +
+                         255.0 * std::fabs(layer.data.residual_multiplier);
   require_bounded(largest, layer.f32_output, layer.where, channel);
-  return sums.codes;
 }
 
-void set_channel(const Layer& layer, int64_t channel, int32_t sum) {
+// Where the sums of its codes allow that, the constants of every channel.
+void set_constants(const Layer& layer, const std::vector<Sums>& sums) {
   const PackedConv& conv = *layer.conv;
   const int32_t a_offset = conv.kernel ? conv.kernel->a_offset : 0;
-  for (int64_t i = 0; i < conv.repeat; ++i) {
-    const int64_t at = i * layer.channels() + channel;
-    reinterpret_cast<int32_t*>(conv.comp.data())[at] = (a_offset - layer.in.zero_point) * sum;
-    reinterpret_cast<float*>(conv.multiplier.data())[at] = layer.data.multiplier[channel];
-    reinterpret_cast<float*>(conv.bias.data())[at] = layer.data.bias[channel];
+  auto* const comp = reinterpret_cast<int32_t*>(conv.comp.data());
+  auto* const multiplier = reinterpret_cast<float*>(conv.multiplier.data());
+  auto* const bias = reinterpret_cast<float*>(conv.bias.data());
+  for (int64_t channel = 0; channel < layer.channels(); ++channel) {
+    require_bounded_channel(layer, channel, sums[channel]);
+    for (int64_t i = 0; i < conv.repeat; ++i) {
+      const int64_t at = i * layer.channels() + channel;
+      comp[at] = (a_offset - layer.in.zero_point) * sums[channel].codes;
+      multiplier[at] = layer.data.multiplier->values[channel];
+      bias[at] = layer.data.bias->values[channel];
+    }
   }
 }
 
@@ -325,9 +336,8 @@ class Packer {
   // where the sums of every channel fit (ConvKernel::s16_quads), a layer gets the kernel of fewer bits, just as exact.
   void choose_kernel(const Kernels& kernels, const Layer& layer);
 
-  // Reads, unpacks, checks the bound on the results and packs panel `panel` (depthwise: everything) to weights +
-  // weight_offset.
-  void pack_panel(const Layer& layer, int64_t panel);
+  // Reads and unpacks panel `panel` (depthwise: everything), and packs it to weights + weight_offset; fills sums.
+  void pack_panel(int64_t panel, Layer* layer);
 
  private:
   const uint8_t* read_bits(uint64_t offset, int64_t first_bit, int64_t bits);
@@ -368,7 +378,8 @@ void Packer::choose_kernel(const Kernels& kernels, const Layer& layer) {
   conv->kernel = kernel;
 }
 
-void Packer::pack_panel(const Layer& layer, int64_t panel) {
+void Packer::pack_panel(int64_t panel, Layer* of) {
+  const Layer& layer = *of;
   const PackedConv& conv = *layer.conv;
   const int64_t out = layer.channels(), count = layer.codes_per_channel(), bits = layer.data.bits;
   const int64_t nr = conv.is_depthwise ? out : conv.kernel->nr;
@@ -382,7 +393,7 @@ void Packer::pack_panel(const Layer& layer, int64_t panel) {
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const int64_t channel = first + lane, bit = first * count * bits % 8 + lane * count * bits;
     unpack_codes(packed, layer.data.bits, bit, count, codes_.data());
-    set_channel(layer, channel, checked_sum(layer, channel, codes_.data()));
+    of->sums[channel] = sums_of(codes_.data(), count);
     if (!conv.is_depthwise) {
       order_channel(layer, codes_.data(), channel, rows_.data() + lane * row_stride);
       continue;
@@ -396,28 +407,75 @@ void Packer::pack_panel(const Layer& layer, int64_t panel) {
 
 // ---- All layers ---------------------------------------------------------------------------------------------------
 
-std::vector<Layer> layers_of(const ModelFile& file, const Program& program) {
-  std::vector<Layer> layers;
+// What the whole PackedConv follows from, and the bound on its results.
+auto key_of(const ConvData& data, const Activation& in, bool f32_output, bool has_residual) {
+  const Window& window = data.window;
+  return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, window.kernel[0], window.kernel[1],
+                         window.stride[1], window.dilation[0], window.dilation[1], in.c, in.row_pitch, in.zero_point,
+                         f32_output, has_residual, data.multiplier, data.bias, data.residual_multiplier);
+}
+
+// What the panels follow from: all but the strides of the image and the constants. The kernel follows from the codes.
+auto key_of_weights(const Layer& layer) {
+  const ConvData& data = layer.data;
+  return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, data.window.kernel[0],
+                         data.window.kernel[1], merges_rows(layer), layer.conv->is_depthwise, layer.conv->repeat,
+                         layer.conv->lanes.empty());
+}
+
+// The layers of a program, lowered, in the order of their first nodes, and which of them each step has.
+struct Layers {
+  std::vector<Layer> all;
+  std::vector<size_t> of_step;
+
+  bool has_panels(size_t i) const { return all[i].weights == i; }
+};
+
+Layers layers_of(const ModelFile& file, Footprint* footprint, const Program& program) {
+  Layers layers;
+  std::map<decltype(key_of(std::declval<ConvData>(), std::declval<Activation>(), false, false)), size_t> known;
+  std::map<decltype(key_of_weights(std::declval<Layer>())), size_t> known_weights;
   for (const Step& step : program.steps) {
     const ConvData* data = conv_of(*step.node);
+    layers.of_step.push_back(layers.all.size());
     if (!data) continue;
+    const Activation& in = program.activations[step.inputs[0]];
+    const bool f32_output = program.activations[step.output].is_f32;
+    const auto found = known.emplace(key_of(*data, in, f32_output, step.node->has_residual), layers.all.size());
+    layers.of_step.back() = found.first->second;
+    if (!found.second) continue;
+    // cell_offset, panel_channel, sums
+    footprint->add(4 * static_cast<uint64_t>(data->window.kernel[0] * data->window.kernel[1] + 3 * data->channels()));
     const std::string where = place_of(*step.node, program.graph.members[step.member], file);
-    layers.push_back({*step.node, *data, program.activations[step.inputs[0]], program.activations[step.output].is_f32,
-                      where, std::make_unique<PackedConv>()});
-    lower(layers.back(), *program.kernels);
+    layers.all.push_back({*step.node, *data, in, f32_output, where});
+    Layer& layer = layers.all.back();
+    lower(layer, *program.kernels);
+    layer.weights = known_weights.emplace(key_of_weights(layer), layers.all.size() - 1).first->second;
   }
   return layers;
 }
 
-// Gives every layer its place in one buffer.
-AlignedBuffer allocate(const ModelFile& file, const std::vector<Layer>& layers) {
+// Gives every layer its constants and its place in one buffer, which it returns. The kernels are chosen.
+AlignedBuffer allocate(Footprint* footprint, Layers* layers) {
   size_t bytes = 0;
-  for (const Layer& layer : layers) {
-    layer.conv->weight_offset = bytes;
-    bytes += set_sizes(layer);
+  std::vector<Sizes> sizes;
+  for (size_t i = 0; i < layers->all.size(); ++i) {
+    Layer& layer = layers->all[i];
+    const Layer& first = layers->all[layer.weights];
+    layer.conv->kernel = first.conv->kernel;
+    layer.conv->weight_offset = layers->has_panels(i) ? bytes : first.conv->weight_offset;
+    sizes.push_back(sizes_of(layer));
+    const size_t weights = layers->has_panels(i) ? sizes.back().weights : 0;
+    footprint->add(weights + 3 * sizes.back().constant);
+    bytes += weights;
   }
-  require(bytes <= physical_memory(), "weights that fit this machine's memory", std::to_string(bytes) + " bytes",
-          "the graph in " + file.path());
+  for (size_t i = 0; i < layers->all.size(); ++i) {
+    Layer& layer = layers->all[i];
+    for (AlignedBuffer* constant : {&layer.conv->comp, &layer.conv->multiplier, &layer.conv->bias}) {
+      *constant = AlignedBuffer(sizes[i].constant);
+    }
+    if (layers->has_panels(i)) layer.sums.resize(layer.channels());
+  }
   return AlignedBuffer(bytes);
 }
 
@@ -444,20 +502,24 @@ void for_each(const ModelFile& file, const AlignedBuffer& weights, int threads, 
 
 }  // namespace
 
-void pack_weights(const ModelFile& file, int threads, Program* program) {
-  std::vector<Layer> layers = layers_of(file, *program);
-  for_each(file, program->weights, threads, layers.size(),
-           [&](Packer& packer, size_t i) { packer.choose_kernel(*program->kernels, layers[i]); });
-  program->weights = allocate(file, layers);
-  std::vector<std::pair<const Layer*, int64_t>> panels;
-  for (const Layer& layer : layers) {
-    for (int64_t panel = 0; panel < layer.conv->panels; ++panel) panels.emplace_back(&layer, panel);
+void pack_weights(const ModelFile& file, int threads, Footprint* footprint, Program* program) {
+  Layers layers = layers_of(file, footprint, *program);
+  std::vector<Layer*> with_panels;
+  for (size_t i = 0; i < layers.all.size(); ++i) {
+    if (layers.has_panels(i)) with_panels.push_back(&layers.all[i]);
+  }
+  for_each(file, program->weights, threads, with_panels.size(),
+           [&](Packer& packer, size_t i) { packer.choose_kernel(*program->kernels, *with_panels[i]); });
+  program->weights = allocate(footprint, &layers);
+  std::vector<std::pair<Layer*, int64_t>> panels;
+  for (Layer* layer : with_panels) {
+    for (int64_t panel = 0; panel < layer->conv->panels; ++panel) panels.emplace_back(layer, panel);
   }
   for_each(file, program->weights, threads, panels.size(),
-           [&](Packer& packer, size_t i) { packer.pack_panel(*panels[i].first, panels[i].second); });
-  size_t next = 0;
-  for (Step& step : program->steps) {
-    if (conv_of(*step.node)) step.conv = std::move(layers[next++].conv);
+           [&](Packer& packer, size_t i) { packer.pack_panel(panels[i].second, panels[i].first); });
+  for (const Layer& layer : layers.all) set_constants(layer, layers.all[layer.weights].sums);
+  for (size_t i = 0; i < program->steps.size(); ++i) {
+    if (conv_of(*program->steps[i].node)) program->steps[i].conv = layers.all[layers.of_step[i]].conv;
   }
 }
 

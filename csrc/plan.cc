@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "arena.h"
 #include "ops/op.h"
 
 namespace qdeploy {
@@ -44,6 +45,14 @@ struct Life {
   bool for_all = true;  // every image of the batch has its own memory
 };
 
+// What a pass that goes image by image makes of the life of an activation that it reads or writes.
+void live_through(const Pass& pass, Life* life) {
+  const int begin = static_cast<int>(pass.begin), end = static_cast<int>(pass.end);
+  life->for_all = life->first < begin || life->last >= end;
+  if (!life->for_all) return;  // lives and dies with each image
+  life->first = std::min(life->first, begin), life->last = std::max(life->last, end - 1);  // outlives the later images
+}
+
 std::vector<Life> lives(const Program& program, const std::vector<Pass>& passes, bool keep_all) {
   const int steps = static_cast<int>(program.steps.size());
   std::vector<Life> life(program.activations.size(), {steps, -1});
@@ -54,14 +63,12 @@ std::vector<Life> lives(const Program& program, const std::vector<Pass>& passes,
     for (const int input : step.inputs) life[input].last = std::max(life[input].last, s);
   }
   for (const int output : program.member_output) life[output].last = steps;
-  for (Life& l : life) {
-    if (keep_all) l = {-1, steps};
-    for (const Pass& pass : passes) {
-      const int begin = static_cast<int>(pass.begin), end = static_cast<int>(pass.end);
-      if (pass.together || l.last < begin || l.first >= end) continue;
-      l.for_all = l.first < begin || l.last >= end;
-      if (!l.for_all) continue;                                                // lives and dies with each image
-      l.first = std::min(l.first, begin), l.last = std::max(l.last, end - 1);  // outlives the later images
+  if (keep_all) life.assign(life.size(), {-1, steps});
+  for (const Pass& pass : passes) {
+    if (pass.together) continue;
+    for (size_t s = pass.begin; s < pass.end; ++s) {
+      live_through(pass, &life[program.steps[s].output]);
+      for (const int input : program.steps[s].inputs) live_through(pass, &life[input]);
     }
   }
   return life;
@@ -100,34 +107,6 @@ size_t bytes_of(const Activation& activation, int64_t batch) {
   return (bytes + kOverread + 63) / 64 * 64;
 }
 
-// Largest first, each at the lowest place that is free during its whole life.
-size_t place(const std::vector<size_t>& bytes, const std::vector<Life>& life, const std::vector<int>& owner,
-             std::vector<size_t>* offset) {
-  std::vector<int> order;
-  for (size_t i = 0; i < bytes.size(); ++i) {
-    if (owner[i] == static_cast<int>(i)) order.push_back(static_cast<int>(i));
-  }
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return bytes[a] > bytes[b]; });
-  std::vector<int> placed;  // by offset
-  size_t total = 0;
-  for (const int i : order) {
-    size_t at = 0;
-    for (const int other : placed) {
-      const bool together = life[i].first <= life[other].last && life[other].first <= life[i].last;
-      if (together && at < (*offset)[other] + bytes[other] && (*offset)[other] < at + bytes[i]) {
-        at = (*offset)[other] + bytes[other];
-      }
-    }
-    (*offset)[i] = at;
-    total = std::max(total, at + bytes[i]);
-    placed.insert(
-        std::upper_bound(placed.begin(), placed.end(), i, [&](int a, int b) { return (*offset)[a] < (*offset)[b]; }),
-        i);
-  }
-  for (size_t i = 0; i < bytes.size(); ++i) (*offset)[i] = (*offset)[owner[i]];
-  return total;
-}
-
 // Everything but the tilings.
 Plan plan_arena(const Program& program, int64_t batch, bool keep_all) {
   Plan plan;
@@ -137,13 +116,17 @@ Plan plan_arena(const Program& program, int64_t batch, bool keep_all) {
   std::vector<int> owner(program.activations.size());
   std::iota(owner.begin(), owner.end(), 0);
   if (!keep_all) owner = merge_in_place(program, &life);
-  std::vector<size_t> bytes;
+  std::vector<Block> blocks;
+  std::vector<size_t> block(life.size());  // of each activation that owns memory
   for (size_t i = 0; i < life.size(); ++i) {
     plan.for_all.push_back(life[i].for_all);
-    bytes.push_back(bytes_of(program.activations[i], life[i].for_all ? batch : 1));
+    if (owner[i] != static_cast<int>(i)) continue;
+    block[i] = blocks.size();
+    blocks.push_back({bytes_of(program.activations[i], life[i].for_all ? batch : 1), life[i].first, life[i].last});
   }
-  plan.offset.resize(bytes.size());
-  plan.arena_bytes = place(bytes, life, owner, &plan.offset);
+  const Arena arena = place(blocks);
+  for (const int i : owner) plan.offset.push_back(arena.offset[block[i]]);
+  plan.arena_bytes = arena.bytes;
   return plan;
 }
 
@@ -159,6 +142,15 @@ Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
   return plan;
 }
 
-size_t arena_bytes(const Program& program, int64_t batch) { return plan_arena(program, batch, false).arena_bytes; }
+PlanBytes plan_bytes(const Program& program, int64_t batch, bool keep_all) {
+  const Plan plan = plan_arena(program, batch, keep_all);
+  PlanBytes bytes = {plan.arena_bytes, 0};
+  for (const Pass& pass : plan.passes) {
+    for (size_t s = pass.begin; s < pass.end; ++s) {
+      bytes.tilings += tiling_bytes(program, program.steps[s], pass.together ? batch : 1);
+    }
+  }
+  return bytes;
+}
 
 }  // namespace qdeploy

@@ -29,7 +29,10 @@ struct Plan {
 // keep_all: every activation has memory of its own, so that each can be read after the run (taps).
 Plan make_plan(const Program& program, int64_t batch, bool keep_all);
 
-// Of make_plan(program, batch, false), without its tilings.
-size_t arena_bytes(const Program& program, int64_t batch);
+// The memory of make_plan(program, batch, keep_all), before any of it is taken.
+struct PlanBytes {
+  uint64_t arena, tilings;
+};
+PlanBytes plan_bytes(const Program& program, int64_t batch, bool keep_all);
 
 }  // namespace qdeploy

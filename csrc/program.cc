@@ -20,13 +20,15 @@ int64_t macs_of(const Member& member, const Node& node) {
   return out.c * out.h * out.w * (in.c / conv->groups) * conv->window.kernel[0] * conv->window.kernel[1];
 }
 
+bool same_table(const SharedBytes& a, const SharedBytes& b) { return a == b || (a && b && *a == *b); }
+
 // Lays out all activations and lists the steps of the members one after another.
 class Builder {
  public:
-  Builder(const ModelFile& file, const Kernels& kernels) : file_(file) {
+  Builder(const ModelFile& file, const Kernels& kernels) : file_(file), footprint_(file) {
     program_.kernels = &kernels;
     program_.file_bytes = file.bytes();
-    program_.graph = read_graph(file);
+    program_.graph = read_graph(file, &footprint_);
   }
 
   Program build(int threads) {
@@ -34,7 +36,8 @@ class Builder {
     add_borders();
     set_pitches();
     share_inputs();
-    pack_weights(file_, threads, &program_);
+    pack_weights(file_, threads, &footprint_, &program_);
+    program_.footprint = footprint_.bytes();
     return std::move(program_);
   }
 
@@ -98,9 +101,11 @@ class Builder {
         const int mine = program_.member_input[m], theirs = program_.member_input[other];
         const Activation &a = program_.activations[mine], &b = program_.activations[theirs];
         const bool same = a.same_layout(b) && a.scale == b.scale && a.zero_point == b.zero_point &&
-                          members[m].preprocess_table == members[other].preprocess_table;
+                          same_table(members[m].preprocess_table, members[other].preprocess_table);
         if (!same) continue;
-        for (Step& step : program_.steps) std::replace(step.inputs.begin(), step.inputs.end(), mine, theirs);
+        for (Step& step : program_.steps) {
+          if (step.member == static_cast<int>(m)) std::replace(step.inputs.begin(), step.inputs.end(), mine, theirs);
+        }
         program_.member_input[m] = theirs;
         break;
       }
@@ -108,6 +113,7 @@ class Builder {
   }
 
   const ModelFile& file_;
+  Footprint footprint_;
   Program program_;
 };
 

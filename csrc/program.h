@@ -37,7 +37,7 @@ struct PackedConv {
   int32_t k = 0;                       // bytes per cell
   int64_t panels = 1;
   size_t panel_bytes = 0;
-  size_t weight_offset = 0;              // in Program::weights
+  size_t weight_offset = 0;              // in Program::weights; layers that pack the same codes alike share it
   std::vector<int32_t> panel_channel;    // first input channel that a panel reads
   std::vector<int32_t> lanes;            // ConvParams::lanes of a grouped kernel; empty: dense panels
   AlignedBuffer comp, multiplier, bias;  // int32, float, float; one entry per channel, panels * nr of them
@@ -49,7 +49,7 @@ struct Step {
   std::vector<int> inputs;  // global activation ids
   int output;
   int64_t macs = 0;
-  std::unique_ptr<const PackedConv> conv;  // null for a node without weights
+  std::shared_ptr<const PackedConv> conv;  // null for a node without weights; nodes that agree in all of it share one
 };
 
 struct Program {
@@ -61,6 +61,7 @@ struct Program {
   std::vector<Step> steps;  // of all members, in order
   AlignedBuffer weights;
   size_t file_bytes = 0;
+  uint64_t footprint = 0;  // bytes of the weights and of all other constants
 };
 
 // Reads, checks and packs a model with up to `threads` threads. Throws ModelError. The file is not needed afterwards.

@@ -34,15 +34,22 @@ int checked_threads(int threads) {
   return threads;
 }
 
-// Images that run together: 8 MB of activations more than one image needs stay in the last-level cache.
-int64_t chunk_for(const Program& program) {
+// Images that run together: 8 MB of activations more than one image needs stay in the last-level cache. With taps as
+// many, or as many as fit `memory`. Throws InputError where not even one does.
+int64_t chunk_for(const Program& program, bool keep_all, uint64_t memory) {
   constexpr int64_t kMost = 64;
-  const size_t most = arena_bytes(program, 1) + (size_t{8} << 20);
   int64_t largest = 1;
   for (const Activation& a : program.activations) largest = std::max(largest, a.image_pitch);
+  const uint64_t most = plan_bytes(program, 1, false).arena + (uint64_t{8} << 20);
   int64_t chunk = std::min(kMost, (int64_t{1} << 31) / largest);  // ConvTile holds 32-bit offsets
-  while (chunk > 1 && arena_bytes(program, chunk) > most) chunk /= 2;
-  return std::max<int64_t>(1, chunk);
+  while (chunk > 1 && plan_bytes(program, chunk, false).arena > most) chunk /= 2;
+  for (chunk = std::max<int64_t>(1, chunk);; chunk /= 2) {
+    const PlanBytes bytes = plan_bytes(program, chunk, keep_all);
+    if (bytes.arena + bytes.tilings <= memory) return chunk;
+    if (chunk > 1) continue;
+    throw InputError("expected activations and tiles that fit the " + std::to_string(memory) + " bytes of memory, got " +
+                     std::to_string(bytes.arena + bytes.tilings) + " bytes of one image - at taps");
+  }
 }
 
 double seconds_now() {
@@ -55,23 +62,27 @@ Session::Session(const ModelFile& file, int threads, const std::string& isa, int
     : kernels_(kernels_for(isa)),
       threads_(checked_threads(threads)),
       macs_per_thread_(std::max<int64_t>(1, macs_per_thread)),
+      memory_(memory_limit("")),
       program_(load_program(file, kernels_, threads_)) {
   registry();
-  const size_t image = arena_bytes(program_, 1);
-  require(image <= physical_memory(), "activations that fit this machine's memory",
-          std::to_string(image) + " bytes an image", "the graph in " + file.path());
-  for (const Step& step : program_.steps) macs_per_image_ += step.macs;
+  const PlanBytes image = plan_bytes(program_, 1, false);
+  require(image.arena + image.tilings <= memory_,
+          "activations and tiles that fit the " + std::to_string(memory_) + " bytes of memory",
+          std::to_string(image.arena + image.tilings) + " bytes an image", "the graph in " + file.path());
+  for (const Step& step : program_.steps) macs_per_image_ += static_cast<double>(step.macs);
 }
 
 int Session::threads_for(int64_t batch) const {
-  return static_cast<int>(std::clamp<int64_t>(batch * macs_per_image_ / macs_per_thread_, 1, threads_));
+  const double useful = static_cast<double>(batch) * macs_per_image_ / static_cast<double>(macs_per_thread_);
+  return static_cast<int>(std::clamp<double>(useful, 1, threads_));
 }
 
-int64_t Session::images_per_chunk(int64_t images) {
-  if (images <= 1) return 1;
+int64_t Session::images_per_chunk(int64_t images, bool keep_all) {
+  if (images <= 1 && !keep_all) return 1;
   const std::lock_guard<std::mutex> lock(registry());
-  if (images_per_chunk_ == 0) images_per_chunk_ = chunk_for(program_);
-  return std::min(images, images_per_chunk_);
+  int64_t& known = images_per_chunk_[keep_all];
+  if (known == 0) known = chunk_for(program_, keep_all, memory_);
+  return std::min(images, known);
 }
 
 std::shared_ptr<const Plan> Session::plan(int64_t batch, bool keep_all) {
@@ -107,14 +118,14 @@ void Session::give_arena(AlignedBuffer arena) {
 }
 
 void Session::run(const Images& images, const Results& results) {
-  const int64_t most = images_per_chunk(images.count);
+  const int64_t most = images_per_chunk(images.count, !results.taps.empty());
   const int64_t chunks = (images.count + most - 1) / most;
   const Activation& in = program_.activations[program_.member_input[0]];
   const Activation& out = program_.activations[program_.member_output[0]];
   const size_t image_bytes = static_cast<size_t>(in.c * in.h * in.w) * (images.is_u8 ? 1 : 4);
   const size_t output_bytes = static_cast<size_t>(out.c * out.h * out.w) * (out.is_f32 ? 4 : 1);
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t first = images.count * i / chunks, end = images.count * (i + 1) / chunks;
+  for (int64_t i = 0, first = 0, end; i < chunks; ++i, first = end) {
+    end = first + images.count / chunks + (i < images.count % chunks);
     const Images part = {static_cast<const uint8_t*>(images.data) + first * image_bytes, images.is_u8, end - first};
     Results to = results;
     to.output = static_cast<uint8_t*>(results.output) + first * output_bytes;
@@ -144,8 +155,10 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
       const auto begin = program_.member_input.begin();
       if (std::find(begin, begin + m, program_.member_input[m]) != begin + m)
         continue;  // shared with an earlier member
-      const std::vector<uint8_t>& table = program_.graph.members[m].preprocess_table;
-      if (!run_input(chunk, program_.member_input[m], table, images.data, images.is_u8, share)) finite = false;
+      const SharedBytes& table = program_.graph.members[m].preprocess_table;
+      if (!run_input(chunk, program_.member_input[m], table ? table->data() : nullptr, images.data, images.is_u8,
+                     share))
+        finite = false;
     }
     meet();
     if (!finite) return;

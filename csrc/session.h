@@ -50,8 +50,8 @@ class Session {
   // Threads that run `batch` images: as many as the session has, but at most one for every macs_per_thread.
   int threads_for(int64_t batch) const;
 
-  // How many of a batch run in one chunk.
-  int64_t images_per_chunk(int64_t images);
+  // How many of a batch run in one chunk; keep_all as of a plan. Throws InputError where taps do not fit the memory.
+  int64_t images_per_chunk(int64_t images, bool keep_all);
   std::shared_ptr<const Plan> plan(int64_t batch, bool keep_all);
 
  private:
@@ -63,9 +63,10 @@ class Session {
   const Kernels& kernels_;
   const int threads_;
   const int64_t macs_per_thread_;
+  const uint64_t memory_;  // memory_limit, when this was loaded
   const Program program_;
-  int64_t images_per_chunk_ = 0;  // 0: not known yet
-  int64_t macs_per_image_ = 0;
+  int64_t images_per_chunk_[2] = {0, 0};  // by keep_all; 0: not known yet
+  double macs_per_image_ = 0;
   std::map<std::pair<int64_t, bool>, std::shared_ptr<const Plan>> plans_;
   std::vector<AlignedBuffer> arenas_;
 };

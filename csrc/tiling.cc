@@ -26,7 +26,13 @@ const Activation& residual_of(const Program& program, const Step& step) {
 }
 
 // The output of a convolution as few long runs: rows, or whole images where rows follow each other without a gap.
-std::vector<Run> runs_of(const Program& program, const Step& step, int64_t images) {
+struct Runs {
+  Run first;
+  Strides row, image;
+  int64_t rows, images;
+};
+
+Runs runs_of(const Program& program, const Step& step, int64_t images) {
   const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
   const Activation& residual = residual_of(program, step);
   const Window& window = conv_of(*step.node)->window;
@@ -40,27 +46,32 @@ std::vector<Run> runs_of(const Program& program, const Step& step, int64_t image
     length *= rows, rows = 1;
     if (images == 1 || continues(image, pixel, length)) length *= images, images = 1;
   }
-  std::vector<Run> runs;
-  for (int64_t n = 0; n < images; ++n) {
-    for (int64_t y = 0; y < rows; ++y) {
-      runs.push_back({start + n * image.a + y * row.a, out.origin + n * image.c + y * row.c,
-                      residual.origin + n * image.residual + y * row.residual, length});
-    }
-  }
-  return runs;
+  return {{start, out.origin, residual.origin, length}, row, image, rows, images};
 }
 
-// Cuts the runs into strips of nearly equal length, at most mr pixels, and pairs strips of one length into tiles.
+// Of one run, at most mr pixels each.
+int64_t strips_of(const Runs& runs, const ConvKernel& kernel) {
+  return (runs.first.length + kernel.mr - 1) / kernel.mr;
+}
+
+// Strips of one length share tiles; of each length one may stay half full.
+int64_t most_tiles(const Runs& runs, const ConvKernel& kernel) {
+  return runs.images * runs.rows * strips_of(runs, kernel) / kernel.strips + kernel.mr;
+}
+
+// Cuts the runs into strips of nearly equal length, and pairs strips of one length into tiles.
 std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t images) {
   const ConvKernel& kernel = *step.conv->kernel;
   const int64_t a_stride = conv_of(*step.node)->window.stride[1] * program.activations[step.inputs[0]].c;
   const int64_t c_stride = program.activations[step.output].c, residual_stride = residual_of(program, step).c;
+  const Runs runs = runs_of(program, step, images);
+  const int64_t strips = strips_of(runs, kernel), length = runs.first.length;
   std::vector<ConvTile> tiles;
+  tiles.reserve(most_tiles(runs, kernel));
   std::vector<int> open(kernel.mr + 1, -1);  // the tile with room for a strip of that length; -1: none
-  for (const Run& run : runs_of(program, step, images)) {
-    const int64_t strips = (run.length + kernel.mr - 1) / kernel.mr;
+  const auto cut = [&](int64_t a, int64_t c, int64_t residual) {
     for (int64_t s = 0, begin = 0; s < strips; ++s) {
-      const int64_t end = run.length * (s + 1) / strips;
+      const int64_t end = length * (s + 1) / strips;
       const int r = static_cast<int>(end - begin);
       if (open[r] < 0) {
         open[r] = static_cast<int>(tiles.size());
@@ -68,11 +79,17 @@ std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t
         tiles.back().r = static_cast<uint8_t>(r);
       }
       ConvTile& tile = tiles[open[r]];
-      tile.a[tile.strips] = static_cast<uint32_t>(run.a + begin * a_stride);
-      tile.c[tile.strips] = static_cast<uint32_t>(run.c + begin * c_stride);
-      tile.residual[tile.strips] = static_cast<uint32_t>(run.residual + begin * residual_stride);
+      tile.a[tile.strips] = static_cast<uint32_t>(a + begin * a_stride);
+      tile.c[tile.strips] = static_cast<uint32_t>(c + begin * c_stride);
+      tile.residual[tile.strips] = static_cast<uint32_t>(residual + begin * residual_stride);
       if (++tile.strips == kernel.strips) open[r] = -1;
       begin = end;
+    }
+  };
+  for (int64_t n = 0; n < runs.images; ++n) {
+    for (int64_t y = 0; y < runs.rows; ++y) {
+      cut(runs.first.a + n * runs.image.a + y * runs.row.a, runs.first.c + n * runs.image.c + y * runs.row.c,
+          runs.first.residual + n * runs.image.residual + y * runs.row.residual);
     }
   }
   return tiles;
@@ -108,6 +125,11 @@ bool splits_channels(const Step& step, const Tiling& tiling, int threads) {
 Tiling make_tiling(const Program& program, const Step& step, int64_t images) {
   if (!step.conv || !step.conv->kernel) return {};
   return {tiles_of(program, step, images), tiles_per_block(program, step)};
+}
+
+uint64_t tiling_bytes(const Program& program, const Step& step, int64_t images) {
+  if (!step.conv || !step.conv->kernel) return 0;
+  return static_cast<uint64_t>(most_tiles(runs_of(program, step, images), *step.conv->kernel)) * sizeof(ConvTile);
 }
 
 ConvPart part_of(const Step& step, const Tiling& tiling, Share share) {

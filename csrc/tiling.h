@@ -14,6 +14,9 @@ struct Tiling {
 };
 Tiling make_tiling(const Program& program, const Step& step, int64_t images);
 
+// The memory of that, at most.
+uint64_t tiling_bytes(const Program& program, const Step& step, int64_t images);
+
 // What one thread computes of a step: some of its tiles under all panels, or all tiles under some of the panels.
 struct ConvPart {
   Range tiles, panels;

@@ -26,7 +26,7 @@ def expect(condition: bool, expected: str, got: object, at: str) -> None:
 
 def key_of(key: str, at: str) -> str:
     """The place of a key of the object at `at`."""
-    return f"key `{key}` of {at}"
+    return f"key {quoted(key)} of {at}"
 
 
 def quoted(name: str) -> str:
@@ -57,14 +57,14 @@ def kind(value: object) -> str:
 def check_name(value: Any, at: str) -> None:
     """Names reach terminals and other tools: 1 to 512 bytes of UTF-8 without control characters."""
     expect(isinstance(value, str), "a string", kind(value), at)
-    valid = not any(c < " " or c == "\x7f" or "\ud800" <= c <= "\udfff" for c in value)
+    valid = not any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in value)
     valid = valid and 1 <= len(value.encode()) <= MAX_NAME_BYTES
     expect(valid, "a name of 1 to 512 bytes without control characters", quoted(value), at)
 
 
 def check_keys(found: Iterable[str], known: Sequence[str], at: str) -> None:
     """Exactly the known keys: nothing that a reader does not understand is passed over."""
-    found = list(found)
+    found = sorted(found)
     for key in found:
         expect(key in known, "no keys but the known ones", quoted(key), at)
     for key in sorted(known):
@@ -89,9 +89,13 @@ def integers(value: Any, fewest: int, most: int, low: int, high: int, at: str) -
 def number(value: Any, at: str) -> float:
     """A finite f32, as a Python float."""
     expect(kind(value) == "number", "a number", kind(value), at)
+    try:
+        double = float(value)
+    except OverflowError:  # of an integer
+        double = math.inf
     with np.errstate(over="ignore"):
-        result = float(np.float32(value)) if abs(value) < 2.0**128 else math.nan
-    expect(math.isfinite(result), "a finite f32", value, at)
+        result = float(np.float32(double))
+    expect(math.isfinite(result), "a finite f32", f"{double:.3g}", at)
     return result
 
 

@@ -27,7 +27,7 @@ from qdeploy.errors import ModelError
 from qdeploy.files import atomic_file
 from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Activation, Graph, Member, Node, Shape
 from qdeploy.ops import OPS
-from qdeploy.validate import member_at, node_at, validate
+from qdeploy.validate import MemberCheck, check_members, check_outputs, check_preprocess, check_results, validate
 
 RELEASES = {1: "0.1.0", 2: "0.1.0"}  # of each format version: the first qdeploy that reads it
 MAX_HEADER_BYTES = 100_000_000
@@ -125,9 +125,7 @@ def load(path: str | os.PathLike[str]) -> Graph:
 def parse(content: bytes, path: str | os.PathLike[str]) -> Graph:
     """The graph in the content of a model file; `path` is for errors alone. Raises as `load`."""
     try:
-        graph, version, input_shape = _parse(content)
-        validate(graph, input_shape)
-        _check_version(graph, version)
+        graph = _parse(content)
     except ModelError as error:
         raise ModelError(f"{error} in {os.fspath(path)}") from None
     return graph
@@ -229,8 +227,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
         raise ModelError(f"expected a path to write to, got {reason} - at {os.fsdecode(path)}")
 
 
-def _parse(data: bytes) -> tuple[Graph, int, Shape]:
-    """The graph as it stands there, the format version, and the shape that the members must take."""
+def _parse(data: bytes) -> Graph:
     length = int.from_bytes(data[:8], "little")
     whole = 0 < length <= min(len(data) - 8, MAX_HEADER_BYTES) and length % 8 == 0 and data[8:9] == b"{"
     expect(whole, "a whole safetensors file", f"{len(data)} bytes that do not hold its header", "the header")
@@ -238,13 +235,11 @@ def _parse(data: bytes) -> tuple[Graph, int, Shape]:
     metadata = header.pop("__metadata__", None)
     ours = isinstance(metadata, dict) and metadata.get("format") == "qdeploy"
     expect(ours, "a file written by qdeploy.export", "another safetensors file", "__metadata__")
-    for key, value in metadata.items():
+    for key, value in sorted(metadata.items()):
         expect(isinstance(value, str), "a string", kind(value), key_of(key, "__metadata__"))
-    version = _version(metadata)
+    version, text = _version(metadata), _field(metadata, "graph", "__metadata__")
     tensors = _container(header, memoryview(data)[8 + length :])
-    text = _field(metadata, "graph", "__metadata__").encode("utf-8", "surrogatepass")
-    graph, input_shape = _graph(_json(text, "the graph"), tensors)
-    return graph, version, input_shape
+    return _Reader(tensors, version).graph(_json(text.encode(), "the graph"))
 
 
 def _version(metadata: dict[str, str]) -> int:
@@ -258,17 +253,6 @@ def _version(metadata: dict[str, str]) -> int:
         expect(False, expected, f"{version}, which needs {release}", at)
     expect(version == 1 or "requires" in metadata, "the key `requires` from format_version 2 on", "none", at)
     return version
-
-
-def _check_version(graph: Graph, version: int) -> None:
-    """A file carries the lowest version that holds its ops: docs/format.md section 5."""
-    for member in graph.members:
-        for node in member.nodes:
-            needed = OPS[node.op].version
-            at = node_at(node, member_at(member.name))
-            expect(needed <= version, f"format version {needed} for the op `{node.op}`", version, at)
-    lowest = lowest_version(graph)
-    expect(lowest == version, f"format version {lowest}, the lowest that holds the ops", version, "the graph")
 
 
 def _json(text: bytes, at: str) -> Any:
@@ -328,7 +312,7 @@ def _list(document: Json, key: str, most: int, at: str) -> list[Any]:
 def _container(header: Json, data: memoryview) -> dict[str, np.ndarray]:
     """The arrays of the container, by name, as views of `data`."""
     tensors, spans = {}, []
-    for name, entry in header.items():
+    for name, entry in sorted(header.items()):  # which fault is named first is up to no order in the file
         at = f"tensor {quoted(name)}"
         dtype_name = _field(_object(entry, at), "dtype", at)
         expect(dtype_name in _DTYPES, "dtype U8 or F32", quoted(dtype_name), at)
@@ -353,84 +337,100 @@ def _container(header: Json, data: memoryview) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _graph(document: Json, tensors: dict[str, np.ndarray]) -> tuple[Graph, Shape]:
-    at = "the graph"
-    check_keys(document, ("input", "combine", "classes", "members"), at)
-    entry, input_at = _object(document["input"], key_of("input", at)), key_of("input", at)
-    check_keys(entry, ("shape", "preprocess"), input_at)
-    shape = tuple(integers(entry["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", input_at)))
-    members = [
-        _member(_object(member, f"member {i}"), i, tensors, entry["preprocess"] is not None)
-        for i, member in enumerate(_list(document, "members", MAX_MEMBERS, at))
-    ]
-    return Graph(members, document["combine"], entry["preprocess"], document["classes"]), shape
+def _name(document: Any, at: str) -> str:
+    """The name of the member, tensor or node that is known as `at` until then."""
+    expect("name" in _object(document, at), "the key `name`", "none", at)
+    check_name(document["name"], key_of("name", at))
+    return document["name"]
 
 
-def _member(document: Json, index: int, tensors: dict[str, np.ndarray], has_preprocess: bool) -> Member:
-    expect("name" in document, "the key `name`", "none", f"member {index}")
-    check_name(document["name"], key_of("name", f"member {index}"))
-    at = member_at(document["name"])
-    check_keys(document, ("name", "preprocess_table", "tensors", "nodes"), at)
-    activations = [
-        _activation(_object(entry, f"tensor {i} of {at}"), i, at)
-        for i, entry in enumerate(_list(document, "tensors", MAX_NODES + 1, at))
-    ]
-    table = document["preprocess_table"]
-    expect(table is None or has_preprocess, "no preprocess_table", "one", at)
-    if table is not None:
-        table = _constant(document, "preprocess_table", tensors, at)
-    nodes = [
-        _node(_object(entry, f"node {i} of {at}"), i, tensors, at)
-        for i, entry in enumerate(_list(document, "nodes", MAX_NODES, at))
-    ]
-    return Member(document["name"], activations, nodes, table)
-
-
-def _activation(document: Json, index: int, at: str) -> Activation:
-    expect("name" in document, "the key `name`", "none", f"tensor {index} of {at}")
-    check_name(document["name"], key_of("name", f"tensor {index} of {at}"))
-    at = f"tensor {quoted(document['name'])} of {at}"
+def _activation(document: Json, unnamed_at: str, member: str) -> Activation:
+    name = _name(document, unnamed_at)
+    at = f"tensor {quoted(name)} of {member}"
     check_keys(document, ("name", "dtype", "shape", "scale", "zero_point"), at)
-    shape = tuple(integers(document["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", at)))
-    dtype = _field(document, "dtype", at)
-    return Activation(document["name"], shape, dtype, document["scale"], document["zero_point"])
+    dtype, shape = _field(document, "dtype", at), document["shape"]
+    shape = tuple(shape) if isinstance(shape, list) else shape
+    return Activation(name, shape, dtype, document["scale"], document["zero_point"])
 
 
-def _node(document: Json, index: int, tensors: dict[str, np.ndarray], at: str) -> Node:
-    """The node as it stands there; `validate` checks its op, its operands and that its keys are those of the op."""
-    expect("name" in document, "the key `name`", "none", f"node {index} of {at}")
-    check_name(document["name"], key_of("name", f"node {index} of {at}"))
-    at = f"node {quoted(document['name'])} of {at}"
-    op = _field(document, "op", at)
-    for key in ("inputs", "output"):
-        expect(key in document, f"the key `{key}`", "none", at)
-    node = Node(op, document["name"], document["inputs"], document["output"])
-    constants = OPS[op].constants if op in OPS else ()
-    for key, value in document.items():
-        if key == "weight" and key in constants:
-            node.constants[key], node.bits = _weight(_object(value, key_of(key, at)), tensors, key_of(key, at))
-        elif key in constants:
-            node.constants[key] = _constant(document, key, tensors, at)
-        elif key not in ("op", "name", "inputs", "output"):
-            node.attributes[key] = value
-    return node
+class _Reader:
+    """Reads and checks the graph part by part, in the order of csrc/graph.cc: both name the same of several faults."""
 
+    def __init__(self, tensors: dict[str, np.ndarray], version: int) -> None:
+        self.tensors = tensors
+        self.version = version
 
-def _weight(document: Json, tensors: dict[str, np.ndarray], at: str) -> tuple[np.ndarray, int]:
-    """Codes and bits of what section 2 describes."""
-    check_keys(document, ("codes", "shape", "bits"), at)
-    shape = integers(document["shape"], 1, 4, 1, MAX_ELEMENTS, key_of("shape", at))
-    bits = integer(document["bits"], 2, 8, key_of("bits", at))
-    count = math.prod(shape)
-    expect(count < 2**48, "a weight that fits a file", f"shape {shape_text(shape)}", at)
-    packed = array(_constant(document, "codes", tensors, at), np.uint8, (-(-count * bits // 8),), key_of("codes", at))
-    try:
-        return unpack_codes(packed, bits, count).reshape(shape), bits
-    except ModelError:
-        raise ModelError(f"expected zeros after the last code, got others - at {key_of('codes', at)}") from None
+    def graph(self, document: Json) -> Graph:
+        at = "the graph"
+        check_keys(document, ("input", "combine", "classes", "members"), at)
+        entry, input_at = _object(document["input"], key_of("input", at)), key_of("input", at)
+        check_keys(entry, ("shape", "preprocess"), input_at)
+        shape = tuple(integers(entry["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", input_at)))
+        preprocess = entry["preprocess"]
+        check_preprocess(preprocess, shape)
+        graph = Graph([], document["combine"], preprocess, document["classes"])
+        for i, member in enumerate(_list(document, "members", MAX_MEMBERS, at)):
+            graph.members.append(self.member(member, f"member {i}", shape, preprocess is not None))
+            check_members(graph)
+        check_members(graph)
+        lowest = lowest_version(graph)
+        expect(lowest == self.version, f"format version {lowest}, the lowest that holds the ops", self.version, at)
+        check_outputs(graph)
+        check_results(graph)
+        return graph
 
+    def member(self, document: Json, unnamed_at: str, input_shape: Shape, has_preprocess: bool) -> Member:
+        name = _name(document, unnamed_at)
+        check = MemberCheck(name, input_shape, has_preprocess, self.version)
+        check_keys(document, ("name", "preprocess_table", "tensors", "nodes"), check.at)
+        for i, entry in enumerate(_list(document, "tensors", MAX_NODES + 1, check.at)):
+            check.tensor(_activation(entry, f"tensor {i} of {check.at}", check.at))
+        check.input()
+        table = document["preprocess_table"]
+        if table is not None and has_preprocess:
+            table = self.constant(document, "preprocess_table", check.at)
+        check.preprocess_table(table)
+        nodes = [
+            self.node(entry, f"node {i} of {check.at}", check)
+            for i, entry in enumerate(_list(document, "nodes", MAX_NODES, check.at))
+        ]
+        check.end()
+        return Member(name, check.tensors, nodes, table)
 
-def _constant(document: Json, key: str, tensors: dict[str, np.ndarray], at: str) -> np.ndarray:
-    name = _field(document, key, at)
-    expect(name in tensors, f"the tensor {quoted(name)}", "none of that name", key_of(key, at))
-    return tensors[name]
+    def node(self, document: Json, unnamed_at: str, check: MemberCheck) -> Node:
+        name = _name(document, unnamed_at)
+        at = f"node {quoted(name)} of {check.at}"
+        op = _field(document, "op", at)
+        for key in ("inputs", "output"):
+            expect(key in document, f"the key `{key}`", "none", at)
+        node = Node(op, name, document["inputs"], document["output"])
+        own = [key for key in document if key not in ("op", "name", "inputs", "output")]
+        check.operands(node, own)
+        for key in own:
+            if key == "weight":
+                node.constants[key], node.bits = self.weight(document[key], key_of(key, at))
+            elif key in OPS[op].constants:
+                node.constants[key] = self.constant(document, key, at)
+            else:
+                node.attributes[key] = document[key]
+        check.node(node)
+        return node
+
+    def weight(self, document: Json, at: str) -> tuple[np.ndarray, int]:
+        """Codes and bits of what section 2 describes."""
+        check_keys(_object(document, at), ("codes", "shape", "bits"), at)
+        shape = integers(document["shape"], 1, 4, 1, MAX_ELEMENTS, key_of("shape", at))
+        bits = integer(document["bits"], 2, 8, key_of("bits", at))
+        count = math.prod(shape)
+        expect(count < 2**48, "a weight that fits a file", f"shape {shape_text(shape)}", at)
+        packed = self.constant(document, "codes", at)
+        array(packed, np.uint8, (-(-count * bits // 8),), key_of("codes", at))
+        try:
+            return unpack_codes(packed, bits, count).reshape(shape), bits
+        except ModelError:
+            raise ModelError(f"expected zeros after the last code, got others - at {key_of('codes', at)}") from None
+
+    def constant(self, document: Json, key: str, at: str) -> np.ndarray:
+        name = _field(document, key, at)
+        expect(name in self.tensors, f"the tensor {quoted(name)}", "none of that name", key_of(key, at))
+        return self.tensors[name]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -95,6 +96,9 @@ class Model:
         self._steps = session.plan(1)
         shape = self._activations[session.input]["shape"]
         self._accepted: dict[np.dtype[Any], tuple[int, ...]] = {np.dtype(np.float32): shape}
+        self._is_ensemble = len(session.members) > 1
+        self._memory = _engine.memory_limit()
+        self._result_bytes = [math.prod(a["shape"]) * _DTYPES[a["dtype"]].itemsize for a in self._activations]
         if session.preprocess:
             self._accepted[np.dtype(np.uint8)] = (shape[1], shape[2], shape[0])
 
@@ -194,12 +198,17 @@ class Model:
     def _run(
         self,
         images: np.ndarray,
-        taps: Iterable[int] = (),
+        taps: Collection[int] = (),
         classes: np.ndarray | None = None,
         step_seconds: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
         """Output of checked images, and pairs of the activations `taps` and what they hold; fills the other two."""
         n = len(images)
+        wanted = n * self._result_bytes[self._output]
+        for activation in taps:
+            wanted += n * self._result_bytes[activation]
+        if wanted > self._memory:
+            raise self._beyond_memory(n, wanted)
         output = self._empty(n, self._output)
         tapped = [(activation, self._empty(n, activation)) for activation in taps]
         if n:
@@ -208,18 +217,28 @@ class Model:
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if isinstance(images, np.ndarray) and images.ndim and self._accepted.get(images.dtype) == images.shape[1:]:
+            if type(images) is np.ndarray and images.flags.c_contiguous:
+                return images
+            if np.ma.is_masked(images):
+                raise InputError("expected images without masked elements, got some - at the input")
+            if images.nbytes > self._memory:
+                raise self._beyond_memory(len(images), images.nbytes)
             return np.ascontiguousarray(images)
         accepted = " or ".join(f"{dtype} [N, {', '.join(map(str, size))}]" for dtype, size in self._accepted.items())
         is_array = isinstance(images, np.ndarray)
         got = f"{images.dtype} {list(images.shape)}" if is_array else type(images).__name__
         raise InputError(f"expected {accepted}, got {got} - at the input")
 
+    def _beyond_memory(self, n: int, wanted: int) -> InputError:
+        fits = f"a batch that fits the {self._memory} bytes of memory"
+        return InputError(f"expected {fits}, got {n} images, which need {wanted} bytes more - at the input")
+
     def _empty(self, n: int, activation: int) -> np.ndarray:
         entry = self._activations[activation]
         return np.empty((n, *entry["shape"]), _DTYPES[entry["dtype"]])
 
     def _tap_name(self, step: dict) -> str:
-        return step["name"] if len(self.members) == 1 else f"{step['member']}/{step['name']}"
+        return f"{step['member']}/{step['name']}" if self._is_ensemble else step["name"]
 
     def _tap_ids(self, taps: Sequence[str]) -> dict[str, int]:
         ids = {self._tap_name(step): step["output"] for step in self._steps}

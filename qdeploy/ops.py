@@ -147,7 +147,7 @@ def _weight(node: Node, rank: int, layout: str, at: str) -> np.ndarray:
 
 
 def _check_weighted(node: Node, expected: Shape, inputs: Sequence[Activation], output: Activation, at: str) -> None:
-    """What conv2d and linear share: codes, multiplier, bias, residual and the bounds."""
+    """What conv2d and linear share: codes, multiplier, bias, residual and the bound of the accumulators."""
     weight, weight_at = node.constants["weight"], key_of("weight", at)
     expect(weight.shape == expected, f"a weight of shape {shape_text(expected)}", shape_text(weight.shape), weight_at)
     bits = integer(node.bits, 2, 8, key_of("bits", weight_at))
@@ -156,15 +156,19 @@ def _check_weighted(node: Node, expected: Shape, inputs: Sequence[Activation], o
     expect(depth * 255 * half < 2**31, "accumulators below 2^31", got, at)
     codes = (int(weight.min()), int(weight.max()))
     expect(-half <= codes[0] and codes[1] < half, f"codes of {bits} bits", f"codes from {codes[0]} to {codes[1]}", at)
-    channels = weight.shape[:1]
-    multiplier, bias = (
-        np.abs(_constant(node, key, np.float32, channels, at).astype(np.float64)) for key in ("multiplier", "bias")
-    )
-    residual = 0.0
+    for key in ("multiplier", "bias"):
+        _constant(node, key, np.float32, weight.shape[:1], at)
     if len(inputs) == 2:
         shape = shape_text(output.shape)
         expect(inputs[1].shape == output.shape, f"a residual of shape {shape}", shape_text(inputs[1].shape), at)
-        residual = abs(number(*_attribute(node, "residual_multiplier", at)))
+        number(*_attribute(node, "residual_multiplier", at))
+
+
+def check_weighted_bound(node: Node, output: Activation, at: str) -> None:
+    """The bound on the results of a conv2d or linear that has passed `check`."""
+    weight = node.constants["weight"]
+    multiplier, bias = (np.abs(node.constants[key].astype(np.float64)) for key in ("multiplier", "bias"))
+    residual = abs(number(node.attributes.get("residual_multiplier", 0.0), at))
     magnitude = np.abs(weight.reshape(weight.shape[0], -1).astype(np.int16)).sum(axis=1, dtype=np.int64)
     check_bound(255.0 * magnitude * multiplier + bias + 255.0 * residual, output, at, by_channel=True)
 

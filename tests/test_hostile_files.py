@@ -271,6 +271,10 @@ def graph_and(header: dict, text: str) -> None:
     header["__metadata__"]["graph"] += text
 
 
+def before_graph(header: dict, text: str) -> None:
+    header["__metadata__"]["graph"] = text + header["__metadata__"]["graph"]
+
+
 def set_offsets(begin: int, end: int):
     return edited(lambda header: header["0/linear.0/bias"].update(data_offsets=[begin, end]))
 
@@ -308,6 +312,7 @@ BAD_FILES = {  # name: function of the bytes of a good file, what both messages 
     "another dtype": (edited(lambda header: header["0/linear.0/bias"].update(dtype="F16")), "F16"),
     "a byte 0 behind the header": (lambda data: behind_header(data, b"\0garbage"), "JSON"),
     "a byte 0 behind the graph": (edited(lambda header: graph_and(header, "\0garbage")), "JSON"),
+    "a byte order mark before the graph": (edited(lambda header: before_graph(header, "\ufeff")), "JSON"),
     "half a surrogate pair in a note": (edited(lambda header: header["__metadata__"].update(note="\ud800")), "JSON"),
     "a tensor of no elements beyond the machine": (
         edited(lambda header: header.update(x={"dtype": "U8", "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]})),

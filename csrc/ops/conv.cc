@@ -10,20 +10,6 @@ namespace {
 
 // ---- Reading ------------------------------------------------------------------------------------------------------
 
-// The width that all codes of a layer of 8 bits fit; one that uses 7 bits runs with the faster kernel.
-int used_bits(const ModelFile& file, const FileTensor& codes) {
-  uint8_t used = 0;  // bits that differ from the sign
-  std::vector<int8_t> piece(std::min(codes.bytes, size_t{64} << 10));
-  for (size_t begin = 0; begin < codes.bytes; begin += piece.size()) {
-    const size_t size = std::min(piece.size(), codes.bytes - begin);
-    file.read(codes.offset + begin, size, piece.data());
-    for (size_t i = 0; i < size; ++i) used |= static_cast<uint8_t>(piece[i] < 0 ? ~piece[i] : piece[i]);
-  }
-  int bits = 2;
-  while (used >> (bits - 1) != 0) ++bits;
-  return bits;
-}
-
 // The key `weight`: its codes and their width. Returns its shape, of any rank, which the tensor of codes fits.
 std::vector<int64_t> read_codes(const NodeSource& node, ConvData* conv) {
   const std::string where = key_of("weight", node.where), place = key_of("codes", where);
@@ -39,7 +25,7 @@ std::vector<int64_t> read_codes(const NodeSource& node, ConvData* conv) {
   const int64_t stream = count * conv->bits, bytes = (stream + 7) / 8;
   const FileTensor& codes = node.file.tensor(string_member(weight, "codes", where), DType::u8, {bytes}, place);
   conv->codes = codes.offset;
-  conv->used_bits = conv->bits < 8 ? conv->bits : used_bits(node.file, codes);
+  conv->used_bits = conv->bits < 8 ? conv->bits : node.constants.used_bits(codes);
   uint8_t last;
   node.file.read(codes.offset + codes.bytes - 1, 1, &last);
   require(stream % 8 == 0 || last >> (stream % 8) == 0, "zeros after the last code", "others", place);

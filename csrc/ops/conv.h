@@ -10,11 +10,10 @@ struct ConvData : OpData {
   int bits = 0;                   // width of the codes in the file
   int used_bits = 0;              // the width that all codes fit: below `bits` in some layers of 8 bits
   uint64_t codes = 0;             // where the packed codes begin in the file
-  std::vector<float> multiplier;  // per output channel
-  std::vector<float> bias;        // per output channel
+  SharedFloats multiplier, bias;  // per output channel
   float residual_multiplier = 0;  // 0 without a residual
 
-  int64_t channels() const { return static_cast<int64_t>(bias.size()); }
+  int64_t channels() const { return static_cast<int64_t>(bias->values.size()); }
 };
 
 // Null for a node without weights.

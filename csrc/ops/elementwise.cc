@@ -16,8 +16,8 @@ struct MulData : OpData {
 };
 
 struct TableData : OpData {
-  std::vector<uint8_t> u8;  // 256 entries in one of the two, by the type of the output
-  std::vector<float> f32;
+  SharedBytes u8;  // 256 entries in one of the two, by the type of the output
+  SharedFloats f32;
 };
 
 void require_output_shape(const NodeSource& node, const std::vector<int64_t>& shape) {
@@ -99,7 +99,7 @@ std::unique_ptr<const OpData> read_table(const NodeSource& node) {
   auto table = std::make_unique<TableData>();
   if (node.output.is_f32) {
     table->f32 = node.floats("table", {256});
-    for (const float value : table->f32) require_bounded(std::fabs(value), true, node.where);
+    for (const float value : table->f32->values) require_bounded(std::fabs(value), true, node.where);
   } else {
     table->u8 = node.bytes("table", {256});
   }
@@ -115,9 +115,10 @@ void run_table(const StepRun& run) {
     const uint8_t* from = run.from() + in.row_offset(row);
     if (out.is_f32) {
       float* to = run.to_f32() + out.row_offset(row);
-      for (size_t i = 0; i < n; ++i) to[i] = table.f32[from[i]];
+      const float* entries = table.f32->values.data();
+      for (size_t i = 0; i < n; ++i) to[i] = entries[from[i]];
     } else {
-      run.kernels().table(n, table.u8.data(), from, run.to() + out.row_offset(row));
+      run.kernels().table(n, table.u8->data(), from, run.to() + out.row_offset(row));
     }
   }
 }

@@ -10,22 +10,12 @@ void NodeSource::require(bool ok, const std::string& expected, const std::string
   qdeploy::require(ok, expected, got, where);
 }
 
-std::vector<float> NodeSource::floats(const char* key, const std::vector<int64_t>& shape) const {
-  const std::string place = key_of(key, where);
-  const FileTensor& tensor = file.tensor(string_member(json, key, where), DType::f32, shape, place);
-  std::vector<float> values(tensor.bytes / 4);
-  file.read(tensor.offset, tensor.bytes, values.data());
-  for (const float v : values) {
-    if (!std::isfinite(v)) fail("finite constants", number_text(v), place);
-  }
-  return values;
+SharedFloats NodeSource::floats(const char* key, const std::vector<int64_t>& shape) const {
+  return constants.floats(string_member(json, key, where), shape, key_of(key, where));
 }
 
-std::vector<uint8_t> NodeSource::bytes(const char* key, const std::vector<int64_t>& shape) const {
-  const FileTensor& tensor = file.tensor(string_member(json, key, where), DType::u8, shape, key_of(key, where));
-  std::vector<uint8_t> values(tensor.bytes);
-  file.read(tensor.offset, tensor.bytes, values.data());
-  return values;
+SharedBytes NodeSource::bytes(const char* key, const std::vector<int64_t>& shape) const {
+  return constants.bytes(string_member(json, key, where), shape, key_of(key, where));
 }
 
 const std::vector<OpInfo>& all_ops() {

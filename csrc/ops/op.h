@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../chunk.h"
+#include "../constants.h"
 #include "../graph.h"
 #include "../json.h"
 
@@ -29,6 +30,7 @@ struct NodeSource {
   const OpInfo& op;
   const Json& json;
   const ModelFile& file;
+  Constants& constants;
   const std::string& where;
   std::vector<const Tensor*> inputs;
   const Tensor& output;
@@ -37,9 +39,9 @@ struct NodeSource {
   const Tensor& input(size_t i = 0) const { return *inputs[i]; }
   void require(bool ok, const std::string& expected, const std::string& got) const;
 
-  // Constants of the container; an entry of -1 in the shape matches any size. The floats are finite.
-  std::vector<float> floats(const char* key, const std::vector<int64_t>& shape) const;
-  std::vector<uint8_t> bytes(const char* key, const std::vector<int64_t>& shape) const;
+  // Constants of the container; an entry of -1 in the shape matches any size.
+  SharedFloats floats(const char* key, const std::vector<int64_t>& shape) const;
+  SharedBytes bytes(const char* key, const std::vector<int64_t>& shape) const;
 };
 
 // One step of a program, on one chunk of images, for one thread.

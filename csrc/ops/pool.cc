@@ -13,7 +13,7 @@ struct MaxPoolData : OpData {
 
 struct AvgPoolData : OpData {
   Window window;
-  std::vector<float> multiplier;  // by the number of real elements, or one for all windows
+  SharedFloats multiplier;  // by the number of real elements, or one for all windows
   float bias;
 };
 
@@ -54,15 +54,12 @@ std::unique_ptr<const OpData> read_avg_pool2d(const NodeSource& node) {
   node.require(elements * 255 < (int64_t{1} << 31), "a window with sums below 2^31",
                std::to_string(elements) + " elements");
   pool->multiplier = node.floats("multiplier", {-1});
-  const int64_t count = static_cast<int64_t>(pool->multiplier.size());
+  const int64_t count = static_cast<int64_t>(pool->multiplier->values.size());
   node.require(count == 1 || count == elements, "1 or " + std::to_string(elements) + " multipliers",
                std::to_string(count));
   pool->bias = number_member(node.json, "bias", node.where);
-  for (int64_t i = 0; i < count; ++i) {
-    const double summed = static_cast<double>(count == 1 ? elements : i + 1);
-    require_bounded(255.0 * summed * std::fabs(pool->multiplier[i]) + std::fabs(pool->bias), node.output.is_f32,
-                    node.where);
-  }
+  const double most = (count == 1 ? static_cast<double>(elements) : 1.0) * pool->multiplier->largest_by_count;
+  require_bounded(255.0 * most + std::fabs(pool->bias), node.output.is_f32, node.where);
   return pool;
 }
 
@@ -124,6 +121,7 @@ void run_max_pool2d(const StepRun& run) {
 
 void run_avg_pool2d(const StepRun& run) {
   const AvgPoolData& pool = run.data<AvgPoolData>();
+  const std::vector<float>& multiplier = pool.multiplier->values;
   AvgPoolParams params = {};
   params.zero_point = run.in().zero_point;
   params.bias = pool.bias;
@@ -131,7 +129,7 @@ void run_avg_pool2d(const StepRun& run) {
   params.qmax = run.node().qmax;
   for_each_window(run, pool.window, [&](const PoolParams& window, int64_t offset) {
     params.window = window;
-    params.multiplier = pool.multiplier[pool.multiplier.size() == 1 ? 0 : window.rows * window.cols - 1];
+    params.multiplier = multiplier[multiplier.size() == 1 ? 0 : window.rows * window.cols - 1];
     if (run.out().is_f32) {
       run.kernels().avg_pool_f32(&params, run.to_f32() + offset);
     } else {

@@ -1,0 +1,20 @@
+#include "footprint.h"
+
+#include "cpu.h"
+#include "errors.h"
+
+namespace qdeploy {
+
+Footprint::Footprint(const ModelFile& file) : file_(file), memory_(memory_limit("")) {}
+
+void Footprint::add(uint64_t bytes) {
+  bytes_ += bytes;  // each summand is below 2^62, and the sum before it within the memory
+  const std::string got = std::to_string(bytes_) + " bytes", where = "the graph in " + file_.path();
+  require(bytes_ <= memory_, "weights that fit the " + std::to_string(memory_) + " bytes of memory", got, where);
+  require(bytes_ / kBytesPerByte <= file_.bytes(),
+          "weights of at most " + std::to_string(kBytesPerByte) + " bytes for each of the file's " +
+              std::to_string(file_.bytes()),
+          got, where);
+}
+
+}  // namespace qdeploy
