@@ -18,6 +18,8 @@ class Footprint {
   // Counts `bytes` more. Throws ModelError, with what all of it would take, where that is beyond the memory of this
   // process or out of proportion to the file.
   void add(uint64_t bytes);
+  // Whether `bytes` more are few beside the memory and the file: what makes a model faster may take so much.
+  bool is_small(uint64_t bytes) const;
   uint64_t bytes() const { return bytes_; }
 
  private:

@@ -1,0 +1,154 @@
+#include "winograd.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "errors.h"
+#include "ops/conv.h"
+
+namespace qdeploy {
+namespace {
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+int32_t positions_of(const WinogradKernel& kernel) { return (kernel.m + 2) * (kernel.m + 2); }
+
+// ---- The choice ---------------------------------------------------------------------------------------------------
+
+// What the kernels compute. Panels and chunks must belong to one group.
+bool fits(const ConvData& data, const Activation& in, const WinogradKernel& kernel) {
+  const Window& window = data.window;
+  const int64_t depth = in.c / data.groups, outputs = data.channels() / data.groups;
+  const bool whole = data.groups == 1 || (depth % kWinogradChunk == 0 && outputs % kernel.nr == 0);
+  return window.kernel[0] == 3 && window.kernel[1] == 3 && window.stride[0] == 1 && window.stride[1] == 1 &&
+         window.dilation[0] == 1 && window.dilation[1] == 1 && whole;
+}
+
+// ---- Weights ------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kLanes = 8;
+typedef uint16_t Lanes __attribute__((vector_size(2 * kLanes)));  // a vector of channels, on any instruction set
+
+// u = G x, of 3 vectors
+void transform(const Lanes (&x)[3], Lanes (&u)[6]) {
+  const Lanes outer = x[0] + x[2], plus = outer + x[1], minus = outer - x[1], middle = x[1] << 1;
+  u[0] = (x[0] << 4) - x[0];
+  u[1] = (plus << 2) + plus;
+  u[2] = (minus << 2) + minus;
+  u[3] = x[0] + middle + (x[2] << 2);
+  u[4] = (x[0] << 2) - middle + x[2];
+  u[5] = (x[2] << 4) - x[2];
+}
+void transform(const Lanes (&x)[3], Lanes (&u)[4]) {
+  u[0] = x[0] << 1;
+  u[1] = x[0] + x[1] + x[2];
+  u[2] = x[0] - x[1] + x[2];
+  u[3] = x[2] << 1;
+}
+
+Lanes load_codes(const int8_t* codes) {
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
+  Bytes bytes;
+  memcpy(&bytes, codes, sizeof bytes);
+  return reinterpret_cast<Lanes>(__builtin_convertvector(bytes, Shorts));
+}
+
+// kLanes input channels of one output channel: U of position p to u + p * stride.
+template <int kIn>
+void transform_channels(const int8_t* row, int64_t depth, int16_t* u, int64_t stride) {
+  Lanes half[kIn][3];
+  for (int x = 0; x < 3; ++x) {
+    const Lanes column[3] = {load_codes(row + x * depth), load_codes(row + (3 + x) * depth),
+                             load_codes(row + (6 + x) * depth)};
+    Lanes sums[kIn];
+    transform(column, sums);
+    for (int i = 0; i < kIn; ++i) half[i][x] = sums[i];
+  }
+  for (int i = 0; i < kIn; ++i) {
+    Lanes sums[kIn];
+    transform(half[i], sums);
+    for (int j = 0; j < kIn; ++j) memcpy(u + (i * kIn + j) * stride, &sums[j], sizeof sums[j]);
+  }
+}
+
+}  // namespace
+
+ConvForm conv_form(const std::string& name) {
+  if (name.empty()) return ConvForm::by_rule;
+  if (name == "direct") return ConvForm::direct;
+  if (name == "winograd_4x4") return ConvForm::winograd4;
+  if (name == "winograd_2x2") return ConvForm::winograd2;
+  throw InputError("expected direct, winograd_4x4 or winograd_2x2, got \"" + name.substr(0, 60) + "\" - at conv_form");
+}
+
+const WinogradKernel* winograd_for(const ConvData& data, const Activation& in, const Activation& out,
+                                   const ConvKernel& direct, const Kernels& kernels, ConvForm form) {
+  (void)out, (void)direct;
+  if (form == ConvForm::direct || form == ConvForm::by_rule) return nullptr;
+  const WinogradKernel& kernel = kernels.winograd[form == ConvForm::winograd2];
+  return fits(data, in, kernel) ? &kernel : nullptr;
+}
+
+int32_t winograd_depth(int64_t depth) { return static_cast<int32_t>(round_up(depth, 8)); }
+
+size_t winograd_panel_bytes(const WinogradKernel& kernel, int64_t depth) {
+  return static_cast<size_t>(round_up(2 * positions_of(kernel) * winograd_depth(depth) * kernel.nr, 64));
+}
+
+// kLanes input channels of all rows at a time, to a buffer that stays in L1, and from there to the panel, whose
+// positions lie far apart.
+void transform_weights(const int8_t* rows, int64_t row_stride, int64_t lanes, int64_t depth,
+                       const WinogradKernel& kernel, int16_t* u) {
+  const int64_t k = winograd_depth(depth), nr = kernel.nr, pair = kernel.pair, positions = positions_of(kernel);
+  std::vector<int16_t> block(positions * kLanes * nr), channel(positions * kLanes);
+  std::vector<int8_t> last(9 * kLanes);
+  for (int64_t c = 0; c < depth; c += kLanes) {
+    const int64_t left = std::min(kLanes, depth - c);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int8_t* row = rows + lane * row_stride + c;
+      int64_t stride = depth;
+      if (left < kLanes) {
+        for (int tap = 0; tap < 9; ++tap) memcpy(&last[tap * kLanes], row + tap * depth, left);
+        row = last.data(), stride = kLanes;
+      }
+      (kernel.m == 4 ? transform_channels<6> : transform_channels<4>)(row, stride, channel.data(), kLanes);
+      for (int64_t i = 0; i < positions * kLanes; i += pair) {
+        memcpy(&block[i * nr + lane * pair], &channel[i], 2 * pair);
+      }
+    }
+    for (int64_t p = 0; p < positions; ++p) {
+      memcpy(u + (p * k + c) * nr, &block[p * kLanes * nr], 2 * kLanes * nr);
+    }
+  }
+}
+
+// ---- Pieces -------------------------------------------------------------------------------------------------------
+
+Patches patches_of(const WinogradKernel& kernel, const Activation& out) {
+  return {(out.h + kernel.m - 1) / kernel.m, (out.w + kernel.m - 1) / kernel.m};
+}
+
+int64_t patches_per_block(const WinogradKernel& kernel, int64_t channels, int64_t patches) {
+  constexpr int64_t kBlockBytes = 256 << 10;
+  const int64_t bytes = positions_of(kernel) * (2 * round_up(channels, kWinogradChunk) + 4 * kernel.nr);
+  const int64_t most = std::max<int64_t>(16, kBlockBytes / bytes / kernel.mr * kernel.mr);
+  const int64_t blocks = (patches + most - 1) / most;
+  return (patches + blocks - 1) / blocks;
+}
+
+// The strides are odd numbers of cache lines: at a power of two, positions would share the sets of L1.
+WinogradScratch winograd_scratch(const WinogradKernel& kernel, int64_t channels, int64_t patches) {
+  const int64_t positions = positions_of(kernel);
+  WinogradScratch scratch;
+  scratch.chunks = (channels + kWinogradChunk - 1) / kWinogradChunk;
+  scratch.v_chunk_stride = patches * kWinogradChunk;
+  scratch.v_position_stride = (scratch.chunks * patches | 1) * kWinogradChunk;
+  scratch.m_position_stride = (patches * kernel.nr / 16 | 1) * 16;
+  scratch.m = static_cast<size_t>(2 * positions * scratch.v_position_stride);
+  scratch.edge = scratch.m + static_cast<size_t>(4 * positions * scratch.m_position_stride);
+  scratch.bytes = scratch.edge + static_cast<size_t>(round_up(positions * channels + kOverread, 64));
+  return scratch;
+}
+
+}  // namespace qdeploy
