@@ -39,8 +39,7 @@ std::unique_ptr<Session> open_path(const std::string& path, int threads, const s
 }
 
 std::unique_ptr<Session> open_bytes(const std::string& name, const py::bytes& content, int threads,
-                                    const std::string& isa, int64_t macs_per_thread,
-                                    const std::string& conv_form) {
+                                    const std::string& isa, int64_t macs_per_thread, const std::string& conv_form) {
   const std::string_view view = content;
   const py::gil_scoped_release release;
   return within_memory<ModelError>(name, [&] {

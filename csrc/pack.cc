@@ -355,12 +355,13 @@ class Packer {
   // Kernels of fewer bits are faster, and most of the codes that training gives are far smaller than the largest one:
   // where the sums of every channel fit (ConvKernel::s16_quads), a layer gets the kernel of fewer bits, just as exact.
   // A layer whose codes are too large for its Winograd kernel becomes direct.
-  void choose_kernel(const Kernels& kernels, const Layer& layer);
+  void choose_kernel(const Kernels& kernels, ConvForm form, const Layer& layer);
 
   // Reads and unpacks panel `panel` (depthwise: everything), and packs it to weights + weight_offset; fills sums.
   void pack_panel(int64_t panel, Layer* layer);
 
  private:
+  void choose_narrow(const Kernels& kernels, const Layer& layer);
   void check_winograd(const Layer& layer);
   // All codes of a channel, to codes_.
   void read_channel(const Layer& layer, int64_t channel);
@@ -403,10 +404,17 @@ void Packer::check_winograd(const Layer& layer) {
   }
 }
 
-void Packer::choose_kernel(const Kernels& kernels, const Layer& layer) {
+void Packer::choose_kernel(const Kernels& kernels, ConvForm form, const Layer& layer) {
   PackedConv* conv = layer.conv.get();
+  if (conv->is_depthwise || !conv->lanes.empty()) return;
+  choose_narrow(kernels, layer);
+  if (!conv->winograd) return;
+  conv->winograd = winograd_for(layer.data, layer.in, layer.out, *conv->kernel, kernels, form);
   if (conv->winograd) check_winograd(layer);
-  if (conv->winograd || conv->is_depthwise || !conv->lanes.empty()) return;
+}
+
+void Packer::choose_narrow(const Kernels& kernels, const Layer& layer) {
+  PackedConv* conv = layer.conv.get();
   const ConvKernel *kernel = &kernels.conv[2], *widest = conv->kernel;
   while (kernel < widest && kernel->s16_quads == 0) ++kernel;
   rows_.resize(conv->cell_offset.size() * conv->k);
@@ -586,7 +594,7 @@ void pack_weights(const ModelFile& file, Footprint* footprint, Program* program)
     if (layers.has_panels(i)) with_panels.push_back(&layers.all[i]);
   }
   for_each(file, program->weights, program->threads, with_panels.size(),
-           [&](Packer& packer, size_t i) { packer.choose_kernel(*program->kernels, *with_panels[i]); });
+           [&](Packer& packer, size_t i) { packer.choose_kernel(*program->kernels, program->form, *with_panels[i]); });
   program->weights = allocate(footprint, &layers);
   std::vector<std::pair<Layer*, int64_t>> panels;
   for (Layer* layer : with_panels) {

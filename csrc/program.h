@@ -37,9 +37,9 @@ struct PackedConv {
   int64_t depthwise_stride = 0;        // bytes from one cell of a depthwise convolution to the next
   const ConvKernel* kernel = nullptr;  // null for depthwise and Winograd
   const WinogradKernel* winograd = nullptr;
-  const char* why_direct = "";         // what kept a layer from the Winograd form that it should have had
-  std::vector<int32_t> cell_offset;    // from the first cell; relative to the window's top left pixel
-  int32_t k = 0;                       // bytes per cell; of Winograd: channels
+  const char* why_direct = "";       // what kept a layer from the Winograd form that it should have had
+  std::vector<int32_t> cell_offset;  // from the first cell; relative to the window's top left pixel
+  int32_t k = 0;                     // bytes per cell; of Winograd: channels
   int64_t panels = 1;
   size_t panel_bytes = 0;
   size_t weight_offset = 0;              // in Program::weights; layers that pack the same codes alike share it
@@ -60,7 +60,7 @@ struct Step {
 struct Program {
   Graph graph;
   const Kernels* kernels;
-  int threads;     // of a run, at most
+  int threads;  // of a run, at most
   ConvForm form;
   std::vector<Activation> activations;  // of all members
   std::vector<int> member_input;        // activation of each member's input; equal inputs are one activation

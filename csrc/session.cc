@@ -48,8 +48,9 @@ int64_t chunk_for(const Program& program, bool keep_all, uint64_t memory) {
     const PlanBytes bytes = plan_bytes(program, chunk, keep_all);
     if (bytes.arena + bytes.tilings <= memory) return chunk;
     if (chunk > 1) continue;
-    throw InputError("expected activations and tiles that fit the " + std::to_string(memory) + " bytes of memory, got " +
-                     std::to_string(bytes.arena + bytes.tilings) + " bytes of one image - at taps");
+    throw InputError("expected activations and tiles that fit the " + std::to_string(memory) +
+                     " bytes of memory, got " + std::to_string(bytes.arena + bytes.tilings) +
+                     " bytes of one image - at taps");
   }
 }
 

@@ -118,7 +118,7 @@ struct WinogradInput {  // one patch
   ptrdiff_t row_stride, a_stride;
   int32_t n;  // channels; chunks are written whole, and hold anything beyond
   uint8_t zero_point;
-  int16_t* v;  // of position 0, chunk 0, this patch; 64-byte aligned
+  int16_t* v;                               // of position 0, chunk 0, this patch; 64-byte aligned
   ptrdiff_t position_stride, chunk_stride;  // elements
 };
 using WinogradInputFn = void (*)(const WinogradInput* params);
@@ -156,9 +156,10 @@ struct WinogradKernel {
   WinogradProductsFn products;
   WinogradOutputFn qu8, f32;
   int32_t m;
-  int32_t mr;    // patches that the products take at once: a block holds a multiple, where it can
+  int32_t mr;    // patches that the products take at once
   int32_t nr;    // channels in a panel
   int32_t pair;  // neighbouring channels of U, 1 or 2
+  int32_t rate;  // products a cycle, about: by it the form is chosen. 0: only where it is asked for
 };
 
 // ---- Depthwise convolution ------------------------------------------------------------------------------------------

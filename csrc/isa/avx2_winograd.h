@@ -1,5 +1,6 @@
 // The Winograd kernels with 256-bit vectors. A family `Dot` gives
 //     dot(acc, v, u)    adds 8 sums of two products of s16
+//     kRate             WinogradKernel::rate
 //
 // Products: 6 patches x 16 channels are 12 accumulators; with two vectors of U, a broadcast and a product they fill the
 // 16 registers.
@@ -38,6 +39,7 @@ void winograd_input(const WinogradInput* params) {
 template <class Dot, int kPair, int R>
 QD_INLINE void add_pair(__m256i (&acc)[R][2], const int16_t* v, const int16_t* u) {
   __m256i u0, u1;
+  _mm_prefetch(reinterpret_cast<const char*>(u) + kFetchAhead + 64 * kPair, _MM_HINT_T1);
   asm volatile("vmovdqa %1, %0" : "=x"(u0) : "m"(*reinterpret_cast<const __m256i*>(u + 32 * kPair)));
   asm volatile("vmovdqa %1, %0" : "=x"(u1) : "m"(*reinterpret_cast<const __m256i*>(u + 32 * kPair + 16)));
   QD_UNROLL for (int r = 0; r < R; ++r) {
@@ -75,9 +77,8 @@ __attribute__((noinline)) void winograd_patches(const WinogradProducts& p, const
 template <class Dot>
 void winograd_products(const WinogradProducts* params) {
   using Run = void (*)(const WinogradProducts&, const int16_t*, const int16_t*, int32_t*);
-  static constexpr Run kRuns[kPatches] = {winograd_patches<Dot, 1>, winograd_patches<Dot, 2>,
-                                          winograd_patches<Dot, 3>, winograd_patches<Dot, 4>,
-                                          winograd_patches<Dot, 5>, winograd_patches<Dot, 6>};
+  static constexpr Run kRuns[kPatches] = {winograd_patches<Dot, 1>, winograd_patches<Dot, 2>, winograd_patches<Dot, 3>,
+                                          winograd_patches<Dot, 4>, winograd_patches<Dot, 5>, winograd_patches<Dot, 6>};
   const WinogradProducts& p = *params;
   const int32_t at_once = patches_at_once(p.patches, kPatches);
   for (int32_t position = 0; position < p.positions; ++position) {
@@ -115,8 +116,7 @@ QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&acc_i32)
     for (int32_t x = 0; x < p.columns; ++x) {
       __m256 r_f32x8[2];
       QD_UNROLL for (int j = 0; j < 2; ++j) {
-        const __m256i acc_i32x8 =
-            _mm256_load_si256(reinterpret_cast<const __m256i*>(acc_i32[y * F::kOut + x] + 8 * j));
+        const __m256i acc_i32x8 = _mm256_load_si256(reinterpret_cast<const __m256i*>(acc_i32[y * F::kOut + x] + 8 * j));
         r_f32x8[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8), multiplier_f32x8[j], bias_f32x8[j]);
         if (kResidual) {
           const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride;
@@ -151,8 +151,16 @@ void winograd_output(const WinogradOutput* params) {
 
 template <class F, class Dot>
 constexpr WinogradKernel winograd_kernel(const char* name) {
-  return {name, winograd_input<F>, winograd_products<Dot>, winograd_output<F, uint8_t>, winograd_output<F, float>,
-          F::kOut, kPatches, kWinogradNr, 2};
+  return {name,
+          winograd_input<F>,
+          winograd_products<Dot>,
+          winograd_output<F, uint8_t>,
+          winograd_output<F, float>,
+          F::kOut,
+          kPatches,
+          kWinogradNr,
+          2,
+          Dot::kRate};
 }
 
 }  // namespace

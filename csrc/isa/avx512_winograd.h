@@ -1,5 +1,6 @@
 // The Winograd kernels with 512-bit vectors. A family `Dot` gives
 //     dot(acc, v, u)    adds 16 sums of two products of s16
+//     kRate             WinogradKernel::rate
 //
 // Products: 14 patches x 32 channels like the tile of avx512vnni.cc, 28 accumulators, two vectors of U and a broadcast.
 // Patches of a chunk lie 64 bytes apart, so one register and displacements reach all of them.
@@ -21,8 +22,7 @@ void winograd_input(const WinogradInput* params) {
   int16_t* v = p.v;
   for (int32_t c = 0; c < p.n; c += kWinogradChunk, v += p.chunk_stride) {
     const auto load = [](const uint8_t* a) __attribute__((always_inline)) {
-      return reinterpret_cast<U16x32>(
-          _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))));
+      return reinterpret_cast<U16x32>(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))));
     };
     const auto store = [&](int position, U16x32 x) __attribute__((always_inline)) {
       _mm512_store_si512(v + position * p.position_stride, reinterpret_cast<__m512i>(x));
@@ -35,6 +35,9 @@ void winograd_input(const WinogradInput* params) {
 template <class Dot, int kPair, int R>
 QD_INLINE void add_pair(__m512i (&acc)[R][2], const int16_t* v, const int16_t* u) {
   __m512i u0, u1, v_i16x32;
+  QD_UNROLL for (int j = 0; j < 2; ++j) {
+    _mm_prefetch(reinterpret_cast<const char*>(u) + kFetchAhead + 128 * kPair + 64 * j, _MM_HINT_T1);
+  }
   asm volatile("vmovdqa64 %1, %0" : "=v"(u0) : "m"(*reinterpret_cast<const __m512i*>(u + 64 * kPair)));
   asm volatile("vmovdqa64 %1, %0" : "=v"(u1) : "m"(*reinterpret_cast<const __m512i*>(u + 64 * kPair + 32)));
   QD_UNROLL for (int r = 0; r < R; ++r) {
@@ -115,8 +118,8 @@ QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&acc_i32)
         r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), multiplier_f32x16[j], bias_f32x16[j]);
         if (kResidual) {
           const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride;
-          r_f32x16[j] = _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(p.residual_multiplier),
-                                        r_f32x16[j]);
+          r_f32x16[j] =
+              _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(p.residual_multiplier), r_f32x16[j]);
         }
       }
       winograd_store(r_f32x16, p, mask, static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride);
@@ -145,8 +148,16 @@ void winograd_output(const WinogradOutput* params) {
 
 template <class F, class Dot>
 constexpr WinogradKernel winograd_kernel(const char* name) {
-  return {name, winograd_input<F>, winograd_products<Dot>, winograd_output<F, uint8_t>, winograd_output<F, float>,
-          F::kOut, kPatches, kNr, 2};
+  return {name,
+          winograd_input<F>,
+          winograd_products<Dot>,
+          winograd_output<F, uint8_t>,
+          winograd_output<F, float>,
+          F::kOut,
+          kPatches,
+          kNr,
+          2,
+          Dot::kRate};
 }
 
 }  // namespace
