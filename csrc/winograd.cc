@@ -24,34 +24,32 @@ bool fits(const ConvData& data, const Activation& in, const WinogradKernel& kern
          window.dilation[0] == 1 && window.dilation[1] == 1 && whole;
 }
 
-// The time of both forms, counted in products of s16. Measured with codes of 8 bits on Golden Cove, one thread, against
-// the direct kernels, estimates in brackets (docs/kernels.md):
-//     AVX512-VNNI   56x56x64 0.73 (0.77), 28x28x128 0.63 (0.64), 14x14x256 1.00 (1.07)
-//     AVX2          56x56x64 0.32 (0.38), 28x28x128 0.28 (0.32), 14x14x256 0.34 (0.37)
+// The time of both forms, counted in products of the Winograd kernel. The constants are those of Golden Cove with
+// weights that no cache holds, as in a network; docs/kernels.md has the times, and what the rule makes of them.
 
-// Products of the direct kernel in the time of one of s16: vpdpbusd against vpdpwssd, and the rates of vpmaddubsw with
-// that many sums in 16 bits.
+// Products of the direct kernel in the time of one: vpdpbusd against vpdpwssd, and vpmaddubsw with so many sums in 16
+// bits against vpmaddwd.
 double speed_of(const ConvKernel& direct) {
-  if (direct.format == WeightFormat::s16x2) return 1;
+  if (direct.format == WeightFormat::s16x2) return 0.93;
   switch (direct.s16_quads) {
     case 1:
-      return 1.25;
+      return 1.3;
     case 2:
       return 1.6;
     case 4:
-      return 1.8;
+      return 1.75;
     case 8:
-      return 1.9;
+      return 1.85;
     default:
-      return 2;
+      return 1.93;
   }
 }
 
 // The transforms of a patch, for each channel.
-constexpr double kInput4 = 450, kOutput4 = 800, kInput2 = 90, kOutput2 = 150;
+constexpr double kInput4 = 400, kOutput4 = 700, kInput2 = 90, kOutput2 = 180;
 
-// U streams from L3 at some 5 bytes a cycle: until a pair of bytes is there, so many cycles pass.
-constexpr double kCyclesOfU = 0.375;
+// Cycles until the next weight is there, of U that comes from memory: with few patches the multipliers wait.
+constexpr double kCyclesOfU = 1;
 
 // Winograd must win by so much to be worth its memory.
 constexpr double kGain = 0.9;

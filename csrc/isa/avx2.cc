@@ -158,7 +158,7 @@ struct WideWeights {
 };
 
 struct WinogradMadd {
-  static constexpr int kRate = 24;
+  static constexpr int kRate = 21;
 
   static QD_INLINE void dot(__m256i& acc_i32x8, const __m256i& v_i16x16, const __m256i& u_i16x16) {
     __m256i product_i32x8;

@@ -183,7 +183,7 @@ struct Madd {
 };
 
 struct WinogradMadd {
-  static constexpr int kRate = 32;
+  static constexpr int kRate = 29;
 
   static QD_INLINE void dot(__m512i& acc_i32x16, __m512i v_i16x32, __m512i u_i16x32) {
     add_i32(acc_i32x16, madd(v_i16x32, u_i16x32));

@@ -314,7 +314,7 @@ struct DepthwiseVnni {
 // ---- Winograd -------------------------------------------------------------------------------------------------------
 
 struct WinogradVnni {
-  static constexpr int kRate = 64;
+  static constexpr int kRate = 57;
 
   static QD_INLINE void dot(__m512i& acc_i32x16, __m512i v_i16x32, __m512i u_i16x32) {
     asm volatile("vpdpwssd %2, %1, %0" : "+v"(acc_i32x16) : "v"(v_i16x32), "v"(u_i16x32));

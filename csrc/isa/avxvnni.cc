@@ -70,7 +70,7 @@ struct DotWeights {
 };
 
 struct WinogradVnni {
-  static constexpr int kRate = 32;
+  static constexpr int kRate = 29;
 
   static QD_INLINE void dot(__m256i& acc_i32x8, const __m256i& v_i16x16, const __m256i& u_i16x16) {
     asm volatile(QD_ENCODING "vpdpwssd %2, %1, %0" : "+x"(acc_i32x8) : "x"(v_i16x16), "x"(u_i16x16));
