@@ -158,6 +158,7 @@ py::list plan(Session& session, int64_t batch) {
     entry["tile"] = tile_of(step);
     entry["split"] = split_of(step, plan->tilings[s], threads);
     entry["residual"] = step.node->has_residual;
+    entry["note"] = step.conv ? step.conv->why_direct : "";
     list.append(entry);
   }
   return list;

@@ -183,7 +183,8 @@ class Model:
         return classes
 
     def plan(self, batch: int = 1) -> list[dict]:
-        """What runs each node: kernel, tile, split over threads, bits of the weights, MACs for `batch` images."""
+        """What runs each node: kernel, tile, split over threads, bits of the weights, MACs for `batch` images, and a
+        `note` where a convolution is not in the form that it would have."""
         return [{**step, "share_of_macs": step["macs"] / self._total_macs(batch)} for step in self._session.plan(batch)]
 
     def profile(self, images: np.ndarray, rounds: int = 10) -> list[dict]:

@@ -79,17 +79,7 @@ void winograd_products(const WinogradProducts* params) {
   using Run = void (*)(const WinogradProducts&, const int16_t*, const int16_t*, int32_t*);
   static constexpr Run kRuns[kPatches] = {winograd_patches<Dot, 1>, winograd_patches<Dot, 2>, winograd_patches<Dot, 3>,
                                           winograd_patches<Dot, 4>, winograd_patches<Dot, 5>, winograd_patches<Dot, 6>};
-  const WinogradProducts& p = *params;
-  const int32_t at_once = patches_at_once(p.patches, kPatches);
-  for (int32_t position = 0; position < p.positions; ++position) {
-    const int16_t* v = p.v + position * p.v_position_stride;
-    const int16_t* u = p.u + position * static_cast<ptrdiff_t>(p.k) * kWinogradNr;
-    int32_t* m = p.m + position * p.m_position_stride;
-    for (int32_t patch = 0; patch < p.patches; patch += at_once) {
-      const int32_t r = p.patches - patch < at_once ? p.patches - patch : at_once;
-      kRuns[r - 1](p, v + patch * kWinogradChunk, u, m + patch * kWinogradNr);
-    }
-  }
+  run_positions(*params, kWinogradNr, kRuns);
 }
 
 // 16 channels of one pixel.

@@ -75,16 +75,7 @@ void winograd_products(const WinogradProducts* params) {
       winograd_patches<Dot, 5>,  winograd_patches<Dot, 6>,  winograd_patches<Dot, 7>,  winograd_patches<Dot, 8>,
       winograd_patches<Dot, 9>,  winograd_patches<Dot, 10>, winograd_patches<Dot, 11>, winograd_patches<Dot, 12>,
       winograd_patches<Dot, 13>, winograd_patches<Dot, 14>};
-  const WinogradProducts& p = *params;
-  const int32_t at_once = patches_at_once(p.patches, kPatches);
-  for (int32_t position = 0; position < p.positions; ++position) {
-    const int16_t *v = p.v + position * p.v_position_stride, *u = p.u + position * static_cast<ptrdiff_t>(p.k) * kNr;
-    int32_t* m = p.m + position * p.m_position_stride;
-    for (int32_t patch = 0; patch < p.patches; patch += at_once) {
-      const int32_t r = p.patches - patch < at_once ? p.patches - patch : at_once;
-      kRuns[r - 1](p, v + patch * kWinogradChunk, u, m + patch * kNr);
-    }
-  }
+  run_positions(*params, kNr, kRuns);
 }
 
 // 32 channels of one pixel.

@@ -102,10 +102,19 @@ QD_INLINE void transform_output(const Load& load, const Store& store) {
   }
 }
 
-// The largest number of patches at once, at most `most`, that leaves groups of nearly equal size.
-QD_INLINE int32_t patches_at_once(int32_t patches, int32_t most) {
-  const int32_t groups = (patches + most - 1) / most;
-  return (patches + groups - 1) / groups;
+// All positions, by groups of patches of nearly equal size: runs[r - 1] multiplies r of them at one position.
+template <int kMost, class Run>
+QD_INLINE void run_positions(const WinogradProducts& p, int nr, const Run (&runs)[kMost]) {
+  const int32_t groups = (p.patches + kMost - 1) / kMost, at_once = (p.patches + groups - 1) / groups;
+  for (int32_t position = 0; position < p.positions; ++position) {
+    const int16_t* v = p.v + position * p.v_position_stride;
+    const int16_t* u = p.u + position * static_cast<ptrdiff_t>(p.k) * nr;
+    int32_t* m = p.m + position * p.m_position_stride;
+    for (int32_t patch = 0; patch < p.patches; patch += at_once) {
+      const int32_t r = p.patches - patch < at_once ? p.patches - patch : at_once;
+      runs[r - 1](p, v + patch * kWinogradChunk, u, m + patch * nr);
+    }
+  }
 }
 
 }  // namespace
