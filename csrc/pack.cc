@@ -248,28 +248,6 @@ void transpose_8x8(const int8_t* from, int64_t from_stride, int8_t* const* to) {
   for (int i = 0; i < 8; ++i) memcpy(to[i], &rows[i], 8);
 }
 
-// One channel of OIHW codes, pixel by pixel: the `depth` codes of pixel i to pixel(i).
-template <class Pixel>
-void order_by_pixel(const int8_t* codes, int64_t pixels, int64_t depth, const Pixel& pixel) {
-  int64_t i = 0;
-  for (; i + 8 <= pixels; i += 8) {  // 3x3: 8 pixels and one
-    int8_t* to[8];
-    for (int j = 0; j < 8; ++j) to[j] = pixel(i + j);
-    int64_t c = 0;
-    for (; c + 8 <= depth; c += 8) {
-      transpose_8x8(codes + c * pixels + i, pixels, to);
-      for (int8_t*& channels : to) channels += 8;
-    }
-    for (; c < depth; ++c) {
-      for (int j = 0; j < 8; ++j) *to[j]++ = codes[c * pixels + i + j];
-    }
-  }
-  for (; i < pixels; ++i) {
-    int8_t* to = pixel(i);
-    for (int64_t c = 0; c < depth; ++c) to[c] = codes[c * pixels + i];
-  }
-}
-
 // One channel of OIHW codes in the order in which a kernel walks through its activations: cells * k bytes, zeros where
 // no channel of this group is read. A cell is a whole row of the kernel (byte = kx*C + c) or a single pixel (byte = c).
 void order_channel(const Layer& layer, const int8_t* codes, int64_t channel, int8_t* ordered) {
@@ -287,7 +265,23 @@ void order_channel(const Layer& layer, const int8_t* codes, int64_t channel, int
     memcpy(pixel(0), codes, depth);
     return;
   }
-  order_by_pixel(codes, pixels, depth, pixel);
+  int64_t i = 0;
+  for (; i + 8 <= pixels; i += 8) {  // 3x3: 8 pixels and one
+    int8_t* to[8];
+    for (int j = 0; j < 8; ++j) to[j] = pixel(i + j);
+    int64_t c = 0;
+    for (; c + 8 <= depth; c += 8) {
+      transpose_8x8(codes + c * pixels + i, pixels, to);
+      for (int8_t*& channels : to) channels += 8;
+    }
+    for (; c < depth; ++c) {
+      for (int j = 0; j < 8; ++j) *to[j]++ = codes[c * pixels + i + j];
+    }
+  }
+  for (; i < pixels; ++i) {
+    int8_t* to = pixel(i);
+    for (int64_t c = 0; c < depth; ++c) to[c] = codes[c * pixels + i];
+  }
 }
 
 // Rows of one channel each to a panel, 4 bytes of every row at a time.
@@ -444,8 +438,7 @@ void Packer::pack_panel(int64_t panel, Layer* of) {
     unpack_codes(packed, layer.data.bits, bit, count, codes_.data());
     of->sums[channel] = sums_of(codes_.data(), count);
     if (conv.winograd) {
-      int8_t* taps = rows_.data() + lane * row_stride;
-      order_by_pixel(codes_.data(), 9, layer.depth(), [&](int64_t tap) { return taps + tap * layer.depth(); });
+      memcpy(rows_.data() + lane * row_stride, codes_.data(), count);
       continue;
     }
     if (!conv.is_depthwise) {

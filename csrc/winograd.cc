@@ -68,8 +68,9 @@ double cost_of(const WinogradKernel& kernel, const ConvData& data, const Activat
 
 // ---- Weights ------------------------------------------------------------------------------------------------------
 
+// 8 numbers, in vector registers of any instruction set.
+typedef uint16_t Lanes __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 8;
-typedef uint16_t Lanes __attribute__((vector_size(2 * kLanes)));  // a vector of channels, on any instruction set
 
 // u = G x, of 3 vectors
 void transform(const Lanes (&x)[3], Lanes (&u)[6]) {
@@ -96,13 +97,13 @@ Lanes load_codes(const int8_t* codes) {
   return reinterpret_cast<Lanes>(__builtin_convertvector(bytes, Shorts));
 }
 
-// kLanes input channels of one output channel: U of position p to u + p * stride.
+// U of 8 filters, whose tap t lies at codes[t], to position p at u + p * stride.
 template <int kIn>
-void transform_channels(const int8_t* row, int64_t depth, int16_t* u, int64_t stride) {
+void transform_filters(const int8_t (*codes)[kLanes], int64_t tap_stride, int16_t* u, int64_t stride) {
   Lanes half[kIn][3];
   for (int x = 0; x < 3; ++x) {
-    const Lanes column[3] = {load_codes(row + x * depth), load_codes(row + (3 + x) * depth),
-                             load_codes(row + (6 + x) * depth)};
+    const Lanes column[3] = {load_codes(codes[x * tap_stride]), load_codes(codes[(3 + x) * tap_stride]),
+                             load_codes(codes[(6 + x) * tap_stride])};
     Lanes sums[kIn];
     transform(column, sums);
     for (int i = 0; i < kIn; ++i) half[i][x] = sums[i];
@@ -111,6 +112,36 @@ void transform_channels(const int8_t* row, int64_t depth, int16_t* u, int64_t st
     Lanes sums[kIn];
     transform(half[i], sums);
     for (int j = 0; j < kIn; ++j) memcpy(u + (i * kIn + j) * stride, &sums[j], sizeof sums[j]);
+  }
+}
+
+// 8 input channels at a time of 8 output channels: their codes in the order of U, the transform, and from a buffer to
+// the panel, whose positions lie far apart.
+template <int kIn, int kPair>
+void transform_panel(const int8_t* rows, int64_t row_stride, int64_t lanes, int64_t depth, int64_t nr, int16_t* u) {
+  constexpr int64_t kVectors = kLanes, kPositions = kIn * kIn;  // vectors of 8 x 8 filters
+  const int64_t k = winograd_depth(depth);
+  for (int64_t c = 0; c < depth; c += kLanes) {
+    const int64_t channels = std::min(kLanes, depth - c);
+    for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+      int8_t codes[9][kVectors][kLanes] = {};
+      for (int64_t i = 0; i < std::min(kLanes, lanes - lane); ++i) {
+        const int8_t* from = rows + (lane + i) * row_stride + c * 9;
+        for (int64_t j = 0; j < channels; ++j, from += 9) {
+          int8_t* to = codes[0][0] + (j / kPair * kLanes + i) * kPair + j % kPair;
+          for (int tap = 0; tap < 9; ++tap) to[tap * kVectors * kLanes] = from[tap];
+        }
+      }
+      int16_t block[kPositions][kVectors * kLanes];
+      for (int64_t v = 0; v < kVectors; ++v) {
+        transform_filters<kIn>(codes[0] + v, kVectors, block[0] + v * kLanes, kVectors * kLanes);
+      }
+      for (int64_t p = 0; p < kPositions; ++p) {
+        for (int64_t j = 0; j < kLanes; j += kPair) {
+          memcpy(u + (p * k + c + j) * nr + lane * kPair, block[p] + j * kLanes, 2 * kLanes * kPair);
+        }
+      }
+    }
   }
 }
 
@@ -147,31 +178,11 @@ size_t winograd_panel_bytes(const WinogradKernel& kernel, int64_t depth) {
   return static_cast<size_t>(round_up(2 * positions_of(kernel) * winograd_depth(depth) * kernel.nr, 64));
 }
 
-// kLanes input channels of all rows at a time, to a buffer that stays in L1, and from there to the panel, whose
-// positions lie far apart.
 void transform_weights(const int8_t* rows, int64_t row_stride, int64_t lanes, int64_t depth,
                        const WinogradKernel& kernel, int16_t* u) {
-  const int64_t k = winograd_depth(depth), nr = kernel.nr, pair = kernel.pair, positions = positions_of(kernel);
-  std::vector<int16_t> block(positions * kLanes * nr), channel(positions * kLanes);
-  std::vector<int8_t> last(9 * kLanes);
-  for (int64_t c = 0; c < depth; c += kLanes) {
-    const int64_t left = std::min(kLanes, depth - c);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int8_t* row = rows + lane * row_stride + c;
-      int64_t stride = depth;
-      if (left < kLanes) {
-        for (int tap = 0; tap < 9; ++tap) memcpy(&last[tap * kLanes], row + tap * depth, left);
-        row = last.data(), stride = kLanes;
-      }
-      (kernel.m == 4 ? transform_channels<6> : transform_channels<4>)(row, stride, channel.data(), kLanes);
-      for (int64_t i = 0; i < positions * kLanes; i += pair) {
-        memcpy(&block[i * nr + lane * pair], &channel[i], 2 * pair);
-      }
-    }
-    for (int64_t p = 0; p < positions; ++p) {
-      memcpy(u + (p * k + c) * nr, &block[p * kLanes * nr], 2 * kLanes * nr);
-    }
-  }
+  const auto transform = kernel.m == 4 ? (kernel.pair == 2 ? transform_panel<6, 2> : transform_panel<6, 1>)
+                                       : (kernel.pair == 2 ? transform_panel<4, 2> : transform_panel<4, 1>);
+  transform(rows, row_stride, lanes, depth, kernel.nr, u);
 }
 
 // ---- Pieces -------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ constexpr int32_t kWinogradMagnitudes = (1 << 29) / 255;
 int32_t winograd_depth(int64_t depth);
 size_t winograd_panel_bytes(const WinogradKernel& kernel, int64_t depth);
 
-// One panel: `lanes` output channels, each a row of 9 * depth codes, tap by tap; `u` is all zeros where there are none.
+// One panel: `lanes` output channels, each a row of 9 * depth codes. What has no code is zero.
 void transform_weights(const int8_t* rows, int64_t row_stride, int64_t lanes, int64_t depth,
                        const WinogradKernel& kernel, int16_t* u);
 
