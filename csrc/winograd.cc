@@ -45,11 +45,13 @@ double speed_of(const ConvKernel& direct) {
   }
 }
 
-// The transforms of a patch, for each channel.
-constexpr double kInput4 = 400, kOutput4 = 700, kInput2 = 90, kOutput2 = 180;
+// Cycles that the transforms of a patch take, for a panel of channels.
+constexpr double kInput4 = 210, kOutput4 = 400, kInput2 = 40, kOutput2 = 90;
 
-// Cycles until the next weight is there, of U that comes from memory: with few patches the multipliers wait.
-constexpr double kCyclesOfU = 1;
+// Cycles until the next weight of U is there: with few patches the multipliers wait. A small U stays in L2 between two
+// calls of a small network.
+constexpr double kCyclesFromMemory = 1, kCyclesFromL2 = 0.12;
+constexpr double kSmallWeights = 256 << 10;
 
 // Winograd must win by so much to be worth its memory.
 constexpr double kGain = 0.9;
@@ -62,8 +64,9 @@ double cost_of(const WinogradKernel& kernel, const ConvData& data, const Activat
   const double patches = static_cast<double>(patches_of(kernel, out).count(1));
   const double weights = static_cast<double>(positions_of(kernel) * (in.c / data.groups) * out.c);
   const double c = static_cast<double>(in.c), n = static_cast<double>(out.c);
+  const double wait = weights > kSmallWeights ? kCyclesFromMemory : kCyclesFromL2;
   const double transforms = kernel.m == 4 ? kInput4 * c + kOutput4 * n : kInput2 * c + kOutput2 * n;
-  return weights * std::max(patches, kernel.rate * kCyclesOfU) + patches * transforms;
+  return weights * std::max(patches, kernel.rate * wait) + patches * transforms / kernel.nr * kernel.rate;
 }
 
 // ---- Weights ------------------------------------------------------------------------------------------------------
