@@ -506,32 +506,39 @@ Layers layers_of(const ModelFile& file, Footprint* footprint, const Program& pro
   return layers;
 }
 
-// Keeps the Winograd form of as many layers as fit the memory, in their order. U takes 8 times the bytes of codes of 8
-// bits.
-void limit_winograd(const Footprint& footprint, Layers* layers) {
+// What a layer takes beyond its direct form: U, 8 times the bytes of codes of 8 bits, and what each thread needs for a
+// block of patches.
+uint64_t winograd_bytes(const Layer& layer, int threads) {
+  constexpr int64_t kImages = 64;  // of a chunk, at most
+  const WinogradKernel& kernel = *layer.conv->winograd;
+  const int64_t panels = (layer.channels() + kernel.nr - 1) / kernel.nr;
+  const int64_t block = patches_per_block(kernel, layer.in.c, patches_of(kernel, layer.out).count(kImages));
+  return static_cast<uint64_t>(panels) * winograd_panel_bytes(kernel, layer.depth()) +
+         static_cast<uint64_t>(threads) * winograd_scratch(kernel, layer.in.c, block).bytes;
+}
+
+// Keeps the Winograd form of as many layers as fit the memory, in their order.
+void limit_winograd(const Footprint& footprint, int threads, Layers* layers) {
   uint64_t all = 0;
   for (size_t i = 0; i < layers->all.size(); ++i) {
-    Sizes sizes = sizes_of(layers->all[i]);
+    const Sizes sizes = sizes_of(layers->all[i]);
     all += 3 * sizes.constant + (layers->has_panels(i) ? sizes.weights : 0);
   }
   for (size_t i = 0; i < layers->all.size(); ++i) {
-    Layer& layer = layers->all[i];
-    PackedConv* conv = layer.conv.get();
-    if (!conv->winograd || !layers->has_panels(i)) continue;
-    const int64_t panels = (layer.channels() + conv->winograd->nr - 1) / conv->winograd->nr;
-    const uint64_t more = panels * winograd_panel_bytes(*conv->winograd, layer.depth());
+    const Layer& layer = layers->all[i];
+    if (!layer.conv->winograd || !layers->has_panels(i)) continue;
+    const uint64_t more = winograd_bytes(layer, threads);
     if (footprint.is_small(all + more)) {
-      all += more - std::min<uint64_t>(more, sizes_of(layer).weights);
+      all += more;
     } else {
-      conv->winograd = nullptr;
-      conv->why_direct = "no memory for Winograd";
+      layer.conv->winograd = nullptr;
+      layer.conv->why_direct = "no memory for Winograd";
     }
   }
 }
 
 // Gives every layer its constants and its place in one buffer, which it returns. The kernels are chosen.
 AlignedBuffer allocate(Footprint* footprint, Layers* layers) {
-  limit_winograd(*footprint, layers);
   size_t bytes = 0;
   std::vector<Sizes> sizes;
   for (size_t i = 0; i < layers->all.size(); ++i) {
@@ -588,6 +595,7 @@ void pack_weights(const ModelFile& file, Footprint* footprint, Program* program)
   }
   for_each(file, program->weights, program->threads, with_panels.size(),
            [&](Packer& packer, size_t i) { packer.choose_kernel(*program->kernels, program->form, *with_panels[i]); });
+  limit_winograd(*footprint, program->threads, &layers);
   program->weights = allocate(footprint, &layers);
   std::vector<std::pair<Layer*, int64_t>> panels;
   for (Layer* layer : with_panels) {
