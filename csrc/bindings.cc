@@ -30,21 +30,21 @@ auto within_memory(const std::string& where, const Work& work) {
 }
 
 std::unique_ptr<Session> open_path(const std::string& path, int threads, const std::string& isa,
-                                   int64_t macs_per_thread) {
+                                   int64_t macs_per_thread, const std::string& conv_form) {
   const py::gil_scoped_release release;
   return within_memory<ModelError>(path, [&] {
     const ModelFile file(path);
-    return std::make_unique<Session>(file, threads, isa, macs_per_thread);
+    return std::make_unique<Session>(file, threads, isa, macs_per_thread, conv_form);
   });
 }
 
 std::unique_ptr<Session> open_bytes(const std::string& name, const py::bytes& content, int threads,
-                                    const std::string& isa, int64_t macs_per_thread) {
+                                    const std::string& isa, int64_t macs_per_thread, const std::string& conv_form) {
   const std::string_view view = content;
   const py::gil_scoped_release release;
   return within_memory<ModelError>(name, [&] {
     const ModelFile file(name, reinterpret_cast<const uint8_t*>(view.data()), view.size());
-    return std::make_unique<Session>(file, threads, isa, macs_per_thread);
+    return std::make_unique<Session>(file, threads, isa, macs_per_thread, conv_form);
   });
 }
 
@@ -125,10 +125,14 @@ py::list ops() {
 
 std::string kernel_of(const Program& program, const Step& step) {
   if (step.conv && step.conv->kernel) return step.conv->kernel->name;
+  if (step.conv && step.conv->winograd) return step.conv->winograd->name;
   return std::string(step.conv ? "depthwise" : step.node->op->name) + "__" + program.kernels->isa;
 }
 
 std::string tile_of(const Step& step) {
+  if (step.conv && step.conv->winograd) {
+    return std::to_string(step.conv->winograd->mr) + "x" + std::to_string(step.conv->winograd->nr);
+  }
   if (!step.conv || !step.conv->kernel) return "";
   const ConvKernel& kernel = *step.conv->kernel;
   return std::to_string(kernel.mr * kernel.strips) + "x" + std::to_string(kernel.nr);
@@ -154,6 +158,7 @@ py::list plan(Session& session, int64_t batch) {
     entry["tile"] = tile_of(step);
     entry["split"] = split_of(step, plan->tilings[s], threads);
     entry["residual"] = step.node->has_residual;
+    entry["note"] = step.conv ? step.conv->why_direct : "";
     list.append(entry);
   }
   return list;
@@ -192,9 +197,9 @@ PYBIND11_MODULE(_engine, m) {
         "1e9 multiply-accumulates a second of one core at best, in \"int8\" or \"float32\"; None where unknown.");
   py::class_<Session>(m, "Session")
       .def(py::init(&open_path), py::arg("path"), py::arg("threads"), py::arg("isa"),
-           py::arg("macs_per_thread") = kMacsPerThread)
+           py::arg("macs_per_thread") = kMacsPerThread, py::arg("conv_form") = "")
       .def(py::init(&open_bytes), py::arg("name"), py::arg("content"), py::arg("threads"), py::arg("isa"),
-           py::arg("macs_per_thread") = kMacsPerThread)
+           py::arg("macs_per_thread") = kMacsPerThread, py::arg("conv_form") = "")
       .def("run", &run, py::arg("images"), py::arg("output"), py::arg("classes"), py::arg("taps"),
            py::arg("step_seconds"))
       .def("plan", &plan, py::arg("batch"))

@@ -22,6 +22,8 @@ struct Chunk {
     const int64_t skipped = plan.for_all[activation] ? first * a.image_pitch * (a.is_f32 ? 4 : 1) : 0;
     return arena + plan.offset[activation] + skipped;
   }
+  // What this thread alone writes and reads.
+  uint8_t* scratch(int thread) const { return arena + plan.scratch + thread * plan.scratch_bytes; }
   float* f32_at(int activation) const { return reinterpret_cast<float*>(u8_at(activation)); }
 };
 

@@ -17,4 +17,9 @@ void Footprint::check(uint64_t bytes) const {
           got, where);
 }
 
+bool Footprint::is_small(uint64_t bytes) const {
+  const uint64_t all = bytes_ + bytes;
+  return all <= memory_ / 4 && all / kBytesPerByte < file_.bytes();
+}
+
 }  // namespace qdeploy

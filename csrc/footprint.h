@@ -22,6 +22,8 @@ class Footprint {
     check(bytes);
     bytes_ += bytes;
   }
+  // Whether `bytes` more are few beside the memory and the file: what makes a model faster may take so much.
+  bool is_small(uint64_t bytes) const;
   uint64_t bytes() const { return bytes_; }
 
  private:

@@ -14,6 +14,7 @@
 #include "errors.h"
 #include "ops/conv.h"
 #include "thread_pool.h"
+#include "winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -28,8 +29,7 @@ struct Sums {
 struct Layer {
   const Node& node;  // the first of them
   const ConvData& data;
-  const Activation& in;
-  bool f32_output;
+  const Activation &in, &out;
   std::string where;
   std::shared_ptr<PackedConv> conv = std::make_shared<PackedConv>();
   size_t weights = 0;           // the first layer that packs the same codes alike: it has the panels, and
@@ -55,7 +55,7 @@ int64_t depthwise_repeat(const ConvData& data) {
 bool fits_grouped(const Layer& layer, const ConvKernel& kernel) {
   const int64_t depth = layer.depth(), outputs = layer.channels() / layer.data.groups;
   return kernel.qu8 && layer.data.groups > 1 && depth % 4 == 0 && depth <= 16 && kernel.nr % outputs == 0 &&
-         kernel.nr / outputs * depth <= kGroupedWindow && !layer.f32_output;
+         kernel.nr / outputs * depth <= kGroupedWindow && !layer.out.is_f32;
 }
 
 std::vector<int32_t> grouped_lanes(const Layer& layer, int64_t nr) {
@@ -102,10 +102,10 @@ void set_panels(const Layer& layer) {
   }
 }
 
-void lower(const Layer& layer, const Kernels& kernels) {
+void lower(const Layer& layer, const Kernels& kernels, ConvForm form) {
   PackedConv* conv = layer.conv.get();
   const bool one_each = layer.data.groups > 1 && layer.depth() == 1 && layer.channels() == layer.in.c;
-  conv->is_depthwise = one_each && !layer.node.has_residual && !layer.f32_output;
+  conv->is_depthwise = one_each && !layer.node.has_residual && !layer.out.is_f32;
   set_cells(layer);
   if (conv->is_depthwise) {
     conv->repeat = depthwise_repeat(layer.data);
@@ -116,6 +116,16 @@ void lower(const Layer& layer, const Kernels& kernels) {
   conv->kernel = grouped ? &kernels.grouped : &kernels.conv[layer.data.used_bits];
   if (grouped) conv->lanes = grouped_lanes(layer, conv->kernel->nr);
   set_panels(layer);
+  conv->winograd = winograd_for(layer.data, layer.in, layer.out, *conv->kernel, kernels, form);
+}
+
+// From the direct form, in which layers are lowered, to that of its Winograd kernel.
+void become_winograd(const Layer& layer) {
+  PackedConv* conv = layer.conv.get();
+  conv->kernel = nullptr;
+  conv->lanes.clear(), conv->cell_offset.clear(), conv->panel_channel.clear();
+  conv->k = winograd_depth(layer.depth());
+  conv->panels = (layer.channels() + conv->winograd->nr - 1) / conv->winograd->nr;
 }
 
 // Bytes of packed weights, a multiple of 64, and of each of the three constants. The kernel is chosen.
@@ -127,7 +137,11 @@ Sizes sizes_of(const Layer& layer) {
   PackedConv* conv = layer.conv.get();
   const int64_t cells = static_cast<int64_t>(conv->cell_offset.size());
   int64_t channels = conv->depthwise_stride, bytes = cells * conv->depthwise_stride;
-  if (!conv->is_depthwise) {
+  if (!conv->kernel && conv->winograd) {
+    conv->panel_bytes = winograd_panel_bytes(*conv->winograd, layer.depth());
+    channels = conv->panels * conv->winograd->nr;
+    bytes = conv->panels * static_cast<int64_t>(conv->panel_bytes);
+  } else if (!conv->is_depthwise) {
     const ConvKernel& kernel = *conv->kernel;
     const int64_t element = kernel.format == WeightFormat::s8x4 ? 1 : 2;
     conv->panel_bytes = static_cast<size_t>(round_up(cells * conv->k * kernel.nr * element, 64));
@@ -192,7 +206,7 @@ void require_bounded_channel(const Layer& layer, int64_t channel, const Sums& su
   const double largest = 255.0 * sums.magnitudes * std::fabs(layer.data.multiplier->values[channel]) +
                          std::fabs(layer.data.bias->values[channel]) +
                          255.0 * std::fabs(layer.data.residual_multiplier);
-  require_bounded(largest, layer.f32_output, layer.where, channel);
+  require_bounded(largest, layer.out.is_f32, layer.where, channel);
 }
 
 // Where the sums of its codes allow that, the constants of every channel.
@@ -334,12 +348,17 @@ class Packer {
 
   // Kernels of fewer bits are faster, and most of the codes that training gives are far smaller than the largest one:
   // where the sums of every channel fit (ConvKernel::s16_quads), a layer gets the kernel of fewer bits, just as exact.
-  void choose_kernel(const Kernels& kernels, const Layer& layer);
+  // A layer whose codes are too large for its Winograd kernel becomes direct.
+  void choose_kernel(const Kernels& kernels, ConvForm form, const Layer& layer);
 
   // Reads and unpacks panel `panel` (depthwise: everything), and packs it to weights + weight_offset; fills sums.
   void pack_panel(int64_t panel, Layer* layer);
 
  private:
+  void choose_narrow(const Kernels& kernels, const Layer& layer);
+  void check_winograd(const Layer& layer);
+  // All codes of a channel, to codes_.
+  void read_channel(const Layer& layer, int64_t channel);
   const uint8_t* read_bits(uint64_t offset, int64_t first_bit, int64_t bits);
 
   const ModelFile& file_;
@@ -359,18 +378,42 @@ const uint8_t* Packer::read_bits(uint64_t offset, int64_t first_bit, int64_t bit
   return packed_.data();
 }
 
-void Packer::choose_kernel(const Kernels& kernels, const Layer& layer) {
+void Packer::read_channel(const Layer& layer, int64_t channel) {
+  const int64_t count = layer.codes_per_channel(), bits = layer.data.bits, bit = channel * count * bits;
+  codes_.resize(round_up(count, kCodesPerBlock));
+  const uint8_t* packed = read_bits(layer.data.codes, bit, count * bits);
+  unpack_codes(packed, layer.data.bits, bit % 8, count, codes_.data());
+}
+
+void Packer::check_winograd(const Layer& layer) {
+  PackedConv* conv = layer.conv.get();
+  const int64_t count = layer.codes_per_channel();
+  if (count << (layer.data.used_bits - 1) <= kWinogradMagnitudes) return;
+  for (int64_t channel = 0; channel < layer.channels(); ++channel) {
+    read_channel(layer, channel);
+    if (sums_of(codes_.data(), count).magnitudes <= kWinogradMagnitudes) continue;
+    conv->winograd = nullptr;
+    conv->why_direct = "codes too large for Winograd";
+    return;
+  }
+}
+
+void Packer::choose_kernel(const Kernels& kernels, ConvForm form, const Layer& layer) {
   PackedConv* conv = layer.conv.get();
   if (conv->is_depthwise || !conv->lanes.empty()) return;
+  choose_narrow(kernels, layer);
+  if (!conv->winograd) return;
+  conv->winograd = winograd_for(layer.data, layer.in, layer.out, *conv->kernel, kernels, form);
+  if (conv->winograd) check_winograd(layer);
+}
+
+void Packer::choose_narrow(const Kernels& kernels, const Layer& layer) {
+  PackedConv* conv = layer.conv.get();
   const ConvKernel *kernel = &kernels.conv[2], *widest = conv->kernel;
   while (kernel < widest && kernel->s16_quads == 0) ++kernel;
-  const int64_t count = layer.codes_per_channel();
-  const int bits = layer.data.bits;
-  codes_.resize(round_up(count, kCodesPerBlock));
   rows_.resize(conv->cell_offset.size() * conv->k);
   for (int64_t channel = 0; channel < layer.channels() && kernel < widest; ++channel) {
-    const int64_t bit = channel * count * bits;
-    unpack_codes(read_bits(layer.data.codes, bit, count * bits), bits, bit % 8, count, codes_.data());
+    read_channel(layer, channel);
     order_channel(layer, codes_.data(), channel, rows_.data());
     pair_up(rows_.data(), rows_.size(), &pairs_);
     while (kernel < widest && !fits_s16(pairs_, *conv, *kernel)) ++kernel;
@@ -382,9 +425,9 @@ void Packer::pack_panel(int64_t panel, Layer* of) {
   const Layer& layer = *of;
   const PackedConv& conv = *layer.conv;
   const int64_t out = layer.channels(), count = layer.codes_per_channel(), bits = layer.data.bits;
-  const int64_t nr = conv.is_depthwise ? out : conv.kernel->nr;
+  const int64_t nr = conv.is_depthwise ? out : conv.winograd ? conv.winograd->nr : conv.kernel->nr;
   const int64_t first = panel * nr, lanes = std::min(nr, out - first);
-  const int64_t row = static_cast<int64_t>(conv.cell_offset.size()) * conv.k;
+  const int64_t row = conv.winograd ? count : static_cast<int64_t>(conv.cell_offset.size()) * conv.k;
   const int64_t row_stride = round_up(row, 128) + 64;  // an odd number of cache lines: rows do not share a cache set
   codes_.resize(round_up(count, kCodesPerBlock));
   rows_.resize(lanes * row_stride);
@@ -394,6 +437,10 @@ void Packer::pack_panel(int64_t panel, Layer* of) {
     const int64_t channel = first + lane, bit = first * count * bits % 8 + lane * count * bits;
     unpack_codes(packed, layer.data.bits, bit, count, codes_.data());
     of->sums[channel] = sums_of(codes_.data(), count);
+    if (conv.winograd) {
+      memcpy(rows_.data() + lane * row_stride, codes_.data(), count);
+      continue;
+    }
     if (!conv.is_depthwise) {
       order_channel(layer, codes_.data(), channel, rows_.data() + lane * row_stride);
       continue;
@@ -402,7 +449,11 @@ void Packer::pack_panel(int64_t panel, Layer* of) {
       to[i / conv.repeat * conv.depthwise_stride + i % conv.repeat * out + channel] = codes_[i / conv.repeat];
     }
   }
-  if (!conv.is_depthwise) interleave_rows(rows_.data(), row_stride, lanes, row, *conv.kernel, to);
+  if (conv.winograd) {
+    transform_weights(rows_.data(), row_stride, lanes, layer.depth(), *conv.winograd, reinterpret_cast<int16_t*>(to));
+  } else if (!conv.is_depthwise) {
+    interleave_rows(rows_.data(), row_stride, lanes, row, *conv.kernel, to);
+  }
 }
 
 // ---- All layers ---------------------------------------------------------------------------------------------------
@@ -411,8 +462,8 @@ void Packer::pack_panel(int64_t panel, Layer* of) {
 auto key_of(const ConvData& data, const Activation& in, bool f32_output, bool has_residual) {
   const Window& window = data.window;
   return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, window.kernel[0], window.kernel[1],
-                         window.stride[1], window.dilation[0], window.dilation[1], in.c, in.row_pitch, in.zero_point,
-                         f32_output, has_residual, data.multiplier, data.bias, data.residual_multiplier);
+                         window.stride[0], window.stride[1], window.dilation[0], window.dilation[1], in.c, in.row_pitch,
+                         in.zero_point, f32_output, has_residual, data.multiplier, data.bias, data.residual_multiplier);
 }
 
 // What the panels follow from: all but the strides of the image and the constants. The kernel follows from the codes.
@@ -420,7 +471,7 @@ auto key_of_weights(const Layer& layer) {
   const ConvData& data = layer.data;
   return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, layer.depth(), data.window.kernel[0],
                          data.window.kernel[1], merges_rows(layer), layer.conv->is_depthwise, layer.conv->repeat,
-                         layer.conv->lanes.empty());
+                         layer.conv->lanes.empty(), layer.conv->winograd);
 }
 
 // The layers of a program, lowered, in the order of their first nodes, and which of them each step has.
@@ -440,19 +491,50 @@ Layers layers_of(const ModelFile& file, Footprint* footprint, const Program& pro
     layers.of_step.push_back(layers.all.size());
     if (!data) continue;
     const Activation& in = program.activations[step.inputs[0]];
-    const bool f32_output = program.activations[step.output].is_f32;
-    const auto found = known.emplace(key_of(*data, in, f32_output, step.node->has_residual), layers.all.size());
+    const Activation& out = program.activations[step.output];
+    const auto found = known.emplace(key_of(*data, in, out.is_f32, step.node->has_residual), layers.all.size());
     layers.of_step.back() = found.first->second;
     if (!found.second) continue;
     // cell_offset, panel_channel, sums
     footprint->add(4 * static_cast<uint64_t>(data->window.kernel[0] * data->window.kernel[1] + 3 * data->channels()));
     const std::string where = place_of(*step.node, program.graph.members[step.member], file);
-    layers.all.push_back({*step.node, *data, in, f32_output, where});
+    layers.all.push_back({*step.node, *data, in, out, where});
     Layer& layer = layers.all.back();
-    lower(layer, *program.kernels);
+    lower(layer, *program.kernels, program.form);
     layer.weights = known_weights.emplace(key_of_weights(layer), layers.all.size() - 1).first->second;
   }
   return layers;
+}
+
+// What a layer takes beyond its direct form: U, 8 times the bytes of codes of 8 bits, and what each thread needs for a
+// block of patches.
+uint64_t winograd_bytes(const Layer& layer, int threads) {
+  constexpr int64_t kImages = 64;  // of a chunk, at most
+  const WinogradKernel& kernel = *layer.conv->winograd;
+  const int64_t panels = (layer.channels() + kernel.nr - 1) / kernel.nr;
+  const int64_t block = patches_per_block(kernel, layer.in.c, patches_of(kernel, layer.out).count(kImages));
+  return static_cast<uint64_t>(panels) * winograd_panel_bytes(kernel, layer.depth()) +
+         static_cast<uint64_t>(threads) * winograd_scratch(kernel, layer.in.c, block).bytes;
+}
+
+// Keeps the Winograd form of as many layers as fit the memory, in their order.
+void limit_winograd(const Footprint& footprint, int threads, Layers* layers) {
+  uint64_t all = 0;
+  for (size_t i = 0; i < layers->all.size(); ++i) {
+    const Sizes sizes = sizes_of(layers->all[i]);
+    all += 3 * sizes.constant + (layers->has_panels(i) ? sizes.weights : 0);
+  }
+  for (size_t i = 0; i < layers->all.size(); ++i) {
+    const Layer& layer = layers->all[i];
+    if (!layer.conv->winograd || !layers->has_panels(i)) continue;
+    const uint64_t more = winograd_bytes(layer, threads);
+    if (footprint.is_small(all + more)) {
+      all += more;
+    } else {
+      layer.conv->winograd = nullptr;
+      layer.conv->why_direct = "no memory for Winograd";
+    }
+  }
 }
 
 // Gives every layer its constants and its place in one buffer, which it returns. The kernels are chosen.
@@ -463,6 +545,9 @@ AlignedBuffer allocate(Footprint* footprint, Layers* layers) {
     Layer& layer = layers->all[i];
     const Layer& first = layers->all[layer.weights];
     layer.conv->kernel = first.conv->kernel;
+    layer.conv->winograd = first.conv->winograd;
+    layer.conv->why_direct = first.conv->why_direct;
+    if (layer.conv->winograd) become_winograd(layer);
     layer.conv->weight_offset = layers->has_panels(i) ? bytes : first.conv->weight_offset;
     sizes.push_back(sizes_of(layer));
     const size_t weights = layers->has_panels(i) ? sizes.back().weights : 0;
@@ -502,20 +587,21 @@ void for_each(const ModelFile& file, const AlignedBuffer& weights, int threads, 
 
 }  // namespace
 
-void pack_weights(const ModelFile& file, int threads, Footprint* footprint, Program* program) {
+void pack_weights(const ModelFile& file, Footprint* footprint, Program* program) {
   Layers layers = layers_of(file, footprint, *program);
   std::vector<Layer*> with_panels;
   for (size_t i = 0; i < layers.all.size(); ++i) {
     if (layers.has_panels(i)) with_panels.push_back(&layers.all[i]);
   }
-  for_each(file, program->weights, threads, with_panels.size(),
-           [&](Packer& packer, size_t i) { packer.choose_kernel(*program->kernels, *with_panels[i]); });
+  for_each(file, program->weights, program->threads, with_panels.size(),
+           [&](Packer& packer, size_t i) { packer.choose_kernel(*program->kernels, program->form, *with_panels[i]); });
+  limit_winograd(*footprint, program->threads, &layers);
   program->weights = allocate(footprint, &layers);
   std::vector<std::pair<Layer*, int64_t>> panels;
   for (Layer* layer : with_panels) {
     for (int64_t panel = 0; panel < layer->conv->panels; ++panel) panels.emplace_back(layer, panel);
   }
-  for_each(file, program->weights, threads, panels.size(),
+  for_each(file, program->weights, program->threads, panels.size(),
            [&](Packer& packer, size_t i) { packer.pack_panel(panels[i].second, panels[i].first); });
   for (const Layer& layer : layers.all) set_constants(layer, layers.all[layer.weights].sums);
   for (size_t i = 0; i < program->steps.size(); ++i) {

@@ -5,9 +5,9 @@
 
 namespace qdeploy {
 
-// Makes Step::conv of every step with weights, and Program::weights, on up to `threads` threads, and counts their bytes
+// Makes Step::conv of every step with weights, and Program::weights, on the program's threads, and counts their bytes
 // before. The activations have their pitches. Throws ModelError for weights that do not fit the memory, or whose results
 // could leave the range that the kernels convert exactly.
-void pack_weights(const ModelFile& file, int threads, Footprint* footprint, Program* program);
+void pack_weights(const ModelFile& file, Footprint* footprint, Program* program);
 
 }  // namespace qdeploy

@@ -5,6 +5,7 @@
 
 #include "arena.h"
 #include "ops/op.h"
+#include "winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -107,6 +108,12 @@ size_t bytes_of(const Activation& activation, int64_t batch) {
   return (bytes + kOverread + 63) / 64 * 64;
 }
 
+size_t scratch_of(const Program& program, const Step& step, int64_t images) {
+  if (!step.conv || !step.conv->winograd) return 0;
+  const int64_t block = make_tiling(program, step, images).tiles_per_block;
+  return winograd_scratch(*step.conv->winograd, program.activations[step.inputs[0]].c, block).bytes;
+}
+
 // Everything but the tilings.
 Plan plan_arena(const Program& program, int64_t batch, bool keep_all) {
   Plan plan;
@@ -126,7 +133,14 @@ Plan plan_arena(const Program& program, int64_t batch, bool keep_all) {
   }
   const Arena arena = place(blocks);
   for (const int i : owner) plan.offset.push_back(arena.offset[block[i]]);
-  plan.arena_bytes = arena.bytes;
+  plan.scratch = arena.bytes, plan.scratch_bytes = 0;
+  for (const Pass& pass : plan.passes) {
+    for (size_t s = pass.begin; s < pass.end; ++s) {
+      const size_t bytes = scratch_of(program, program.steps[s], pass.together ? batch : 1);
+      plan.scratch_bytes = std::max(plan.scratch_bytes, bytes);
+    }
+  }
+  plan.arena_bytes = arena.bytes + program.threads * plan.scratch_bytes;
   return plan;
 }
 

@@ -20,6 +20,7 @@ struct Pass {
 struct Plan {
   int64_t batch;
   size_t arena_bytes;
+  size_t scratch, scratch_bytes;  // in the arena: where the memory of thread 0 lies, and how much each has of its own
   std::vector<Pass> passes;
   std::vector<bool> for_all;    // of each activation: memory for every image of the batch, or for one
   std::vector<size_t> offset;   // of each activation in the arena, bytes

@@ -25,18 +25,20 @@ bool same_table(const SharedBytes& a, const SharedBytes& b) { return a == b || (
 // Lays out all activations and lists the steps of the members one after another.
 class Builder {
  public:
-  Builder(const ModelFile& file, const Kernels& kernels) : file_(file), footprint_(file) {
+  Builder(const ModelFile& file, const Kernels& kernels, int threads, ConvForm form) : file_(file), footprint_(file) {
     program_.kernels = &kernels;
+    program_.threads = threads;
+    program_.form = form;
     program_.file_bytes = file.bytes();
     program_.graph = read_graph(file, &footprint_);
   }
 
-  Program build(int threads) {
+  Program build() {
     for (size_t m = 0; m < program_.graph.members.size(); ++m) add_member(static_cast<int>(m));
     add_borders();
     set_pitches();
     share_inputs();
-    pack_weights(file_, threads, &footprint_, &program_);
+    pack_weights(file_, &footprint_, &program_);
     program_.footprint = footprint_.bytes();
     return std::move(program_);
   }
@@ -124,8 +126,8 @@ bool Activation::same_layout(const Activation& other) const {
          std::equal(border, border + 4, other.border);
 }
 
-Program load_program(const ModelFile& file, const Kernels& kernels, int threads) {
-  return Builder(file, kernels).build(threads);
+Program load_program(const ModelFile& file, const Kernels& kernels, int threads, ConvForm form) {
+  return Builder(file, kernels, threads, form).build();
 }
 
 }  // namespace qdeploy

@@ -27,14 +27,19 @@ struct Activation {
   int64_t row_offset(int64_t row) const { return row / h * image_pitch + origin + row % h * row_pitch; }
 };
 
+// How convolutions run: as a rule says, or all that can in one form, which changes no bit.
+enum class ConvForm { by_rule, direct, winograd4, winograd2 };
+
 // The weights of a conv2d or linear as its kernel reads them.
 struct PackedConv {
   bool is_depthwise = false;
   int64_t repeat = 1;                  // depthwise: neighbouring pixels that one row of weights covers
   int64_t depthwise_stride = 0;        // bytes from one cell of a depthwise convolution to the next
-  const ConvKernel* kernel = nullptr;  // null for depthwise
-  std::vector<int32_t> cell_offset;    // from the first cell; relative to the window's top left pixel
-  int32_t k = 0;                       // bytes per cell
+  const ConvKernel* kernel = nullptr;  // null for depthwise and Winograd
+  const WinogradKernel* winograd = nullptr;
+  const char* why_direct = "";       // what kept a layer from its Winograd form
+  std::vector<int32_t> cell_offset;  // from the first cell; relative to the window's top left pixel
+  int32_t k = 0;                     // bytes per cell; of Winograd: channels
   int64_t panels = 1;
   size_t panel_bytes = 0;
   size_t weight_offset = 0;              // in Program::weights; layers that pack the same codes alike share it
@@ -55,6 +60,8 @@ struct Step {
 struct Program {
   Graph graph;
   const Kernels* kernels;
+  int threads;  // of a run, at most
+  ConvForm form;
   std::vector<Activation> activations;  // of all members
   std::vector<int> member_input;        // activation of each member's input; equal inputs are one activation
   std::vector<int> member_output;
@@ -64,7 +71,8 @@ struct Program {
   uint64_t footprint = 0;  // bytes of the weights and of all other constants
 };
 
-// Reads, checks and packs a model with up to `threads` threads. Throws ModelError. The file is not needed afterwards.
-Program load_program(const ModelFile& file, const Kernels& kernels, int threads);
+// Reads, checks and packs a model with up to `threads` threads, which run it later. Throws ModelError. The file is not
+// needed afterwards.
+Program load_program(const ModelFile& file, const Kernels& kernels, int threads, ConvForm form);
 
 }  // namespace qdeploy

@@ -11,6 +11,7 @@
 #include "ensemble.h"
 #include "errors.h"
 #include "thread_pool.h"
+#include "winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -58,12 +59,13 @@ double seconds_now() {
 
 }  // namespace
 
-Session::Session(const ModelFile& file, int threads, const std::string& isa, int64_t macs_per_thread)
+Session::Session(const ModelFile& file, int threads, const std::string& isa, int64_t macs_per_thread,
+                 const std::string& conv_form)
     : kernels_(kernels_for(isa)),
       threads_(checked_threads(threads)),
       macs_per_thread_(std::max<int64_t>(1, macs_per_thread)),
       memory_(memory_limit("")),
-      program_(load_program(file, kernels_, threads_)) {
+      program_(load_program(file, kernels_, threads_, qdeploy::conv_form(conv_form))) {
   registry();
   const PlanBytes image = plan_bytes(program_, 1, false);
   require(image.all() <= memory_, "activations and tiles that fit the " + std::to_string(memory_) + " bytes of memory",

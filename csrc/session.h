@@ -39,8 +39,9 @@ constexpr int64_t kMacsPerThread = 4'000'000;
 class Session {
  public:
   // threads 0: default_threads(). isa empty: QDEPLOY_ISA or the best. Throws ModelError, InputError.
-  // Tests lower macs_per_thread to run small networks on many threads.
-  Session(const ModelFile& file, int threads, const std::string& isa, int64_t macs_per_thread = kMacsPerThread);
+  // Tests lower macs_per_thread to run small networks on many threads, and name the form of convolutions.
+  Session(const ModelFile& file, int threads, const std::string& isa, int64_t macs_per_thread = kMacsPerThread,
+          const std::string& conv_form = "");
 
   // Throws InputError for NaN or infinite inputs.
   void run(const Images& images, const Results& results);

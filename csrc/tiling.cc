@@ -1,6 +1,7 @@
 #include "tiling.h"
 
 #include "ops/conv.h"
+#include "winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -113,8 +114,13 @@ int64_t tiles_per_block(const Program& program, const Step& step) {
 // threads).
 bool splits_channels(const Step& step, const Tiling& tiling, int threads) {
   if (threads == 1) return false;
-  const int64_t tiles = static_cast<int64_t>(tiling.tiles.size()), panels = step.conv->panels;
+  const int64_t panels = step.conv->panels;
   const auto worst = [&](int64_t n) { return (n + threads - 1) / threads; };
+  if (step.conv->winograd) {  // under other panels the input is transformed again: a tenth of the work
+    const int64_t by_patch = worst(tiling.patches) * panels, by_panel = tiling.patches * worst(panels);
+    return by_panel < by_patch - by_patch / 10 || (by_panel <= by_patch && tiling.patches < 16 * threads);
+  }
+  const int64_t tiles = static_cast<int64_t>(tiling.tiles.size());
   const int64_t by_tile = worst(tiles) * panels;
   const int64_t by_panel = tiles * worst(panels);
   return by_panel < by_tile || (by_panel == by_tile && tiles < 4 * threads);
@@ -123,6 +129,11 @@ bool splits_channels(const Step& step, const Tiling& tiling, int threads) {
 }  // namespace
 
 Tiling make_tiling(const Program& program, const Step& step, int64_t images) {
+  if (step.conv && step.conv->winograd) {
+    const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
+    const int64_t patches = patches_of(*step.conv->winograd, out).count(images);
+    return {{}, patches_per_block(*step.conv->winograd, in.c, patches), patches};
+  }
   if (!step.conv || !step.conv->kernel) return {};
   return {tiles_of(program, step, images), tiles_per_block(program, step)};
 }
@@ -133,14 +144,16 @@ uint64_t tiling_bytes(const Program& program, const Step& step, int64_t images) 
 }
 
 ConvPart part_of(const Step& step, const Tiling& tiling, Share share) {
-  const int64_t tiles = static_cast<int64_t>(tiling.tiles.size()), panels = step.conv->panels;
+  const int64_t panels = step.conv->panels;
+  const int64_t tiles = step.conv->winograd ? tiling.patches : static_cast<int64_t>(tiling.tiles.size());
   if (splits_channels(step, tiling, share.threads)) return {{0, tiles}, slice(panels, share)};
   return {slice(tiles, share), {0, panels}};
 }
 
 const char* split_of(const Step& step, const Tiling& tiling, int threads) {
-  if (tiling.tiles.empty()) return "rows";
-  return splits_channels(step, tiling, threads) ? "channels" : "tiles";
+  if (tiling.tiles.empty() && !tiling.patches) return "rows";
+  if (splits_channels(step, tiling, threads)) return "channels";
+  return tiling.patches ? "patches" : "tiles";
 }
 
 }  // namespace qdeploy

@@ -11,6 +11,7 @@ namespace qdeploy {
 struct Tiling {
   std::vector<ConvTile> tiles;  // empty: the step has no convolution kernel
   int64_t tiles_per_block = 0;  // 0: all of them
+  int64_t patches = 0;          // of the Winograd form, instead of tiles; there are blocks of patches then
 };
 Tiling make_tiling(const Program& program, const Step& step, int64_t images);
 
@@ -23,7 +24,7 @@ struct ConvPart {
 };
 ConvPart part_of(const Step& step, const Tiling& tiling, Share share);
 
-// What the threads share out: "tiles" or "channels" of convolutions, "rows" of the rest.
+// What the threads share out: "tiles", "patches" or "channels" of convolutions, "rows" of the rest.
 const char* split_of(const Step& step, const Tiling& tiling, int threads);
 
 }  // namespace qdeploy

@@ -86,6 +86,82 @@ constexpr int32_t kMaxNr = 64;
 // with lanes below kGroupedWindow/4, w packed as s8x4, and everything else as above.
 constexpr int32_t kGroupedWindow = 32;
 
+// ---- Winograd convolution -------------------------------------------------------------------------------------------
+//
+// A dense 3x3 convolution of stride 1 by fewer products, in integers and without rounding (docs/kernels.md): F(m x m,
+// 3x3), m = 4 or 2. A patch is m x m output pixels and the (m+2) x (m+2) input pixels that they follow from, at each of
+// whose positions there is a product of its own. Three kernels, for a block of patches:
+//
+//     input       V[position][patch][channel] = BT (q - zero_point) B of a patch, s16
+//     products    M[position][patch][n] = sum over channels of V * U, s32, modulo 2^32
+//     output      acc = (AT M A) * inverse modulo 2^32 >> shift of a patch, then requantization as of a convolution
+//
+//     F(4x4)  BT =  2  3 -4 -3  2  0    G = 15  0  0    AT = 1  1  1  1 -8  0    AT M A = 900 * acc
+//                   0  2  5  1 -2  0         5  5  5         0  1 -1  2  4  0    inverse 2271560481 = 1/225 mod 2^32
+//                   0  2  1 -5  2  0         5 -5  5         0  1  1  4 -2  0    shift 2
+//                   0 -1 -2  1  2  0         1  2  4         0  1 -1  8  1  1
+//                   0  2 -1 -2  1  0         4 -2  1
+//                   0  2  3 -4 -3  2         0  0 15
+//
+//     F(2x2)  BT =  1  0 -1  0          G =  2  0  0    AT = 1  1  1  0          AT M A = 4 * acc
+//                   0  1  1  0               1  1  1         0  1 -1  1          inverse 1
+//                   0 -1  1  0               1 -1  1                             shift 2
+//                   0 -1  0  1               0  0  2
+//
+// Both are right for |acc| < 2^29. U = G w GT, s16: at most 225 * 128, and V at most 100 * 255. Whatever the pixels of a patch are, those outputs are
+// right that follow from the right ones. Channels lie in chunks, of which the last may be partly used:
+//     int16  V[position][chunk][patch][kWinogradChunk]    int16  U[position][k/pair][nr][pair]    int32  M[position][patch][nr]
+constexpr int32_t kWinogradChunk = 32;
+
+struct WinogradInput {  // one patch
+  const uint8_t* a;     // its first input pixel, channel 0
+  ptrdiff_t row_stride, a_stride;
+  int32_t n;  // channels; chunks are written whole, and hold anything beyond
+  uint8_t zero_point;
+  int16_t* v;                               // of position 0, chunk 0, this patch; 64-byte aligned
+  ptrdiff_t position_stride, chunk_stride;  // elements
+};
+using WinogradInputFn = void (*)(const WinogradInput* params);
+
+struct WinogradProducts {  // one panel
+  int32_t positions, patches;
+  int32_t k;         // channels, a multiple of 8; U is zero where V holds anything
+  const int16_t* v;  // of position 0, the first chunk of this panel, patch 0; 64-byte aligned
+  ptrdiff_t v_position_stride, v_chunk_stride;
+  const int16_t* u;  // 64-byte aligned
+  int32_t* m;        // 64-byte aligned
+  ptrdiff_t m_position_stride;
+};
+using WinogradProductsFn = void (*)(const WinogradProducts* params);
+
+struct WinogradOutput {  // one patch under one panel
+  const int32_t* m;      // of position 0; 64-byte aligned
+  ptrdiff_t position_stride;
+  int32_t rows, columns;  // of the patch that lie in the output, 1..m
+  int32_t n;              // channels of this panel to write, 1..nr
+  const float* multiplier;
+  const float* bias;
+  void* c;  // first pixel and channel
+  ptrdiff_t c_row_stride, c_stride;
+  const uint8_t* residual;  // null: none. May be the very memory of c
+  ptrdiff_t residual_row_stride, residual_stride;
+  float residual_multiplier;
+  uint8_t qmin, qmax;
+};
+using WinogradOutputFn = void (*)(const WinogradOutput* params);
+
+struct WinogradKernel {
+  const char* name;  // qu8_qc8w_winograd_{m}x{m}_{patches}x{NR}__{isa}
+  WinogradInputFn input;
+  WinogradProductsFn products;
+  WinogradOutputFn qu8, f32;
+  int32_t m;
+  int32_t mr;    // patches that the products take at once
+  int32_t nr;    // channels in a panel
+  int32_t pair;  // neighbouring channels of U, 1 or 2
+  int32_t rate;  // products a cycle, about: by it the form is chosen. 0: only where it is asked for
+};
+
 // ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
 // `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over cells t of
@@ -172,6 +248,7 @@ struct Kernels {
   const char* isa;
   ConvKernel conv[9];  // [b]: for weights whose codes all lie in [-2^(b-1), 2^(b-1)-1], b = 2..8; [0] and [1] unused
   ConvKernel grouped;  // u8 output only; qu8 is null where an ISA has no such kernel
+  WinogradKernel winograd[2];  // F(4x4) and F(2x2)
   DepthwiseFn depthwise;
   MaxPoolFn max_pool;
   AvgPoolQu8Fn avg_pool_qu8;

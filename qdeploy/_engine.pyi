@@ -23,10 +23,18 @@ class Session:
     activations: list[dict]
 
     @overload
-    def __init__(self, path: str | bytes, threads: int, isa: str, macs_per_thread: int = ...) -> None: ...
+    def __init__(
+        self, path: str | bytes, threads: int, isa: str, macs_per_thread: int = ..., conv_form: str = ...
+    ) -> None: ...
     @overload
     def __init__(
-        self, name: str | bytes, content: bytes, threads: int, isa: str, macs_per_thread: int = ...
+        self,
+        name: str | bytes,
+        content: bytes,
+        threads: int,
+        isa: str,
+        macs_per_thread: int = ...,
+        conv_form: str = ...,
     ) -> None: ...
     def run(
         self,

@@ -207,7 +207,8 @@ def _planned(report: Report, node: Report) -> Report:
     several = len({node["member"] for node in report["nodes"]}) > 1
     row = {"member": node["member"]} if several else {}
     row |= {"node": node["name"]} | {key: node[key] for key in ("kernel", "tile", "split")}
-    return row | {"bits": node["bits"] or None, "MMAC": node["macs"] / 1e6, "of MACs": percent(node["share_of_macs"])}
+    row |= {"bits": node["bits"] or None, "MMAC": node["macs"] / 1e6, "of MACs": percent(node["share_of_macs"])}
+    return row | ({"note": node["note"]} if any(node["note"] for node in report["nodes"]) else {})
 
 
 def profile(args: argparse.Namespace) -> Report:

@@ -231,7 +231,8 @@ class Model:
         return classes
 
     def plan(self, batch: int = 1) -> list[dict]:
-        """What runs each node: kernel, tile, split over threads, bits of the weights, MACs for `batch` images."""
+        """What runs each node: kernel, tile, split over threads, bits of the weights, MACs for `batch` images, and a
+        `note` where a convolution is not in the form that it would have."""
         total = max(1, self._macs)
         batch = integer(batch, 1, MAX_MACS // total, "batch")
         return [{**step, "share_of_macs": step["macs"] / (batch * total)} for step in self._session.plan(batch)]

@@ -49,6 +49,30 @@ def graphs(draw: st.DrawFn, max_nodes: int = 5) -> Graph:
 
 
 @st.composite
+def winograd_graphs(draw: st.DrawFn) -> Graph:
+    """Models of 3x3 convolutions with a stride of 1, dense or of two groups, and their residuals."""
+    groups = draw(st.sampled_from([1, 1, 1, 2]))
+    channels = draw(CHANNELS) if groups == 1 else 64
+    builder = Builder(draw(generators()), (channels, draw(SIZES), draw(SIZES)), draw(quantizations()))
+    x, nodes = 0, draw(st.integers(1, 3))
+    for i in range(nodes):
+        size = builder.shape(x)[1:]
+        padding = [draw(st.integers(0, 2)) for _ in range(4)]
+        padding[2] = max(padding[2], 3 - size[0] - padding[0])
+        padding[3] = max(padding[3], 3 - size[1] - padding[1])
+        conv = {"kernel": (3, 3), "padding": tuple(padding), "groups": groups}
+        conv["out_channels"] = draw(CHANNELS) if groups == 1 else draw(st.sampled_from([32, 64, 128]))
+        conv |= _common(draw, "u8")
+        if draw(st.booleans()):
+            conv["residual"] = builder.conv2d(x, **conv)
+        if i == nodes - 1 and draw(st.booleans()):
+            conv |= {"dtype": "f32"}
+        x = builder.conv2d(x, **conv)
+        groups = groups if builder.shape(x)[0] == 64 else 1
+    return Graph([builder.member()])
+
+
+@st.composite
 def ensembles(draw: st.DrawFn, max_nodes: int = 3) -> Graph:
     """Models of 2 to 4 members, each with its own network and input quantization."""
     shape = draw(input_shapes())

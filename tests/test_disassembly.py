@@ -14,7 +14,7 @@ import pytest
 from qdeploy import _engine
 
 INSTRUCTION = re.compile(r"^\s*([0-9a-f]+):\t(?:\{\w+\} )?(\S+)[ \t]*([^#<\n]*)", re.MULTILINE)
-DOT_PRODUCTS = ("vpdpbusd", "vpmaddubsw", "vpmaddwd")
+DOT_PRODUCTS = ("vpdpbusd", "vpdpwssd", "vpmaddubsw", "vpmaddwd")
 Instruction = tuple[int, str, str]  # address, mnemonic, operands as objdump writes them: the destination last
 
 

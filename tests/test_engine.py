@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builder import Builder, batch
+from forms import FORMS, WINOGRAD, conv_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_graphs import ensembles, generators, graphs
+from random_graphs import ensembles, generators, graphs, winograd_graphs
 
 import qdeploy
 from qdeploy import _engine, reference
@@ -72,6 +73,14 @@ def test_random_graphs(path, graph, rng):
     assert_equals_reference(graph, batch(graph, 3, rng, dtype), path)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=40, deadline=None)
+@given(graph=winograd_graphs(), rng=generators())
+def test_forms_of_convolutions(path, form, graph, rng):
+    with conv_form(form):
+        assert_equals_reference(graph, batch(graph, 2, rng), path, batches=(2,), threads=(1, 3))
+
+
 LAYERS = {  # name: input shape, arguments of conv2d
     "stem": ((3, 45, 37), {"out_channels": 64, "kernel": (7, 7), "stride": (2, 2), "padding": (3, 3, 3, 3)}),
     "pointwise": ((256, 14, 14), {"out_channels": 130}),
@@ -104,6 +113,93 @@ def test_layers_of_real_networks(path, layer, bits):
     builder.conv2d(0, **conv, bits=bits, codes="lowest", residual=residual, exact=True)
     graph = Graph([builder.member()])
     assert_equals_reference(graph, batch(graph, 2, rng), path, batches=(2,), threads=(1, 2))
+
+
+WINOGRAD_LAYERS = {  # name: input shape, arguments of conv2d
+    "56x56": ((16, 56, 56), {"out_channels": 33, "padding": (1, 1, 1, 1)}),
+    "several blocks of several chunks": ((130, 29, 27), {"out_channels": 40, "padding": (1, 0, 0, 1)}),
+    "deep on one pixel": ((512, 1, 1), {"out_channels": 65, "padding": (1, 1, 1, 1)}),
+    "a border wider than a patch": ((3, 2, 1), {"out_channels": 5, "padding": (9, 8, 7, 6)}),
+    "one row": ((24, 1, 100), {"out_channels": 17, "padding": (1, 1, 1, 1)}),
+    "two groups of 32": ((64, 9, 11), {"out_channels": 128, "padding": (1, 1, 1, 1), "groups": 2}),
+}
+
+
+@pytest.mark.parametrize("form", WINOGRAD)
+@pytest.mark.parametrize("layer", WINOGRAD_LAYERS)
+@pytest.mark.parametrize("zero_point", [0, 255])
+def test_extreme_codes_in_the_winograd_form(path, form, layer, zero_point):
+    """On images of 0 and 255 alone; threads share out patches or channels."""
+    shape, conv = WINOGRAD_LAYERS[layer]
+    builder = Builder(np.random.default_rng(zero_point), shape, (1.0, zero_point))
+    residual = builder.conv2d(0, kernel=(3, 3), **conv, codes="extreme")
+    builder.conv2d(0, kernel=(3, 3), **conv, codes="lowest", residual=residual, exact=True)
+    graph = Graph([builder.member()])
+    x = np.random.default_rng(1).choice([-zero_point, 255 - zero_point], (2, *shape)).astype(np.float32)
+    with conv_form(form):
+        assert_equals_reference(graph, x, path, batches=(2,), threads=(1, 2, 5))
+        kernels = {step["kernel"] for step in qdeploy.load_int_model(path, isa="scalar").plan()}
+    assert kernels == {f"qu8_qc8w_{form}_1x16__scalar"}
+
+
+@pytest.mark.parametrize("channels", [1824, 1832])
+def test_codes_too_large_for_winograd(path, channels):
+    """9 * 1824 codes of -128 on pixels of 255 are the last below 2^29; the form after them is the direct one."""
+    builder = Builder(np.random.default_rng(0), (channels, 2, 3), (1.0, 0))
+    builder.conv2d(0, 2, (3, 3), padding=(1, 1, 1, 1), codes="lowest", dtype="f32")
+    graph = Graph([builder.member()])
+    for form in WINOGRAD:
+        with conv_form(form):
+            assert_equals_reference(graph, np.full((1, channels, 2, 3), 255, np.float32), path, (1,), (1,))
+            for isa in ISAS:
+                (step,) = qdeploy.load_int_model(path, isa=isa).plan()
+                assert (form in step["kernel"], step["note"]) == (
+                    (True, "") if channels == 1824 else (False, "codes too large for Winograd")
+                )
+
+
+NO_MEMORY = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+import numpy as np
+from builder import Builder
+from qdeploy import _engine
+from qdeploy.format import save
+from qdeploy.graph import Graph
+
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (256 << 20)
+channels = int((limit / 4 / 72) ** 0.5)  # of which U alone takes a quarter of the limit
+builder = Builder(np.random.default_rng(0), (channels, 1, 1), (1.0, 0))
+builder.conv2d(0, channels, (3, 3), padding=(1, 1, 1, 1), bits=2)
+save(Graph([builder.member()]), "large.safetensors")
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+(step,) = _engine.Session("large.safetensors", 1, "", conv_form="winograd_4x4").plan(1)
+print("winograd" in step["kernel"], step["note"])
+"""
+
+
+def test_no_memory_for_winograd(tmp_path):
+    run = run_python(NO_MEMORY.format(tests=str(Path(__file__).parent)), tmp_path, "")
+    assert (run.stdout, run.stderr) == ("False no memory for Winograd\n", "")
+
+
+def test_forms_that_do_not_exist(network, tmp_path):
+    with conv_form("fft"), pytest.raises(InputError) as error:
+        qdeploy.load_int_model(tmp_path / "m.safetensors")
+    assert str(error.value) == 'expected direct, winograd_4x4 or winograd_2x2, got "fft" - at conv_form'
+
+
+def test_the_rule_takes_winograd_where_it_is_faster(path):
+    """VGG's layers of 56x56 on every instruction set that was measured; nothing where there is nothing to gain."""
+    for shape, expected in (((128, 56, 56), True), ((128, 2, 2), False), ((4, 56, 56), False)):
+        builder = Builder(np.random.default_rng(0), shape, (1.0, 0))
+        builder.conv2d(0, 128, (3, 3), padding=(1, 1, 1, 1))
+        save(Graph([builder.member()]), path)
+        for isa in ISAS:
+            (step,) = qdeploy.load_int_model(path, isa=isa).plan()
+            measured = isa in ("avx2", "avxvnni", "avx512", "avx512vnni")
+            assert ("winograd" in step["kernel"]) == (expected and measured), (shape, isa)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2, 4, 8])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builder import batch, every_op
+from forms import FORMS, conv_form
 
 import qdeploy
 from qdeploy import _engine, format, reference
@@ -36,7 +37,9 @@ def test_bits_of_an_old_file(version):
     graph = format.load(path)
     assert same(reference.run(graph, x, list(taps)), y, taps)
     for isa in _engine.isas():
-        assert same(qdeploy.load_int_model(path, isa=isa)(x, list(taps)), y, taps), isa
+        for form in FORMS:
+            with conv_form(form):
+                assert same(qdeploy.load_int_model(path, isa=isa)(x, list(taps)), y, taps), (isa, form)
 
 
 def same(result, y: np.ndarray, taps: dict[str, np.ndarray]) -> bool:

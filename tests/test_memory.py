@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builder import Builder, batch, small_network
+from forms import FORMS, conv_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,6 +158,27 @@ def test_codes_of_other_lengths_in_the_same_bytes(tmp_path):
     for isa in _engine.isas():
         taps = qdeploy.load_int_model(path, isa=isa)(x, taps=names)[1]
         assert all(np.array_equal(taps[name], expected[name]) for name in names), isa
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strides_that_share_weights(tmp_path, form):
+    """A 3x3 convolution of stride 1 may take a Winograd form; with the same constants and rows of stride 2 it may not."""
+    own = constants(3, 3 * 64 * 9, 8)
+    weight = {"codes": "codes", "shape": [3, 64, 3, 3], "bits": 8}
+    common = {"weight": weight, "multiplier": "multiplier", "bias": "multiplier", "clamp": [0, 255]}
+    common |= {"padding": [0] * 4, "dilation": [1, 1], "groups": 1, "op": "conv2d", "inputs": [0]}
+    strides = [(1, 1), (2, 1), (1, 1), (1, 2)]
+    nodes = [common | {"name": f"n{i}", "output": i, "stride": stride} for i, stride in enumerate(strides, 1)]
+    shapes = [(3, 1 + 7 // y, 1 + 7 // x) for y, x in strides]
+    member = {"tensors": [tensor(64, 10, 10, zero_point=7), *(tensor(*shape) for shape in shapes)], "nodes": nodes}
+    path = write(tmp_path / "m.safetensors", member, own | {"multiplier": own["multiplier"] / 1000})
+    graph = load(path)
+    x, names = batch(graph, 2, np.random.default_rng(1)), [node["name"] for node in nodes]
+    expected = reference.run(graph, x, names)[1]
+    with conv_form(form):
+        for isa in _engine.isas():
+            taps = qdeploy.load_int_model(path, isa=isa)(x, taps=names)[1]
+            assert all(np.array_equal(taps[name], expected[name]) for name in names), isa
 
 
 def test_weights_of_a_plain_model_are_packed_once(tmp_path):

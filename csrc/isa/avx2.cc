@@ -25,6 +25,7 @@
 //
 // The multiply-add operations are asm volatile: with intrinsics GCC 12 hoists all vpmaddubsw of a block and spills.
 #include "avx2_conv.h"
+#include "avx2_winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -153,6 +154,16 @@ struct WideWeights {
     const uint32_t k = static_cast<uint32_t>(slab.cells * slab.k);
     for (uint32_t i = k / 8; i > 0; --i) multiply<8>(a, w, acc_i32x8);
     if (k & 4) multiply<4>(a, w, acc_i32x8);
+  }
+};
+
+struct WinogradMadd {
+  static constexpr int kRate = 21;
+
+  static QD_INLINE void dot(__m256i& acc_i32x8, const __m256i& v_i16x16, const __m256i& u_i16x16) {
+    __m256i product_i32x8;
+    multiply_s16(product_i32x8, v_i16x16, u_i16x16);
+    add_i32(acc_i32x8, product_i32x8);
   }
 };
 
@@ -376,6 +387,8 @@ void init_avx2(Kernels* kernels) {
   kernels->conv[6] = conv_kernel<NarrowWeights<2>>("qu8_qc8w_conv_2x32c4_w6__avx2");
   kernels->conv[7] = conv_kernel<NarrowWeights<1>>("qu8_qc8w_conv_2x32c4_w7__avx2");
   kernels->conv[8] = conv_kernel<WideWeights>("qu8_qc8w_conv_2x32c2__avx2");
+  kernels->winograd[0] = winograd_kernel<Winograd4, WinogradMadd>("qu8_qc8w_winograd_4x4_6x16__avx2");
+  kernels->winograd[1] = winograd_kernel<Winograd2, WinogradMadd>("qu8_qc8w_winograd_2x2_6x16__avx2");
   kernels->depthwise = depthwise;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;

@@ -26,6 +26,7 @@
 // 383 instead of 426 (two loads a cycle again), and with two or four sums 8 pixels are no faster. Every instruction is
 // volatile asm: given intrinsics GCC 12 issues all the products first and spills them.
 #include "avx512_depthwise.h"
+#include "avx512_winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -178,6 +179,14 @@ struct Madd {
       }
     }
     return w;
+  }
+};
+
+struct WinogradMadd {
+  static constexpr int kRate = 29;
+
+  static QD_INLINE void dot(__m512i& acc_i32x16, __m512i v_i16x32, __m512i u_i16x32) {
+    add_i32(acc_i32x16, madd(v_i16x32, u_i16x32));
   }
 };
 
@@ -415,6 +424,8 @@ void init_avx512(Kernels* kernels) {
   kernels->conv[6] = conv_kernel<Maddubs<2>>("qu8_qc8w_conv_12x32c4_w6__avx512");
   kernels->conv[7] = conv_kernel<Maddubs<1>>("qu8_qc8w_conv_14x32c4_w7__avx512");
   kernels->conv[8] = conv_kernel<Madd>("qu8_qc8w_conv_14x32c2__avx512");
+  kernels->winograd[0] = winograd_kernel<Winograd4, WinogradMadd>("qu8_qc8w_winograd_4x4_14x32__avx512");
+  kernels->winograd[1] = winograd_kernel<Winograd2, WinogradMadd>("qu8_qc8w_winograd_2x2_14x32__avx512");
   kernels->depthwise = depthwise<DepthwiseMadd>;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;

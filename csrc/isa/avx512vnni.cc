@@ -22,6 +22,7 @@
 // Preconditions: those of ConvParams; k may be any multiple of 4, those of 16 are the fast ones. Reads of activations
 // and weights are exact here; only the residual of the last channels is over-read, by less than 32 bytes.
 #include "avx512_depthwise.h"
+#include "avx512_winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -310,6 +311,16 @@ struct DepthwiseVnni {
   }
 };
 
+// ---- Winograd -------------------------------------------------------------------------------------------------------
+
+struct WinogradVnni {
+  static constexpr int kRate = 57;
+
+  static QD_INLINE void dot(__m512i& acc_i32x16, __m512i v_i16x32, __m512i u_i16x32) {
+    asm volatile("vpdpwssd %2, %1, %0" : "+v"(acc_i32x16) : "v"(v_i16x32), "v"(u_i16x32));
+  }
+};
+
 }  // namespace
 
 void init_avx512vnni(Kernels* kernels) {
@@ -319,6 +330,8 @@ void init_avx512vnni(Kernels* kernels) {
     kernels->conv[bits].qu8 = conv_overlapped;
   }
   kernels->grouped = {"qu8_qc8w_grouped_14x32c4__avx512vnni", conv_grouped, nullptr, kMr, kStrips, kNr, Vnni::kFormat};
+  kernels->winograd[0] = winograd_kernel<Winograd4, WinogradVnni>("qu8_qc8w_winograd_4x4_14x32__avx512vnni");
+  kernels->winograd[1] = winograd_kernel<Winograd2, WinogradVnni>("qu8_qc8w_winograd_2x2_14x32__avx512vnni");
   kernels->depthwise = depthwise<DepthwiseVnni>;
 }
 

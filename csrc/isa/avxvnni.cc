@@ -11,6 +11,7 @@
 // 12 accumulators hide the latency of 10 in flight; with three broadcasts and one vector of weights they fill the 16
 // registers.
 #include "avx2_conv.h"
+#include "avx2_winograd.h"
 
 // A CPU with AVX512_VNNI and AVX512VL but without AVX-VNNI can test the same sequence in its EVEX form: check_ukernels.
 #if defined(QDEPLOY_AVXVNNI_AS_EVEX)
@@ -65,6 +66,14 @@ struct DotWeights {
       if (k & 8) multiply<8>(a, w, acc_i32x8);
       if (k & 4) multiply<4>(a, w, acc_i32x8);
     }
+  }
+};
+
+struct WinogradVnni {
+  static constexpr int kRate = 29;
+
+  static QD_INLINE void dot(__m256i& acc_i32x8, const __m256i& v_i16x16, const __m256i& u_i16x16) {
+    asm volatile(QD_ENCODING "vpdpwssd %2, %1, %0" : "+x"(acc_i32x8) : "x"(v_i16x16), "x"(u_i16x16));
   }
 };
 
@@ -164,6 +173,8 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
 void init_avxvnni(Kernels* kernels) {
   kernels->isa = "avxvnni";
   for (int bits = 2; bits <= 8; ++bits) kernels->conv[bits] = conv_kernel<DotWeights>("qu8_qc8w_conv_3x32c4__avxvnni");
+  kernels->winograd[0] = winograd_kernel<Winograd4, WinogradVnni>("qu8_qc8w_winograd_4x4_6x16__avxvnni");
+  kernels->winograd[1] = winograd_kernel<Winograd2, WinogradVnni>("qu8_qc8w_winograd_2x2_6x16__avxvnni");
   kernels->depthwise = depthwise;
 }
 

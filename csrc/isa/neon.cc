@@ -38,6 +38,7 @@
 // Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one quad before
 // its use, which in-order CPUs need. The s16 sums are volatile asm: given intrinsics GCC 12 spills them.
 #include "neon_conv.h"
+#include "neon_winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -356,6 +357,8 @@ void init_neon(Kernels* kernels) {
   kernels->conv[6] = conv_kernel<Smlal<4>>("qu8_qc8w_conv_2x16c4_w6__neon");
   kernels->conv[7] = conv_kernel<Smlal<2>>("qu8_qc8w_conv_2x16c4_w7__neon");
   kernels->conv[8] = conv_kernel<Smlal<1>>("qu8_qc8w_conv_2x16c4__neon");
+  kernels->winograd[0] = winograd_kernel<Winograd4>("qu8_qc8w_winograd_4x4_4x16__neon");
+  kernels->winograd[1] = winograd_kernel<Winograd2>("qu8_qc8w_winograd_2x2_4x16__neon");
   kernels->depthwise = depthwise;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;

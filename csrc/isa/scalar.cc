@@ -93,6 +93,104 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
   }
 }
 
+// ---- Winograd -------------------------------------------------------------------------------------------------------
+
+// The matrices of ukernels.h. Sums are of unsigned integers, which wrap.
+template <int kSize>
+struct Form {
+  static constexpr int kOut = kSize, kIn = kSize + 2;
+  int32_t input[kIn][kIn], output[kOut][kIn];
+  uint32_t inverse;
+};
+constexpr Form<4> kForm4 = {{{2, 3, -4, -3, 2, 0},
+                             {0, 2, 5, 1, -2, 0},
+                             {0, 2, 1, -5, 2, 0},
+                             {0, -1, -2, 1, 2, 0},
+                             {0, 2, -1, -2, 1, 0},
+                             {0, 2, 3, -4, -3, 2}},
+                            {{1, 1, 1, 1, -8, 0}, {0, 1, -1, 2, 4, 0}, {0, 1, 1, 4, -2, 0}, {0, 1, -1, 8, 1, 1}},
+                            2271560481};
+constexpr Form<2> kForm2 = {
+    {{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, -1, 0, 1}}, {{1, 1, 1, 0}, {0, 1, -1, 1}}, 1};
+
+template <class F, const F& kForm>
+void winograd_input(const WinogradInput* params) {
+  const WinogradInput& p = *params;
+  for (int32_t c = 0; c < p.n; ++c) {
+    int16_t* v = p.v + c / kWinogradChunk * p.chunk_stride + c % kWinogradChunk;
+    for (int i = 0; i < F::kIn; ++i) {
+      for (int j = 0; j < F::kIn; ++j) {
+        int32_t sum = 0;
+        for (int y = 0; y < F::kIn; ++y) {
+          for (int x = 0; x < F::kIn; ++x) {
+            sum += kForm.input[i][y] * kForm.input[j][x] * (p.a[y * p.row_stride + x * p.a_stride + c] - p.zero_point);
+          }
+        }
+        v[(i * F::kIn + j) * p.position_stride] = static_cast<int16_t>(sum);
+      }
+    }
+  }
+}
+
+void winograd_products(const WinogradProducts* params) {
+  const WinogradProducts& p = *params;
+  const int16_t* u = p.u;
+  for (int32_t position = 0; position < p.positions; ++position) {
+    int32_t* m = p.m + position * p.m_position_stride;
+    for (int32_t i = 0; i < p.patches * kNr; ++i) m[i] = 0;
+    for (int32_t c = 0; c < p.k; ++c, u += kNr) {
+      const int16_t* v = p.v + position * p.v_position_stride + c / kWinogradChunk * p.v_chunk_stride;
+      for (int32_t patch = 0; patch < p.patches; ++patch) {
+        const int32_t a = v[patch * kWinogradChunk + c % kWinogradChunk];
+        for (int n = 0; n < kNr; ++n) {
+          uint32_t* sum = reinterpret_cast<uint32_t*>(m + patch * kNr + n);
+          *sum += static_cast<uint32_t>(a * u[n]);
+        }
+      }
+    }
+  }
+}
+
+template <class F, const F& kForm, class Out>
+void winograd_output(const WinogradOutput* params) {
+  const WinogradOutput& p = *params;
+  for (int32_t y = 0; y < p.rows; ++y) {
+    for (int32_t x = 0; x < p.columns; ++x) {
+      Out* c = static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride;
+      for (int32_t n = 0; n < p.n; ++n) {
+        uint32_t sum = 0;
+        for (int i = 0; i < F::kIn; ++i) {
+          for (int j = 0; j < F::kIn; ++j) {
+            sum += static_cast<uint32_t>(kForm.output[y][i] * kForm.output[x][j]) *
+                   static_cast<uint32_t>(p.m[(i * F::kIn + j) * p.position_stride + n]);
+          }
+        }
+        const int32_t acc = static_cast<int32_t>(sum * kForm.inverse) >> 2;
+        float r = fmaf(static_cast<float>(acc), p.multiplier[n], p.bias[n]);
+        if (p.residual) {
+          const uint8_t q = p.residual[y * p.residual_row_stride + x * p.residual_stride + n];
+          r = fmaf(static_cast<float>(q), p.residual_multiplier, r);
+        }
+        store(r, p.qmin, p.qmax, c + n);
+      }
+    }
+  }
+}
+
+template <class F, const F& kForm>
+WinogradKernel winograd_kernel(const char* name) {
+  return {name,
+          winograd_input<F, kForm>,
+          winograd_products,
+          winograd_output<F, kForm, uint8_t>,
+          winograd_output<F, kForm, float>,
+          F::kOut,
+          1,
+          kNr,
+          1,
+          0};
+}
+
 // ---- Pools ----------------------------------------------------------------------------------------------------------
 
 void max_pool(const PoolParams* params, uint8_t* c) {
@@ -177,6 +275,8 @@ void init_scalar(Kernels* kernels) {
       "qu8_qc8w_conv_14x16c4__scalar", conv<uint8_t>, conv<float>, kMr, kStrips, kNr, WeightFormat::s8x4};
   for (int bits = 2; bits <= 8; ++bits) kernels->conv[bits] = kernel;
   kernels->grouped = {};
+  kernels->winograd[0] = winograd_kernel<Form<4>, kForm4>("qu8_qc8w_winograd_4x4_1x16__scalar");
+  kernels->winograd[1] = winograd_kernel<Form<2>, kForm2>("qu8_qc8w_winograd_2x2_1x16__scalar");
   kernels->depthwise = depthwise;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../errors.h"
+#include "winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -169,6 +170,7 @@ void run_depthwise(const StepRun& run) {
 
 void run_conv(const StepRun& run) {
   if (run.step.conv->is_depthwise) return run_depthwise(run);
+  if (run.step.conv->winograd) return run_winograd(run);
   run_panels(run);
 }
 

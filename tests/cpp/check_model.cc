@@ -44,8 +44,8 @@ std::vector<float> random_images(const Activation& input) {
 }
 
 // Of all outputs of nodes, then of the output as users get it, where activations take over each other's memory.
-uint64_t checksum(const ModelFile& file, int threads, const std::string& isa) {
-  Session session(file, threads, isa);
+uint64_t checksum(const ModelFile& file, int threads, const std::string& isa, const std::string& conv_form) {
+  Session session(file, threads, isa, kMacsPerThread, conv_form);
   const Program& program = session.program();
   const std::vector<float> images = random_images(program.activations[program.member_input[0]]);
   std::vector<uint8_t> output(bytes(program.activations[program.member_output[0]]));
@@ -64,15 +64,17 @@ uint64_t checksum(const ModelFile& file, int threads, const std::string& isa) {
   return sum.value();
 }
 
-// True if all instruction sets, with one thread and with two, give the same checksum.
+// True if all instruction sets, with one thread and with two, and all forms of convolutions give the same checksum.
 bool check(const ModelFile& file) {
   bool equal = true;
-  const uint64_t expected = checksum(file, 1, "scalar");
+  const uint64_t expected = checksum(file, 1, "scalar", "direct");
   for (const std::string& isa : available_isas()) {
     for (const int threads : {1, 2}) {
-      const uint64_t sum = checksum(file, threads, isa);
-      printf("%016" PRIx64 " %s threads=%d %s\n", sum, file.path().c_str(), threads, isa.c_str());
-      equal &= sum == expected;
+      for (const char* form : {"direct", "winograd_4x4", "winograd_2x2", ""}) {
+        const uint64_t sum = checksum(file, threads, isa, form);
+        printf("%016" PRIx64 " %s threads=%d %s %s\n", sum, file.path().c_str(), threads, *form ? form : "by_rule", isa.c_str());
+        equal &= sum == expected;
+      }
     }
   }
   return equal;
