@@ -162,7 +162,7 @@ def test_codes_of_other_lengths_in_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_strides_that_share_weights(tmp_path, form):
-    """A 3x3 convolution of stride 1 may take a Winograd form; with the same constants and rows of stride 2 it may not."""
+    """Of stride 1 a 3x3 convolution may take a Winograd form; with the same constants and stride 2 it may not."""
     own = constants(3, 3 * 64 * 9, 8)
     weight = {"codes": "codes", "shape": [3, 64, 3, 3], "bits": 8}
     common = {"weight": weight, "multiplier": "multiplier", "bias": "multiplier", "clamp": [0, 255]}
