@@ -192,9 +192,9 @@ def test_forms_that_do_not_exist(network, tmp_path):
 
 def test_the_rule_takes_winograd_where_it_is_faster(path):
     """VGG's layers of 56x56 on every instruction set that was measured; nothing where there is nothing to gain."""
-    for shape, expected in (((128, 56, 56), True), ((128, 2, 2), False), ((4, 56, 56), False)):
+    for shape, outputs, expected in (((128, 56, 56), 128, True), ((128, 2, 2), 128, False), ((3, 56, 56), 64, False)):
         builder = Builder(np.random.default_rng(0), shape, (1.0, 0))
-        builder.conv2d(0, 128, (3, 3), padding=(1, 1, 1, 1))
+        builder.conv2d(0, outputs, (3, 3), padding=(1, 1, 1, 1))
         save(Graph([builder.member()]), path)
         for isa in ISAS:
             (step,) = qdeploy.load_int_model(path, isa=isa).plan()
