@@ -158,6 +158,20 @@ def test_codes_too_large_for_winograd(path, channels):
                 )
 
 
+@pytest.mark.parametrize("form", WINOGRAD)
+def test_sums_that_wrap_in_the_winograd_form(path, form):
+    """Of 10,000 channels the products add up to far more than 2^32; the accumulators do not."""
+    builder = Builder(np.random.default_rng(0), (10_000, 3, 2), (1.0, 0))
+    builder.conv2d(0, 5, (3, 3), padding=(1, 1, 1, 1), bits=5, codes="lowest", dtype="f32")
+    graph = Graph([builder.member()])
+    x = np.random.default_rng(1).choice([0, 255], (1, 10_000, 3, 2), p=[0.1, 0.9]).astype(np.float32)
+    with conv_form(form):
+        assert_equals_reference(graph, x, path, batches=(1,), threads=(1, 2))
+        for isa in ISAS:
+            (step,) = qdeploy.load_int_model(path, isa=isa).plan()
+            assert form in step["kernel"]
+
+
 NO_MEMORY = """
 import resource, sys
 sys.path.insert(0, {tests!r})
