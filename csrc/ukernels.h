@@ -94,7 +94,7 @@ constexpr int32_t kGroupedWindow = 32;
 //
 //     input       V[position][patch][channel] = BT (q - zero_point) B of a patch, s16
 //     products    M[position][patch][n] = sum over channels of V * U, s32, modulo 2^32
-//     output      acc = (AT M A) * inverse modulo 2^32 >> shift of a patch, then requantization as of a convolution
+//     output      acc = (AT M A * inverse modulo 2^32) >> shift of a patch, then requantization as of a convolution
 //
 //     F(4x4)  BT =  2  3 -4 -3  2  0    G = 15  0  0    AT = 1  1  1  1 -8  0    AT M A = 900 * acc
 //                   0  2  5  1 -2  0         5  5  5         0  1 -1  2  4  0    inverse 2271560481 = 1/225 mod 2^32
@@ -108,15 +108,17 @@ constexpr int32_t kGroupedWindow = 32;
 //                   0 -1  1  0               1 -1  1                             shift 2
 //                   0 -1  0  1               0  0  2
 //
-// Both are right for |acc| < 2^29. U = G w GT, s16: at most 225 * 128, and V at most 100 * 255. Whatever the pixels of a patch are, those outputs are
-// right that follow from the right ones. Channels lie in chunks, of which the last may be partly used:
-//     int16  V[position][chunk][patch][kWinogradChunk]    int16  U[position][k/pair][nr][pair]    int32  M[position][patch][nr]
+// Both are right for |acc| < 2^29. U = G w GT, s16: at most 225 * 128, and V at most 100 * 255. Whatever the pixels of a
+// patch are, those outputs are right that follow from the right ones. Channels lie in chunks:
+//     int16  V[position][chunk][patch][kWinogradChunk]
+//     int16  U[position][k/pair][nr][pair]                one panel; 0 for channels that there are not
+//     int32  M[position][patch][nr]
 constexpr int32_t kWinogradChunk = 32;
 
 struct WinogradInput {  // one patch
   const uint8_t* a;     // its first input pixel, channel 0
   ptrdiff_t row_stride, a_stride;
-  int32_t n;  // channels; chunks are written whole, and hold anything beyond
+  int32_t n;  // channels; what a chunk holds beyond is anything, before and after
   uint8_t zero_point;
   int16_t* v;                               // of position 0, chunk 0, this patch; 64-byte aligned
   ptrdiff_t position_stride, chunk_stride;  // elements
@@ -125,7 +127,7 @@ using WinogradInputFn = void (*)(const WinogradInput* params);
 
 struct WinogradProducts {  // one panel
   int32_t positions, patches;
-  int32_t k;         // channels, a multiple of 8; U is zero where V holds anything
+  int32_t k;         // channels rounded up to a multiple of 8
   const int16_t* v;  // of position 0, the first chunk of this panel, patch 0; 64-byte aligned
   ptrdiff_t v_position_stride, v_chunk_stride;
   const int16_t* u;  // 64-byte aligned

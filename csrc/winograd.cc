@@ -24,7 +24,7 @@ bool fits(const ConvData& data, const Activation& in, const WinogradKernel& kern
          window.dilation[0] == 1 && window.dilation[1] == 1 && whole;
 }
 
-// The time of both forms, counted in products of the Winograd kernel. The constants are those of Golden Cove with
+// The time of both forms, counted in products of the Winograd kernel. The constants are those of Emerald Rapids with
 // weights that no cache holds, as in a network; docs/kernels.md has the times, and what the rule makes of them.
 
 // Products of the direct kernel in the time of one: vpdpbusd against vpdpwssd, and vpmaddubsw with so many sums in 16
@@ -56,14 +56,16 @@ constexpr double kSmallWeights = 256 << 10;
 // Winograd must win by so much to be worth its memory.
 constexpr double kGain = 0.9;
 
-// Of one image.
+// Of one image, whole panels.
 double cost_of(const ConvKernel& direct, const ConvData& data, const Activation& in, const Activation& out) {
-  return 9.0 * static_cast<double>(out.h * out.w * (in.c / data.groups) * out.c) / speed_of(direct);
+  const int64_t depth = in.c / data.groups, outputs = round_up(out.c, direct.nr);
+  return 9.0 * static_cast<double>(out.h * out.w * depth * outputs) / speed_of(direct);
 }
 double cost_of(const WinogradKernel& kernel, const ConvData& data, const Activation& in, const Activation& out) {
+  const int64_t depth = winograd_depth(in.c / data.groups), outputs = round_up(out.c, kernel.nr);
   const double patches = static_cast<double>(patches_of(kernel, out).count(1));
-  const double weights = static_cast<double>(positions_of(kernel) * (in.c / data.groups) * out.c);
-  const double c = static_cast<double>(in.c), n = static_cast<double>(out.c);
+  const double weights = static_cast<double>(positions_of(kernel) * depth * outputs);
+  const double c = static_cast<double>(round_up(in.c, kernel.nr)), n = static_cast<double>(outputs);
   const double wait = weights > kSmallWeights ? kCyclesFromMemory : kCyclesFromL2;
   const double transforms = kernel.m == 4 ? kInput4 * c + kOutput4 * n : kInput2 * c + kOutput2 * n;
   return weights * std::max(patches, kernel.rate * wait) + patches * transforms / kernel.nr * kernel.rate;
@@ -100,7 +102,7 @@ Lanes load_codes(const int8_t* codes) {
   return reinterpret_cast<Lanes>(__builtin_convertvector(bytes, Shorts));
 }
 
-// U of 8 filters, whose tap t lies at codes[t], to position p at u + p * stride.
+// U of 8 filters, whose tap t lies at codes[t * tap_stride]: that of position p to u + p * stride.
 template <int kIn>
 void transform_filters(const int8_t (*codes)[kLanes], int64_t tap_stride, int16_t* u, int64_t stride) {
   Lanes half[kIn][3];
@@ -122,7 +124,8 @@ void transform_filters(const int8_t (*codes)[kLanes], int64_t tap_stride, int16_
 // the panel, whose positions lie far apart.
 template <int kIn, int kPair>
 void transform_panel(const int8_t* rows, int64_t row_stride, int64_t lanes, int64_t depth, int64_t nr, int16_t* u) {
-  constexpr int64_t kVectors = kLanes, kPositions = kIn * kIn;  // vectors of 8 x 8 filters
+  constexpr int64_t kVectors = kLanes;  // of the 8 x 8 filters, 8 each
+  constexpr int64_t kPositions = kIn * kIn;
   const int64_t k = winograd_depth(depth);
   for (int64_t c = 0; c < depth; c += kLanes) {
     const int64_t channels = std::min(kLanes, depth - c);
@@ -194,8 +197,8 @@ Patches patches_of(const WinogradKernel& kernel, const Activation& out) {
   return {(out.h + kernel.m - 1) / kernel.m, (out.w + kernel.m - 1) / kernel.m};
 }
 
-// V and M of a block stay in an L2 of 512 KB, beside the U that passes through. Whole groups of patches: AVX512-VNNI takes
-// 2.7 ms for 56x56x256 with 14 or 28 of them, 3.2 with 16. Up to 16 patches are one block, so that U passes once.
+// V and M of a block stay in an L2 of 512 KB, beside the U that passes through. Whole groups of patches: AVX512-VNNI
+// takes 2.7 ms for 56x56x256 with 14 or 28 of them, 3.2 with 16. Up to 16 patches are one block: U passes once.
 int64_t patches_per_block(const WinogradKernel& kernel, int64_t channels, int64_t patches) {
   constexpr int64_t kBlockBytes = 256 << 10, kOneBlock = 16, kLeast = 12;
   if (patches <= kOneBlock) return patches;

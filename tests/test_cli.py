@@ -220,6 +220,18 @@ BAD_FILES = {
 }
 
 
+def test_plan_notes_why_a_convolution_is_direct(tmp_path):
+    """Of 1,832 codes of -128 a pixel, in a layer that would be faster by fewer products."""
+    builder = Builder(np.random.default_rng(0), (1832, 32, 32), (1.0, 0))
+    builder.conv2d(0, 8, (3, 3), padding=(1, 1, 1, 1), codes="lowest")
+    builder.conv2d(1, 8, (3, 3), padding=(1, 1, 1, 1))
+    format.save(Graph([builder.member()]), tmp_path / "m.safetensors")
+    for isa in _engine.isas():
+        shown = run("plan", tmp_path / "m.safetensors", QDEPLOY_ISA=isa).stdout
+        faster = isa in ("avx2", "avxvnni", "avx512", "avx512vnni")
+        assert shown.count("codes too large for Winograd") == faster, isa
+
+
 @pytest.mark.parametrize("command", ["info", "plan"])  # the two readers: Python, C++
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_file(tmp_path, command, kind):

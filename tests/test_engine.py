@@ -158,6 +158,20 @@ def test_codes_too_large_for_winograd(path, channels):
                 )
 
 
+@pytest.mark.parametrize("form", WINOGRAD)
+def test_sums_that_wrap_in_the_winograd_form(path, form):
+    """Of 10,000 channels the products add up to far more than 2^32; the accumulators do not."""
+    builder = Builder(np.random.default_rng(0), (10_000, 3, 2), (1.0, 0))
+    builder.conv2d(0, 5, (3, 3), padding=(1, 1, 1, 1), bits=5, codes="lowest", dtype="f32")
+    graph = Graph([builder.member()])
+    x = np.random.default_rng(1).choice([0, 255], (1, 10_000, 3, 2), p=[0.1, 0.9]).astype(np.float32)
+    with conv_form(form):
+        assert_equals_reference(graph, x, path, batches=(1,), threads=(1, 2))
+        for isa in ISAS:
+            (step,) = qdeploy.load_int_model(path, isa=isa).plan()
+            assert form in step["kernel"]
+
+
 NO_MEMORY = """
 import resource, sys
 sys.path.insert(0, {tests!r})
@@ -192,9 +206,9 @@ def test_forms_that_do_not_exist(network, tmp_path):
 
 def test_the_rule_takes_winograd_where_it_is_faster(path):
     """VGG's layers of 56x56 on every instruction set that was measured; nothing where there is nothing to gain."""
-    for shape, expected in (((128, 56, 56), True), ((128, 2, 2), False), ((4, 56, 56), False)):
+    for shape, outputs, expected in (((128, 56, 56), 128, True), ((128, 2, 2), 128, False), ((3, 56, 56), 64, False)):
         builder = Builder(np.random.default_rng(0), shape, (1.0, 0))
-        builder.conv2d(0, 128, (3, 3), padding=(1, 1, 1, 1))
+        builder.conv2d(0, outputs, (3, 3), padding=(1, 1, 1, 1))
         save(Graph([builder.member()]), path)
         for isa in ISAS:
             (step,) = qdeploy.load_int_model(path, isa=isa).plan()

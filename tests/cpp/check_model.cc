@@ -72,7 +72,8 @@ bool check(const ModelFile& file) {
     for (const int threads : {1, 2}) {
       for (const char* form : {"direct", "winograd_4x4", "winograd_2x2", ""}) {
         const uint64_t sum = checksum(file, threads, isa, form);
-        printf("%016" PRIx64 " %s threads=%d %s %s\n", sum, file.path().c_str(), threads, *form ? form : "by_rule", isa.c_str());
+        printf("%016" PRIx64 " %s threads=%d %s %s\n", sum, file.path().c_str(), threads, *form ? form : "by_rule",
+               isa.c_str());
         equal &= sum == expected;
       }
     }
