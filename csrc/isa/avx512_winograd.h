@@ -79,62 +79,65 @@ void winograd_products(const WinogradProducts* params) {
 }
 
 // 32 channels of one pixel.
-QD_INLINE void winograd_store(const __m512 (&r_f32x16)[2], const WinogradOutput& p, uint32_t mask, uint8_t* c) {
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i c_i16x32 = _mm512_packs_epi32(_mm512_cvtps_epi32(r_f32x16[0]), _mm512_cvtps_epi32(r_f32x16[1]));
-  const __m512i c_u8x64 = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(c_i16x32, c_i16x32));
-  const __m256i c_u8x32 =
-      _mm256_min_epu8(_mm256_max_epu8(_mm512_castsi512_si256(c_u8x64), _mm256_set1_epi8(static_cast<char>(p.qmin))),
-                      _mm256_set1_epi8(static_cast<char>(p.qmax)));
-  _mm256_mask_storeu_epi8(c, mask, c_u8x32);
+QD_INLINE void winograd_store(const __m256 (&r_f32x8)[4], const WinogradOutput& p, uint32_t mask, uint8_t* c) {
+  __m256i c_i32x8[4];
+  QD_UNROLL for (int v = 0; v < 4; ++v) c_i32x8[v] = _mm256_cvtps_epi32(r_f32x8[v]);
+  const __m256i lanes_u8x32 =
+      _mm256_packus_epi16(_mm256_packs_epi32(c_i32x8[0], c_i32x8[1]), _mm256_packs_epi32(c_i32x8[2], c_i32x8[3]));
+  const __m256i c_u8x32 = _mm256_permutevar8x32_epi32(lanes_u8x32, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i low_u8x32 = _mm256_max_epu8(c_u8x32, _mm256_set1_epi8(static_cast<char>(p.qmin)));
+  _mm256_mask_storeu_epi8(c, mask, _mm256_min_epu8(low_u8x32, _mm256_set1_epi8(static_cast<char>(p.qmax))));
 }
-QD_INLINE void winograd_store(const __m512 (&r_f32x16)[2], const WinogradOutput&, uint32_t mask, float* c) {
-  _mm512_mask_storeu_ps(c, static_cast<__mmask16>(mask), r_f32x16[0]);
-  _mm512_mask_storeu_ps(c + 16, static_cast<__mmask16>(mask >> 16), r_f32x16[1]);
+QD_INLINE void winograd_store(const __m256 (&r_f32x8)[4], const WinogradOutput&, uint32_t mask, float* c) {
+  QD_UNROLL for (int v = 0; v < 4; ++v) {
+    _mm256_mask_storeu_ps(c + 8 * v, static_cast<__mmask8>(mask >> (8 * v)), r_f32x8[v]);
+  }
 }
 
+// In vectors of 256 bits: so many multiplications of 512 as these, of floats, slow the core down for milliseconds. After
+// 2 ms of such output transforms the direct kernel ran at 348 GMAC/s instead of 373, for 6 ms (Emerald Rapids).
 template <class F, bool kResidual, class Out>
-QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&acc_i32)[F::kOut * F::kOut][kNr]) {
+QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&y_i32)[F::kOut * F::kOut][kNr]) {
   const uint32_t mask = static_cast<uint32_t>((uint64_t{1} << p.n) - 1);
-  __m512 multiplier_f32x16[2], bias_f32x16[2];
-  QD_UNROLL for (int j = 0; j < 2; ++j) {
-    multiplier_f32x16[j] = _mm512_loadu_ps(p.multiplier + 16 * j);
-    bias_f32x16[j] = _mm512_loadu_ps(p.bias + 16 * j);
-  }
   for (int32_t y = 0; y < p.rows; ++y) {
     for (int32_t x = 0; x < p.columns; ++x) {
-      __m512 r_f32x16[2];
-      QD_UNROLL for (int j = 0; j < 2; ++j) {
-        const __m512i acc_i32x16 = _mm512_load_si512(acc_i32[y * F::kOut + x] + 16 * j);
-        r_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), multiplier_f32x16[j], bias_f32x16[j]);
+      __m256 r_f32x8[4];
+      QD_UNROLL for (int v = 0; v < 4; ++v) {
+        __m256i acc_i32x8 = _mm256_load_si256(reinterpret_cast<const __m256i*>(y_i32[y * F::kOut + x] + 8 * v));
+        if (F::kInverse != 1) {
+          acc_i32x8 = _mm256_mullo_epi32(acc_i32x8, _mm256_set1_epi32(static_cast<int>(F::kInverse)));
+        }
+        acc_i32x8 = _mm256_srai_epi32(acc_i32x8, kWinogradShift);
+        r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8), _mm256_loadu_ps(p.multiplier + 8 * v),
+                                     _mm256_loadu_ps(p.bias + 8 * v));
         if (kResidual) {
-          const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride;
-          r_f32x16[j] =
-              _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(p.residual_multiplier), r_f32x16[j]);
+          const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride + 8 * v;
+          const __m256i residual_i32x8 =
+              _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(residual)));
+          r_f32x8[v] =
+              _mm256_fmadd_ps(_mm256_cvtepi32_ps(residual_i32x8), _mm256_set1_ps(p.residual_multiplier), r_f32x8[v]);
         }
       }
-      winograd_store(r_f32x16, p, mask, static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride);
+      winograd_store(r_f32x8, p, mask, static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride);
     }
   }
 }
 
-// The accumulators of a patch first, to L1: a pixel is requantized by 32 channels, and registers do not hold all pixels
-// of so many.
+// Y of a patch first, to L1: a pixel is requantized by 32 channels, and registers do not hold all pixels of so many.
 template <class F, class Out>
 void winograd_output(const WinogradOutput* params) {
   const WinogradOutput& p = *params;
-  alignas(64) int32_t acc_i32[F::kOut * F::kOut][kNr];
+  alignas(64) int32_t y_i32[F::kOut * F::kOut][kNr];
   for (int j = 0; j < 2; ++j) {
     const auto load = [&](int position) __attribute__((always_inline)) {
       return reinterpret_cast<U32x16>(_mm512_load_si512(p.m + position * p.position_stride + 16 * j));
     };
     const auto store = [&](int pixel, U32x16 y) __attribute__((always_inline)) {
-      const __m512i scaled = reinterpret_cast<__m512i>(F::kInverse == 1 ? y : y * F::kInverse);
-      _mm512_store_si512(acc_i32[pixel] + 16 * j, _mm512_srai_epi32(scaled, kWinogradShift));
+      _mm512_store_si512(y_i32[pixel] + 16 * j, reinterpret_cast<__m512i>(y));
     };
     transform_output<F, U32x16>(load, store);
   }
-  p.residual ? winograd_pixels<F, true, Out>(p, acc_i32) : winograd_pixels<F, false, Out>(p, acc_i32);
+  p.residual ? winograd_pixels<F, true, Out>(p, y_i32) : winograd_pixels<F, false, Out>(p, y_i32);
 }
 
 template <class F, class Dot>
