@@ -213,3 +213,13 @@ def small_network() -> Graph:
     h = builder.reshape(g, (math.prod(builder.shape(g)),))
     builder.linear(h, 2, bits=3, dtype="f32")
     return Graph([builder.member(preprocess=entry)], preprocess=entry, classes=["cat", "dog"])
+
+
+def small_ensemble() -> Graph:
+    """Three members that read their input each on its own grid."""
+    members = []
+    for i in range(3):
+        builder = Builder(np.random.default_rng(i), (5,), (0.5, 100 + i))
+        builder.table(builder.linear(0, 4, bits=2 + i), "f32")
+        members.append(builder.member(f"m{i}"))
+    return Graph(members, "probs", classes=["a", "b", "c", "d"])

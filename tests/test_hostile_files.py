@@ -18,13 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from builder import Builder, batch, small_network
+from builder import batch, small_ensemble, small_network
 
 import qdeploy
 from qdeploy import _engine, reference
 from qdeploy.errors import ModelError
 from qdeploy.format import load, save
-from qdeploy.graph import Graph
 
 RUNNABLE_ELEMENTS = 100_000  # mutated shapes can be valid and huge; larger models are loaded but not run
 NUMBERS = [0, -1, 1, 2, 3, 7, 8, 9, 255, 256, 65_535, 65_536, 2**24, 2**28, 2**31 - 1, 2**31, 2**32, 2**53, 2**62]
@@ -51,16 +50,7 @@ VALUES = [
 DEEP = "@deep@"  # stands for many brackets, which json.dumps cannot write
 
 
-def ensemble() -> Graph:
-    members = []
-    for i in range(3):
-        builder = Builder(np.random.default_rng(i), (5,), (0.5, 100 + i))
-        builder.table(builder.linear(0, 4, bits=2 + i), "f32")
-        members.append(builder.member(f"m{i}"))
-    return Graph(members, "probs")
-
-
-GRAPHS = {"network": small_network, "ensemble": ensemble}
+GRAPHS = {"network": small_network, "ensemble": small_ensemble}
 
 
 # ---- What runs in the child ------------------------------------------------------------------------------------------
@@ -355,7 +345,7 @@ BAD_FILES = {  # name: function of the bytes of a good file, what both messages 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_files(tmp_path, case):
     path = tmp_path / "m.safetensors"
-    save(ensemble(), path)
+    save(small_ensemble(), path)
     change, text = BAD_FILES[case]
     data = change(path.read_bytes())
     assert data != path.read_bytes()
@@ -392,7 +382,7 @@ VERSIONS = {  # what a file of version 1 is made to say of itself: what both rea
 @pytest.mark.parametrize(("version", "requires"), VERSIONS)
 def test_versions_that_do_not_fit(tmp_path, version, requires):
     path = tmp_path / "m.safetensors"
-    save(ensemble(), path)
+    save(small_ensemble(), path)
     notes = {"format_version": version} | ({"requires": requires} if requires else {})
     path.write_bytes(edited(lambda header: header["__metadata__"].update(notes))(path.read_bytes()))
     for read in (load, qdeploy.load_int_model):

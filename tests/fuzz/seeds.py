@@ -5,8 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import numpy as np
-from builder import Builder, small_network
+from builder import small_ensemble, small_network
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from random_graphs import ensembles, graphs
@@ -17,16 +16,6 @@ from qdeploy.graph import Graph
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [*sorted(ROOT.glob("tests/data/v*/*.safetensors")), *sorted(ROOT.glob("qdeploy/demo_data/*.safetensors"))]
 SMALL = 8  # how often the two small networks stand among the seeds: most changes say most in a small file
-
-
-def small_ensemble() -> Graph:
-    """Three members that read their input each on its own grid."""
-    members = []
-    for i in range(3):
-        builder = Builder(np.random.default_rng(i), (5,), (0.5, 100 + i))
-        builder.table(builder.linear(0, 4, bits=2 + i), "f32")
-        members.append(builder.member(f"m{i}"))
-    return Graph(members, "probs", classes=["a", "b", "c", "d"])
 
 
 def random_graphs(number: int, count: int) -> list[Graph]:
