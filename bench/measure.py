@@ -81,7 +81,7 @@ def torch_eager(net: Module, threads: int) -> peers.Run:
 
 
 def measure_restricted(path: Path, isa: str, onednn_isa: str, rounds: int, precisions: Sequence[str]) -> dict:
-    """`measure` on one thread with both restricted; only OpenVINO can be."""
+    """`measure` on one thread with OpenVINO restricted as we are, and MNN, which has no instructions beyond AVX2."""
     environment = os.environ | {"QDEPLOY_ISA": isa, "ONEDNN_MAX_CPU_ISA": onednn_isa}
     command = [sys.executable, __file__, str(path), f"--rounds={rounds}", "--precisions", *precisions]
     child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -101,4 +101,4 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--precisions", nargs="+", required=True)
     args = parser.parse_args()
-    print(json.dumps(measure(args.file, 1, args.rounds, precisions=args.precisions, runtimes=("openvino",))))
+    print(json.dumps(measure(args.file, 1, args.rounds, precisions=args.precisions, runtimes=("openvino", "MNN"))))

@@ -47,7 +47,7 @@ MACHINES = {
     "zen3_avx2": ("EPYC, Zen 3 (AVX2)", {"ResNet-50, 1 thread(s)": "ResNet-50"}),
 }
 BARS = {  # label: color, and the runtimes of which the fastest is drawn
-    "best FP32": ("#8c959f", ("openvino float32", "onnxruntime float32", "torch eager float32")),
+    "best FP32": ("#8c959f", ("openvino float32", "onnxruntime float32", "MNN float32", "torch eager float32")),
     "int8 onnxruntime": ("#bf8700", ("onnxruntime int8",)),
     "int8 OpenVINO": ("#8957e5", ("openvino int8",)),
     "int8 qdeploy": ("#2f81f7", ("qdeploy int8",)),

@@ -107,7 +107,7 @@ ONEDNN = {"avx2": "AVX2", "avx512": "AVX512_CORE"}  # oneDNN's names
 
 
 def restricted(benchmark, path, rounds, progress, isa: str, with_float32: bool = False) -> dict:
-    """Ours and OpenVINO on one thread with the instructions of `isa` alone; our bits are those of the scalar code."""
+    """Ours and the peers on one thread with the instructions of `isa` alone; our bits are those of the scalar code."""
     if isa not in _engine.isas():
         pytest.skip(f"this CPU has no {isa}")
     x = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)

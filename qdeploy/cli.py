@@ -507,7 +507,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command(bench, _show_bench, file=True, threads=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
     added.add_argument("--rounds", type=_at_most(MAX_ROUNDS), default=10, help="turns of each runtime (default: 10)")
-    text = "beside onnxruntime and OpenVINO, where installed (default)"
+    text = "beside onnxruntime, OpenVINO and MNN, where installed (default)"
     added.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help=text)
     added = command(verify, _show_verify, file=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=2)

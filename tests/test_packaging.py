@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "lightning_fabric", "rich", "PIL")
+OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "MNN", "lightning_fabric", "rich", "PIL")
 PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/gpu", "qdeploy/networks")}  # as installed
 PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training")}
 BLOCK = f"""

@@ -1,6 +1,7 @@
 """Times taken in turns, and turns on a slow machine left out; peers that fail before they are timed."""
 
 import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import pytest
 import qdeploy
 from qdeploy import format
 from qdeploy.demo import MODEL
+from qdeploy.errors import InputError
 from qdeploy.onnx import to_onnx
-from qdeploy.peers import CALLS_PER_TURN, OURS, alternate, contestants, correlation, faults, measure
+from qdeploy.peers import CALLS_PER_TURN, OURS, alternate, contestants, correlation, faults, measure, mnn, onnxruntime
 from qdeploy.timing import Timing
 
 
@@ -69,11 +71,52 @@ def test_peers_that_fail_are_named_with_the_reason():
     assert all(correlation(ours, run(x)) > 0.99 for run in runs.values())
 
 
+HAS_MNN = pytest.mark.skipif(find_spec("MNN") is None, reason="MNN is not installed")  # its import prints
+
+
+@HAS_MNN
+def test_mnn_in_float32(capfd):
+    """It says nothing, of what it has to say at import, conversion and loading, and takes any strides."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
+    graph = format.load(MODEL)
+    model, shape = to_onnx(graph, quantized=False).SerializeToString(), (3, *graph.input_shape)
+    x = np.random.default_rng(0).normal(0.5, 0.1, shape).astype(np.float32)
+    run = mnn(model, shape, 2)
+    y = run(x)
+    assert capfd.readouterr() == ("", "")
+    assert (y.shape, y.dtype) == ((3, 10), np.float32)
+    assert np.abs(y - onnxruntime(model, shape, 1)(x)).max() <= 1e-5
+    assert np.array_equal(run(np.asfortranarray(x)), y)
+    assert list(contestants(graph, shape, 1, runtimes=("MNN",))[0]) == ["MNN float32"]
+
+
+@HAS_MNN
+def test_mnn_that_fails():
+    with pytest.raises(InputError) as error:
+        mnn(b"no model", (1, 1, 16, 16), 1)
+    assert str(error.value) == "expected an ONNX model that MNN converts, got another"
+    pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
+    model = to_onnx(format.load(MODEL), quantized=False).SerializeToString()
+    run = mnn(model, (1, 3, 16, 16), 1)
+    with pytest.raises(RuntimeError) as error:
+        run(np.zeros((1, 3, 16, 16), np.float32))
+    assert str(error.value) == "MNN stopped with error 3"
+
+
 def test_runtime_that_is_not_installed(monkeypatch):
     monkeypatch.setattr("qdeploy.peers.find_spec", lambda name: None)
-    runs, absent = contestants(format.load(MODEL), (1, 1, 16, 16), 1, precisions=("int8",))
+    runs, absent = contestants(format.load(MODEL), (1, 1, 16, 16), 1)
     assert runs == {}
-    assert absent == dict.fromkeys(["onnxruntime int8", "openvino int8"], "no onnx here: pip install 'qdeploy[bench]'")
+    float32 = ["onnxruntime float32", "openvino float32", "MNN float32"]
+    names = [*float32, "onnxruntime int8", "openvino int8"]
+    assert absent == dict.fromkeys(names, "no onnx here: pip install 'qdeploy[bench]'")
+
+
+def test_absent_names_the_package(monkeypatch):
+    monkeypatch.setattr("qdeploy.peers.find_spec", lambda name: None if name == "MNN" else name)
+    runs, absent = contestants(format.load(MODEL), (1, 1, 16, 16), 1, runtimes=("MNN",))
+    assert (runs, absent) == ({}, {"MNN float32": "no MNN here: pip install 'qdeploy[bench]'"})
 
 
 def test_correlation():
