@@ -102,4 +102,10 @@ def geometric_mean(values: list[float]) -> float:
 def _in_unit(value: float | None, unit: str) -> str | None:
     if value is None:
         return None
-    return {"x": f"{value:.3f}x", "%": f"{value:.1%}", "ms": f"{value:.1f} ms", "MiB": f"{value:.1f} MiB"}[unit]
+    return {
+        "x": f"{value:.3f}x",
+        "%": f"{value:.1%}",
+        "ms": f"{value:.1f} ms",
+        "MiB": f"{value:.1f} MiB",
+        "GMAC/s": f"{value:.0f} GMAC/s",
+    }[unit]

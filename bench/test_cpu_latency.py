@@ -7,16 +7,18 @@ turns. No ratio fails a run; a peer that computes another network does.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 
 import numpy as np
 import pytest
-from measure import measure, measure_restricted, run_alone
+from measure import AGREES, measure, measure_restricted, run_alone
 from networks import float_net
 from results import geometric_mean
-from targets import BITS, ZOO
+from targets import BITS, CODES, LAYERS, ZOO
 
 import qdeploy
-from qdeploy import _engine
+from qdeploy import _engine, format
+from qdeploy.timing import spread
 
 pytestmark = pytest.mark.filterwarnings("default")  # the peers' own warnings are theirs
 THREADS = pytest.mark.parametrize("threads", [1, 2])
@@ -103,18 +105,56 @@ def test_codes_that_fill_their_bits(benchmark, results, networks, rounds, progre
     results.report(f"ResNet-50, {isa}, codes that fill 7 bits", report, {"openvino int8": f"{isa}/full"})
 
 
+@pytest.mark.parametrize("net", ["resnet18", "vgg16_bn"])
+def test_avx2_only_of_3x3_convolutions(benchmark, results, networks, rounds, progress, net):
+    report = restricted(benchmark, networks.exported(net), rounds, progress, "avx2")
+    results.report(f"{ZOO[net]}, AVX2 only, 7 bits", report, {"openvino int8": f"avx2/{net}"})
+
+
+def test_avx2_only_of_codes_that_fill_8_bits(benchmark, results, networks, rounds, progress):
+    """What other people's models hold. The peers saturate in 16 bits there: the column `agrees` shows their results."""
+    report = restricted(benchmark, networks.full_range("resnet18", 8), rounds, progress, "avx2", agrees=-1)
+    report["absent"].setdefault("onnxruntime int8", "cannot be restricted to AVX2")
+    keys = {name: f"avx2/resnet18/full/{name}" for name in RUNTIMES}
+    results.report("ResNet-18, AVX2 only, codes that fill 8 bits", report, keys)
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_avx2_only_layers(benchmark, results, networks, rounds, progress, codes):
+    """3x3 convolutions of stride 1 as they run in ResNet-18: the products of the direct form over their time."""
+    skip_without("avx2")
+    progress("exporting")
+    bits = 8 if codes.endswith("8 bits") else 7
+    path = networks.exported("resnet18", bits) if codes == "7 bits" else networks.full_range("resnet18", bits)
+    member = format.load(path).members[0]
+    image = np.random.default_rng(0).standard_normal((1, *member.tensors[0].shape), np.float32)
+    profile = qdeploy.load_int_model(path, num_threads=1, isa="avx2").profile(image, rounds(200))
+    rates = defaultdict(list)
+    for node, step in zip(member.nodes, profile, strict=True):
+        channels, *size = member.tensors[node.output].shape
+        if step["macs"] and node.constants["weight"].shape[1:] == (channels, 3, 3):
+            rates[(*size, channels)].append(step["macs"] / step["microseconds"] / 1e3)
+    for shape in LAYERS:
+        results.figure(f"avx2/layers/{shape}/{codes}", float(np.median(rates[shape])), spread(rates[shape]))
+    run_alone(benchmark, path, 1, "avx2")
+
+
 ONEDNN = {"avx2": "AVX2", "avx512": "AVX512_CORE"}  # oneDNN's names
 
 
-def restricted(benchmark, path, rounds, progress, isa: str, with_float32: bool = False) -> dict:
-    """Ours and the peers on one thread with the instructions of `isa` alone; our bits are those of the scalar code."""
+def skip_without(isa: str) -> None:
     if isa not in _engine.isas():
         pytest.skip(f"this CPU has no {isa}")
+
+
+def restricted(benchmark, path, rounds, progress, isa: str, with_float32: bool = False, agrees: float = AGREES) -> dict:
+    """Ours and the peers on one thread with the instructions of `isa` alone; our bits are those of the scalar code."""
+    skip_without(isa)
     x = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
     logits = [qdeploy.load_int_model(path, isa=name)(x).tobytes() for name in (isa, "scalar")]
     assert logits[0] == logits[1], f"{isa} and scalar give different bits"
     progress(f"in a process of its own with ONEDNN_MAX_CPU_ISA={ONEDNN[isa]}")
     precisions = ("float32", "int8") if with_float32 else INT8
-    report = measure_restricted(path, isa, ONEDNN[isa], rounds(12), precisions)
+    report = measure_restricted(path, isa, ONEDNN[isa], rounds(12), precisions, agrees)
     run_alone(benchmark, path, 1, isa)
     return report
