@@ -512,9 +512,10 @@ uint64_t winograd_bytes(const Layer& layer, int threads) {
   constexpr int64_t kImages = 64;  // of a chunk, at most
   const WinogradKernel& kernel = *layer.conv->winograd;
   const int64_t panels = (layer.channels() + kernel.nr - 1) / kernel.nr;
-  const int64_t block = patches_per_block(kernel, layer.in.c, patches_of(kernel, layer.out).count(kImages));
-  return static_cast<uint64_t>(panels) * winograd_panel_bytes(kernel, layer.depth()) +
-         static_cast<uint64_t>(threads) * winograd_scratch(kernel, layer.in.c, block).bytes;
+  const size_t u_bytes = panels * winograd_panel_bytes(kernel, layer.depth());
+  const int64_t patches = patches_of(kernel, layer.out).count(kImages);
+  const int64_t block = patches_per_block(kernel, layer.in.c, u_bytes, patches);
+  return u_bytes + static_cast<uint64_t>(threads) * winograd_scratch(kernel, layer.in.c, block).bytes;
 }
 
 // Keeps the Winograd form of as many layers as fit the memory, in their order.

@@ -132,7 +132,8 @@ Tiling make_tiling(const Program& program, const Step& step, int64_t images) {
   if (step.conv && step.conv->winograd) {
     const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
     const int64_t patches = patches_of(*step.conv->winograd, out).count(images);
-    return {{}, patches_per_block(*step.conv->winograd, in.c, patches), patches};
+    const size_t u_bytes = step.conv->panels * step.conv->panel_bytes;
+    return {{}, patches_per_block(*step.conv->winograd, in.c, u_bytes, patches), patches};
   }
   if (!step.conv || !step.conv->kernel) return {};
   return {tiles_of(program, step, images), tiles_per_block(program, step)};

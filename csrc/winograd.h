@@ -36,14 +36,14 @@ struct Patches {
 };
 Patches patches_of(const WinogradKernel& kernel, const Activation& out);
 
-// Patches that run together: all panels for one block, then for the next.
-int64_t patches_per_block(const WinogradKernel& kernel, int64_t channels, int64_t patches);
+// Patches whose V lies there at once: all panels for one block, then for the next.
+int64_t patches_per_block(const WinogradKernel& kernel, int64_t channels, size_t u_bytes, int64_t patches);
 
 // What one thread needs for a block: where V, M and a patch at the edge lie, in bytes, and how V and M are laid out.
 struct WinogradScratch {
-  int64_t chunks;
-  ptrdiff_t v_chunk_stride, v_position_stride, m_position_stride;  // elements
-  size_t m, edge, bytes;                                           // V is at 0
+  int64_t patches_per_run;  // whose M lies there at once: under a panel, one run of the block after the other
+  ptrdiff_t v_chunk_stride, v_position_stride, v_run_stride, m_position_stride;  // elements
+  size_t m, edge, bytes;                                                         // V is at 0
 };
 WinogradScratch winograd_scratch(const WinogradKernel& kernel, int64_t channels, int64_t patches);
 

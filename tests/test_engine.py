@@ -118,6 +118,7 @@ def test_layers_of_real_networks(path, layer, bits):
 WINOGRAD_LAYERS = {  # name: input shape, arguments of conv2d
     "56x56": ((16, 56, 56), {"out_channels": 33, "padding": (1, 1, 1, 1)}),
     "several blocks of several chunks": ((130, 29, 27), {"out_channels": 40, "padding": (1, 0, 0, 1)}),
+    "one block of several runs": ((1024, 12, 12), {"out_channels": 88, "padding": (1, 1, 1, 1)}),
     "deep on one pixel": ((512, 1, 1), {"out_channels": 65, "padding": (1, 1, 1, 1)}),
     "a border wider than a patch": ((3, 2, 1), {"out_channels": 5, "padding": (9, 8, 7, 6)}),
     "one row": ((24, 1, 100), {"out_channels": 17, "padding": (1, 1, 1, 1)}),

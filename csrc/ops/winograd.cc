@@ -31,14 +31,20 @@ class Walk {
       const Range range = {part_.tiles.begin + patches * block / blocks,
                            part_.tiles.begin + patches * (block + 1) / blocks};
       for (int64_t i = range.begin; i < range.end; ++i) transform_input(i, i - range.begin);
-      for (int64_t panel = part_.panels.begin; panel < part_.panels.end; ++panel) {
-        multiply(panel, range.end - range.begin);
-        for (int64_t i = range.begin; i < range.end; ++i) transform_output(panel, i, i - range.begin);
-      }
+      for (int64_t panel = part_.panels.begin; panel < part_.panels.end; ++panel) run_panel(panel, range);
     }
   }
 
  private:
+  void run_panel(int64_t panel, Range block) const {
+    const int64_t at_once = scratch_.patches_per_run;
+    for (int64_t first = block.begin; first < block.end; first += at_once) {
+      const int64_t end = std::min(block.end, first + at_once);
+      multiply(panel, v_of(first - block.begin), end - first);
+      for (int64_t i = first; i < end; ++i) transform_output(panel, i, i - first);
+    }
+  }
+
   struct Place {
     int64_t image, y, x;  // of the first output pixel
   };
@@ -47,7 +53,11 @@ class Walk {
     return {row / patches_.down, row % patches_.down * kernel_.m, patch % patches_.across * kernel_.m};
   }
 
-  int16_t* v() const { return reinterpret_cast<int16_t*>(memory_); }
+  // Of position 0, chunk 0 of a patch of the block.
+  int16_t* v_of(int64_t slot) const {
+    const int64_t run = slot / scratch_.patches_per_run, place = slot % scratch_.patches_per_run;
+    return reinterpret_cast<int16_t*>(memory_) + run * scratch_.v_run_stride + place * kWinogradChunk;
+  }
   int32_t* m() const { return reinterpret_cast<int32_t*>(memory_ + scratch_.m); }
 
   // The patch's pixels, in the order of rows, or a copy of those that are inside the image and its border.
@@ -61,7 +71,7 @@ class Walk {
     params.zero_point = in_.zero_point;
     params.a = run_.from() + place.image * in_.image_pitch + in_.origin +
                (place.y - window.padding[0]) * in_.row_pitch + (place.x - window.padding[1]) * in_.c;
-    params.v = v() + slot * kWinogradChunk;
+    params.v = v_of(slot);
     params.position_stride = scratch_.v_position_stride;
     params.chunk_stride = scratch_.v_chunk_stride;
     const int64_t size = kernel_.m + 2;
@@ -77,13 +87,13 @@ class Walk {
     kernel_.input(&params);
   }
 
-  void multiply(int64_t panel, int64_t patches) const {
+  void multiply(int64_t panel, const int16_t* v, int64_t patches) const {
     const int64_t group = panel * kernel_.nr / (out_.c / data_.groups);
     WinogradProducts params = {};
     params.positions = static_cast<int32_t>((kernel_.m + 2) * (kernel_.m + 2));
     params.patches = static_cast<int32_t>(patches);
     params.k = conv_.k;
-    params.v = v() + group * (in_.c / data_.groups) / kWinogradChunk * scratch_.v_chunk_stride;
+    params.v = v + group * (in_.c / data_.groups) / kWinogradChunk * scratch_.v_chunk_stride;
     params.v_position_stride = scratch_.v_position_stride;
     params.v_chunk_stride = scratch_.v_chunk_stride;
     params.u = reinterpret_cast<const int16_t*>(run_.chunk.program.weights.data() + conv_.weight_offset +
