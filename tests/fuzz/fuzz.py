@@ -23,6 +23,7 @@ sys.path += [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]
 
 import draft
 import seeds
+from forms import FORMS, conv_form
 from mutations import BYTES, MODEL, TREE
 from oracle import check
 
@@ -83,7 +84,9 @@ def run_inputs(seed: int, begin: int, end: int, folder: Path) -> None:
         path.write_bytes(content)
         (folder / "input.txt").write_text(f"{i}: {', '.join(names)}")
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-        said = check(path, rng.choice(isas), rng.choice([1, 1, 3]))
+        isa, threads = rng.choice(isas), rng.choice([1, 1, 3])
+        with conv_form(rng.choice(["", *FORMS])):  # the scalar Winograd kernels run only where they are asked for
+            said = check(path, isa, threads)
         faulthandler.cancel_dump_traceback_later()
         print(i, "refused" if said else "accepted", ", ".join(names), flush=True)
 
