@@ -7,6 +7,7 @@
 #include "arena.h"
 #include "cpu.h"
 #include "errors.h"
+#include "lsq.h"
 #include "ops/conv.h"
 #include "peak.h"
 #include "session.h"
@@ -164,6 +165,38 @@ py::list plan(Session& session, int64_t batch) {
   return list;
 }
 
+using Floats = py::array_t<float, py::array::c_style>;
+
+// Rows of `value` with a step size each, where the sizes and the result's agree.
+LsqTensor lsq_tensor(const Floats& value, const Floats& step, int qmin, int qmax, const Floats& result) {
+  const int64_t rows = step.size(), columns = rows ? value.size() / rows : 0;
+  if (rows * columns != value.size() || result.size() != value.size()) {
+    throw InputError("expected rows of one size, and as many results, got " + std::to_string(value.size()) +
+                     " values, " + std::to_string(rows) + " step sizes and " + std::to_string(result.size()) +
+                     " results - at lsq");
+  }
+  return {value.data(), step.data(), rows, columns, qmin, qmax};
+}
+
+void lsq_forward_of(const Floats& value, const Floats& step, int qmin, int qmax, Floats result, int threads,
+                    const std::string& isa) {
+  const LsqTensor tensor = lsq_tensor(value, step, qmin, qmax, result);
+  const Kernels& kernels = kernels_for(isa);
+  float* to = result.mutable_data();
+  const py::gil_scoped_release release;
+  lsq_forward(kernels, tensor, to, threads);
+}
+
+void lsq_backward_of(const Floats& grad, const Floats& value, const Floats& step, int qmin, int qmax, double grad_scale,
+                     Floats grad_value, Floats grad_step, int threads, const std::string& isa) {
+  const LsqTensor tensor = lsq_tensor(value, step, qmin, qmax, grad_value);
+  lsq_tensor(grad, grad_step, qmin, qmax, value);
+  const Kernels& kernels = kernels_for(isa);
+  float *to_value = grad_value.mutable_data(), *to_step = grad_step.mutable_data();
+  const py::gil_scoped_release release;
+  lsq_backward(kernels, tensor, grad.data(), grad_scale, to_value, to_step, threads);
+}
+
 // An exception of qdeploy.errors, so that users catch one class whichever side found the fault. A path in the text may
 // be no UTF-8.
 void raise_as(const char* name, const char* text) {
@@ -195,6 +228,13 @@ PYBIND11_MODULE(_engine, m) {
   m.def("peak_gmacs", &peak_gmacs, py::arg("isa"), py::arg("precision"), py::arg("seconds"),
         py::call_guard<py::gil_scoped_release>(),
         "1e9 multiply-accumulates a second of one core at best, in \"int8\" or \"float32\"; None where unknown.");
+  m.def("lsq_forward", &lsq_forward_of, py::arg("value").noconvert(), py::arg("step").noconvert(), py::arg("qmin"),
+        py::arg("qmax"), py::arg("result").noconvert(), py::arg("threads"), py::arg("isa") = "",
+        "Fake-quantizes the rows of `value` to `result`: `step` holds one step size for each of them.");
+  m.def("lsq_backward", &lsq_backward_of, py::arg("grad").noconvert(), py::arg("value").noconvert(),
+        py::arg("step").noconvert(), py::arg("qmin"), py::arg("qmax"), py::arg("grad_scale"),
+        py::arg("grad_value").noconvert(), py::arg("grad_step").noconvert(), py::arg("threads"), py::arg("isa") = "",
+        "The gradients of `value` and `step`, given that of the result.");
   py::class_<Session>(m, "Session")
       .def(py::init(&open_path), py::arg("path"), py::arg("threads"), py::arg("isa"),
            py::arg("macs_per_thread") = kMacsPerThread, py::arg("conv_form") = "")

@@ -9,6 +9,21 @@ def memory_limit(root: str = "") -> int: ...
 def default_threads() -> int: ...
 def ops() -> list[dict]: ...
 def peak_gmacs(isa: str, precision: str, seconds: float) -> float | None: ...
+def lsq_forward(
+    value: np.ndarray, step: np.ndarray, qmin: int, qmax: int, result: np.ndarray, threads: int, isa: str = ""
+) -> None: ...
+def lsq_backward(
+    grad: np.ndarray,
+    value: np.ndarray,
+    step: np.ndarray,
+    qmin: int,
+    qmax: int,
+    grad_scale: float,
+    grad_value: np.ndarray,
+    grad_step: np.ndarray,
+    threads: int,
+    isa: str = "",
+) -> None: ...
 
 class Session:
     threads: int

@@ -267,6 +267,31 @@ bool quantize(const QuantizeParams* params) {
   return finite;
 }
 
+// ---- LSQ ------------------------------------------------------------------------------------------------------------
+
+// NaN fails both comparisons and stays.
+float lsq_code(float x, const LsqParams& p) {
+  const float low = p.qmin > x ? p.qmin : x;
+  return rintf(p.qmax < low ? p.qmax : low);
+}
+
+void lsq_forward(const LsqParams* params) {
+  const LsqParams& p = *params;
+  for (size_t i = 0; i < p.n; ++i) p.c[i] = lsq_code(p.value[i] / p.step, p) * p.step;
+}
+
+double lsq_backward(const LsqParams* params) {
+  const LsqParams& p = *params;
+  double sums[8] = {};
+  for (size_t i = 0; i < p.n; ++i) {
+    const float x = p.value[i] / p.step, code = lsq_code(x, p), grad = p.grad[i];
+    const bool inside = x >= p.qmin && x <= p.qmax;
+    p.c[i] = inside ? grad : 0;
+    sums[i % 8] += static_cast<double>(grad * (inside ? code - x : code));
+  }
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
 }  // namespace
 
 void init_scalar(Kernels* kernels) {
@@ -287,6 +312,8 @@ void init_scalar(Kernels* kernels) {
   kernels->mul_f32 = mul<float>;
   kernels->table = table;
   kernels->quantize = quantize;
+  kernels->lsq_forward = lsq_forward;
+  kernels->lsq_backward = lsq_backward;
 }
 
 }  // namespace qdeploy

@@ -24,7 +24,8 @@ struct Family {
   bool (*check)(const Kernels& scalar, const Kernels& kernels);  // false after the report of the first difference
   void (*bench)(const Kernels& kernels);                         // prints one line or more
 };
-extern const Family kConvFamily, kWinogradFamily, kDepthwiseFamily, kPoolFamily, kElementwiseFamily, kInputFamily;
+extern const Family kConvFamily, kWinogradFamily, kDepthwiseFamily, kPoolFamily, kElementwiseFamily, kInputFamily,
+    kLsqFamily;
 
 // Cases of the seeds 1..2000, until one differs.
 template <class Check>
