@@ -80,7 +80,8 @@ class QTDoG(ERM):
     def _quantize(self, minibatches: Minibatches) -> None:
         config = self.config
         del self._model  # data-parallel training holds the network, which may not be quantized then
-        attach_quantizers(self.net, config, [images for images, _ in minibatches])
+        shown = [] if config.activation_bits is None else [self._of_all_devices(images) for images, _ in minibatches]
+        attach_quantizers(self.net, config, shown)
         for quantizer in quantizers(self.net).values():
             quantizer.step.requires_grad_(config.qat_scope == "all")
         if config.qat_scope == "bn_head":
@@ -94,6 +95,16 @@ class QTDoG(ERM):
             self.optimizer.add_param_group(step_group(self.net, config.lr_step_size))
         self.quantized = True
         self._wrap()  # again, with the new parameters
+
+    def _of_all_devices(self, share: Tensor) -> Tensor:
+        """A whole minibatch, in its order, of which process r of n holds the places r, r + n, ...
+
+        The range and the first step size of an input are those of all its images, whatever the number of devices.
+        """
+        if self.fabric.world_size == 1:
+            return share
+        gathered: Any = self.fabric.all_gather(share)  # [n, B, C, H, W]
+        return gathered.transpose(0, 1).flatten(0, 1)
 
     def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
         if state["quantized"] and not self.quantized:
