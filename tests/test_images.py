@@ -262,7 +262,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     Image.fromarray(np.int32(GRAY) * 70000).save(path)
     assert refusal(path) == "samples beyond 16 bits: put a good copy in its place"
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    text = "Image size (104 pixels) exceeds limit of 20 pixels, could be decompression bomb DOS attack."
+    text = "Image size (104 pixels) exceeds limit of 20 pixels, could be decompression bomb DOS attack"
     assert refusal(path) == f"{text}: scale it down"
     path.unlink()
     path.mkdir()

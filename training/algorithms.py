@@ -97,14 +97,15 @@ class QTDoG(ERM):
         self._wrap()  # again, with the new parameters
 
     def _of_all_devices(self, share: Tensor) -> Tensor:
-        """A whole minibatch, in its order, of which process r of n holds the places r, r + n, ...
+        """The whole minibatch in its order, of which process r of n holds the places r, r + n, ...
 
-        The range and the first step size of an input are those of all its images, whatever the number of devices.
+        So the range and the first step size of an input are those of all its images, whatever the number of devices.
         """
-        if self.fabric.world_size == 1:
-            return share
-        gathered: Any = self.fabric.all_gather(share)  # [n, B, C, H, W]
-        return gathered.transpose(0, 1).flatten(0, 1)
+        rank, count = self.fabric.global_rank, self.fabric.world_size
+        whole = share.new_zeros(count * len(share), *share.shape[1:])
+        whole[rank::count] = share
+        summed: Any = self.fabric.all_reduce(whole, reduce_op="sum")
+        return summed
 
     def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
         if state["quantized"] and not self.quantized:

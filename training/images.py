@@ -76,8 +76,8 @@ def _trouble(error: Exception) -> str:
 
     if isinstance(error, OSError) and error.strerror:  # of the file, not of what is in it
         return error.strerror
-    if isinstance(error, Image.DecompressionBombError):
-        return f"{one_line(error)}: scale it down"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"{one_line(error).rstrip('.')}: scale it down"
     unknown = isinstance(error, UnidentifiedImageError)  # Pillow's words repeat the path
     return f"{'a file that Pillow does not know' if unknown else one_line(error)}: put a good copy in its place"
 

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from qdeploy.memory import check_memory
 from qdeploy.networks.quantizable import classifier
 from qdeploy.terminal import note, on_terminal, progress
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
-from qdeploy.training.config import Config
+from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain, Outline
 from qdeploy.training.images import UnreadableImage
 from qdeploy.training.models import MODELS
@@ -248,6 +248,7 @@ def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -
         InputError: a setting that does not fit the data, another run in `directory`, or a loss that is not finite.
         Interrupted: a signal came; everything up to it is in the checkpoint.
     """
+    resolve(replace(config, devices=fabric.world_size))  # a batch that the processes divide, whoever made them
     if (done := read_done(directory)) is not None:
         check_same_run(done[0], config, directory / DONE)
         check_same_images(done[2], benchmark.fingerprint, directory / DONE, config.data)
