@@ -64,30 +64,41 @@ def stop_after(monkeypatch):
 
 # ---- Devices ---------------------------------------------------------------------------------------------------------
 
-# Trains with the settings argv[2] in the folders argv[1]/1, /2 and /3, on so many processes. A new process forks best.
+# Trains with the settings argv[1] in a folder of argv[2] for each number of processes that follows. 1 comes last: a
+# process that has trained does not fork well.
 CHILD = """
 import sys, torch
 torch.set_num_threads(1)
 from dataclasses import replace
 from pathlib import Path
 from lightning_fabric import Fabric
+from qdeploy.errors import InputError
 from qdeploy.training import trainer
 from qdeploy.training.config import Config
 from qdeploy.training.domains import load_benchmark
-config = Config(**eval(sys.argv[2]))
+config = Config(**eval(sys.argv[1]))
 def train(fabric, devices):
     benchmark = load_benchmark(config.data, None, config.image_size)
-    trainer.run(replace(config, devices=devices), benchmark, Path(sys.argv[1], str(devices)), fabric)
-for devices in (2, 3):
-    Fabric(accelerator="cpu", devices=devices, strategy="ddp_fork").launch(train, devices)
-train(Fabric(accelerator="cpu", devices=1), 1)
+    try:
+        trainer.run(replace(config, devices=devices), benchmark, Path(sys.argv[2], str(devices)), fabric)
+    except InputError as error:
+        print(fabric.global_rank, error)
+for devices in map(int, sys.argv[3:]):
+    fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp_fork" if devices > 1 else "auto")
+    fabric.launch(train, devices)
 """
+
+
+def train_on(config, folder, *devices):
+    """The errors of the processes."""
+    command = [sys.executable, "-c", CHILD, repr(vars(config)), str(folder), *map(str, devices)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
 def test_a_run_does_not_depend_on_the_number_of_devices(root):
     """Crops, flips and colors, inputs' ranges, losses and accuracies; two validation images are shared by three."""
     config = settings(root, activation_bits=8, lr=1e-4)
-    subprocess.run([sys.executable, "-c", CHILD, str(root), repr(vars(config))], check=True, capture_output=True)
+    assert train_on(config, root, 2, 3, 1) == []
 
     def outcome(devices):
         folder = root / str(devices)
@@ -103,6 +114,19 @@ def test_a_run_does_not_depend_on_the_number_of_devices(root):
         assert net.keys() == other_net.keys()
         for key, value in net.items():
             torch.testing.assert_close(other_net[key], value, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", [0, 1])  # of the training images of a source, of its validation images
+def test_a_damaged_image_stops_all_devices_with_the_same_line(root, positions):
+    config = settings(root)
+    art = load_benchmark(config.data).domains[0]
+    for position in trainer.split_of(art, config)[positions][::2]:  # of the second process none
+        file = root / "data" / art.files[position].path
+        file.write_bytes(b"damaged")
+    errors = train_on(config, root, 2)
+    assert sorted(error[0] for error in errors) == ["0", "1"]
+    (line,) = {error[2:] for error in errors}
+    assert line.startswith("expected an image that can be read, got a file that Pillow does not know: put a good copy")
 
 
 @pytest.mark.parametrize(("devices", "batch_size"), [(2, 7), (4, 3), (3, 1)])

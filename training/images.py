@@ -27,9 +27,7 @@ AREA, ASPECT = (0.7, 1.0), (3 / 4, 4 / 3)  # of a random crop
 class UnreadableImage(InputError):
     """An image that is damaged, gone or forbidden; `file` is its path below the root of the data."""
 
-    def __init__(self, root: Path, file: str, trouble: str):
-        super().__init__(f"expected an image that can be read, got {trouble} - at {root / file}")
-        self.file = file
+    file = ""
 
 
 class Draw(NamedTuple):
@@ -50,7 +48,9 @@ def load_image(root: Path, file: str, size: int, augment: Draw | None) -> Tensor
     except MemoryError:
         raise
     except Exception as error:  # the decoders of Pillow have many
-        raise UnreadableImage(root, file, _trouble(error)) from error
+        refusal = UnreadableImage(f"expected an image that can be read, got {_trouble(error)} - at {root / file}")
+        refusal.file = file
+        raise refusal from error
     if augment is None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     else:

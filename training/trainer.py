@@ -159,8 +159,12 @@ class MinibatchLoader:
 
     def at(self, update: int) -> Minibatches:
         """The minibatches of update `update`, on the device; a data-parallel process gets its share of each."""
-        ahead = self._next
-        batches = ahead[1].result() if ahead and ahead[0] == update else self._load(update)
+        ahead, failure, batches = self._next, None, []
+        try:
+            batches = ahead[1].result() if ahead and ahead[0] == update else self._load(update)
+        except UnreadableImage as error:
+            failure = error
+        _raise_everywhere(failure, self._fabric)
         self._next = (update + 1, self._executor.submit(self._load, update + 1))
         return [(self._fabric.to_device(images), self._fabric.to_device(classes)) for images, classes in batches]
 
@@ -201,12 +205,18 @@ def apply(function: Callable[[Tensor], Tensor], benchmark: Benchmark, domain: in
 
 def _evaluate(predict: Callable[[Tensor], Tensor], config: Config, benchmark: Benchmark, fabric: Fabric) -> dict:
     accuracy = {}
+    if fabric.world_size > 1:  # in its first forward pass DDP exchanges the statistics of BatchNorm: all together
+        predict(fabric.to_device(torch.zeros(1, *benchmark.input_shape)))
     for name, (domain, positions) in evaluation_sets(config, benchmark).items():
         mine = positions[fabric.global_rank :: fabric.world_size]
-        # DDP exchanges the statistics of BatchNorm in a forward pass: a process without a share runs on one image too.
-        shown = mine if len(mine) else positions[:1]
-        logits = apply(lambda images: predict(fabric.to_device(images)), benchmark, domain, shown)[: len(mine)]
-        right = (logits.argmax(1) == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
+        failure, right = None, torch.tensor(0)
+        try:
+            if len(mine):
+                logits = apply(lambda images: predict(fabric.to_device(images)), benchmark, domain, mine)
+                right = (logits.argmax(1) == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
+        except UnreadableImage as error:
+            failure = error
+        _raise_everywhere(failure, fabric)
         accuracy[name] = _reduced(right, "sum", fabric) / len(positions)
     sources = benchmark.sources(config.test_domain)
     validation = sum(accuracy[f"{domain.name}_out"] for domain in sources) / len(sources)
@@ -260,7 +270,8 @@ def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -
         _write_log(directory, state.records, fabric)
         _train(config, benchmark, directory, fabric, algorithm, minibatches, state)
     except UnreadableImage as error:
-        forgive_size(directory, error.file)  # of the good copy
+        if fabric.is_global_zero:
+            forgive_size(directory, error.file)  # of the good copy
         raise
     finally:
         minibatches.close()
@@ -409,6 +420,16 @@ def _reduced(number: Tensor, how: str, fabric: Fabric) -> Any:
     """Of all processes together, as a Python number of the type of `number`."""
     reduced: Any = fabric.all_reduce(number, reduce_op=how)
     return reduced.item()
+
+
+def _raise_everywhere(failure: UnreadableImage | None, fabric: Fabric) -> None:
+    """Raises what one process met in all of them: the others would wait for its share of the update."""
+    if fabric.world_size > 1:
+        rank = -1 if failure is None else fabric.global_rank
+        rank = _reduced(torch.tensor(rank, device=fabric.device), "max", fabric)
+        failure = None if rank < 0 else fabric.broadcast(failure, rank)
+    if failure is not None:
+        raise failure
 
 
 @contextmanager
