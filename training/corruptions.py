@@ -179,14 +179,14 @@ def _impulse_noise(x: np.ndarray, rng: Random, share: float) -> np.ndarray:
 
 
 def _defocus_blur(x: np.ndarray, rng: Random, radius: float, alias: float) -> np.ndarray:
-    """A lens out of focus: every point becomes a disk. Borders mirror, border pixels once."""
+    """A lens out of focus: every point becomes a disk. Outside x goes on mirrored, with border pixels once."""
     return convolve(x, disk(radius, alias), "reflect")
 
 
 def _glass_blur(x: np.ndarray, rng: Random, sigma: float, delta: float, rounds: int) -> np.ndarray:
-    """Frosted glass: a blur, each inner pixel swapped with one near it, a blur. Blurs repeat border pixels.
+    """Frosted glass: a blur, each inner pixel swapped with one near it, a blur. Borders repeat.
 
-    As the paper has it; the published program does not swap, it overwrites the one pixel with the other.
+    The published program means to swap, too, but overwrites the one pixel with the other.
     """
     blurred = _levels(smooth(x, sigma, 4, "edge")) / 255
     height, width, channels = x.shape
