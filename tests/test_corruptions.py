@@ -105,7 +105,7 @@ def test_an_image_depends_on_kind_severity_and_number_alone(kind, frost):
 
 # Severities after which the published strengths come nearer to the clean image: glass has more blur, which undoes
 # swaps, or fewer rounds, snow a higher threshold, elastic a smaller affine map; streaks of radius 6 and 8 are the
-# same, fog is no thicker but rougher, and to pixelate by 0.4 cuts these edges where 0.5 does not.
+# same, fog is rougher and all of it scaled down more, and to pixelate by 0.4 cuts these edges where 0.5 does not.
 NEARER = {
     ("glass_blur", 32): {2, 4},
     ("motion_blur", 32): {3},
