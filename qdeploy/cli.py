@@ -1,7 +1,7 @@
 """The `qdeploy` command. Each subcommand is one function that returns a report; it is printed as text, or as JSON.
 
-Exit codes: 0 fine, 1 a verification failed, 2 bad input or usage (one line on stderr), 70 a bug of qdeploy (with its
-traceback), 130 Ctrl-C, 143 a training that SIGTERM stopped.
+Exit codes: 0 fine, 1 a verification failed or an image cannot be read, 2 bad input or usage (one line on stderr),
+70 a bug of qdeploy (with its traceback), 130 Ctrl-C, 143 a training that SIGTERM stopped.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(json.dumps(report))
             else:
                 args.show(report)
-        return 1 if report.get("equal") is False else 0
+        return 1 if report.get("equal") is False or report.get("unreadable") else 0
     except QdeployError as error:
         return _fail(str(error))
     except OSError as error:
@@ -355,6 +355,20 @@ def _show_doctor(report: Report) -> None:
         write(f"[{extra}]".ljust(9) + ", ".join(found) + (f"   pip install 'qdeploy[{extra}]'" if missing else ""))
 
 
+def data(args: argparse.Namespace) -> Report:
+    """Count the images of training data by domain and class, after every file was decoded; 1 if one cannot be."""
+    _require("train", "torch", "lightning_fabric", "rich", "PIL")
+    from qdeploy.training import data_command
+
+    return data_command.main(args)
+
+
+def _show_data(report: Report) -> None:
+    from qdeploy.training import data_command
+
+    data_command.show(report)
+
+
 def train(args: argparse.Namespace) -> Report:
     """Train one network or an ensemble with learned step sizes on domains but one; for QT-DoG write the model file."""
     _require("train", "torch", "lightning_fabric", "rich", "PIL")
@@ -512,9 +526,11 @@ def _parser() -> argparse.ArgumentParser:
     added = command(verify, _show_verify, file=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=2)
     added.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
-    from qdeploy.training.command import add_arguments  # imports no torch
+    from qdeploy.training import command as train_command  # these two import no torch
+    from qdeploy.training import data_command
 
-    add_arguments(command(train, _show_train))
+    data_command.add_arguments(command(data, _show_data))
+    train_command.add_arguments(command(train, _show_train))
     command(doctor, _show_doctor)
     return parser
 

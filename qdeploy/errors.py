@@ -20,3 +20,8 @@ class InputError(QdeployError):
 
 class ExportError(QdeployError):
     """A network that cannot be exported as exact int8; names the module."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

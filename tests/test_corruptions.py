@@ -16,6 +16,7 @@ from PIL import Image
 from qdeploy.errors import InputError
 from qdeploy.training import corruptions, filters
 from qdeploy.training.corruptions import KINDS, available, corrupt, write_cifar_c
+from qdeploy.training.parallel import parallel_map
 
 COLUMNS = {32: "small", 224: "large"}  # the side of an image and its strengths
 RANDOM_FREE = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
@@ -597,7 +598,7 @@ def test_the_lines_of_the_docs_run(images, tmp_path, monkeypatch):
 
 def test_a_process_that_dies_is_one_line():
     expected = re.escape("expected 2 processes that finish, got one that died (no memory, or a script that does not")
-    with pytest.raises(InputError, match=expected), corruptions._parallel_map(2) as run:
+    with pytest.raises(InputError, match=expected), parallel_map(2) as run:
         list(run(os._exit, [3]))
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qdeploy.training import images
-from qdeploy.training.images import IMAGENET_MEAN, IMAGENET_STD, Draw, UnreadableImage, load_image
+from qdeploy.training import decoding, images
+from qdeploy.training.decoding import UnreadableImage
+from qdeploy.training.images import IMAGENET_MEAN, IMAGENET_STD, Draw, load_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (11, 14, 3), dtype=np.uint8)
@@ -19,7 +20,7 @@ PIXELS = RNG.integers(0, 256, (11, 14, 3), dtype=np.uint8)
 
 def decoded(path):
     """u8 [H, W, 3]."""
-    return np.asarray(images._decoded(path))
+    return np.asarray(decoding.decoded(path.parent, path.name))
 
 
 # ---- Augmentation ----------------------------------------------------------------------------------------------------
@@ -270,9 +271,10 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
 
 
 def test_running_out_of_memory_is_not_the_fault_of_the_image(tmp_path, monkeypatch):
-    def exhausted(path):
+    def exhausted(image):
         raise MemoryError
 
-    monkeypatch.setattr(images, "_decoded", exhausted)
+    monkeypatch.setattr(decoding, "_rgb", exhausted)
+    Image.fromarray(PIXELS).save(tmp_path / "x.png")
     with pytest.raises(MemoryError):
         load_image(tmp_path, "x.png", 8, None)

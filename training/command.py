@@ -236,7 +236,7 @@ def _benchmark(config: Config, check: Callable[[Outline], None] = lambda outline
     from qdeploy.training.domains import load_benchmark
 
     names = config.domains.split(",") if config.domains is not None else None
-    return load_benchmark(config.data, names, config.image_size, check)
+    return load_benchmark(config.data, names, config.image_size, check, config.skip_unreadable)
 
 
 def _int8_classes(path: Path, benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:

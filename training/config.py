@@ -31,6 +31,7 @@ class Config:
     data: str = _option("digits-dg", "digits-dg, debug (random images), or a folder root/domain/class/image")
     test_domain: str = _option(None, "the domain held out of training (required)")
     domains: str | None = _option(None, "use only these domains, separated by commas")
+    skip_unreadable: str | None = _option(None, "train without the images in this list: --write-list of `qdeploy data`")
     algorithm: str = _option("qt-dog", "training algorithm", ("erm", "qt-dog"))
     model: str = _option(None, "network: a name in qdeploy.training.MODELS")
     weights: str | None = _option(None, "pretrained weights to start from: a state dict, .pth or .safetensors")

@@ -10,15 +10,9 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +25,7 @@ from qdeploy.errors import InputError
 from qdeploy.files import atomic_file
 from qdeploy.terminal import progress
 from qdeploy.training.filters import convolve, disk, enlarge, plasma, sample, smooth, streaks
+from qdeploy.training.parallel import cpus, parallel_map
 
 SEVERITIES = 5
 LEAST_SIDE = 8  # pixels; below, the strengths of 32 px are fractions of a pixel
@@ -97,12 +92,12 @@ def write_cifar_c(
     kinds = available(frost) if kinds is None else kinds
     for kind in kinds:
         corrupt(images[0], kind, 1, 0, frost=frost)  # so that errors come before the first file
-    processes = len(os.sched_getaffinity(0)) if workers is None else integer(workers, 1, 1024, "workers")
+    processes = cpus() if workers is None else integer(workers, 1, 1024, "workers")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     starts = [(severity, start) for severity in range(1, SEVERITIES + 1) for start in range(0, len(images), CHUNK)]
     shape = (SEVERITIES * len(images), *images.shape[1:])
-    with progress("corrupting", len(kinds) * len(starts)) as advance, _parallel_map(processes) as run:
+    with progress("corrupting", len(kinds) * len(starts)) as advance, parallel_map(processes) as run:
         for kind in kinds:
             jobs = [(images[start : start + CHUNK], kind, severity, start, frost) for severity, start in starts]
             with atomic_file(folder / f"{kind}.npy") as file:
@@ -117,24 +112,6 @@ def write_cifar_c(
 def _corrupt_chunk(job: tuple[np.ndarray, str, int, int, Path | None]) -> bytes:
     images, kind, severity, start, frost = job
     return b"".join(corrupt(x, kind, severity, start + i, frost=frost).tobytes() for i, x in enumerate(images))
-
-
-@contextmanager
-def _parallel_map(processes: int) -> Iterator[Callable[..., Iterable[bytes]]]:
-    """Yields `map` by so many processes. They are spawned: a fork of one with threads, as torch has them, may hang."""
-    if processes == 1:
-        yield map
-        return
-    ignore_interrupts = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them, too; this one ends them
-    with ProcessPoolExecutor(processes, get_context("spawn"), *ignore_interrupts) as pool:
-        try:
-            yield pool.map
-        except BrokenProcessPool:
-            found = "one that died (no memory, or a script that does not check `__name__`)"
-            raise InputError(f"expected {processes} processes that finish, got {found} - at workers") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def _check_pixels(array: object, at: str, first: int) -> None:

@@ -19,8 +19,9 @@ from torch import Tensor
 from qdeploy.checks import check_name
 from qdeploy.errors import InputError, ModelError
 from qdeploy.training import digits_dg
+from qdeploy.training.file_lists import tree_without
 from qdeploy.training.fingerprint import fingerprint
-from qdeploy.training.image_tree import ImageFile, read_tree
+from qdeploy.training.image_tree import ImageFile
 from qdeploy.training.images import IMAGENET_MEAN, IMAGENET_STD, Draw, load_image
 
 
@@ -130,6 +131,7 @@ def load_benchmark(
     domains: Sequence[str] | None = None,
     image_size: int = 224,
     check: Callable[[Outline], None] = lambda outline: None,
+    skip: str | None = None,
 ) -> Benchmark:
     """Loads "digits-dg", "debug" (random images, for tests), or the folder `data` of the form root/domain/class/image.
 
@@ -137,12 +139,15 @@ def load_benchmark(
         domains: the names of the domains to use; all when None.
         image_size: height and width to which the images of a folder are resized.
         check: called before anything is downloaded; raises where that is not worth while.
+        skip: a file with the paths of images of the folder that are left out.
 
     Raises:
         InputError: unknown data or domain, a folder of another form, or a failed download.
     """
     if domains is not None and len(set(domains)) < len(domains):
         raise InputError(f"expected every domain once, got {', '.join(domains)} - at --domains")
+    if skip is not None and data in ("digits-dg", "debug"):
+        raise InputError(f"expected a folder of images for such a list, got {data} - at --skip-unreadable")
     if data == "digits-dg":
         names = sorted(digits_dg.SOURCES) if domains is None else sorted(domains)
         if unknown := set(names) - set(digits_dg.SOURCES):
@@ -154,7 +159,7 @@ def load_benchmark(
         arrays = digits_dg.load_digits(names)
         loaded = [ArrayDomain(name, environments[name], *arrays[name]) for name in names]
         return Benchmark(data, outline.classes, loaded, (0.0,), (1.0,))
-    found = _debug_benchmark() if data == "debug" else _load_folder(Path(data), image_size)
+    found = _debug_benchmark() if data == "debug" else _load_folder(Path(data), image_size, skip)
     chosen = found.domains if domains is None else [found.domains[found.index(name)] for name in sorted(domains)]
     shape = digits_dg.SHAPE if data == "debug" else (3, image_size, image_size)
     check(Outline(found.name, found.classes, [domain.name for domain in chosen], shape))
@@ -175,12 +180,12 @@ def _debug_benchmark() -> Benchmark:
 # ---- Folders ------------------------------------------------------------------------------------------------------
 
 
-def _load_folder(root: Path, size: int) -> Benchmark:
+def _load_folder(root: Path, size: int, skip: str | None) -> Benchmark:
     if not root.is_dir():
         raise InputError(
             f"expected digits-dg, debug or a folder root/domain/class/image, got {str(root)!r} - at --data"
         )
-    tree = read_tree(root)
+    tree = tree_without(root, skip)
     if (count := len(tree.domains)) < 2:
         raise InputError(f"expected two or more domains as root/domain/class/image, got {count} - at {root}")
     # One list of classes for all domains: numbering each domain's own folders would mislabel a domain that lacks one.

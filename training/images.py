@@ -14,20 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qdeploy.errors import InputError
-from qdeploy.training.ranges import one_line
+from qdeploy.training.decoding import decoded
 
 if TYPE_CHECKING:
     from PIL import Image
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AREA, ASPECT = (0.7, 1.0), (3 / 4, 4 / 3)  # of a random crop
-
-
-class UnreadableImage(InputError):
-    """An image that is damaged, gone or forbidden; `file` is its path below the root of the data."""
-
-    file = ""
 
 
 class Draw(NamedTuple):
@@ -43,14 +36,7 @@ def load_image(root: Path, file: str, size: int, augment: Draw | None) -> Tensor
     """The image root/file: f32 [3, size, size], normalized by the ImageNet statistics. Raises UnreadableImage."""
     from PIL import Image
 
-    try:
-        image = _decoded(root / file)
-    except MemoryError:
-        raise
-    except Exception as error:  # the decoders of Pillow have many
-        refusal = UnreadableImage(f"expected an image that can be read, got {_trouble(error)} - at {root / file}")
-        refusal.file = file
-        raise refusal from error
+    image = decoded(root, file)
     if augment is None:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     else:
@@ -60,45 +46,6 @@ def load_image(root: Path, file: str, size: int, augment: Draw | None) -> Tensor
         image = _augment(image, size, np.random.Generator(stream))
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div_(255)
     return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
-
-
-def _decoded(path: Path) -> Image.Image:
-    from PIL import Image
-
-    with Image.open(path) as file:
-        file.load()
-        return _rgb(file)
-
-
-def _trouble(error: Exception) -> str:
-    """What is wrong with a file, and what to do."""
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(error, OSError) and error.strerror:  # of the file, not of what is in it
-        return error.strerror
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"{one_line(error).rstrip('.')}: scale it down"
-    unknown = isinstance(error, UnidentifiedImageError)  # Pillow's words repeat the path
-    return f"{'a file that Pillow does not know' if unknown else one_line(error)}: put a good copy in its place"
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """8 bits a channel, alpha dropped.
-
-    Pillow clips gray of 16 bits to 255, so that all but the darkest becomes white; of 16-bit RGB it takes the upper
-    byte, as is done here. Mode I is gray of 16 bits too, as a PGM file has it.
-    """
-    from PIL import Image
-
-    if image.mode == "F":
-        raise ValueError("samples that are floats")
-    if image.mode.startswith("I"):
-        samples = np.asarray(image)
-        if samples.min() < 0 or samples.max() > 0xFFFF:
-            raise ValueError("samples beyond 16 bits")
-        image = Image.fromarray((samples >> 8).astype(np.uint8))
-    image.info.pop("transparency", None)  # of a palette, convert would drop it with a warning
-    return image.convert("RGB")
 
 
 def _augment(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qdeploy.calibration import batches, doubt
-from qdeploy.errors import InputError
+from qdeploy.errors import InputError, one_line
 from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
 from qdeploy.networks.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
 from qdeploy.networks.wrappers import WRAPPERS, plain_names, unwrapped
-from qdeploy.training.ranges import observe, one_line
+from qdeploy.training.ranges import observe
 from qdeploy.training.untouched import all_or_nothing, evaluating, is_computed, undisturbed
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qdeploy.errors import InputError, QdeployError
+from qdeploy.errors import InputError, QdeployError, one_line
 from qdeploy.training.untouched import undisturbed
 
 SAMPLES_PER_BATCH = 65536
@@ -98,8 +98,3 @@ def _run(net: nn.Module, images: Tensor, at: str) -> None:
     except Exception as error:
         got = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"expected inputs that the network takes, got {got} - at {at}") from error
-
-
-def one_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -33,8 +33,8 @@ from qdeploy.networks.quantizable import classifier
 from qdeploy.terminal import note, on_terminal, progress
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
 from qdeploy.training.config import Config, resolve
+from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain, Outline
-from qdeploy.training.images import UnreadableImage
 from qdeploy.training.models import MODELS
 from qdeploy.training.run_files import (
     CHECKPOINT,
