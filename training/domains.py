@@ -1,4 +1,4 @@
-"""Data of several domains: Digits-DG (handwriting from five sources), and any folder root/domain/class/image."""
+"""Data of several domains: sets of small images in memory, and any folder root/domain/class/image."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from qdeploy.checks import check_name
 from qdeploy.errors import InputError, ModelError
-from qdeploy.training import digits_dg
 from qdeploy.training.file_lists import tree_without
 from qdeploy.training.fingerprint import fingerprint
+from qdeploy.training.image_sets import SETS
 from qdeploy.training.image_tree import ImageFile
 from qdeploy.training.images import IMAGENET_MEAN, IMAGENET_STD, Draw, load_image
 
@@ -133,7 +133,7 @@ def load_benchmark(
     check: Callable[[Outline], None] = lambda outline: None,
     skip: str | None = None,
 ) -> Benchmark:
-    """Loads "digits-dg", "debug" (random images, for tests), or the folder `data` of the form root/domain/class/image.
+    """Loads one of SETS, "debug" (random images, for tests), or the folder `data` of the form root/domain/class/image.
 
     Args:
         domains: the names of the domains to use; all when None.
@@ -146,24 +146,29 @@ def load_benchmark(
     """
     if domains is not None and len(set(domains)) < len(domains):
         raise InputError(f"expected every domain once, got {', '.join(domains)} - at --domains")
-    if skip is not None and data in ("digits-dg", "debug"):
+    if skip is not None and (data in SETS or data == "debug"):
         raise InputError(f"expected a folder of images for such a list, got {data} - at --skip-unreadable")
-    if data == "digits-dg":
-        names = sorted(digits_dg.SOURCES) if domains is None else sorted(domains)
-        if unknown := set(names) - set(digits_dg.SOURCES):
-            got = ", ".join(sorted(unknown)) or "an empty name"
-            raise InputError(f"expected domains of {', '.join(digits_dg.SOURCES)}, got {got} - at digits-dg")
-        outline = Outline(data, [str(d) for d in range(10)], names, digits_dg.SHAPE)
-        check(outline)
-        environments = {name: i for i, name in enumerate(sorted(digits_dg.SOURCES))}
-        arrays = digits_dg.load_digits(names)
-        loaded = [ArrayDomain(name, environments[name], *arrays[name]) for name in names]
-        return Benchmark(data, outline.classes, loaded, (0.0,), (1.0,))
+    if data in SETS:
+        return _load_set(data, domains, check)
     found = _debug_benchmark() if data == "debug" else _load_folder(Path(data), image_size, skip)
     chosen = found.domains if domains is None else [found.domains[found.index(name)] for name in sorted(domains)]
-    shape = digits_dg.SHAPE if data == "debug" else (3, image_size, image_size)
+    shape = (1, 16, 16) if data == "debug" else (3, image_size, image_size)
     check(Outline(found.name, found.classes, [domain.name for domain in chosen], shape))
     return replace(found, domains=chosen)
+
+
+def _load_set(data: str, domains: Sequence[str] | None, check: Callable[[Outline], None]) -> Benchmark:
+    packed = SETS[data]
+    names = [*packed.domains] if domains is None else sorted(domains)
+    if unknown := set(names) - set(packed.domains):
+        got = ", ".join(sorted(unknown)) or "an empty name"
+        raise InputError(f"expected domains of {', '.join(packed.domains)}, got {got} - at {data}")
+    outline = Outline(data, [*packed.classes], names, packed.shape)
+    check(outline)
+    arrays = packed.load(names)
+    loaded = [ArrayDomain(name, packed.domains.index(name), *arrays[name]) for name in names]
+    none, one = (0.0,) * packed.shape[0], (1.0,) * packed.shape[0]
+    return Benchmark(data, outline.classes, loaded, none, one)
 
 
 def _debug_benchmark() -> Benchmark:
@@ -183,7 +188,7 @@ def _debug_benchmark() -> Benchmark:
 def _load_folder(root: Path, size: int, skip: str | None) -> Benchmark:
     if not root.is_dir():
         raise InputError(
-            f"expected digits-dg, debug or a folder root/domain/class/image, got {str(root)!r} - at --data"
+            f"expected {', '.join(SETS)}, debug or a folder root/domain/class/image, got {str(root)!r} - at --data"
         )
     tree = tree_without(root, skip)
     if (count := len(tree.domains)) < 2:
