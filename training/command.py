@@ -20,6 +20,7 @@ from qdeploy.files import atomic_file, check_regular
 from qdeploy.graph import MAX_MEMBERS
 from qdeploy.terminal import note, write
 from qdeploy.training.config import Config, difference, flag, resolve
+from qdeploy.training.presets import preset_of
 from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def main(args: argparse.Namespace) -> dict:
     fabric = _fabric(config)
     benchmark = _benchmark(config, check=lambda outline: check_setting(config, outline))
     evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
+    note(f"preset: {preset_of(config.data).name}")
     fabric.launch()
     members = []
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from qdeploy.errors import InputError
+from qdeploy.training.presets import NAMED, preset_of
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, least: int = 0, most: int = 0) -> Any:
@@ -28,7 +29,7 @@ class Config:
     A None whose type does not say so stands there only until `resolve` has put in the preset of the data.
     """
 
-    data: str = _option("digits-dg", "digits-dg, debug (random images), or a folder root/domain/class/image")
+    data: str = _option("digits-dg", f"{', '.join(NAMED)} (random images), or a folder root/domain/class/image")
     test_domain: str = _option(None, "the domain held out of training (required)")
     domains: str | None = _option(None, "use only these domains, separated by commas")
     skip_unreadable: str | None = _option(None, "train without the images in this list: --write-list of `qdeploy data`")
@@ -48,7 +49,7 @@ class Config:
     updates: int = _option(None, "changes of all weights in training", least=1, most=_MANY)
     quantize_at: int = _option(None, "the update at whose start the network is quantized")
     eval_every: int = _option(None, "updates between evaluations", least=1, most=_MANY)
-    batch_size: int = _option(32, "images from each source domain in an update", least=1, most=1_000_000)
+    batch_size: int = _option(None, "images from each source domain in an update", least=1, most=1_000_000)
     lr: float = _option(None, "Adam's learning rate")
     lr_step_size: float = _option(1e-5, "Adam's learning rate of the step sizes")
     seed: int = _option(0, "seed of the weights, the minibatches and the augmentation", most=_MANY)
@@ -58,14 +59,9 @@ class Config:
     precision: str = _option("32-true", "arithmetic of the network", ("32-true", "bf16-mixed"))
 
 
-# Small networks from scratch (Digits-DG), and fine-tuning as DomainBed and SWAD do it.
-_FROM_SCRATCH: dict[str, Any] = dict(model="nin", lr=1e-3, updates=2001, quantize_at=800, eval_every=100)
-_FINE_TUNING: dict[str, Any] = dict(model="resnet50", lr=5e-5, updates=5001, quantize_at=2000, eval_every=300)
-
-
 def resolve(config: Config) -> Config:
     """Fills in the preset of the data and checks the settings; raises InputError."""
-    preset = _FROM_SCRATCH if config.data in ("digits-dg", "debug") else _FINE_TUNING
+    preset = preset_of(config.data).settings
     config = replace(config, **{key: value for key, value in preset.items() if getattr(config, key) is None})
     if config.test_domain is None:
         raise InputError("expected the domain to hold out, got none - at --test-domain")
