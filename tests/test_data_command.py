@@ -12,6 +12,7 @@ from PIL import Image
 
 from qdeploy.cli import main
 from qdeploy.errors import InputError
+from qdeploy.training import cifar, corruptions, image_sets
 from qdeploy.training.domains import load_benchmark
 
 UNKNOWN = "a file that Pillow does not know: put a good copy in its place"
@@ -132,6 +133,51 @@ def test_what_is_no_tree_is_one_line(tree, tmp_path, capsys, folder):
     assert main(["data", str(tmp_path / folder)]) == 2
     assert capsys.readouterr().err.startswith("qdeploy: error: expected ")
 
+
+# ---- Sets of small images --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_set(monkeypatch):
+    """cifar10 is one training image and three of the test."""
+    rng = np.random.default_rng(0)
+    counts = {"test": 3, "train": 1}
+    arrays = {name: (rng.integers(0, 256, (n, 3, 32, 32), np.uint8), np.arange(n)) for name, n in counts.items()}
+    made = image_sets.ImageSet(("test", "train"), cifar.CLASSES, (3, 32, 32), lambda names: arrays)
+    monkeypatch.setitem(image_sets.SETS, "cifar10", made)
+    return arrays
+
+
+def test_a_set_is_counted(small_set, capsys):
+    counts = {"test": {"airplane": 1, "automobile": 1, "bird": 1}, "train": {"airplane": 1}}
+    assert report(capsys, "cifar10") == (0, {"images": 4, "domains": counts, "left_out": [], "unreadable": []})
+
+
+def test_the_test_images_are_written_corrupted(small_set, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(corruptions, "cpus", lambda: 1)
+    code, found = report(capsys, "cifar10", "--corrupt", tmp_path / "c")
+    assert code == 0 and len(found["corrupted"]["kinds"]) == 14 and "frost" not in found["corrupted"]["kinds"]
+    images, labels = cifar.read_cifar_c(tmp_path / "c", "snow", 2)
+    assert labels.tolist() == [0, 1, 2]
+    clean = small_set["test"][0].transpose(0, 2, 3, 1)
+    assert all(np.array_equal(images[i], corruptions.corrupt(clean[i], "snow", 2, i)) for i in range(3))
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (("debug", "--corrupt", "c"), "expected data with a domain `test`, got debug0, debug1, debug2 - at --corrupt"),
+        (("debug", "--frost", "f"), "expected --corrupt, which uses them, got none - at --frost"),
+        (("debug", "--write-list", "l"), "expected a folder of images for such a list, got debug - at --write-list"),
+        ((".", "--corrupt", "c"), "expected a set of small images, got '.' - at --corrupt"),
+    ],
+)
+def test_options_that_do_not_fit_the_data(args, text, capsys):
+    assert main(["data", *args]) == 2
+    assert capsys.readouterr().err == f"qdeploy: error: {text}\n"
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------------
 
 # Prints its worker processes, then has them work for an hour.
 CHILD = """

@@ -1,4 +1,4 @@
-"""`qdeploy data`: what a tree of images holds, and which of its files cannot be read."""
+"""`qdeploy data`: what data holds, which of its files cannot be read, and its test images corrupted."""
 
 from __future__ import annotations
 
@@ -8,38 +8,82 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qdeploy.errors import InputError
 from qdeploy.files import check_regular
 from qdeploy.terminal import columns, progress, write
+from qdeploy.training.presets import NAMED
 
 CHUNK = 32  # files that a process takes at once: 0.1 to 0.5 s of work
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", type=Path, help="a folder root/domain/class/image")
+    parser.add_argument("data", help="a folder root/domain/class/image, or the name of a set as for `qdeploy train`")
     text = "write the paths of unreadable images, for `qdeploy train --skip-unreadable`"
     parser.add_argument("--write-list", type=Path, metavar="FILE", help=text)
+    text = "write the test images of a set, corrupted, as CIFAR-10-C's files"
+    parser.add_argument("--corrupt", type=Path, metavar="FOLDER", help=text)
+    text = "the photographs that the kind frost of --corrupt needs"
+    parser.add_argument("--frost", type=Path, metavar="FOLDER", help=text)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Decodes every image of a tree with all CPUs.
+    """Decodes every image of a tree with all CPUs, or makes a set of small images.
 
-    Returns {"images", "domains": {domain: {class: images}}, "left_out", "unreadable": [[path, reason]]}. Raises
-    InputError for what is no such tree.
+    Returns {"images", "domains": {domain: {class: images}}, "left_out", "unreadable": [[path, reason]]}, with
+    --corrupt also {"corrupted": {"folder", "kinds"}}. Raises InputError for what is no such data.
     """
+    if args.data in NAMED:
+        return _set(args)
+    for option in ("corrupt", "frost"):
+        if getattr(args, option) is not None:
+            raise InputError(f"expected a set of small images, got {args.data!r} - at --{option}")
+    return _tree(Path(args.data), args.write_list)
+
+
+def _set(args: argparse.Namespace) -> dict[str, Any]:
+    from qdeploy.training.domains import ArrayDomain, load_benchmark
+
+    if args.write_list is not None:
+        raise InputError(f"expected a folder of images for such a list, got {args.data} - at --write-list")
+    benchmark = load_benchmark(args.data)
+    domains = {domain.name: domain for domain in benchmark.domains if isinstance(domain, ArrayDomain)}
+    counts = {}
+    for name, domain in domains.items():
+        counted = np.bincount(domain.labels, minlength=len(benchmark.classes)).tolist()
+        counts[name] = {label: count for label, count in zip(benchmark.classes, counted, strict=True) if count}
+    images = sum(len(domain.labels) for domain in domains.values())
+    report: dict[str, Any] = {"images": images, "domains": counts, "left_out": [], "unreadable": []}
+    if args.corrupt is not None:
+        if "test" not in domains:
+            raise InputError(f"expected data with a domain `test`, got {', '.join(domains)} - at --corrupt")
+        from qdeploy.training.corruptions import available, write_cifar_c
+
+        test = domains["test"]
+        write_cifar_c(test.images.transpose(0, 2, 3, 1), test.labels, args.corrupt, frost=args.frost)
+        report["corrupted"] = {"folder": str(args.corrupt), "kinds": available(args.frost)}
+    elif args.frost is not None:
+        raise InputError("expected --corrupt, which uses them, got none - at --frost")
+    return report
+
+
+def _tree(root: Path, write_to: Path | None) -> dict[str, Any]:
     from qdeploy.training.file_lists import tree_without, write_list
 
-    if not args.root.is_dir():
-        raise InputError(f"expected a folder root/domain/class/image, got {str(args.root)!r} - at root")
-    if args.write_list is not None:
-        check_regular(args.write_list)
-    tree = tree_without(args.root, skip=None)
+    if not root.is_dir():
+        raise InputError(
+            f"expected {', '.join(NAMED)} or a folder root/domain/class/image, got {str(root)!r} - at data"
+        )
+    if write_to is not None:
+        check_regular(write_to)
+    tree = tree_without(root, skip=None)
     if not tree.domains:
-        raise InputError(f"expected images as root/domain/class/image, got none - at {args.root}")
+        raise InputError(f"expected images as root/domain/class/image, got none - at {root}")
     listed = [image.path for classes in tree.domains.values() for images in classes.values() for image in images]
-    unreadable = _unreadable(args.root, listed)
-    if args.write_list is not None:
-        write_list(args.write_list, [path for path, _ in unreadable])
+    unreadable = _unreadable(root, listed)
+    if write_to is not None:
+        write_list(write_to, [path for path, _ in unreadable])
     counts = {domain: {name: len(files) for name, files in found.items()} for domain, found in tree.domains.items()}
     return {"images": len(listed), "domains": counts, "left_out": tree.left_out, "unreadable": unreadable}
 
@@ -84,3 +128,6 @@ def show(report: dict[str, Any]) -> None:
             for path, reason in report[key]:
                 write(f"  {path!r}: {reason}" if "\n" in path else f"  {path}: {reason}")
     write(f"\n{report['images']:,} images, {len(report['unreadable']):,} of them unreadable")
+    if "corrupted" in report:
+        kinds = report["corrupted"]["kinds"]
+        write(f"{report['corrupted']['folder']}: {len(kinds)} corruptions of `test`: {', '.join(kinds)}")
