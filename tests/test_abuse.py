@@ -201,7 +201,7 @@ def test_devices_are_refused_before_the_reference_runs(models, monkeypatch):
 
 SUMMARY = {
     "config": {"test_domain": EVIL},
-    "members": [{"seed": 0, "update": 1, "validation": 0.5, "test": 0.25}],
+    "members": [{"seed": 0, "update": 1, "validation": 0.5, "test": 0.25, "tests": {EVIL: 0.25}}],
     "file": {"path": EVIL, "bytes": 100, "test": 0.5, "agreement": 1.0},
 }
 
@@ -694,16 +694,16 @@ def no_download(monkeypatch) -> None:
         (("--accelerator", "tpu"), "expected a device of this machine, got "),
         (("--model", "alexnet"), "got 'alexnet' - at --model"),
         (("--model", "vgg16_bn"), "expected images that vgg16_bn can take, got 128 of [1, 16, 16]: "),
-        (("--domains", "mnist"), "expected two or more domains, got 1 - at --domains"),
+        (("--domains", "mnist"), "expected two or more domains, or --test-domain in-domain, got 1 - at --domains"),
         (("--domains", "mnist,mnist"), "expected every domain once, got mnist, mnist - at --domains"),
-        (("--domains", ""), "expected domains of mnist, mfeat, optdigits, pen, usps, got an empty name - at digits-dg"),
+        (("--domains", ""), "expected domains of mfeat, mnist, optdigits, pen, usps, got an empty name - at digits-dg"),
         (("--domains", "pen,usps"), "expected one of pen, usps, got 'mnist' - at the domains of digits-dg"),
         (("--test-domain", "caf\udce9"), r"got 'caf\udce9' - at the domains of digits-dg"),
         (("--weights", "missing"), "expected a file of weights, got No such file or directory - at missing"),
         (("--weights", "/"), "expected a file of weights, got Is a directory - at /"),
         (("--weights", "/dev/null"), "expected a file of weights, got another or a damaged one - at /dev/null"),
         (("--weights", __file__), "expected a file of weights, got another or a damaged one - at "),
-        (("--data", ""), "expected two or more domains as root/domain/class/image"),
+        (("--data", ""), "expected images as root/domain/class/image"),
         (("--data", "caf\udce9"), r"got 'caf\udce9' - at --data"),
         (("--out", "/dev/null"), "expected a folder to write in, got something else - at /dev/null"),
         (("--out", "/dev/null/run"), "/dev/null"),

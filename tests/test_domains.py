@@ -111,7 +111,7 @@ def test_chosen_domains_and_unknown_names(tree):
         load_benchmark(str(tree), ["sketch"])
     with pytest.raises(InputError, match="expected digits-dg, .*, debug or a folder .* got '/nonexistent' - at --data"):
         load_benchmark("/nonexistent")
-    with pytest.raises(InputError, match="expected two or more domains as root/domain/class/image, got 0 - at"):
+    with pytest.raises(InputError, match="expected images as root/domain/class/image, got none - at"):
         load_benchmark(str(tree / "downloads"))
     with pytest.raises(InputError, match="expected domains of mfeat, mnist, .* got svhn - at digits-dg"):
         load_benchmark("digits-dg", ["svhn"])

@@ -453,7 +453,7 @@ def test_command_trains_an_ensemble(tmp_path, capsys):
     assert [member["seed"] for member in summary["members"]] == [0, 1, 2]
     assert set(summary["ensemble"]) == {"logits", "probs", "vote"}
     assert "ensemble, logits" in out and "standard error" in out
-    assert err.count("\n") == 9 and "seed 2 update 2 float loss" in err
+    assert err.startswith("preset: ") and err.count("\n") == 10 and "seed 2 update 2 float loss" in err
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     started = time.perf_counter()
     assert command.main(args) == summary
@@ -494,7 +494,10 @@ def test_command_explains_bad_input(tmp_path):
     out = ("--out", str(tmp_path))
     for words, text in [
         (("--test-domain", "nowhere"), "expected one of debug0, debug1, debug2, got 'nowhere'"),
-        (("--test-domain", "debug0", "--domains", "debug0"), "expected two or more domains, got 1 - at --domains"),
+        (
+            ("--test-domain", "debug0", "--domains", "debug0"),
+            "expected two or more domains, or --test-domain in-domain, got 1 - at --domains",
+        ),
         (("--test-domain", "debug0", "--accelerator", "abacus"), "expected a device of this machine, got .*abacus"),
         (("--test-domain", "debug0", "--seeds", "0"), "expected at least 1, got 0 - at --seeds"),
         (("--test-domain", "debug0", "--model", "alexnet"), "expected one of resnet18, .* got 'alexnet' - at --model"),

@@ -9,7 +9,7 @@ import json
 import os
 import statistics
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, check_regular
 from qdeploy.graph import MAX_MEMBERS
 from qdeploy.terminal import note, write
-from qdeploy.training.config import Config, difference, flag, resolve
+from qdeploy.training.config import IN_DOMAIN, Config, difference, flag, resolve
 from qdeploy.training.presets import preset_of
 from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
 
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> dict:
         for seed in seeds:
             directory = args.out / f"seed{seed}"
             record = run(replace(config, seed=seed), benchmark, directory, fabric)
-            members.append({"seed": seed, **{key: record[key] for key in ("update", "validation", "test")}})
+            members.append({"seed": seed, **{key: record[key] for key in ("update", "validation", "test", "tests")}})
     except Interrupted as stop:
         note(str(stop))
         raise SystemExit(128 + stop.signum) from None
@@ -124,25 +124,39 @@ def _fabric(config: Config) -> Fabric:
 
 def show(summary: dict) -> None:
     """Prints the summary of `main` as a table; accuracies in percent."""
-    test = summary["config"]["test_domain"]
-    write(f"Accuracy on 80% of the held-out domain {test}, at the evaluation chosen by training-domain validation")
-    write(f"{'seed':>8} {'update':>6} {'validation':>11} {test:>11}")
-    for member in summary["members"]:
-        write(f"{member['seed']:>8} {member['update']:>6} {member['validation']:>11.2%} {member['test']:>11.2%}")
-    scores = [member["test"] for member in summary["members"]]
-    if len(scores) > 1:
-        error = statistics.stdev(scores) / len(scores) ** 0.5
-        write(f"{'mean':>8} {'':>6} {'':>11} {statistics.mean(scores):>11.2%} +- {error:.2%} (standard error)")
+    test, members = summary["config"]["test_domain"], summary["members"]
+    if test == IN_DOMAIN:
+        measured = "20% of each domain"
+    else:
+        measured = f"80% of the held-out domain{'s' if len(members[0]['tests']) > 1 else ''} {test}"
+    write(f"Accuracy on {measured}, at the evaluation chosen by training-domain validation")
+    rows = [_columns(member["tests"], member["test"]) for member in members]
+    write(f"{'seed':>8} {'update':>6} {'validation':>11}" + "".join(f" {name:>11}" for name in rows[0]))
+    for member, row in zip(members, rows, strict=True):
+        write(f"{member['seed']:>8} {member['update']:>6} {member['validation']:>11.2%}" + _cells(row))
+    if len(members) > 1:
+        means = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
+        error = statistics.stdev(member["test"] for member in members) / len(members) ** 0.5
+        write(f"{'mean':>8} {'':>6} {'':>11}{_cells(means)} +- {error:.2%} (standard error)")
         for rule, accuracy in summary["ensemble"].items():
-            write(f"ensemble, {rule:<17} {accuracy:>11.2%}")
+            write(f"ensemble, {rule:<17}" + _cells(_columns(summary["ensemble_tests"][rule], accuracy)))
     if "file" in summary:
         file = summary["file"]
         write(f"{file['path']}: {file['bytes']:,} bytes")
         write(f"int8 engine {file['test']:.2%}, the same class as the trained network in {file['agreement']:.2%}")
 
 
+def _columns(tests: dict[str, float], mean: float) -> dict[str, float]:
+    """The accuracy of each domain, and their mean where there are several."""
+    return tests if len(tests) == 1 else {**tests, "mean": mean}
+
+
+def _cells(row: dict[str, float]) -> str:
+    return "".join(f" {accuracy:>{max(11, len(name))}.2%}" for name, accuracy in row.items())
+
+
 def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict:
-    """Accuracy of the ensemble on the held-out domain, and, for QT-DoG, the model file."""
+    """Accuracy of the ensemble on what is held out, and, for QT-DoG, the model file."""
     import torch
 
     from qdeploy.kernels.ensemble import RULES, combine
@@ -150,28 +164,41 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
     from qdeploy.training.quantize import summary
 
     nets = [trainer.load_trained(out / f"seed{config.seed + i}", benchmark) for i in range(count)]
-    domain, positions = trainer.evaluation_sets(config, benchmark)[f"{config.test_domain}_in"]
-    labels = torch.from_numpy(benchmark.domains[domain].labels[positions])
+    sets = trainer.evaluation_sets(config, benchmark)
+    held_out = {name: sets[part] for name, part in trainer.reported(config, benchmark).items()}
+    labels = {
+        name: torch.from_numpy(benchmark.domains[i].labels[positions]) for name, (i, positions) in held_out.items()
+    }
     with torch.no_grad():
-        logits = torch.stack([trainer.apply(net, benchmark, domain, positions) for net in nets])
+        logits = {
+            name: torch.stack([trainer.apply(net, benchmark, *part) for net in nets]) for name, part in held_out.items()
+        }
+
+    def decided(rule: str) -> dict[str, Tensor]:
+        return {name: combine(scores, rule)[1] for name, scores in logits.items()}
+
     found: dict = {}
     if count > 1:
-        decided = {rule: combine(logits, rule)[1] for rule in RULES}
-        found["ensemble"] = {rule: (classes == labels).float().mean().item() for rule, classes in decided.items()}
+        by_rule = {rule: _accuracy(decided(rule), labels) for rule in RULES}
+        found["ensemble"] = {rule: result["test"] for rule, result in by_rule.items()}
+        found["ensemble_tests"] = {rule: result["tests"] for rule, result in by_rule.items()}
     if config.algorithm != "qt-dog":
         return found
     found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
     path = out / FILES[count > 1]
     _export(nets, config, benchmark, path)
-    classes = _int8_classes(path, benchmark, domain, positions)
-    fake_quant = combine(logits, "logits")[1]
-    found["file"] = {
-        "path": str(path),
-        "bytes": path.stat().st_size,
-        "test": (classes == labels).float().mean().item(),
-        "agreement": (classes == fake_quant).float().mean().item(),
-    }
+    classes = {name: _int8_classes(path, benchmark, *part) for name, part in held_out.items()}
+    fake_quant = decided("logits")
+    same = torch.cat([classes[name] == fake_quant[name] for name in held_out])
+    size = {"path": str(path), "bytes": path.stat().st_size}
+    found["file"] = {**size, **_accuracy(classes, labels), "agreement": same.float().mean().item()}
     return found
+
+
+def _accuracy(classes: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Any]:
+    """{"test": the mean over domains, "tests": {domain: accuracy}}."""
+    tests = {name: (classes[name] == labels[name]).float().mean().item() for name in labels}
+    return {"test": statistics.fmean(tests.values()), "tests": tests}
 
 
 def common_config(runs: Sequence[Path]) -> Config:

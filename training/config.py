@@ -19,6 +19,7 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, 
 
 _MANY = 2**31 - 1
 
+IN_DOMAIN = "in-domain"  # in place of a domain to hold out: all train, and a share of each is held out
 _SCOPES = ("all", "no_s", "bn_head")
 
 
@@ -30,7 +31,9 @@ class Config:
     """
 
     data: str = _option("digits-dg", f"{', '.join(NAMED)} (random images), or a folder root/domain/class/image")
-    test_domain: str = _option(None, "the domain held out of training (required)")
+    test_domain: str = _option(
+        None, f"the domain held out of training, or several with commas, or {IN_DOMAIN}: a fifth of each (required)"
+    )
     domains: str | None = _option(None, "use only these domains, separated by commas")
     skip_unreadable: str | None = _option(None, "train without the images in this list: --write-list of `qdeploy data`")
     algorithm: str = _option("qt-dog", "training algorithm", ("erm", "qt-dog"))
@@ -58,6 +61,11 @@ class Config:
     devices: int = _option(1, "number of devices; more than one trains data-parallel", least=1, most=1024)
     precision: str = _option("32-true", "arithmetic of the network", ("32-true", "bf16-mixed"))
 
+    @property
+    def targets(self) -> list[str]:
+        """The domains that are held out of training; none where a share of each is."""
+        return [] if self.test_domain == IN_DOMAIN else self.test_domain.split(",")
+
 
 def resolve(config: Config) -> Config:
     """Fills in the preset of the data and checks the settings; raises InputError."""
@@ -65,6 +73,8 @@ def resolve(config: Config) -> Config:
     config = replace(config, **{key: value for key, value in preset.items() if getattr(config, key) is None})
     if config.test_domain is None:
         raise InputError("expected the domain to hold out, got none - at --test-domain")
+    if len({*config.targets}) < len(config.targets):
+        raise InputError(f"expected every domain once, got {config.test_domain} - at --test-domain")
     for key in ("bits", "activation_bits"):
         bits = getattr(config, key)
         if bits is not None and not 2 <= bits <= 8:

@@ -100,10 +100,10 @@ class Benchmark:
         """The place of a domain in `domains`; raises InputError for an unknown name."""
         return _index(name, [domain.name for domain in self.domains], self.name)
 
-    def sources(self, held_out: str) -> list[ArrayDomain | FolderDomain]:
-        """The domains but the one held out; raises InputError for an unknown name."""
-        target = self.index(held_out)
-        return [*self.domains[:target], *self.domains[target + 1 :]]
+    def sources(self, held_out: Sequence[str]) -> list[ArrayDomain | FolderDomain]:
+        """The domains but those held out; raises InputError for an unknown name."""
+        targets = {self.index(name) for name in held_out}
+        return [domain for i, domain in enumerate(self.domains) if i not in targets]
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,8 @@ def _load_folder(root: Path, size: int, skip: str | None) -> Benchmark:
             f"expected {', '.join(SETS)}, debug or a folder root/domain/class/image, got {str(root)!r} - at --data"
         )
     tree = tree_without(root, skip)
-    if (count := len(tree.domains)) < 2:
-        raise InputError(f"expected two or more domains as root/domain/class/image, got {count} - at {root}")
+    if not tree.domains:
+        raise InputError(f"expected images as root/domain/class/image, got none - at {root}")
     # One list of classes for all domains: numbering each domain's own folders would mislabel a domain that lacks one.
     classes = sorted({name for found in tree.domains.values() for name in found})
     _check_classes(classes, root)

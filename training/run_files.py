@@ -53,7 +53,8 @@ def write_done(folder: Path, config: Config, selected: dict[str, Any], images: d
 
 def check_record(record: dict[str, Any]) -> None:
     """Raise what comes unless `record` is what an evaluation says."""
-    if not isinstance(record["update"], int) or not all(0 <= record[key] <= 1 for key in ("validation", "test")):
+    shares = (record["validation"], record["test"], *record["tests"].values())
+    if not isinstance(record["update"], int) or not record["tests"] or not all(0 <= share <= 1 for share in shares):
         raise ValueError(record)
 
 

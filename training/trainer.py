@@ -1,4 +1,4 @@
-"""The training loop: leave-one-domain-out, as DomainBed and SWAD define it, with exact resume.
+"""The training loop, with domains held out as DomainBed and SWAD do, and with exact resume.
 
 Every random choice of update t is a pure function of (seed, t), so a run that was killed and started again writes the
 same bits as one that was not: there is no state of a generator or a loader to restore.
@@ -32,7 +32,7 @@ from qdeploy.memory import check_memory
 from qdeploy.networks.quantizable import classifier
 from qdeploy.terminal import note, on_terminal, progress
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
-from qdeploy.training.config import Config, resolve
+from qdeploy.training.config import IN_DOMAIN, Config, resolve
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain, Outline
 from qdeploy.training.models import MODELS
@@ -69,17 +69,25 @@ def seed_hash(*args: object) -> int:
     return int(hashlib.md5(str(args).encode()).hexdigest(), 16) % 2**31
 
 
-def split(count: int, environment: int, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(count: int, environment: int, split_seed: int, held_out: float = HOLDOUT) -> tuple[np.ndarray, np.ndarray]:
     """Positions for training (80%) and validation (20%) of a domain of `count` images, the very split of DomainBed."""
     keys = list(range(count))
     np.random.RandomState(seed_hash(split_seed, environment)).shuffle(keys)
-    held_out = int(HOLDOUT * count)
-    return np.array(keys[held_out:]), np.array(keys[:held_out])
+    size = int(held_out * count)
+    return np.array(keys[size:], np.int64), np.array(keys[:size], np.int64)
+
+
+def in_domain_split(count: int, environment: int, split_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions for training (60%), validation and test: the held-out 40% are halved by the same shuffle again."""
+    training, held_out = split(count, environment, split_seed, 2 * HOLDOUT)
+    test, validation = split(len(held_out), environment, split_seed, 0.5)
+    return training, held_out[validation], held_out[test]
 
 
 def split_of(domain: ArrayDomain | FolderDomain, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """The training and validation positions of a domain in a run."""
-    return split(len(domain.labels), domain.environment, config.split_seed)
+    place = len(domain.labels), domain.environment, config.split_seed
+    return split(*place) if config.targets else in_domain_split(*place)[:2]
 
 
 def sample(seed: int, update: int, environment: int, count: int, size: int) -> np.ndarray:
@@ -109,10 +117,13 @@ def build_network(config: Config, benchmark: Benchmark | Outline) -> nn.Module:
 def check_setting(config: Config, outline: Outline) -> None:
     """Raise InputError where a run would: two domains, the one held out, the network and its weights, images that it
     can take, and a batch that fits the memory."""
-    if len(outline.domains) < 2:
-        raise InputError(f"expected two or more domains, got {len(outline.domains)} - at --domains")
-    outline.index(config.test_domain)
-    shape, images = outline.input_shape, config.batch_size * (len(outline.domains) - 1)
+    if config.targets and len(outline.domains) < 2:
+        expected = f"two or more domains, or --test-domain {IN_DOMAIN}"
+        raise InputError(f"expected {expected}, got {len(outline.domains)} - at --domains")
+    sources = {*range(len(outline.domains))} - {outline.index(name) for name in config.targets}
+    if not sources:
+        raise InputError(f"expected a domain or more to train on, got all {len(config.targets)} - at --test-domain")
+    shape, images = outline.input_shape, config.batch_size * len(sources)
     check_memory(2 * 4 * images * math.prod(shape), f"{images} images", "--batch-size")  # one update is loaded ahead
     net = build_network(config, outline).to("meta").train(config.weights is None)
     try:
@@ -152,7 +163,7 @@ class MinibatchLoader:
 
     def __init__(self, config: Config, benchmark: Benchmark, fabric: Fabric):
         self._config, self._fabric = config, fabric
-        self._sources = benchmark.sources(config.test_domain)
+        self._sources = benchmark.sources(config.targets)
         self._keys = [split_of(domain, config)[0] for domain in self._sources]
         self._executor = ThreadPoolExecutor(1)
         self._next: tuple[int, Future] | None = None
@@ -184,17 +195,27 @@ class MinibatchLoader:
 
 def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int, np.ndarray]]:
     """What an evaluation measures: {name: (domain, positions)}. The validation images of every source domain, and both
-    parts of the held-out domain, whose 80% part is the number that is reported."""
-    target = benchmark.index(config.test_domain)
+    parts of a held-out domain, whose 80% part is the number that is reported; without one the test images of each."""
+    targets = {benchmark.index(name) for name in config.targets}
     sets = {}
     for i, domain in enumerate(benchmark.domains):
         training, validation = split_of(domain, config)
         if not len(validation):
             raise InputError(f"expected 5 or more images, got {len(domain.labels)} - at domain `{domain.name}`")
-        if i == target:
+        if i in targets:
             sets[f"{domain.name}_in"] = (i, training)
         sets[f"{domain.name}_out"] = (i, validation)
+        if not targets:
+            test = in_domain_split(len(domain.labels), domain.environment, config.split_seed)[2]
+            sets[f"{domain.name}_test"] = (i, test)
     return sets
+
+
+def reported(config: Config, benchmark: Benchmark) -> dict[str, str]:
+    """{domain: the evaluation set whose accuracy is its result}."""
+    if config.targets:
+        return {name: f"{name}_in" for name in config.targets}
+    return {domain.name: f"{domain.name}_test" for domain in benchmark.domains}
 
 
 def apply(function: Callable[[Tensor], Tensor], benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:
@@ -218,9 +239,10 @@ def _evaluate(predict: Callable[[Tensor], Tensor], config: Config, benchmark: Be
             failure = error
         _raise_everywhere(failure, fabric)
         accuracy[name] = _reduced(right, "sum", fabric) / len(positions)
-    sources = benchmark.sources(config.test_domain)
+    sources = benchmark.sources(config.targets)
     validation = sum(accuracy[f"{domain.name}_out"] for domain in sources) / len(sources)
-    return {"validation": validation, "test": accuracy[f"{config.test_domain}_in"], "accuracy": accuracy}
+    tests = {name: accuracy[part] for name, part in reported(config, benchmark).items()}
+    return {"validation": validation, "test": statistics.fmean(tests.values()), "tests": tests, "accuracy": accuracy}
 
 
 @dataclass
@@ -367,7 +389,7 @@ def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
 
 def calibration_images(config: Config, benchmark: Benchmark, count: int) -> Tensor:
     """The first `count` validation images of each source domain, not augmented: f32 [n, C, H, W]."""
-    sources = benchmark.sources(config.test_domain)
+    sources = benchmark.sources(config.targets)
     return torch.cat([domain.batch(split_of(domain, config)[1][:count]) for domain in sources])
 
 
