@@ -71,7 +71,8 @@ def main(args: argparse.Namespace) -> dict:
     fabric = _fabric(config)
     benchmark = _benchmark(config, check=lambda outline: check_setting(config, outline))
     evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
-    note(f"preset: {preset_of(config.data).name}")
+    if not all((args.out / f"seed{seed}" / DONE).exists() for seed in seeds):
+        note(f"preset: {preset_of(config.data).name}")
     fabric.launch()
     members = []
     try:
