@@ -159,7 +159,8 @@ class MinibatchLoader:
 
     def at(self, update: int) -> Minibatches:
         """The minibatches of update `update`, on the device; a data-parallel process gets its share of each."""
-        ahead, failure, batches = self._next, None, []
+        ahead, failure = self._next, None
+        batches: Minibatches = []
         try:
             batches = ahead[1].result() if ahead and ahead[0] == update else self._load(update)
         except UnreadableImage as error:
