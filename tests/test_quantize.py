@@ -3,6 +3,7 @@
 import copy
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -374,6 +375,35 @@ def test_mse_step_is_the_best_of_a_fine_grid(qmin, qmax):
 
     best = torch.stack([error(largest * k / 2000) for k in range(400, 2001)]).amin(0)
     assert (error(step) <= best * 1.02).all()
+
+
+def squared_error(values, step, qmin, qmax):
+    return np.square(np.rint(np.clip(values / step, qmin, qmax)) * step - values).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("kind", ["gauss", "laplace", "student", "outlier"])
+def test_mse_step_is_the_optimum_of_any_distribution(kind, bits):
+    """Against brute force in numpy: 2,000 steps between 1/128 of the largest value's and 1.5 times it."""
+    rng = np.random.default_rng(0)
+    values = {
+        "gauss": rng.normal(0, 0.02, 20_000),
+        "laplace": rng.laplace(0, 0.02, 20_000),
+        "student": rng.standard_t(4, 20_000) * 0.02,
+        "outlier": np.append(rng.normal(0, 0.02, 20_000), 0.5),  # one weight of 25 standard deviations
+    }[kind]
+    values = values.astype(np.float32).astype(np.float64)
+    qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    largest = max(values.max() / qmax, values.min() / qmin)
+    best = min(squared_error(values, step, qmin, qmax) for step in largest * np.geomspace(2**-7, 1.5, 2000))
+    step = initial_step(torch.from_numpy(values).float()[None], qmin, qmax, "mse").item()
+    assert squared_error(values, step, qmin, qmax) <= 1.0005 * best
+
+
+def test_mse_step_may_be_larger_than_that_which_clips_nothing():
+    rows = torch.tensor([[-1.05] * 100 + [1.0]])  # codes -2, -1, 0, 1: only 1 has to hold the 1.0
+    assert initial_step(rows, -2, 1, "minmax").item() == 1
+    assert initial_step(rows, -2, 1, "mse").item() == pytest.approx((100 * 1.05 + 1) / 101, rel=1e-4)
 
 
 def test_minmax_clips_nothing():

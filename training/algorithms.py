@@ -80,7 +80,8 @@ class QTDoG(ERM):
     def _quantize(self, minibatches: Minibatches) -> None:
         config = self.config
         del self._model  # data-parallel training holds the network, which may not be quantized then
-        attach_quantizers(self.net, config, [images for images, _ in minibatches])
+        shown = [] if config.activation_bits is None else [self._of_all_devices(images) for images, _ in minibatches]
+        attach_quantizers(self.net, config, shown)
         for quantizer in quantizers(self.net).values():
             quantizer.step.requires_grad_(config.qat_scope == "all")
         if config.qat_scope == "bn_head":
@@ -94,6 +95,17 @@ class QTDoG(ERM):
             self.optimizer.add_param_group(step_group(self.net, config.lr_step_size))
         self.quantized = True
         self._wrap()  # again, with the new parameters
+
+    def _of_all_devices(self, share: Tensor) -> Tensor:
+        """The whole minibatch in its order, of which process r of n holds the places r, r + n, ...
+
+        So the range and the first step size of an input are those of all its images, whatever the number of devices.
+        """
+        rank, count = self.fabric.global_rank, self.fabric.world_size
+        whole = share.new_zeros(count * len(share), *share.shape[1:])
+        whole[rank::count] = share
+        summed: Any = self.fabric.all_reduce(whole, reduce_op="sum")
+        return summed
 
     def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
         if state["quantized"] and not self.quantized:

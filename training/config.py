@@ -83,8 +83,9 @@ def resolve(config: Config) -> Config:
         if not 0 <= config.quantize_at <= last:
             expected = f"a switch in 0 .. {last} (the last evaluation)"
             raise InputError(f"expected {expected}, got {config.quantize_at} - at --quantize-at")
-    if config.batch_size < config.devices:
-        raise InputError(f"expected an image or more for each device, got {config.batch_size} - at --batch-size")
+    if config.batch_size % config.devices:  # the mean over devices would weigh the images of a smaller share more
+        expected = f"a multiple of {config.devices} images, as many for each device"
+        raise InputError(f"expected {expected}, got {config.batch_size} - at --batch-size")
     return config
 
 

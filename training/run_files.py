@@ -14,6 +14,7 @@ from typing import Any
 
 from qdeploy.errors import InputError
 from qdeploy.files import atomic_file
+from qdeploy.training import fingerprint
 from qdeploy.training.config import Config, difference, stored
 
 CHECKPOINT, LOG, MODEL, DONE = "checkpoint.pt", "log.jsonl", "model.pt", "done.json"
@@ -32,8 +33,8 @@ def sound(path: Path) -> Iterator[None]:
         raise InputError(f"expected a file written by a run, got a damaged one: delete it - at {path}") from error
 
 
-def read_done(folder: Path) -> tuple[Config, dict[str, Any]] | None:
-    """The settings and the selected record of a finished run, or None."""
+def read_done(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]] | None:
+    """The settings, the selected record and the fingerprint of the images of a finished run, or None."""
     path = folder / DONE
     with sound(path):
         if not path.exists():
@@ -41,12 +42,13 @@ def read_done(folder: Path) -> tuple[Config, dict[str, Any]] | None:
         done = json.loads(path.read_bytes())
         config, selected = stored(done["config"]), done["selected"]
         check_record(selected)
-        return config, selected
+        return config, selected, done["images"]
 
 
-def write_done(folder: Path, config: Config, selected: dict[str, Any]) -> None:
+def write_done(folder: Path, config: Config, selected: dict[str, Any], images: dict[str, Any]) -> None:
     with atomic_file(folder / DONE) as file:
-        file.write(json.dumps({"config": asdict(config), "selected": selected}, indent=1).encode())
+        done = {"config": asdict(config), "selected": selected, "images": images}
+        file.write(json.dumps(done, indent=1).encode())
 
 
 def check_record(record: dict[str, Any]) -> None:
@@ -79,3 +81,21 @@ def check_same_run(old: Config, config: Config, path: Path) -> None:
     """Raise InputError unless the run with the file `path` has the settings `config`."""
     if (found := difference(old, config)) is not None:
         raise InputError(f"expected the settings of the run begun here, {found}: give another --out - at {path}")
+
+
+def check_same_images(old: Any, new: dict[str, Any], path: Path, data: str) -> None:
+    """Raise InputError unless `new`, the fingerprint of the images in `data`, is that in the run's file `path`."""
+    with sound(path):
+        found = fingerprint.difference(old, new)
+    if found is not None:
+        raise InputError(f"expected the images of the run in {path.parent}, got {found} - at {data}")
+
+
+def forgive_size(folder: Path, image: str) -> None:
+    """Lets the run in `folder`, if it has a checkpoint, go on with a file `image` of another size."""
+    path = folder / CHECKPOINT
+    if path.exists():
+        config, state = read_state(path)
+        with sound(path):
+            images = fingerprint.with_any_size(state["images"], image)
+        write_state(path, config, {**state, "images": images})

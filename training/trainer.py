@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from qdeploy.memory import check_memory
 from qdeploy.networks.quantizable import classifier
 from qdeploy.terminal import note, on_terminal, progress
 from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
-from qdeploy.training.config import Config
-from qdeploy.training.domains import Benchmark, Outline
+from qdeploy.training.config import Config, resolve
+from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain, Outline
+from qdeploy.training.images import UnreadableImage
 from qdeploy.training.models import MODELS
 from qdeploy.training.run_files import (
     CHECKPOINT,
@@ -41,7 +42,9 @@ from qdeploy.training.run_files import (
     LOG,
     MODEL,
     check_record,
+    check_same_images,
     check_same_run,
+    forgive_size,
     read_done,
     read_state,
     sound,
@@ -74,9 +77,14 @@ def split(count: int, environment: int, split_seed: int) -> tuple[np.ndarray, np
     return np.array(keys[held_out:]), np.array(keys[:held_out])
 
 
-def sample(seed: int, update: int, domain: int, count: int, size: int) -> np.ndarray:
+def split_of(domain: ArrayDomain | FolderDomain, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """The training and validation positions of a domain in a run."""
+    return split(len(domain.labels), domain.environment, config.split_seed)
+
+
+def sample(seed: int, update: int, environment: int, count: int, size: int) -> np.ndarray:
     """`size` positions in 0..count-1, drawn with replacement by a counter-based generator."""
-    stream = np.random.Philox(key=[seed, domain], counter=[0, 0, 0, update])
+    stream = np.random.Philox(key=[seed, environment], counter=[0, 0, 0, update])
     return np.random.Generator(stream).integers(count, size=size)
 
 
@@ -143,27 +151,31 @@ class MinibatchLoader:
     """The minibatches of any update, loaded one update ahead on a thread of its own."""
 
     def __init__(self, config: Config, benchmark: Benchmark, fabric: Fabric):
-        self._config, self._benchmark, self._fabric = config, benchmark, fabric
-        target = benchmark.index(config.test_domain)
-        sizes = {i: len(domain.labels) for i, domain in enumerate(benchmark.domains) if i != target}
-        self._keys = {i: split(size, i, config.split_seed)[0] for i, size in sizes.items()}
+        self._config, self._fabric = config, fabric
+        self._sources = benchmark.sources(config.test_domain)
+        self._keys = [split_of(domain, config)[0] for domain in self._sources]
         self._executor = ThreadPoolExecutor(1)
         self._next: tuple[int, Future] | None = None
 
     def at(self, update: int) -> Minibatches:
         """The minibatches of update `update`, on the device; a data-parallel process gets its share of each."""
-        ahead = self._next
-        batches = ahead[1].result() if ahead and ahead[0] == update else self._load(update)
+        ahead, failure = self._next, None
+        batches: Minibatches = []
+        try:
+            batches = ahead[1].result() if ahead and ahead[0] == update else self._load(update)
+        except UnreadableImage as error:
+            failure = error
+        _raise_everywhere(failure, self._fabric)
         self._next = (update + 1, self._executor.submit(self._load, update + 1))
         return [(self._fabric.to_device(images), self._fabric.to_device(classes)) for images, classes in batches]
 
     def _load(self, update: int) -> Minibatches:
         batches = []
-        for i, keys in self._keys.items():
-            domain = self._benchmark.domains[i]
-            drawn = sample(self._config.seed, update, i, len(keys), self._config.batch_size)
-            mine = keys[drawn[self._fabric.global_rank :: self._fabric.world_size]]
-            images = domain.batch(mine, augment=(self._config.seed, update, i))
+        seed, size = self._config.seed, self._config.batch_size
+        places = np.arange(size)[self._fabric.global_rank :: self._fabric.world_size]  # of this process's share
+        for domain, keys in zip(self._sources, self._keys, strict=True):
+            mine = keys[sample(seed, update, domain.environment, len(keys), size)[places]]
+            images = domain.batch(mine, (seed, update, domain.environment), places)
             batches.append((images, torch.from_numpy(domain.labels[mine])))
         return batches
 
@@ -177,7 +189,7 @@ def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int
     target = benchmark.index(config.test_domain)
     sets = {}
     for i, domain in enumerate(benchmark.domains):
-        training, validation = split(len(domain.labels), i, config.split_seed)
+        training, validation = split_of(domain, config)
         if not len(validation):
             raise InputError(f"expected 5 or more images, got {len(domain.labels)} - at domain `{domain.name}`")
         if i == target:
@@ -194,13 +206,21 @@ def apply(function: Callable[[Tensor], Tensor], benchmark: Benchmark, domain: in
 
 def _evaluate(predict: Callable[[Tensor], Tensor], config: Config, benchmark: Benchmark, fabric: Fabric) -> dict:
     accuracy = {}
+    if fabric.world_size > 1:  # in its first forward pass DDP exchanges the statistics of BatchNorm: all together
+        predict(fabric.to_device(torch.zeros(1, *benchmark.input_shape)))
     for name, (domain, positions) in evaluation_sets(config, benchmark).items():
         mine = positions[fabric.global_rank :: fabric.world_size]
-        logits = apply(lambda images: predict(fabric.to_device(images)), benchmark, domain, mine)
-        right = (logits.argmax(1) == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
+        failure, right = None, torch.tensor(0)
+        try:
+            if len(mine):
+                logits = apply(lambda images: predict(fabric.to_device(images)), benchmark, domain, mine)
+                right = (logits.argmax(1) == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
+        except UnreadableImage as error:
+            failure = error
+        _raise_everywhere(failure, fabric)
         accuracy[name] = _reduced(right, "sum", fabric) / len(positions)
-    sources = [d.name for d in benchmark.domains if d.name != config.test_domain]
-    validation = sum(accuracy[f"{name}_out"] for name in sources) / len(sources)
+    sources = benchmark.sources(config.test_domain)
+    validation = sum(accuracy[f"{domain.name}_out"] for domain in sources) / len(sources)
     return {"validation": validation, "test": accuracy[f"{config.test_domain}_in"], "accuracy": accuracy}
 
 
@@ -239,22 +259,28 @@ def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -
         InputError: a setting that does not fit the data, another run in `directory`, or a loss that is not finite.
         Interrupted: a signal came; everything up to it is in the checkpoint.
     """
+    resolve(replace(config, devices=fabric.world_size))  # a batch that the processes divide, whoever made them
     if (done := read_done(directory)) is not None:
         check_same_run(done[0], config, directory / DONE)
+        check_same_images(done[2], benchmark.fingerprint, directory / DONE, config.data)
         return done[1]
     algorithm = ALGORITHMS[config.algorithm](build_network(config, benchmark), config, fabric)
     minibatches = MinibatchLoader(config, benchmark, fabric)
     try:
-        state = _resume(directory, config, algorithm, minibatches)
+        state = _resume(directory, config, algorithm, benchmark, minibatches)
         _write_log(directory, state.records, fabric)
         _train(config, benchmark, directory, fabric, algorithm, minibatches, state)
+    except UnreadableImage as error:
+        if fabric.is_global_zero:
+            forgive_size(directory, error.file)  # of the good copy
+        raise
     finally:
         minibatches.close()
     selected = select(state.records, _first_eligible(config))
     assert selected is not None  # `resolve` lets no run end before an evaluation that may be selected
     if fabric.is_global_zero:
-        write_state(directory / MODEL, config, {"net": state.best})
-        write_done(directory, config, selected)
+        write_state(directory / MODEL, config, {"net": state.best, "images": benchmark.fingerprint})
+        write_done(directory, config, selected, benchmark.fingerprint)
         (directory / CHECKPOINT).unlink(missing_ok=True)
     fabric.barrier()
     return selected
@@ -274,7 +300,7 @@ def _train(
     with _signals() as signals, _progress(config, state.update, fabric) as show:
         for update in range(state.update, config.updates):
             torch.manual_seed(seed_hash(config.seed, update, fabric.global_rank))  # dropout and the like
-            loss = algorithm.update(update, minibatches.at(update)).item()
+            loss = _reduced(algorithm.update(update, minibatches.at(update)), "mean", fabric)
             if not math.isfinite(loss):
                 raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {update}")
             state.losses.append(loss)
@@ -292,7 +318,7 @@ def _train(
             show(record)
             signum = _agreed(signals, fabric)
             if record or signum:
-                _checkpoint(directory, config, algorithm, state, fabric)
+                _checkpoint(directory, config, algorithm, benchmark, state, fabric)
             if signum:
                 raise Interrupted(signum, state.update, directory)
 
@@ -301,19 +327,25 @@ def _first_eligible(config: Config) -> int:
     return config.quantize_at if config.algorithm == "qt-dog" else 0
 
 
-def _checkpoint(directory: Path, config: Config, algorithm: ERM, state: _State, fabric: Fabric) -> None:
+def _checkpoint(
+    directory: Path, config: Config, algorithm: ERM, benchmark: Benchmark, state: _State, fabric: Fabric
+) -> None:
     if fabric.is_global_zero:
-        write_state(directory / CHECKPOINT, config, {"algorithm": algorithm.state_dict(), **vars(state)})
+        saved = {"algorithm": algorithm.state_dict(), "images": benchmark.fingerprint, **vars(state)}
+        write_state(directory / CHECKPOINT, config, saved)
     fabric.barrier()
 
 
-def _resume(directory: Path, config: Config, algorithm: ERM, minibatches: MinibatchLoader) -> _State:
+def _resume(
+    directory: Path, config: Config, algorithm: ERM, benchmark: Benchmark, minibatches: MinibatchLoader
+) -> _State:
     """The state of the checkpoint in `directory`, loaded into the algorithm too, or a new one."""
     path = directory / CHECKPOINT
     if not path.exists():
         return _State()
     old, saved = read_state(path)
     check_same_run(old, config, path)
+    check_same_images(saved.get("images"), benchmark.fingerprint, path, config.data)
     batches = minibatches.at(config.quantize_at)
     with sound(path):
         algorithm.load_state_dict(saved["algorithm"], batches)
@@ -325,6 +357,7 @@ def _resume(directory: Path, config: Config, algorithm: ERM, minibatches: Miniba
 def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
     """The selected network of a finished run, in eval mode on the CPU, quantizers attached."""
     config, state = read_state(directory / MODEL)
+    check_same_images(state.get("images"), benchmark.fingerprint, directory / MODEL, config.data)
     net = build_network(config, benchmark)
     if config.algorithm == "qt-dog":
         attach_quantizers(net, config, [calibration_images(config, benchmark, 8)])
@@ -335,12 +368,8 @@ def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
 
 def calibration_images(config: Config, benchmark: Benchmark, count: int) -> Tensor:
     """The first `count` validation images of each source domain, not augmented: f32 [n, C, H, W]."""
-    target = benchmark.index(config.test_domain)
-    images = []
-    for i, domain in enumerate(benchmark.domains):
-        if i != target:
-            images.append(domain.batch(split(len(domain.labels), i, config.split_seed)[1][:count]))
-    return torch.cat(images)
+    sources = benchmark.sources(config.test_domain)
+    return torch.cat([domain.batch(split_of(domain, config)[1][:count]) for domain in sources])
 
 
 def _write_log(directory: Path, records: list[dict], fabric: Fabric) -> None:
@@ -388,10 +417,20 @@ def _agreed(signals: list[int], fabric: Fabric) -> int:
     return _reduced(torch.tensor(signum, device=fabric.device), "max", fabric)
 
 
-def _reduced(number: Tensor, how: str, fabric: Fabric) -> int:
-    """Of all processes together."""
+def _reduced(number: Tensor, how: str, fabric: Fabric) -> Any:
+    """Of all processes together, as a Python number of the type of `number`."""
     reduced: Any = fabric.all_reduce(number, reduce_op=how)
-    return int(reduced)
+    return reduced.item()
+
+
+def _raise_everywhere(failure: UnreadableImage | None, fabric: Fabric) -> None:
+    """Raises what one process met in all of them: the others would wait for its share of the update."""
+    if fabric.world_size > 1:
+        rank = -1 if failure is None else fabric.global_rank
+        rank = _reduced(torch.tensor(rank, device=fabric.device), "max", fabric)
+        failure = None if rank < 0 else fabric.broadcast(failure, rank)
+    if failure is not None:
+        raise failure
 
 
 @contextmanager
