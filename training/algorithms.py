@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qdeploy.training.config import Config
-from qdeploy.training.quantize import parametrized_weight, project_steps_, quantize_, quantizers, step_group
+from qdeploy.training.quantize import (
+    parametrized_weight,
+    project_steps_,
+    quantize_,
+    quantize_like_,
+    quantizers,
+    step_group,
+)
 
 Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [B, C, H, W] and classes [B] of each source domain
 
@@ -56,8 +64,8 @@ class ERM:
         """All that the next update depends on, beside its minibatches."""
         return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "quantized": self.quantized}
 
-    def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
-        """Continues from `state_dict`; `minibatches` are those of the switch, to shape quantizers of inputs."""
+    def load_state_dict(self, state: dict) -> None:
+        """Continues from `state_dict`."""
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -78,9 +86,13 @@ class QTDoG(ERM):
         return loss
 
     def _quantize(self, minibatches: Minibatches) -> None:
+        self._switch(lambda net: attach_quantizers(net, self.config, [images for images, _ in minibatches]))
+
+    def _switch(self, attach: Callable[[nn.Module], object]) -> None:
+        """Goes on with the quantizers that `attach` attaches to the network."""
         config = self.config
         del self._model  # data-parallel training holds the network, which may not be quantized then
-        attach_quantizers(self.net, config, [images for images, _ in minibatches])
+        attach(self.net)
         for quantizer in quantizers(self.net).values():
             quantizer.step.requires_grad_(config.qat_scope == "all")
         if config.qat_scope == "bn_head":
@@ -95,10 +107,10 @@ class QTDoG(ERM):
         self.quantized = True
         self._wrap()  # again, with the new parameters
 
-    def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
-        if state["quantized"] and not self.quantized:
-            self._quantize(minibatches)
-        super().load_state_dict(state, minibatches)
+    def load_state_dict(self, state: dict) -> None:
+        if state["quantized"]:
+            self._switch(lambda net: quantize_like_(net, state["net"]))
+        super().load_state_dict(state)
 
 
 def attach_quantizers(net: nn.Module, config: Config, calibration: list[Tensor]) -> None:

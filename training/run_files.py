@@ -3,20 +3,69 @@ until a state is read."""
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qdeploy.errors import InputError
-from qdeploy.files import atomic_file
-from qdeploy.training.config import Config, difference, stored
+from qdeploy.files import TEMPORARY, atomic_file, named_errors
+from qdeploy.terminal import note
+from qdeploy.training.config import MAY_CHANGE, Config, first_difference, settings_of, stored
 
-CHECKPOINT, LOG, MODEL, DONE = "checkpoint.pt", "log.jsonl", "model.pt", "done.json"
+CHECKPOINT, LOG, MODEL, DONE, LOCK = "checkpoint.pt", "log.jsonl", "model.pt", "done.json", "lock"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in `folder`, until this one ends, however it ends; removes the half-written
+    files of one that was killed. Makes the folder. Raises InputError, naming host and process, where one trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _locked(folder)
+    if file is None:
+        yield
+        return
+    try:
+        for left in folder.glob(TEMPORARY.format("*")):  # nobody else writes here
+            with suppress(OSError):
+                left.unlink()
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+
+
+def _locked(folder: Path) -> BinaryIO | None:
+    """The open lock file of `folder`, with host and process in it; None, and a warning, where locks do not exist."""
+    path = folder / LOCK
+    while True:
+        with named_errors(path):
+            file = path.open("ab+", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode(errors="replace") or "another process"
+            file.close()
+            raise InputError(f"expected a run that no process trains now, got one of {holder} - at {folder}") from None
+        except OSError as error:
+            file.close()
+            path.unlink(missing_ok=True)
+            note(f"warning: no lock ({error.strerror}): do not train here with two processes - at {folder}")
+            return None
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            with suppress(OSError):  # a full disk: the lock holds without a name
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        file.close()  # its owner removed it in between
 
 
 @contextmanager
@@ -24,11 +73,13 @@ def sound(path: Path) -> Iterator[None]:
     """For what reads the file `path`, which may hold anything: all other exceptions say that it is damaged."""
     try:
         yield
-    except (InputError, MemoryError):
+    except MemoryError:
         raise
     except OSError as error:
         raise InputError(f"expected a readable file, got {error.strerror or error} - at {path}") from error
     except Exception as error:
+        if isinstance(error, InputError) and str(error).endswith(f" - at {path}"):
+            raise
         raise InputError(f"expected a file written by a run, got a damaged one: delete it - at {path}") from error
 
 
@@ -39,14 +90,28 @@ def read_done(folder: Path) -> tuple[Config, dict[str, Any]] | None:
         if not path.exists():
             return None
         done = json.loads(path.read_bytes())
-        config, selected = stored(done["config"]), done["selected"]
+        config, selected = stored(done, path), done["selected"]
         check_record(selected)
-        return config, selected
+    if not (folder / MODEL).exists():
+        expected = f"the network of a finished run, got none: delete {DONE} beside it to train anew"
+        raise InputError(f"expected {expected} - at {folder / MODEL}")
+    return config, selected
+
+
+def restore_done(folder: Path) -> tuple[Config, dict[str, Any]] | None:
+    """What `read_done` returned before DONE was lost, which is written again; None for a run that is not finished."""
+    if (folder / CHECKPOINT).exists() or not (folder / MODEL).exists():
+        return None
+    config, state = read_state(folder / MODEL)
+    with sound(folder / MODEL):
+        check_record(state["selected"])
+    write_done(folder, config, state["selected"])
+    return config, state["selected"]
 
 
 def write_done(folder: Path, config: Config, selected: dict[str, Any]) -> None:
     with atomic_file(folder / DONE) as file:
-        file.write(json.dumps({"config": asdict(config), "selected": selected}, indent=1).encode())
+        file.write(json.dumps({**settings_of(config), "selected": selected}, indent=1).encode())
 
 
 def check_record(record: dict[str, Any]) -> None:
@@ -62,7 +127,7 @@ def read_state(path: Path) -> tuple[Config, dict[str, Any]]:
     with sound(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torch takes a damaged file for
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return stored(state["config"]), state
+        return stored(state, path), state
 
 
 def write_state(path: Path, config: Config, state: dict[str, Any]) -> None:
@@ -70,12 +135,25 @@ def write_state(path: Path, config: Config, state: dict[str, Any]) -> None:
     import torch
 
     buffer = io.BytesIO()
-    torch.save({"config": asdict(config), **state}, buffer)
+    torch.save({**settings_of(config), **state}, buffer)
     with atomic_file(path) as file:
         file.write(buffer.getbuffer())
 
 
 def check_same_run(old: Config, config: Config, path: Path) -> None:
-    """Raise InputError unless the run with the file `path` has the settings `config`."""
-    if (found := difference(old, config)) is not None:
+    """Raise InputError unless the run with the file `path` can go on with the settings `config`."""
+    allowed = MAY_CHANGE - {"updates"} if path.name == DONE else MAY_CHANGE  # what is finished does not go on
+    found = first_difference(old, config, allowed)
+    if found is not None:
         raise InputError(f"expected the settings of the run begun here, {found}: give another --out - at {path}")
+
+
+def write_log(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
+    with atomic_file(folder / LOG) as file:
+        file.writelines(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def append_log(folder: Path, record: dict[str, Any]) -> None:
+    with named_errors(folder / LOG), (folder / LOG).open("a") as file:
+        file.write(json.dumps(record) + "\n")

@@ -6,18 +6,13 @@ same bits as one that was not: there is no state of a generator or a loader to r
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import signal
 import statistics
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +22,32 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
-from qdeploy.files import atomic_file, named_errors
-from qdeploy.memory import check_memory
-from qdeploy.networks.quantizable import classifier
-from qdeploy.terminal import note, on_terminal, progress
-from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
-from qdeploy.training.config import Config
-from qdeploy.training.domains import Benchmark, Outline
-from qdeploy.training.models import MODELS
+from qdeploy.terminal import note
+from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches
+from qdeploy.training.config import Config, differences
+from qdeploy.training.domains import Benchmark
+from qdeploy.training.processes import Interrupted, alone_of_all, by_first, signals_received
+from qdeploy.training.progress import Progress, progress_of_run
+from qdeploy.training.quantize import quantize_like_
 from qdeploy.training.run_files import (
     CHECKPOINT,
     DONE,
-    LOG,
     MODEL,
+    append_log,
     check_record,
     check_same_run,
     read_done,
     read_state,
+    restore_done,
     sound,
     write_done,
+    write_log,
     write_state,
 )
+from qdeploy.training.start import build_network, seed_hash
 
 HOLDOUT = 0.2  # share of each domain that is kept for validation
 EVALUATION_BATCH = 256
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after a checkpoint; `signum` is its number."""
-
-    def __init__(self, signum: int, update: int, directory: Path):
-        super().__init__(f"stopped before update {update}: run the same command again to continue - at {directory}")
-        self.signum = signum
-
-
-def seed_hash(*args: object) -> int:
-    """DomainBed's seed of a tuple: its md5 modulo 2^31."""
-    return int(hashlib.md5(str(args).encode()).hexdigest(), 16) % 2**31
 
 
 def split(count: int, environment: int, split_seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -85,58 +69,6 @@ def select(records: list[dict], first: int) -> dict | None:
     images, among those at or after update `first` (an earlier record is of a network that was not quantized yet)."""
     eligible = [record for record in records if record["update"] >= first]
     return max(eligible, key=lambda record: record["validation"], default=None)
-
-
-def build_network(config: Config, benchmark: Benchmark | Outline) -> nn.Module:
-    """The network of a run at its start: seeded random weights, or the pretrained ones with a new classifier."""
-    if config.model not in MODELS:
-        raise InputError(f"expected one of {', '.join(MODELS)}, got {config.model!r} - at --model")
-    torch.manual_seed(seed_hash(config.seed, "weights"))
-    net = MODELS[config.model](len(benchmark.classes), in_channels=benchmark.input_shape[0])
-    if config.weights is not None:
-        _load_pretrained(net, Path(config.weights))
-    return net
-
-
-def check_setting(config: Config, outline: Outline) -> None:
-    """Raise InputError where a run would: two domains, the one held out, the network and its weights, images that it
-    can take, and a batch that fits the memory."""
-    if len(outline.domains) < 2:
-        raise InputError(f"expected two or more domains, got {len(outline.domains)} - at --domains")
-    outline.index(config.test_domain)
-    shape, images = outline.input_shape, config.batch_size * (len(outline.domains) - 1)
-    check_memory(2 * 4 * images * math.prod(shape), f"{images} images", "--batch-size")  # one update is loaded ahead
-    net = build_network(config, outline).to("meta").train(config.weights is None)
-    try:
-        net(torch.empty(images // config.devices, *shape, device="meta"))
-    except (RuntimeError, ValueError) as error:
-        got = f"{images // config.devices} of {list(shape)}: {str(error).splitlines()[0]}"
-        raise InputError(f"expected images that {config.model} can take, got {got} - at --image-size") from error
-
-
-def _load_pretrained(net: nn.Module, path: Path) -> None:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what torch takes a damaged file for
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError(type(state).__name__)
-    except OSError as error:
-        raise InputError(f"expected a file of weights, got {error.strerror or error} - at {path}") from error
-    except Exception as error:  # the two readers have many
-        raise InputError(f"expected a file of weights, got another or a damaged one - at {path}") from error
-    last = classifier(net)
-    own = {key: value for key, value in net.state_dict().items() if key.startswith(f"{last}.")}
-    try:
-        net.load_state_dict(state | own)
-    except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"expected the weights of a {type(net).__name__}, got {said[:300]} - at {path}") from error
 
 
 class MinibatchLoader:
@@ -186,18 +118,48 @@ def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int
     return sets
 
 
-def apply(function: Callable[[Tensor], Tensor], benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:
-    """What `function` makes of images of a domain, batch by batch; on the CPU, [len(positions), ...]."""
+def apply(
+    function: Callable[[Tensor], Tensor],
+    benchmark: Benchmark,
+    domain: int,
+    positions: np.ndarray,
+    waiting: Callable[[], AbstractContextManager] = nullcontext,
+) -> Tensor:
+    """What `function` makes of images of a domain, batch by batch; on the CPU, [len(positions), ...].
+
+    While it works on a batch the next one is loaded; the time that this takes longer is spent in `waiting()`.
+    """
     parts = np.array_split(positions, -(-len(positions) // EVALUATION_BATCH))
-    return torch.cat([function(benchmark.domains[domain].batch(part)).cpu() for part in parts])
+    results = []
+    with ThreadPoolExecutor(1) as loader:
+        ahead = loader.submit(benchmark.domains[domain].batch, parts[0])
+        for following in [*parts[1:], None]:
+            with waiting():
+                images = ahead.result()
+            if following is not None:
+                ahead = loader.submit(benchmark.domains[domain].batch, following)
+            results.append(function(images).cpu())
+    return torch.cat(results)
 
 
-def _evaluate(predict: Callable[[Tensor], Tensor], config: Config, benchmark: Benchmark, fabric: Fabric) -> dict:
+def _evaluate(
+    predict: Callable[[Tensor], Tensor], config: Config, benchmark: Benchmark, fabric: Fabric, progress: Progress
+) -> dict:
     accuracy = {}
-    for name, (domain, positions) in evaluation_sets(config, benchmark).items():
+    sets = evaluation_sets(config, benchmark)
+    total = sum(len(positions) for _, positions in sets.values())
+
+    def classes_of(images: Tensor) -> Tensor:
+        classes = predict(fabric.to_device(images)).argmax(1)
+        progress.evaluated(len(images), total)
+        return classes
+
+    for name, (domain, positions) in sets.items():
         mine = positions[fabric.global_rank :: fabric.world_size]
-        logits = apply(lambda images: predict(fabric.to_device(images)), benchmark, domain, mine)
-        right = (logits.argmax(1) == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
+        right = torch.zeros((), dtype=torch.int64)
+        if len(mine):
+            classes = apply(classes_of, benchmark, domain, mine, progress.waiting)
+            right = (classes == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
         accuracy[name] = _reduced(right, "sum", fabric) / len(positions)
     sources = [d.name for d in benchmark.domains if d.name != config.test_domain]
     validation = sum(accuracy[f"{name}_out"] for name in sources) / len(sources)
@@ -212,6 +174,22 @@ class _State:
     records: list[dict] = field(default_factory=list)
     best: dict[str, Tensor] | None = None  # the network at the selected record
     losses: list[float] = field(default_factory=list)  # since the last evaluation
+    changed: dict[str, Any] = field(default_factory=dict)  # settings that changed since then: [old, new]
+
+    def owes_evaluation(self, config: Config) -> bool:
+        """Whether the evaluation after the last update is still to be made."""
+        last = self.update - 1
+        evaluated = self.records[-1]["update"] if self.records else -1
+        return last > evaluated and last % config.eval_every == 0
+
+    def add(self, record: dict[str, Any], config: Config, net: nn.Module) -> None:
+        """After an evaluation."""
+        if self.changed:
+            record["changed"], self.changed = self.changed, {}
+        self.losses.clear()
+        self.records.append(record)
+        if select(self.records, _first_eligible(config)) is record:
+            self.best = {key: value.detach().clone() for key, value in net.state_dict().items()}
 
     def check(self, config: Config, net: nn.Module) -> None:
         """Raise what comes unless a run of `config` can go on from here with `net`."""
@@ -228,32 +206,56 @@ def _shapes(state: dict[str, Any]) -> dict[str, Any]:
     return {key: getattr(value, "shape", None) for key, value in state.items()}
 
 
-def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -> dict:
+def run(
+    config: Config,
+    benchmark: Benchmark,
+    directory: Path,
+    fabric: Fabric,
+    before_updates: Callable[[bool], object] = lambda begun: None,
+) -> dict:
     """Trains one network and returns its selected record; continues what an earlier process began in `directory`.
 
     Writes log.jsonl (a line for every evaluation), checkpoint.pt (at every evaluation, on SIGINT and on SIGTERM), and
     when it is finished model.pt (the selected state, for `load_trained`) and done.json (its record); a finished run
-    returns at once.
+    returns at once. `before_updates` is called in the first process when all is ready for the next update, with whether
+    earlier ones are made.
 
     Raises:
         InputError: a setting that does not fit the data, another run in `directory`, or a loss that is not finite.
         Interrupted: a signal came; everything up to it is in the checkpoint.
     """
-    if (done := read_done(directory)) is not None:
-        check_same_run(done[0], config, directory / DONE)
-        return done[1]
+    if (selected := _finished(config, directory)) is not None:
+        return selected
+    with alone_of_all(directory, fabric):  # another process may have finished it until here
+        return _finished(config, directory) or _run(config, benchmark, directory, fabric, before_updates)
+
+
+def _finished(config: Config, directory: Path) -> dict | None:
+    """The selected record of a finished run."""
+    done = read_done(directory) or restore_done(directory)
+    if done is None:
+        return None
+    check_same_run(done[0], config, directory / DONE)
+    return done[1]
+
+
+def _run(
+    config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric, before_updates: Callable[[bool], object]
+) -> dict:
     algorithm = ALGORITHMS[config.algorithm](build_network(config, benchmark), config, fabric)
     minibatches = MinibatchLoader(config, benchmark, fabric)
     try:
-        state = _resume(directory, config, algorithm, minibatches)
-        _write_log(directory, state.records, fabric)
+        state = _resume(directory, config, algorithm)
+        by_first(fabric, lambda: before_updates(state.update > 0))
+        if fabric.is_global_zero:
+            write_log(directory, state.records)
         _train(config, benchmark, directory, fabric, algorithm, minibatches, state)
     finally:
         minibatches.close()
     selected = select(state.records, _first_eligible(config))
     assert selected is not None  # `resolve` lets no run end before an evaluation that may be selected
     if fabric.is_global_zero:
-        write_state(directory / MODEL, config, {"net": state.best})
+        write_state(directory / MODEL, config, {"net": state.best, "selected": selected})
         write_done(directory, config, selected)
         (directory / CHECKPOINT).unlink(missing_ok=True)
     fabric.barrier()
@@ -271,30 +273,49 @@ def _train(
 ) -> None:
     """Makes the updates that `state` still lacks; raises Interrupted after a checkpoint."""
     began = time.perf_counter()
-    with _signals() as signals, _progress(config, state.update, fabric) as show:
-        for update in range(state.update, config.updates):
-            torch.manual_seed(seed_hash(config.seed, update, fabric.global_rank))  # dropout and the like
-            loss = algorithm.update(update, minibatches.at(update)).item()
-            if not math.isfinite(loss):
-                raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {update}")
-            state.losses.append(loss)
-            state.update = update + 1
-            record: dict[str, Any] | None = None
-            if update % config.eval_every == 0:
-                record = {"update": update, "quantized": algorithm.quantized, "loss": statistics.fmean(state.losses)}
-                record |= _evaluate(algorithm.predict, config, benchmark, fabric)
+    with signals_received() as signals, progress_of_run(config, state.update, fabric) as progress:
+        while state.update < config.updates or state.owes_evaluation(config):
+            if not state.owes_evaluation(config):
+                update = state.update
+                with _saved(directory, config, algorithm, state, fabric), progress.waiting():
+                    batches = minibatches.at(update)
+                torch.manual_seed(seed_hash(config.seed, update, fabric.global_rank))  # dropout and the like
+                loss = algorithm.update(update, batches).item()
+                if not math.isfinite(loss):
+                    raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {update}")
+                state.losses.append(loss)
+                state.update = update + 1
+                progress.updated(sum(len(classes) for _, classes in batches))
+            if evaluated := state.owes_evaluation(config):
+                with _saved(directory, config, algorithm, state, fabric):
+                    found = _evaluate(algorithm.predict, config, benchmark, fabric, progress)
+                record: dict[str, Any] = {"update": state.update - 1, "quantized": algorithm.quantized}
+                record |= {"loss": statistics.fmean(state.losses), **found}
                 record["seconds"] = round(time.perf_counter() - began, 3)
-                state.losses.clear()
-                _append_log(directory, record, fabric)
-                state.records.append(record)
-                if select(state.records, _first_eligible(config)) is record:
-                    state.best = {key: value.detach().clone() for key, value in algorithm.net.state_dict().items()}
-            show(record)
+                state.add(record, config, algorithm.net)
+                if fabric.is_global_zero:
+                    append_log(directory, record)
+                progress.recorded(record)
             signum = _agreed(signals, fabric)
-            if record or signum:
+            if evaluated or signum:
                 _checkpoint(directory, config, algorithm, state, fabric)
             if signum:
                 raise Interrupted(signum, state.update, directory)
+
+
+@contextmanager
+def _saved(directory: Path, config: Config, algorithm: ERM, state: _State, fabric: Fabric) -> Iterator[None]:
+    """An image that cannot be read ends the process, not the run: it goes on from here when the file is whole again.
+
+    Of several processes the others do not know, and cannot save; then the last checkpoint stays.
+    """
+    try:
+        yield
+    except InputError:
+        if state.update and fabric.world_size == 1:
+            _checkpoint(directory, config, algorithm, state, fabric)
+            note(str(Interrupted(0, state.update, directory)))
+        raise
 
 
 def _first_eligible(config: Config) -> int:
@@ -307,29 +328,35 @@ def _checkpoint(directory: Path, config: Config, algorithm: ERM, state: _State, 
     fabric.barrier()
 
 
-def _resume(directory: Path, config: Config, algorithm: ERM, minibatches: MinibatchLoader) -> _State:
+def _resume(directory: Path, config: Config, algorithm: ERM) -> _State:
     """The state of the checkpoint in `directory`, loaded into the algorithm too, or a new one."""
     path = directory / CHECKPOINT
     if not path.exists():
         return _State()
     old, saved = read_state(path)
     check_same_run(old, config, path)
-    batches = minibatches.at(config.quantize_at)
     with sound(path):
-        algorithm.load_state_dict(saved["algorithm"], batches)
+        if old.updates >= saved["update"] > config.updates:
+            expected = f"at least {saved['update']} updates, which are made"
+            raise InputError(f"expected {expected}, got {config.updates} at --updates - at {path}")
+        algorithm.load_state_dict(saved["algorithm"])
         state = _State(**{entry.name: saved[entry.name] for entry in fields(_State)})
         state.check(config, algorithm.net)
+    for key, (was, now) in differences(old, config).items():
+        state.changed[key] = [was, now]
+        note(f"seed {config.seed} goes on from update {state.update} with {key}={now!r} instead of {was!r}")
     return state
 
 
 def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
     """The selected network of a finished run, in eval mode on the CPU, quantizers attached."""
     config, state = read_state(directory / MODEL)
-    net = build_network(config, benchmark)
-    if config.algorithm == "qt-dog":
-        attach_quantizers(net, config, [calibration_images(config, benchmark, 8)])
+    net = build_network(replace(config, weights=None), benchmark)
     with sound(directory / MODEL):
-        net.load_state_dict(state["net"])
+        if config.algorithm == "qt-dog":
+            quantize_like_(net, state["net"])
+        else:
+            net.load_state_dict(state["net"])
     return net.eval()
 
 
@@ -341,43 +368,6 @@ def calibration_images(config: Config, benchmark: Benchmark, count: int) -> Tens
         if i != target:
             images.append(domain.batch(split(len(domain.labels), i, config.split_seed)[1][:count]))
     return torch.cat(images)
-
-
-def _write_log(directory: Path, records: list[dict], fabric: Fabric) -> None:
-    """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
-    if fabric.is_global_zero:
-        directory.mkdir(parents=True, exist_ok=True)
-        with atomic_file(directory / LOG) as file:
-            file.writelines(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def _append_log(directory: Path, record: dict, fabric: Fabric) -> None:
-    if fabric.is_global_zero:
-        with named_errors(directory / LOG), (directory / LOG).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM; the second one does what it always does."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-    def receive(signum: int, frame: object) -> None:
-        received.append(signum)
-        restore()
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.signal(signum, receive)
-    try:
-        yield received
-    finally:
-        restore()
 
 
 def _agreed(signals: list[int], fabric: Fabric) -> int:
@@ -392,21 +382,3 @@ def _reduced(number: Tensor, how: str, fabric: Fabric) -> int:
     """Of all processes together."""
     reduced: Any = fabric.all_reduce(number, reduce_op=how)
     return int(reduced)
-
-
-@contextmanager
-def _progress(config: Config, start: int, fabric: Fabric) -> Iterator[Callable[[dict | None], None]]:
-    """A progress bar on a terminal, else one line for each evaluation, on standard error."""
-
-    def line(record: dict) -> str:
-        mode = f"{config.bits} bit" if record["quantized"] else "float"
-        text = f"seed {config.seed} update {record['update']} {mode} loss {record['loss']:.4f}"
-        return f"{text} validation {record['validation']:.4f} {config.test_domain} {record['test']:.4f}"
-
-    if not fabric.is_global_zero:
-        yield lambda record: None
-    elif not on_terminal():
-        yield lambda record: note(line(record)) if record else None
-    else:
-        with progress(f"seed {config.seed}", config.updates, start, keep=True) as advance:
-            yield lambda record: advance(line(record) if record else None)
