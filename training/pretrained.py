@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.networks.quantizable import classifier
 
-WRAPPERS = ("state_dict", "model")  # keys of checkpoints that hold the state dict beside an optimizer, say
+WRAPPERS = ("state_dict", "model")  # keys of checkpoints that hold the weights beside an optimizer, say
+COUNTER = "num_batches_tracked"
 PREFIXES = ("module.encoder_q.", "module.")  # of MoCo's query encoder, and of (Distributed)DataParallel
 
 
@@ -35,8 +36,10 @@ def load_pretrained(net: nn.Module, path: Path) -> str:
     first_of_head = next(i for i, name in enumerate(names) if name.startswith(f"{classifier(net)}."))
     body, head = names[:first_of_head], names[first_of_head:]
     fits = {name for name, value in found.items() if name in own and value.shape == own[name].shape}
-    _check_complete(net, found, own, [name for name in body if name not in fits], path)
-    wanted = fits if fits.issuperset(head) else fits.difference(head)
+    # BatchNorm counts its batches since torch 0.4.1; weights from before are still in use.
+    lacking = [name for name in names if name not in fits and not (name not in found and name.endswith(COUNTER))]
+    _check_body(net, found, own, [name for name in lacking if name in body], path)
+    wanted = fits.difference(head) if lacking else fits
     loaded = {name: found[name] for name in names if name in wanted}
     for name, value in loaded.items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -45,14 +48,12 @@ def load_pretrained(net: nn.Module, path: Path) -> str:
     text = f"{len(loaded)} tensors of {path}"
     if out := [name for name in found if name not in loaded]:
         text += f", without {', '.join(out[:4])}" + (f" and {len(out) - 4} more" if len(out) > 4 else "")
-    return text if loaded.keys() >= {*head} else f"{text}; a new classifier"
+    return f"{text}; a new classifier" if lacking else text
 
 
-def _check_complete(
+def _check_body(
     net: nn.Module, found: Mapping[str, Tensor], own: Mapping[str, Tensor], lacking: list[str], path: Path
 ) -> None:
-    # BatchNorm counts its batches since torch 0.4.1; weights from before are still in use.
-    lacking = [name for name in lacking if name in found or not name.endswith("num_batches_tracked")]
     if not lacking:
         return
     first, others = lacking[0], len(lacking) - 1
@@ -66,12 +67,15 @@ def _check_complete(
 def _state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors in the file by their names in the network."""
     state = _content(path)
-    while isinstance(state, Mapping) and (inner := next((key for key in WRAPPERS if key in state), None)) is not None:
-        state = state[inner]
+    for wrapper in WRAPPERS:
+        if isinstance(state, Mapping) and wrapper in state:
+            state = state[wrapper]
     if not isinstance(state, Mapping):
         raise InputError(f"expected weights by name (a state dict), got a {type(state).__name__} - at {path}")
-    if odd := next((key for key in state if not (isinstance(key, str) and isinstance(state[key], Tensor))), None):
-        got = f"a {type(state[odd]).__name__} for `{odd}`"
+    for key, value in state.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            continue
+        got = f"a {type(value).__name__} for `{key}`"
         raise InputError(f"expected weights by name (a state dict), got {got} - at {path}")
     for prefix in PREFIXES:
         if stripped := {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}:

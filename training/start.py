@@ -63,9 +63,7 @@ def _check_weights_given(config: Config) -> None:
     if config.weights is not None and config.from_scratch:
         raise InputError(f"expected --weights or --from-scratch, got both - at {config.weights}")
     if config.weights is None and not config.from_scratch and config.data not in BUILT_IN:
-        expected = (
-            f"pretrained weights for images of a folder (torchvision's {config.model}.pth, say) or --from-scratch"
-        )
+        expected = f"weights to fine-tune (torchvision's {config.model}, say) or --from-scratch for a folder of images"
         raise InputError(f"expected {expected}, got neither - at --weights")
 
 
@@ -85,9 +83,9 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
     layers = list(quantizable_layers(net))
     mode = "in float"
     if config.algorithm == "qt-dog":
-        inputs = f" and {config.activation_bits}-bit inputs" if config.activation_bits else ""
+        inputs = f", {config.activation_bits}-bit inputs" if config.activation_bits else ""
         mode = f"{config.bits}-bit weights{inputs} in {len(layers) - 1} layers from update {config.quantize_at} on"
-        mode += f", `{classifier(net)}` in float"
+        mode += f"; `{classifier(net)}` in float"
     parameters = sum(parameter.numel() for parameter in net.parameters())
     images = config.batch_size * (len(benchmark.domains) - 1)
     evaluated, evaluations = sum(len(part) for _, part in sets.values()), -(-config.updates // config.eval_every)
@@ -97,7 +95,7 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
     return [
         f"{benchmark.name}: {len(benchmark.classes)} classes ({_shortened(benchmark.classes)})",
         *columns(rows).splitlines(),
-        f"{config.model}: {parameters:,} parameters, {mode}",
+        f"{config.model}: {parameters:,} parameters; {mode}",
         *(f"weights: {text}" for text in pretrained),
         f"{config.updates:,} updates of {images:,} images, {evaluations:,} evaluations of {evaluated:,}",
         *([f"warning: left out {len(left_out):,} files: {named}"] if left_out else []),
