@@ -19,11 +19,12 @@ from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, check_regular
 from qdeploy.graph import MAX_MEMBERS
 from qdeploy.terminal import note, write
-from qdeploy.training.config import Config, difference, flag, resolve
+from qdeploy.training.config import MACHINE, Config, first_difference, flag, resolve
 from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from lightning_fabric import Fabric
     from torch import Tensor, nn
 
@@ -44,10 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind = next(t for t in (typing.get_args(types[setting.name]) or (types[setting.name],)) if t is not type(None))
         default = "" if setting.default is None else f" (default: {setting.default})"
         choices = setting.metadata["choices"]
-        parser.add_argument(option, type=kind, default=setting.default, choices=choices, help=text + default)
+        action = _Once if setting.name == "test_domain" else "store"
+        parser.add_argument(
+            option, action=action, type=kind, default=setting.default, choices=choices, help=text + default
+        )
     seeds = "train so many networks, from --seed on; 2 or more make an ensemble (default: 1)"
     parser.add_argument("--seeds", type=int, default=1, help=seeds)
     parser.add_argument("--out", type=_folder, required=True, help="folder of the run; the same command continues it")
+
+
+class _Once(argparse.Action):
+    """One domain is held out: a second one would replace the first without a word."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *given: Any) -> None:
+        value, before = given[0], getattr(namespace, self.dest)
+        if before is not None:
+            raise argparse.ArgumentError(self, f"expected one domain to hold out, got {before} and {value}")
+        setattr(namespace, self.dest, value)
 
 
 def _folder(text: str) -> Path:
@@ -64,25 +78,38 @@ def main(args: argparse.Namespace) -> dict:
     """
     seeds = range(args.seed, args.seed + integer(args.seeds, 1, MAX_MEMBERS, "--seeds"))
     config = resolve(Config(**{setting.name: getattr(args, setting.name) for setting in fields(Config)}))
-    _check_folders(config, args.out, [args.out / f"seed{seed}" for seed in seeds])
-    from qdeploy.training.trainer import Interrupted, check_setting, evaluation_sets, run
+    runs = [args.out / f"seed{seed}" for seed in seeds]
+    _check_folders(config, args.out, runs)
+    from qdeploy.training.processes import Interrupted
+    from qdeploy.training.start import check_setting, describe
+    from qdeploy.training.trainer import evaluation_sets, run
 
     fabric = _fabric(config)
     benchmark = _benchmark(config, check=lambda outline: check_setting(config, outline))
-    evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
+    sets = evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
     fabric.launch()
+    said: list[str] = []
+
+    def before_updates(begun: bool) -> None:
+        if said:  # for an earlier seed
+            return
+        said.extend(describe(config, benchmark, sets))
+        for line in said:
+            note(line)
+        if config.algorithm == "qt-dog" and not begun:
+            _rehearse_export(config, benchmark)
+
     members = []
     try:
-        for seed in seeds:
-            directory = args.out / f"seed{seed}"
-            record = run(replace(config, seed=seed), benchmark, directory, fabric)
+        for seed, directory in zip(seeds, runs, strict=True):
+            record = run(replace(config, seed=seed), benchmark, directory, fabric, before_updates)
             members.append({"seed": seed, **{key: record[key] for key in ("update", "validation", "test")}})
     except Interrupted as stop:
         note(str(stop))
         raise SystemExit(128 + stop.signum) from None
     if not fabric.is_global_zero:
         raise SystemExit(0)  # of several processes one goes on
-    summary = {"config": asdict(config), "members": members} | _finish(config, benchmark, args.out, len(members))
+    summary = {"config": asdict(config), "members": members} | _finish(config, benchmark, args.out, runs, fabric)
     with atomic_file(args.out / SUMMARY) as file:
         file.write(json.dumps(summary, indent=1).encode())
     return summary
@@ -139,7 +166,19 @@ def show(summary: dict) -> None:
         write(f"int8 engine {file['test']:.2%}, the same class as the trained network in {file['agreement']:.2%}")
 
 
-def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict:
+def _rehearse_export(config: Config, benchmark: Benchmark) -> None:
+    """Raise what the export after the training would, of the network before it."""
+    from qdeploy.exporter import rehearse
+    from qdeploy.training.algorithms import attach_quantizers
+    from qdeploy.training.start import build_network
+    from qdeploy.training.trainer import calibration_images
+
+    net, shown = build_network(config, benchmark), calibration_images(config, benchmark, 2)
+    attach_quantizers(net, config, [shown])
+    rehearse(net, shown[:2], shown, **_file_options(benchmark))
+
+
+def _finish(config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path], fabric: Fabric) -> dict:
     """Accuracy of the ensemble on the held-out domain, and, for QT-DoG, the model file."""
     import torch
 
@@ -147,37 +186,71 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
     from qdeploy.training import trainer
     from qdeploy.training.quantize import summary
 
-    nets = [trainer.load_trained(out / f"seed{config.seed + i}", benchmark) for i in range(count)]
+    nets = [trainer.load_trained(run, benchmark) for run in runs]
+    found: dict = {}
+    path = None
+    if config.algorithm == "qt-dog":
+        found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
+        path = out / FILES[len(nets) > 1]
+        _export(nets, config, benchmark, path)
+    elif len(nets) == 1:
+        return found
     domain, positions = trainer.evaluation_sets(config, benchmark)[f"{config.test_domain}_in"]
     labels = torch.from_numpy(benchmark.domains[domain].labels[positions])
-    with torch.no_grad():
-        logits = torch.stack([trainer.apply(net, benchmark, domain, positions) for net in nets])
-    found: dict = {}
-    if count > 1:
+    logits, int8 = _judged(nets, path, benchmark, domain, positions, fabric.device)
+    if len(nets) > 1:
         decided = {rule: combine(logits, rule)[1] for rule in RULES}
         found["ensemble"] = {rule: (classes == labels).float().mean().item() for rule, classes in decided.items()}
-    if config.algorithm != "qt-dog":
-        return found
-    found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
-    path = out / FILES[count > 1]
-    _export(nets, config, benchmark, path)
-    classes = _int8_classes(path, benchmark, domain, positions)
-    fake_quant = combine(logits, "logits")[1]
-    found["file"] = {
-        "path": str(path),
-        "bytes": path.stat().st_size,
-        "test": (classes == labels).float().mean().item(),
-        "agreement": (classes == fake_quant).float().mean().item(),
-    }
+    if path is not None:
+        found["file"] = {
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "test": (int8 == labels).float().mean().item(),
+            "agreement": (int8 == combine(logits, "logits")[1]).float().mean().item(),
+        }
     return found
 
 
+def _judged(
+    nets: Sequence[nn.Module],
+    path: Path | None,
+    benchmark: Benchmark,
+    domain: int,
+    positions: np.ndarray,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The logits of each network, [M, N, K], and the classes of the model file at `path`, [N], on the CPU; the images
+    are decoded once for all of them."""
+    import torch
+
+    import qdeploy
+    from qdeploy.training.progress import counted_images
+    from qdeploy.training.trainer import apply
+
+    model = None if path is None else qdeploy.load_int_model(path)
+    nets = [net.to(device) for net in nets]
+    int8 = [torch.empty(0, dtype=torch.int64)]
+    files = " and their file" if len(nets) > 1 else " and its file"
+    text = f"{len(nets)} trained network(s){files if model else ''} on the held-out domain"
+
+    def judge(images: Tensor) -> Tensor:
+        if model is not None:
+            int8.append(torch.from_numpy(model.predict(images.numpy())))
+        logits = torch.stack([net(images.to(device)).cpu() for net in nets], 1)
+        seen(len(images))
+        return logits
+
+    with torch.no_grad(), counted_images(text, len(positions)) as seen:
+        logits = apply(judge, benchmark, domain, positions)
+    return logits.transpose(0, 1).contiguous(), torch.cat(int8)
+
+
 def common_config(runs: Sequence[Path]) -> Config:
-    """The settings of finished runs, with the seed of the first. Raises InputError where they differ in more than the
-    seed, or a folder holds no finished run."""
+    """The settings of finished runs, with the seed of the first. Raises InputError where they differ in more than
+    the seed and the machine, or a folder holds no finished run."""
     configs = [_config_of_run(run) for run in runs]
     for run, config in zip(runs[1:], configs[1:], strict=True):
-        found = difference(replace(config, seed=configs[0].seed), configs[0])
+        found = first_difference(config, configs[0], MACHINE | {"seed"})
         if found is not None:
             raise InputError(f"expected runs that differ in their seed alone, {found} - at {run}")
     return configs[0]
@@ -221,15 +294,14 @@ def _export(
     from qdeploy.training.trainer import calibration_images
 
     shown = calibration_images(config, benchmark, images)
-    options: dict[str, Any] = {
-        "calibration": shown.split(64),
-        "observer": observer,
-        "preprocess": {"mean": benchmark.mean, "std": benchmark.std},
-        "classes": benchmark.classes,
-    }
+    options: dict[str, Any] = {"calibration": shown.split(64), "observer": observer, **_file_options(benchmark)}
     if len(nets) == 1:
         return qdeploy.export(nets[0], shown[:2], path, **options)
     return qdeploy.export_ensemble(nets, shown[:2], path, combine=combine, **options)
+
+
+def _file_options(benchmark: Benchmark) -> dict[str, Any]:
+    return {"preprocess": {"mean": benchmark.mean, "std": benchmark.std}, "classes": benchmark.classes}
 
 
 def _benchmark(config: Config, check: Callable[[Outline], None] = lambda outline: None) -> Benchmark:
@@ -237,13 +309,3 @@ def _benchmark(config: Config, check: Callable[[Outline], None] = lambda outline
 
     names = config.domains.split(",") if config.domains is not None else None
     return load_benchmark(config.data, names, config.image_size, check)
-
-
-def _int8_classes(path: Path, benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:
-    import torch
-
-    import qdeploy
-    from qdeploy.training.trainer import apply
-
-    model = qdeploy.load_int_model(path)
-    return apply(lambda images: torch.from_numpy(model.predict(images.numpy())), benchmark, domain, positions)
