@@ -36,6 +36,7 @@ from qdeploy.training.run_files import (
     append_log,
     check_record,
     check_same_run,
+    is_untidy,
     read_done,
     read_state,
     restore_done,
@@ -223,10 +224,13 @@ def run(
         InputError: a setting that does not fit the data, another run in `directory`, or a loss that is not finite.
         Interrupted: a signal came; everything up to it is in the checkpoint.
     """
-    if (selected := _finished(config, directory)) is not None:
-        return selected
-    with alone_of_all(directory, fabric):  # another process may have finished it until here
-        return _finished(config, directory) or _run(config, benchmark, directory, fabric, before_updates)
+    selected = _finished(config, directory)
+    if selected is None or is_untidy(directory):
+        with alone_of_all(directory, fabric):  # another process may have finished it until here
+            selected = _finished(config, directory) or _run(config, benchmark, directory, fabric, before_updates)
+            if fabric.is_global_zero:
+                (directory / CHECKPOINT).unlink(missing_ok=True)
+    return selected
 
 
 def _finished(config: Config, directory: Path) -> dict | None:
@@ -256,7 +260,6 @@ def _run(
     if fabric.is_global_zero:
         write_state(directory / MODEL, config, {"net": state.best, "selected": selected})
         write_done(directory, config, selected)
-        (directory / CHECKPOINT).unlink(missing_ok=True)
     fabric.barrier()
     return selected
 
