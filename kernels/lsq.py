@@ -11,9 +11,10 @@ The bounds are inside: where min-max or MSE initialization puts the largest weig
 its gradient. Everything is computed in float32 whatever the type of the value; the sum of dL/ds runs in float64,
 because its terms cancel (|r - x| <= 1/2 with either sign).
 
-This file is the definition in plain PyTorch. On a GPU the kernels of `triton_lsq.py` compute the same bits. `lsq` and
-its gradient are opaque custom operators, so a network exported by torch.export holds exactly one
-`torch.ops.qdeploy.lsq.default` node per quantizer.
+This file is the definition in plain PyTorch. The kernels of `cpu_lsq.py` and, on a GPU, of `triton_lsq.py` compute the
+same bits. `lsq` and its gradient are opaque custom operators, so a network exported by torch.export holds exactly one
+`torch.ops.qdeploy.lsq.default` node per quantizer. `fake_quantize` is what a network calls: the same, with less
+overhead, and in torch.func too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.errors import InputError
+from qdeploy.kernels import cpu_lsq
 
 if TYPE_CHECKING:
     from qdeploy.kernels.triton_lsq_many import Tables
@@ -90,6 +92,9 @@ def lsq(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale
     if on_gpu(value):
         _aligned(step, value, axis)
         return _kernels(ONE).forward(value, step, qmin, qmax, axis)
+    if cpu_lsq.takes(value, step, axis):
+        _aligned(step, value, axis)
+        return cpu_lsq.forward(value, step, qmin, qmax)
     codes, s = _rounded(value, step, qmin, qmax, axis)
     return codes.mul_(s).to(value.dtype)
 
@@ -108,6 +113,8 @@ def lsq_backward(
     s = _aligned(step, value, axis)
     if on_gpu(value):
         return _kernels(ONE).backward(grad, value, step, qmin, qmax, axis, grad_scale)
+    if cpu_lsq.takes(value, step, axis):
+        return cpu_lsq.backward(grad, value, step, qmin, qmax, grad_scale)
     x = value.float() / s
     inside = (x >= qmin) & (x <= qmax)
     grad_value = torch.where(inside, grad, 0)
@@ -164,12 +171,42 @@ lsq.register_autograd(_backward, setup_context=_save)
 lsq_backward.register_autograd(_second_backward, setup_context=_save_backward)
 
 
-def in_func() -> bool:
-    """Whether a transformation of torch.func runs, which knows operators of torch alone."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+class _OnCpu(torch.autograd.Function):
+    """`lsq` on a CPU, past the operator, whose two dispatches take 0.1 ms: as long as 100,000 weights."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, step: Tensor, *constants: Any) -> Tensor:
+        ctx.constants = constants
+        ctx.save_for_backward(value, step)
+        qmin, qmax, axis, _ = constants
+        _aligned(step, value, axis)
+        return cpu_lsq.forward(value, step, qmin, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, step = ctx.saved_tensors
+        qmin, qmax, axis, grad_scale = ctx.constants
+        if torch.is_grad_enabled():  # these gradients will be differentiated
+            return *lsq_backward(grad, value, step, qmin, qmax, axis, grad_scale), *[None] * 4
+        return *cpu_lsq.backward(grad, value, step, qmin, qmax, grad_scale), *[None] * 4
 
 
-def lsq_in_func(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Tensor:
+def fake_quantize(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Tensor:
+    """`lsq`, wherever it is called: in torch.func, traced, compiled, or plainly on a CPU or GPU."""
+    if torch.compiler.is_compiling():
+        return lsq(value, step, qmin, qmax, axis, grad_scale)
+    if torch._C._are_functorch_transforms_active():  # which know operators of torch alone
+        return _lsq_in_func(value, step, qmin, qmax, axis, grad_scale)
+    plain = type(value) in _PLAIN and type(step) in _PLAIN and torch._C._len_torch_dispatch_stack() == 0
+    if plain and cpu_lsq.takes(value, step, axis):
+        return _OnCpu.apply(value, step, qmin, qmax, axis, grad_scale)
+    return lsq(value, step, qmin, qmax, axis, grad_scale)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # no fake tensors and the like, which are there to see the operator
+
+
+def _lsq_in_func(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Tensor:
     """`lsq` with its bits and derivatives of every order, for torch.func: vmap, grad, jvp and what is made of them."""
     s = _aligned(step.detach(), value, axis)
     codes = (value.detach().float() / s).clamp(qmin, qmax).round()

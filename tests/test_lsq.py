@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from qdeploy import _engine
 from qdeploy.errors import InputError
-from qdeploy.kernels.lsq import in_func, lsq, lsq_codes, lsq_in_func, lsq_many
+from qdeploy.kernels import cpu_lsq
+from qdeploy.kernels.lsq import fake_quantize, lsq, lsq_codes, lsq_many
 from qdeploy.training import quantize_
 
 RANGES = {
@@ -46,9 +48,9 @@ def cases(draw):
     return value, shaped, aligned, grad, qmin, qmax, axis
 
 
-@settings(max_examples=150, deadline=None)
-@given(cases(), st.sampled_from([0.0, 1.0, 0.0123]))
-def test_values_codes_and_gradients_follow_the_formulas(case, grad_scale):
+@settings(max_examples=250, deadline=None)
+@given(cases(), st.sampled_from([0.0, 1.0, 0.0123]), st.sampled_from([lsq, fake_quantize]))
+def test_values_codes_and_gradients_follow_the_formulas(case, grad_scale, quantize):
     value, step, aligned, grad, qmin, qmax, axis = case
     x = value / aligned
     codes = np.rint(np.clip(x, qmin, qmax))
@@ -58,7 +60,7 @@ def test_values_codes_and_gradients_follow_the_formulas(case, grad_scale):
     expected_step = grad_scale * terms.sum(axis=axes, dtype=np.float64)
 
     v, s = torch.tensor(value, requires_grad=True), torch.tensor(step, requires_grad=True)
-    out = lsq(v, s, qmin, qmax, axis, grad_scale)
+    out = quantize(v, s, qmin, qmax, axis, grad_scale)
     out.backward(torch.tensor(grad))
     found = lsq_codes(v, s, qmin, qmax, axis)
     assert found.dtype == (torch.int8 if qmin < 0 else torch.uint8)
@@ -188,19 +190,68 @@ def test_torch_func_transforms_a_quantized_network():
 def test_torch_func_has_the_bits_and_the_hessian():
     torch.manual_seed(0)
     inputs = torch.randn(3, 2, 1, 2), torch.rand(3) / 5 + 0.05
-    assert not in_func()
-    bits = torch.func.vmap(lambda value: lsq_in_func(value, inputs[1][0], -8, 7, -1, 1.0))(inputs[0])
+    bits = torch.func.vmap(lambda value: fake_quantize(value, inputs[1][0], -8, 7, -1, 1.0))(inputs[0])
     assert torch.equal(bits, lsq(inputs[0], inputs[1][0], -8, 7, -1, 1.0))
 
     def in_transform(value, step):
-        assert in_func()
-        return lsq_in_func(value, step, -8, 7, 0, 0.1)
+        assert torch._C._are_functorch_transforms_active()
+        return fake_quantize(value, step, -8, 7, 0, 0.1)
 
     found = torch.func.hessian(curved(in_transform), (0, 1))(*inputs)
     expected = torch.autograd.functional.hessian(curved(lambda v, s: lsq(v, s, -8, 7, 0, 0.1)), inputs)
     for row, other in zip(found, expected, strict=True):
         for one, two in zip(row, other, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantize", [lsq, fake_quantize])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("per_slice", [False, True])
+def test_kernels_of_the_cpu_have_the_bits_of_the_definition(quantize, layout, per_slice, monkeypatch):
+    """More numbers than one call of a kernel takes, in slices of odd sizes; NaN and infinities stay what they are."""
+    torch.manual_seed(0)
+    value = torch.randn(3, 61, 17, 19).contiguous(memory_format=layout)
+    value[0, 0, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    step, axis = (torch.tensor([0.02, 0.05, 0.3]), 0) if per_slice else (torch.tensor(0.05), -1)
+    grad = torch.randn(3, 61, 17, 19)
+
+    def run():
+        v, s = value.clone().requires_grad_(), step.clone().requires_grad_()
+        out = quantize(v, s, -64, 63, axis, 0.3)
+        assert out.stride() == value.stride()
+        return out.detach(), *torch.autograd.grad(out, (v, s), grad)
+
+    assert cpu_lsq.takes(value, step, axis)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(run())
+    for other in found[1:]:
+        assert all(torch.equal(a.nan_to_num(9.25), b.nan_to_num(9.25)) for a, b in zip(found[0], other, strict=True))
+    monkeypatch.setattr(cpu_lsq, "HAS_ENGINE", False)
+    out, of_value, of_step = run()
+    assert np.array_equal(found[0][0].numpy().view(np.int32), out.numpy().view(np.int32))
+    assert np.array_equal(found[0][1].numpy().view(np.int32), of_value.numpy().view(np.int32))
+    torch.testing.assert_close(found[0][2], of_step, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", _engine.isas())
+def test_gradients_of_steps_are_the_same_sums_on_every_instruction_set(isa):
+    rng = np.random.default_rng(0)
+    value, grad = rng.normal(size=(2, 3, 50_001)).astype(np.float32)
+    step, results = np.full(3, 0.07, np.float32), []
+    for name in ("scalar", isa):
+        of_value, of_step = np.empty_like(value), np.empty_like(step)
+        _engine.lsq_backward(grad, value, step, -8, 7, 0.1, of_value, of_step, 2, name)
+        results.append((of_value.tobytes(), of_step.tobytes()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("sizes", [(12, 5, 12), (12, 3, 11)])
+def test_kernels_of_the_cpu_refuse_sizes_that_do_not_agree(sizes):
+    value, step, result = (np.ones(size, np.float32) for size in sizes)
+    with pytest.raises(InputError, match=r"expected rows of one size, and as many results, got 12 values"):
+        _engine.lsq_forward(value, step, -8, 7, result, 1)
 
 
 def test_many_values_are_quantized_one_by_one():

@@ -195,7 +195,7 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
     monkeypatch.setattr(quantize_module, "lsq_many", together)
-    monkeypatch.setattr(quantize_module, "lsq", alone)
+    monkeypatch.setattr(quantize_module, "fake_quantize", alone)
     return seen
 
 

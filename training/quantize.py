@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 
 from qdeploy.calibration import batches, doubt
 from qdeploy.errors import InputError
-from qdeploy.kernels.lsq import in_func, lsq, lsq_codes, lsq_in_func, lsq_many, on_gpu
+from qdeploy.kernels.lsq import fake_quantize, lsq_codes, lsq_many, on_gpu
 from qdeploy.networks.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
 from qdeploy.networks.wrappers import WRAPPERS, plain_names, unwrapped
 from qdeploy.training.ranges import observe, one_line
@@ -84,8 +84,7 @@ class Quantizer(nn.Module):
         prepared = self.prepared
         if prepared is not None and prepared.serves(value, self.step):
             return prepared.result
-        quantized = lsq_in_func if in_func() else lsq
-        return quantized(value, self.step, self.qmin, self.qmax, self.axis, self.grad_scale)
+        return fake_quantize(value, self.step, self.qmin, self.qmax, self.axis, self.grad_scale)
 
     def codes(self, value: Tensor) -> Tensor:
         """The integer codes of `value`: int8, or uint8 for an unsigned range."""
@@ -255,8 +254,9 @@ def step_group(net: nn.Module, lr: float) -> dict:
 @torch.no_grad()
 def project_steps_(net: nn.Module) -> None:
     """Keeps every step size at 1e-8 or more; call it after each optimizer step (LSQ is undefined for s <= 0)."""
-    for step in step_parameters(net):
-        step.clamp_(min=MIN_STEP)
+    steps = [module.step for module in net.modules() if isinstance(module, Quantizer) and module.step.requires_grad]
+    if steps:
+        torch._foreach_clamp_min_(steps, MIN_STEP)
 
 
 @dataclass(frozen=True)
