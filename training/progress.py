@@ -88,9 +88,9 @@ class Progress:
         """After so many images more, of the `total` ones of an evaluation in all processes."""
         self._images += images * self._processes
         self._evaluated = min(self._evaluated + images * self._processes, total)
-        text = f"seed {self._config.seed} evaluates: {self._evaluated:,} of {total:,} images"
+        text = f"seed {self._config.seed} evaluates: {self._evaluated:,} of {total:,} images, {self.speed()}"
         self._advance(text, 0)
-        self._say_seldom(f"{text}, {self.speed()}")
+        self._say_seldom(text)
 
     def recorded(self, record: dict) -> None:
         """After an evaluation."""
@@ -98,11 +98,11 @@ class Progress:
         mode = f"{config.bits} bit" if record["quantized"] else "float"
         text = f"seed {config.seed} update {record['update']} {mode} loss {record['loss']:.4f}"
         text += f" validation {record['validation']:.4f} {config.test_domain} {record['test']:.4f}"
-        self._advance(text, 0)
+        self._advance(text, 0)  # no longer, or the bar has no room
         self._say(f"{text}, {self.speed()}")
         self._begin()
 
     def speed(self) -> str:
         """Of training and evaluation since the last record."""
         seconds = time.perf_counter() - self._began
-        return f"{self._images / seconds:,.0f} images/s, {self._waited / seconds:.0%} of the time waiting for data"
+        return f"{self._images / seconds:,.0f} images/s, {self._waited / seconds:.0%} waiting for data"

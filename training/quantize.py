@@ -172,7 +172,8 @@ def quantize_(
     if activation_bits is not None:
         activation_bits = checked_bits(activation_bits, "activation_bits")
         if calibration is None:
-            raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
+            got = "none (a saved state needs none: quantize_like_)"
+            raise InputError(f"expected calibration batches for quantized activations, got {got} - at quantize_")
     made = _weight_quantizers(net, targets, per_channel, init, grad_scale)
     images = [] if activation_bits is None else _first_batches(net, calibration)
     with all_or_nothing(net):

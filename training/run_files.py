@@ -43,6 +43,11 @@ def alone(folder: Path) -> Iterator[None]:
         file.close()
 
 
+def is_untidy(folder: Path) -> bool:
+    """Whether a process was killed here when a run was as good as finished."""
+    return any((folder / name).exists() for name in (CHECKPOINT, LOCK)) or any(folder.glob(TEMPORARY.format("*")))
+
+
 def _locked(folder: Path) -> BinaryIO | None:
     """The open lock file of `folder`, with host and process in it; None, and a warning, where locks do not exist."""
     path = folder / LOCK

@@ -40,6 +40,7 @@ from qdeploy.training.run_files import (
     check_record,
     check_same_images,
     check_same_run,
+    is_untidy,
     read_done,
     read_state,
     restore_done,
@@ -188,10 +189,14 @@ def run(
         Interrupted: a signal came; everything up to it is in the checkpoint.
     """
     resolve(replace(config, devices=fabric.world_size))  # a batch that the processes divide, whoever made them
-    if (selected := _finished(config, benchmark, directory)) is not None:
-        return selected
-    with alone_of_all(directory, fabric):  # another process may have finished it until here
-        return _finished(config, benchmark, directory) or _run(config, benchmark, directory, fabric, before_updates)
+    selected = _finished(config, benchmark, directory)
+    if selected is None or is_untidy(directory):
+        with alone_of_all(directory, fabric):  # another process may have finished it until here
+            selected = _finished(config, benchmark, directory)
+            selected = selected or _run(config, benchmark, directory, fabric, before_updates)
+            if fabric.is_global_zero:
+                (directory / CHECKPOINT).unlink(missing_ok=True)
+    return selected
 
 
 def _finished(config: Config, benchmark: Benchmark, directory: Path) -> dict | None:
@@ -223,7 +228,6 @@ def _run(
         images = benchmark.fingerprint
         write_state(directory / MODEL, config, {"net": state.best, "selected": selected, "images": images})
         write_done(directory, config, selected, images)
-        (directory / CHECKPOINT).unlink(missing_ok=True)
     fabric.barrier()
     return selected
 
