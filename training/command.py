@@ -45,23 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind = next(t for t in (typing.get_args(types[setting.name]) or (types[setting.name],)) if t is not type(None))
         default = "" if setting.default is None else f" (default: {setting.default})"
         choices = setting.metadata["choices"]
-        action = _Once if setting.name == "test_domain" else "store"
-        parser.add_argument(
-            option, action=action, type=kind, default=setting.default, choices=choices, help=text + default
-        )
+        parser.add_argument(option, type=kind, default=setting.default, choices=choices, help=text + default)
     seeds = "train so many networks, from --seed on; 2 or more make an ensemble (default: 1)"
     parser.add_argument("--seeds", type=int, default=1, help=seeds)
     parser.add_argument("--out", type=_folder, required=True, help="folder of the run; the same command continues it")
-
-
-class _Once(argparse.Action):
-    """One domain is held out: a second one would replace the first without a word."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *given: Any) -> None:
-        value, before = given[0], getattr(namespace, self.dest)
-        if before is not None:
-            raise argparse.ArgumentError(self, f"expected one domain to hold out, got {before} and {value}")
-        setattr(namespace, self.dest, value)
 
 
 def _folder(text: str) -> Path:

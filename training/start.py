@@ -47,6 +47,8 @@ def check_setting(config: Config, outline: Outline) -> None:
         raise InputError(f"expected two or more domains, got {len(outline.domains)} - at --domains")
     if len(outline.classes) < 2:
         raise InputError(f"expected two or more classes, got {', '.join(outline.classes)} - at {outline.name}")
+    if "," in config.test_domain and config.test_domain not in outline.domains:
+        raise InputError(f"expected one domain to hold out, got {config.test_domain} - at --test-domain")
     outline.index(config.test_domain)
     _check_weights_given(config)
     shape, images = outline.input_shape, config.batch_size * (len(outline.domains) - 1)
