@@ -11,9 +11,10 @@ The bounds are inside: where min-max or MSE initialization puts the largest weig
 its gradient. Everything is computed in float32 whatever the type of the value; the sum of dL/ds runs in float64,
 because its terms cancel (|r - x| <= 1/2 with either sign).
 
-This file is the definition in plain PyTorch. On a GPU the kernels of `triton_lsq.py` compute the same bits. `lsq` and
-its gradient are opaque custom operators, so a network exported by torch.export holds exactly one
-`torch.ops.qdeploy.lsq.default` node per quantizer.
+This file is the definition in plain PyTorch. The kernels of `cpu_lsq.py` and, on a GPU, of `triton_lsq.py` compute the
+same bits. `lsq` and its gradient are opaque custom operators, so a network exported by torch.export holds exactly one
+`torch.ops.qdeploy.lsq.default` node per quantizer. `fake_quantize` is what a network calls: the same, with less
+overhead, and in torch.func too.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qdeploy.errors import InputError
+from qdeploy.kernels import cpu_lsq
 
 if TYPE_CHECKING:
     from qdeploy.kernels.triton_lsq_many import Tables
@@ -90,6 +92,9 @@ def lsq(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale
     if on_gpu(value):
         _aligned(step, value, axis)
         return _kernels(ONE).forward(value, step, qmin, qmax, axis)
+    if cpu_lsq.takes(value, step, axis):
+        _aligned(step, value, axis)
+        return cpu_lsq.forward(value, step, qmin, qmax)
     codes, s = _rounded(value, step, qmin, qmax, axis)
     return codes.mul_(s).to(value.dtype)
 
@@ -108,6 +113,8 @@ def lsq_backward(
     s = _aligned(step, value, axis)
     if on_gpu(value):
         return _kernels(ONE).backward(grad, value, step, qmin, qmax, axis, grad_scale)
+    if cpu_lsq.takes(value, step, axis):
+        return cpu_lsq.backward(grad, value, step, qmin, qmax, grad_scale)
     x = value.float() / s
     inside = (x >= qmin) & (x <= qmax)
     grad_value = torch.where(inside, grad, 0)
@@ -134,12 +141,77 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *lsq_backward(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise InputError("expected one differentiation, got a second one of its gradients - at qdeploy::lsq")
+def _change(
+    value: Tensor, step: Tensor, of_value: Tensor, of_step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float
+) -> Tensor:
+    """By how much `lsq` changes with changes of value and step, by the derivatives above.
+
+    Straight-through, r - x is no function of value and step: `lsq` is linear in both until a value leaves the range,
+    and its own second derivatives are zero. So those of a loss are what this linear map brings from behind it.
+    """
+    value, step = value.detach(), step.detach()
+    x = value.float() / _aligned(step, value, axis)
+    inside = (x >= qmin) & (x <= qmax)
+    codes = x.clamp(qmin, qmax).round()
+    slope = torch.where(inside, codes - x, codes) * grad_scale
+    return (torch.where(inside, of_value, 0) + slope * _aligned(of_step, value, axis)).to(value.dtype)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, value, step, *ctx.constants = inputs
+    ctx.save_for_backward(value, step)
+
+
+def _second_backward(ctx: Any, of_value: Tensor, of_step: Tensor) -> tuple[Tensor | None, ...]:
+    value, step = ctx.saved_tensors
+    return _change(value, step, of_value, of_step, *ctx.constants), *[None] * 6
 
 
 lsq.register_autograd(_backward, setup_context=_save)
-lsq_backward.register_autograd(_refuse)
+lsq_backward.register_autograd(_second_backward, setup_context=_save_backward)
+
+
+class _OnCpu(torch.autograd.Function):
+    """`lsq` on a CPU, past the operator, whose two dispatches take 0.1 ms: as long as 100,000 weights."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, step: Tensor, *constants: Any) -> Tensor:
+        ctx.constants = constants
+        ctx.save_for_backward(value, step)
+        qmin, qmax, axis, _ = constants
+        _aligned(step, value, axis)
+        return cpu_lsq.forward(value, step, qmin, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, step = ctx.saved_tensors
+        qmin, qmax, axis, grad_scale = ctx.constants
+        if torch.is_grad_enabled():  # these gradients will be differentiated
+            return *lsq_backward(grad, value, step, qmin, qmax, axis, grad_scale), *[None] * 4
+        return *cpu_lsq.backward(grad, value, step, qmin, qmax, grad_scale), *[None] * 4
+
+
+def fake_quantize(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Tensor:
+    """`lsq`, wherever it is called: in torch.func, traced, compiled, or plainly on a CPU or GPU."""
+    if torch.compiler.is_compiling():
+        return lsq(value, step, qmin, qmax, axis, grad_scale)
+    if torch._C._are_functorch_transforms_active():  # which know operators of torch alone
+        return _lsq_in_func(value, step, qmin, qmax, axis, grad_scale)
+    plain = type(value) in _PLAIN and type(step) in _PLAIN and torch._C._len_torch_dispatch_stack() == 0
+    if plain and cpu_lsq.takes(value, step, axis):
+        return _OnCpu.apply(value, step, qmin, qmax, axis, grad_scale)
+    return lsq(value, step, qmin, qmax, axis, grad_scale)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)  # no fake tensors and the like, which are there to see the operator
+
+
+def _lsq_in_func(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Tensor:
+    """`lsq` with its bits and derivatives of every order, for torch.func: vmap, grad, jvp and what is made of them."""
+    s = _aligned(step.detach(), value, axis)
+    codes = (value.detach().float() / s).clamp(qmin, qmax).round()
+    change = _change(value, step, value, step, qmin, qmax, axis, grad_scale)
+    return (codes * s).to(value.dtype) + (change - change.detach())  # zero, but for its derivatives
 
 
 View = tuple[Sequence[int], Sequence[int], int]
@@ -211,11 +283,30 @@ def _(
     return values[0].new_empty(flat_views(values)[1]), values[0].new_empty(sum(step.numel() for step in steps))
 
 
-_lsq_many_backward.register_autograd(_refuse)
+def _save_many_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, values, steps, *ctx.constants = inputs
+    ctx.save_for_backward(*values, *steps)
+
+
+def _second_backward_of_many(ctx: Any, of_values: Tensor, of_steps: Tensor) -> tuple[Any, ...]:
+    values, steps = _halves(ctx.saved_tensors)
+    rest = zip(*ctx.constants, strict=True)
+    parts = of_steps.split([step.numel() for step in steps])
+    found = []
+    for value, step, view, part, (qmin, qmax, scale) in zip(
+        values, steps, flat_views(values)[0], parts, rest, strict=True
+    ):
+        axis = 0 if step.dim() else -1
+        found.append(_change(value, step, of_values.as_strided(*view), part, qmin, qmax, axis, scale))
+    none = [None] * len(found)
+    return found, none, none, None, None, None
+
+
+_lsq_many_backward.register_autograd(_second_backward_of_many, setup_context=_save_many_backward)
 
 
 class _LsqMany(torch.autograd.Function):
-    """`lsq_many` on a GPU. The operators are for torch.compile (then `tables` is None) and to refuse a second
+    """`lsq_many` on a GPU. The operators are for torch.compile (then `tables` is None) and for a second
     differentiation; otherwise the kernels are called past them, which saves 0.1 ms for 53 weights."""
 
     @staticmethod

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from qdeploy.errors import InputError
 
+TEMPORARY = ".qdeploy-{}.tmp"  # what `atomic_file` writes, and leaves where its process is killed
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
@@ -60,7 +61,7 @@ def _renamed_at_the_end(path: str) -> Iterator[BinaryIO]:
         raise OSError(errno.EINVAL, "a path with a byte 0", path)
     target = os.path.realpath(path)
     check_regular(target)
-    temporary = os.path.join(os.path.dirname(target), f".qdeploy-{secrets.token_hex(4)}.tmp")
+    temporary = os.path.join(os.path.dirname(target), TEMPORARY.format(secrets.token_hex(4)))
     try:
         with open(temporary, "xb") as file:
             yield file

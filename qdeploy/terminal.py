@@ -13,9 +13,9 @@ Status = Callable[[str], None]  # takes what goes on now, as `status` does
 
 
 class Advance(Protocol):
-    """Call it once per step; `text` replaces the one before."""
+    """Call it after `steps` more; `text` replaces the one before."""
 
-    def __call__(self, text: str | None = None, /) -> None: ...
+    def __call__(self, text: str | None = None, steps: int = 1, /) -> None: ...
 
 
 def printable(text: str) -> str:
@@ -78,13 +78,13 @@ def on_terminal() -> bool:
 
 @contextmanager
 def progress(text: str, total: int | None, done: int = 0, keep: bool = False) -> Iterator[Advance]:
-    """Yields what to call once per step of `total` (None: not known), after the first `done`.
+    """Yields what to call after each step of `total` (None: not known), after the first `done`.
 
     On a terminal it draws a bar where there is rich, else a counter; nothing where stderr is a file. `keep`: the bar
     stays when all is done.
     """
     if not on_terminal():
-        yield lambda text=None: None
+        yield lambda text=None, steps=1: None
         return
     try:
         from rich.console import Console
@@ -98,22 +98,22 @@ def progress(text: str, total: int | None, done: int = 0, keep: bool = False) ->
     # With rich's own standard output nobody would know the encoding any more.
     with Progress(*shown, console=Console(stderr=True), transient=not keep, redirect_stdout=False) as bar:
         task = bar.add_task(printable(text), total=total, completed=done, rate="")
-        began, steps = time.perf_counter(), 0
+        began, made = time.perf_counter(), 0
 
-        def advance_bar(text: str | None = None, /) -> None:
-            nonlocal steps
-            steps += 1
+        def advance_bar(text: str | None = None, steps: int = 1, /) -> None:
+            nonlocal made
+            made += steps
             new_text = None if text is None else printable(text)
-            bar.update(task, advance=1, description=new_text, rate=f"{steps / (time.perf_counter() - began):.1f}/s")
+            bar.update(task, advance=steps, description=new_text, rate=f"{made / (time.perf_counter() - began):.1f}/s")
 
         yield advance_bar
 
 
 @contextmanager
 def _counter(text: str, total: int | None, done: int) -> Iterator[Advance]:
-    def advance(new_text: str | None = None, /) -> None:
+    def advance(new_text: str | None = None, steps: int = 1, /) -> None:
         nonlocal text, done
-        text, done = new_text or text, done + 1
+        text, done = new_text or text, done + steps
         status(f"{text}: batch {done}{f' of {total}' if total else ''}")
 
     yield advance

@@ -451,9 +451,9 @@ def test_any_small_convolutional_network(tmp_path_factory, data):
 
 def learned_activations(bits, learn=True):
     def flow(net, x):
-        y = F.max_pool2d(net.conv1(x).relu(), 2)
+        y = F.max_pool2d(net.q("conv1", net.conv1(x).relu()), 2)
         z = net.conv2(y) + y  # a quantized and a plain reader of one tensor
-        return net.fc(net.conv3(F.relu(z)).mean((2, 3)))
+        return net.fc(net.q("mean", net.conv3(F.relu(z)).mean((2, 3))))
 
     net = Net(flow, conv1=conv(3, 8), conv2=conv(8, 8), conv3=conv(8, 8), fc=nn.Linear(8, 5))
     data = [torch.from_numpy(images((3, 8, 8)))]
@@ -479,9 +479,13 @@ def test_learned_activation_grids(bits, path):
     assert ("conv2.input_quantizer" in grids) == (bits == 4)
     fraction = step["conv2.input"] / grids["conv1"].scale
     assert round(fraction) % 2 == 1 and fraction == pytest.approx(round(fraction))
-    # Only the operand of the addition, the average and the classifier's input are rounded where the network does not
-    # round.
-    assert report.output_sqnr_db > 35
+    # The operand of the addition, the average and the classifier's input are rounded where the network does not round.
+    # Of 8 bits some values lie on ties, and what one code more or less does is small; of 4 bits it is not.
+    if bits == 8:
+        assert report.output_sqnr_db > 35
+    else:
+        got, expected = reference.run(graph, x), emulated(net, graph, x)
+        assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_without_calibration_every_tensor_needs_a_quantizer(path):

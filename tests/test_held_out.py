@@ -10,7 +10,9 @@ from PIL import Image
 from qdeploy.cli import main
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import Outline, load_benchmark
-from qdeploy.training.trainer import check_setting, evaluation_sets, in_domain_split, reported, seed_hash, split
+from qdeploy.training.minibatches import in_domain_split, split
+from qdeploy.training.start import check_setting, seed_hash
+from qdeploy.training.trainer import evaluation_sets, reported
 
 BENCHMARK = load_benchmark("debug")  # debug0, debug1, debug2, 60 images each
 OUTLINE = Outline("debug", BENCHMARK.classes, [domain.name for domain in BENCHMARK.domains], (1, 16, 16))
@@ -116,7 +118,7 @@ def test_a_minibatch_of_one_source_is_small(monkeypatch):
     """The memory that is asked for counts sources, not domains."""
     config = settings("debug0,debug1", batch_size=1000)
     asked = []
-    monkeypatch.setattr("qdeploy.training.trainer.check_memory", lambda size, what, at: asked.append(what))
+    monkeypatch.setattr("qdeploy.training.start.check_memory", lambda size, what, at: asked.append(what))
     check_setting(config, OUTLINE)
     check_setting(replace(config, test_domain="in-domain"), OUTLINE)
     assert asked == ["1000 images", "3000 images"]

@@ -7,8 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from qdeploy import _engine
 from qdeploy.errors import InputError
-from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many
+from qdeploy.kernels import cpu_lsq
+from qdeploy.kernels.lsq import fake_quantize, lsq, lsq_codes, lsq_many
+from qdeploy.training import quantize_
 
 RANGES = {
     "signed": lambda b: (-(2 ** (b - 1)), 2 ** (b - 1) - 1),
@@ -45,9 +48,9 @@ def cases(draw):
     return value, shaped, aligned, grad, qmin, qmax, axis
 
 
-@settings(max_examples=150, deadline=None)
-@given(cases(), st.sampled_from([0.0, 1.0, 0.0123]))
-def test_values_codes_and_gradients_follow_the_formulas(case, grad_scale):
+@settings(max_examples=250, deadline=None)
+@given(cases(), st.sampled_from([0.0, 1.0, 0.0123]), st.sampled_from([lsq, fake_quantize]))
+def test_values_codes_and_gradients_follow_the_formulas(case, grad_scale, quantize):
     value, step, aligned, grad, qmin, qmax, axis = case
     x = value / aligned
     codes = np.rint(np.clip(x, qmin, qmax))
@@ -57,7 +60,7 @@ def test_values_codes_and_gradients_follow_the_formulas(case, grad_scale):
     expected_step = grad_scale * terms.sum(axis=axes, dtype=np.float64)
 
     v, s = torch.tensor(value, requires_grad=True), torch.tensor(step, requires_grad=True)
-    out = lsq(v, s, qmin, qmax, axis, grad_scale)
+    out = quantize(v, s, qmin, qmax, axis, grad_scale)
     out.backward(torch.tensor(grad))
     found = lsq_codes(v, s, qmin, qmax, axis)
     assert found.dtype == (torch.int8 if qmin < 0 else torch.uint8)
@@ -77,15 +80,19 @@ def test_bounds_are_inside():
     assert step.grad.item() == 0 - 4 + 0 + 3 - 0.5
 
 
+def composed(value, step):
+    """LSQ's own formulation, with 4 bits along axis 0: round and a gradient scale of 0.1 by detached differences."""
+    scaled = (step * 0.1 + (step - step * 0.1).detach()).reshape(-1, 1, 1, 1)
+    x = (value / scaled).clamp(-8, 7)
+    return (x + (x.round() - x).detach()) * scaled
+
+
 def test_gradient_equals_the_straight_through_composition():
-    """LSQ's own formulation: round and gradient scale by detached differences."""
     torch.manual_seed(0)
     value = torch.randn(8, 3, 5, 5)
     step = (torch.rand(8) / 10 + 0.05).requires_grad_()
     v = value.clone().requires_grad_()
-    scaled = (step * 0.1 + (step - step * 0.1).detach()).reshape(8, 1, 1, 1)
-    x = (v / scaled).clamp(-8, 7)
-    expected = (x + (x.round() - x).detach()) * scaled
+    expected = composed(v, step)
     upstream = torch.randn_like(value)
     expected_grads = torch.autograd.grad(expected, (v, step), upstream)
     found = lsq(v, step, -8, 7, 0, 0.1)
@@ -120,13 +127,131 @@ def test_steps_that_do_not_fit_are_an_error(step, axis, text):
         lsq_codes(torch.ones(4, 5), step, -8, 7, axis)
 
 
-def test_second_differentiation_is_refused():
-    value, step = torch.randn(4, 6, requires_grad=True), torch.full((4,), 0.1, requires_grad=True)
-    out = lsq(value, step, -8, 7, 0, 1.0)
-    grads = torch.autograd.grad(out.square().sum(), (value, step), create_graph=True)
-    for grad in grads:
-        with pytest.raises(InputError, match="expected one differentiation, got a second one .* - at qdeploy::lsq"):
-            grad.sum().backward(retain_graph=True)
+def curved(quantize):
+    """A loss with curvature of its own behind the quantizer, and in which value and step meet."""
+
+    def loss(value, step):
+        out = quantize(value, step)
+        return (out**3).sum() + (out.sum((1, 2, 3)) * step).square().sum()
+
+    return loss
+
+
+def test_hessian_vector_products_and_third_derivatives_are_those_of_the_composition():
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 2, 2), torch.rand(3) / 5 + 0.05
+    along = torch.randn(3, 2, 2, 2), torch.randn(3)
+
+    def derivatives(quantize):
+        value, step = (tensor.clone().requires_grad_() for tensor in inputs)
+        first = torch.autograd.grad(curved(quantize)(value, step), (value, step), create_graph=True)
+        second = torch.autograd.grad(first, (value, step), along, create_graph=True)
+        return *first, *second, *torch.autograd.grad(second, (value, step), along)
+
+    found = derivatives(lambda value, step: lsq(value, step, -8, 7, 0, 0.1))
+    expected = derivatives(composed)
+    assert ((inputs[0] / inputs[1].reshape(-1, 1, 1, 1)).abs() > 8).sum() > 3  # some are outside the range
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_with_one_step_and_in_half_precision():
+    value = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    hessians = []
+    for dtype in (torch.float32, torch.bfloat16):
+        v, s = value.to(torch.bfloat16).to(dtype).requires_grad_(), torch.tensor(0.3, requires_grad=True)
+        grads = torch.autograd.grad(lsq(v, s, 0, 15, -1, 0.5).float().square().sum(), (v, s), create_graph=True)
+        hessians.append(torch.autograd.grad(grads[1], (v, s)))
+        assert hessians[-1][0].dtype == dtype and hessians[-1][1].dtype == torch.float32
+    for one, other in zip(*hessians, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=0.02, atol=0.02)
+
+
+def test_torch_func_transforms_a_quantized_network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(12, 2)).eval()
+    images, classes = torch.randn(5, 2, 6, 6), torch.tensor([0, 1, 1, 0, 1])
+    quantize_(net, 4, 4, calibration=images)
+    parameters = dict(net.named_parameters())
+
+    def loss(parameters, image, label):
+        return nn.functional.cross_entropy(torch.func.functional_call(net, parameters, (image[None],)), label[None])
+
+    found = torch.func.vmap(torch.func.grad_and_value(loss), (None, 0, 0))(parameters, images, classes)
+    for i in range(5):
+        value = nn.functional.cross_entropy(net(images[i : i + 1]), classes[i : i + 1])
+        expected = torch.autograd.grad(value, [*parameters.values()])
+        torch.testing.assert_close(found[1][i], value.detach())
+        for name, grad in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found[0][name][i], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of torch's own forward derivatives
+def test_torch_func_has_the_bits_and_the_hessian():
+    torch.manual_seed(0)
+    inputs = torch.randn(3, 2, 1, 2), torch.rand(3) / 5 + 0.05
+    bits = torch.func.vmap(lambda value: fake_quantize(value, inputs[1][0], -8, 7, -1, 1.0))(inputs[0])
+    assert torch.equal(bits, lsq(inputs[0], inputs[1][0], -8, 7, -1, 1.0))
+
+    def in_transform(value, step):
+        assert torch._C._are_functorch_transforms_active()
+        return fake_quantize(value, step, -8, 7, 0, 0.1)
+
+    found = torch.func.hessian(curved(in_transform), (0, 1))(*inputs)
+    expected = torch.autograd.functional.hessian(curved(lambda v, s: lsq(v, s, -8, 7, 0, 0.1)), inputs)
+    for row, other in zip(found, expected, strict=True):
+        for one, two in zip(row, other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantize", [lsq, fake_quantize])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("per_slice", [False, True])
+def test_kernels_of_the_cpu_have_the_bits_of_the_definition(quantize, layout, per_slice, monkeypatch):
+    """More numbers than one call of a kernel takes, in slices of odd sizes; NaN and infinities stay what they are."""
+    torch.manual_seed(0)
+    value = torch.randn(3, 61, 17, 19).contiguous(memory_format=layout)
+    value[0, 0, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    step, axis = (torch.tensor([0.02, 0.05, 0.3]), 0) if per_slice else (torch.tensor(0.05), -1)
+    grad = torch.randn(3, 61, 17, 19)
+
+    def run():
+        v, s = value.clone().requires_grad_(), step.clone().requires_grad_()
+        out = quantize(v, s, -64, 63, axis, 0.3)
+        assert out.stride() == value.stride()
+        return out.detach(), *torch.autograd.grad(out, (v, s), grad)
+
+    assert cpu_lsq.takes(value, step, axis)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(run())
+    for other in found[1:]:
+        assert all(torch.equal(a.nan_to_num(9.25), b.nan_to_num(9.25)) for a, b in zip(found[0], other, strict=True))
+    monkeypatch.setattr(cpu_lsq, "HAS_ENGINE", False)
+    out, of_value, of_step = run()
+    assert np.array_equal(found[0][0].numpy().view(np.int32), out.numpy().view(np.int32))
+    assert np.array_equal(found[0][1].numpy().view(np.int32), of_value.numpy().view(np.int32))
+    torch.testing.assert_close(found[0][2], of_step, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", _engine.isas())
+def test_gradients_of_steps_are_the_same_sums_on_every_instruction_set(isa):
+    rng = np.random.default_rng(0)
+    value, grad = rng.normal(size=(2, 3, 50_001)).astype(np.float32)
+    step, results = np.full(3, 0.07, np.float32), []
+    for name in ("scalar", isa):
+        of_value, of_step = np.empty_like(value), np.empty_like(step)
+        _engine.lsq_backward(grad, value, step, -8, 7, 0.1, of_value, of_step, 2, name)
+        results.append((of_value.tobytes(), of_step.tobytes()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("sizes", [(12, 5, 12), (12, 3, 11)])
+def test_kernels_of_the_cpu_refuse_sizes_that_do_not_agree(sizes):
+    value, step, result = (np.ones(size, np.float32) for size in sizes)
+    with pytest.raises(InputError, match=r"expected rows of one size, and as many results, got 12 values"):
+        _engine.lsq_forward(value, step, -8, 7, result, 1)
 
 
 def test_many_values_are_quantized_one_by_one():

@@ -1,6 +1,7 @@
 """Attaching quantizers to networks."""
 
 import copy
+import pickle
 import threading
 
 import numpy as np
@@ -147,6 +148,7 @@ def test_networks_copy_and_reload():
     with torch.no_grad():
         net.stem.parametrizations.weight[0].step.mul_(1.5)
     assert torch.equal(copy.deepcopy(net)(x), net(x))
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
     other = Zoo().eval()
     quantize_(other, 8, 8, calibration=[x.abs()])  # the state brings bits, ranges and steps
     other.load_state_dict(net.state_dict())
@@ -193,7 +195,7 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
     monkeypatch.setattr(quantize_module, "lsq_many", together)
-    monkeypatch.setattr(quantize_module, "lsq", alone)
+    monkeypatch.setattr(quantize_module, "fake_quantize", alone)
     return seen
 
 

@@ -873,13 +873,30 @@ def test_schedulers_made_before_the_step_sizes(name):
     assert optimizer.param_groups[1]["lr"] < optimizer.param_groups[0]["lr"]
 
 
-def test_a_quantized_network_is_saved_as_its_state(tmp_path):
+def test_a_quantized_network_is_pickled_and_goes_on_training(tmp_path):
     net = small()
+    quantize_(net, 7, 8, calibration=[X])
+    torch.save(net, tmp_path / "net.pt")
+    loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+    for copied in (loaded, pickle.loads(pickle.dumps(net)), pickle.loads(pickle.dumps(loaded)), copy.deepcopy(net)):
+        assert torch.equal(copied.eval()(X), net.eval()(X))
+        assert {*quantizers(copied)} == {*quantizers(net)}
+        assert copied.state_dict().keys() == net.state_dict().keys()
+        optimizer = torch.optim.SGD([*copied.parameters()], lr=0.1)
+        before = [step.detach().clone() for step in step_parameters(copied)]
+        copied(X).square().mean().backward()
+        optimizer.step()
+        assert all(not torch.equal(a, b) for a, b in zip(before, step_parameters(copied), strict=True))
+        assert not torch.equal(copied(X), net(X))  # a copy of its own
+
+
+def test_other_parametrizations_are_pickled_with_the_quantizers():
+    net = small()
+    scaled(net[0])
+    parametrize.register_parametrization(net[4], "bias", Scaled())
     quantize_(net, 7)
-    for save in (pickle.dumps, lambda net: torch.save(net, tmp_path / "net.pt"), copy.copy):
-        with pytest.raises(
-            InputError, match=r"its state_dict\(\) .*got a quantized network to pickle - at Param"
-        ) as error:
-            save(net if save is not copy.copy else net[0])
-        assert "\n" not in str(error.value)
-    assert torch.equal(copy.deepcopy(net).eval()(X), net.eval()(X))
+    loaded = pickle.loads(pickle.dumps(net))
+    assert torch.equal(loaded.eval()(X), net.eval()(X))
+    assert type(loaded[0]) is not type(net[0]) and type(loaded[0]).__name__ == type(net[0]).__name__
+    parametrize.remove_parametrizations(loaded[4], "weight")
+    assert torch.equal(net(X), pickle.loads(pickle.dumps(net))(X))  # whose classes are their own

@@ -22,13 +22,16 @@ from qdeploy.errors import InputError
 from qdeploy.graph import COMBINE
 from qdeploy.kernels import ensemble
 from qdeploy.kernels.ensemble import combine
-from qdeploy.training import command, trainer
+from qdeploy.training import command, processes, trainer
 from qdeploy.training.algorithms import ALGORITHMS, ERM, QTDoG
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import load_benchmark
+from qdeploy.training.minibatches import MinibatchLoader, sample, split
 from qdeploy.training.models import MODELS
+from qdeploy.training.progress import progress_of_run
 from qdeploy.training.quantize import quantizers, step_parameters
-from qdeploy.training.trainer import run, sample, seed_hash, select, split
+from qdeploy.training.start import seed_hash
+from qdeploy.training.trainer import run, select
 
 SMALL = resolve(
     Config(data="debug", test_domain="debug1", updates=9, quantize_at=3, eval_every=2, batch_size=8, accelerator="cpu")
@@ -52,7 +55,7 @@ def tiny_algorithm(fabric, config, kind=QTDoG):
 
 
 def minibatches(number, config=SMALL):
-    loader = trainer.MinibatchLoader(config, BENCHMARK, Fabric(accelerator="cpu", devices=1))
+    loader = MinibatchLoader(config, BENCHMARK, Fabric(accelerator="cpu", devices=1))
     try:
         return loader.at(number)
     finally:
@@ -337,7 +340,7 @@ def test_quantized_inputs_resume_too(fabric, tmp_path, monkeypatch):
     run(config, BENCHMARK, tmp_path / "a", fabric)
     monkeypatch.setattr(trainer, "_agreed", lambda signals, fabric: signal.SIGTERM)
     for _ in range(6):  # stopped after every update
-        with pytest.raises(trainer.Interrupted):
+        with pytest.raises(processes.Interrupted):
             run(config, BENCHMARK, tmp_path / "b", fabric)
     monkeypatch.undo()
     run(config, BENCHMARK, tmp_path / "b", fabric)
@@ -387,7 +390,7 @@ def test_another_run_in_the_folder_is_an_error(finished, fabric, tmp_path, monke
     with pytest.raises(InputError, match=text):
         run(replace(SMALL, bits=4), BENCHMARK, directory, fabric)
     monkeypatch.setattr(trainer, "_agreed", lambda signals, fabric: signal.SIGINT)
-    with pytest.raises(trainer.Interrupted) as stop:
+    with pytest.raises(processes.Interrupted) as stop:
         run(SMALL, BENCHMARK, tmp_path, fabric)
     assert stop.value.signum == signal.SIGINT
     with pytest.raises(InputError, match="lr=0.001, got lr=0.1: give another --out - at .*checkpoint.pt"):
@@ -453,7 +456,7 @@ def test_command_trains_an_ensemble(tmp_path, capsys):
     assert [member["seed"] for member in summary["members"]] == [0, 1, 2]
     assert set(summary["ensemble"]) == {"logits", "probs", "vote"}
     assert "ensemble, logits" in out and "standard error" in out
-    assert err.startswith("preset: ") and err.count("\n") == 10 and "seed 2 update 2 float loss" in err
+    assert sum(line.startswith("seed ") for line in err.splitlines()) == 9 and "seed 2 update 2 float loss" in err
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
     started = time.perf_counter()
     assert command.main(args) == summary
@@ -519,7 +522,7 @@ def test_signals_are_caught_once():
     # Background jobs of a shell are started with SIGINT ignored; here it does what it does at a terminal.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with trainer._signals() as received:
+        with processes.signals_received() as received:
             os.kill(os.getpid(), signal.SIGINT)
             assert received == [signal.SIGINT]
             with pytest.raises(KeyboardInterrupt):
@@ -532,9 +535,10 @@ def test_signals_are_caught_once():
 def test_progress_bar_on_a_terminal(monkeypatch, fabric, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "160")
-    with trainer._progress(SMALL, 2, fabric) as show:
-        show(None)
-        show({"update": 3, "quantized": True, "loss": 1.0, "validation": 0.5, "test": 0.25})
+    with progress_of_run(SMALL, 2, fabric) as progress:
+        progress.updated(16)
+        progress.evaluated(30, 72)
+        progress.recorded({"update": 3, "quantized": True, "loss": 1.0, "validation": 0.5, "test": 0.25})
     assert "seed 0 update 3 7 bit loss 1.0000 validation 0.5000 debug1 0.2500" in capsys.readouterr().err.replace(
         "\n", ""
     )

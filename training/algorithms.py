@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qdeploy.training.config import Config
-from qdeploy.training.quantize import parametrized_weight, project_steps_, quantize_, quantizers, step_group
+from qdeploy.training.quantize import (
+    parametrized_weight,
+    project_steps_,
+    quantize_,
+    quantize_like_,
+    quantizers,
+    step_group,
+)
 
 Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [B, C, H, W] and classes [B] of each source domain
 
@@ -56,8 +64,8 @@ class ERM:
         """All that the next update depends on, beside its minibatches."""
         return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "quantized": self.quantized}
 
-    def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
-        """Continues from `state_dict`; `minibatches` are those of the switch, to shape quantizers of inputs."""
+    def load_state_dict(self, state: dict) -> None:
+        """Continues from `state_dict`."""
         self.net.load_state_dict(state["net"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -78,10 +86,14 @@ class QTDoG(ERM):
         return loss
 
     def _quantize(self, minibatches: Minibatches) -> None:
+        shown = [] if self.config.activation_bits is None else [self._of_all_devices(part) for part, _ in minibatches]
+        self._switch(lambda net: attach_quantizers(net, self.config, shown))
+
+    def _switch(self, attach: Callable[[nn.Module], object]) -> None:
+        """Goes on with the quantizers that `attach` attaches to the network."""
         config = self.config
         del self._model  # data-parallel training holds the network, which may not be quantized then
-        shown = [] if config.activation_bits is None else [self._of_all_devices(images) for images, _ in minibatches]
-        attach_quantizers(self.net, config, shown)
+        attach(self.net)
         for quantizer in quantizers(self.net).values():
             quantizer.step.requires_grad_(config.qat_scope == "all")
         if config.qat_scope == "bn_head":
@@ -107,10 +119,10 @@ class QTDoG(ERM):
         summed: Any = self.fabric.all_reduce(whole, reduce_op="sum")
         return summed
 
-    def load_state_dict(self, state: dict, minibatches: Minibatches) -> None:
-        if state["quantized"] and not self.quantized:
-            self._quantize(minibatches)
-        super().load_state_dict(state, minibatches)
+    def load_state_dict(self, state: dict) -> None:
+        if state["quantized"]:
+            self._switch(lambda net: quantize_like_(net, state["net"]))
+        super().load_state_dict(state)
 
 
 def attach_quantizers(net: nn.Module, config: Config, calibration: list[Tensor]) -> None:

@@ -19,12 +19,12 @@ from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, check_regular
 from qdeploy.graph import MAX_MEMBERS
 from qdeploy.terminal import note, write
-from qdeploy.training.config import IN_DOMAIN, Config, difference, flag, resolve
-from qdeploy.training.presets import preset_of
+from qdeploy.training.config import IN_DOMAIN, MACHINE, Config, first_difference, flag, resolve
 from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from lightning_fabric import Fabric
     from torch import Tensor, nn
 
@@ -65,27 +65,38 @@ def main(args: argparse.Namespace) -> dict:
     """
     seeds = range(args.seed, args.seed + integer(args.seeds, 1, MAX_MEMBERS, "--seeds"))
     config = resolve(Config(**{setting.name: getattr(args, setting.name) for setting in fields(Config)}))
-    _check_folders(config, args.out, [args.out / f"seed{seed}" for seed in seeds])
-    from qdeploy.training.trainer import Interrupted, check_setting, evaluation_sets, run
+    runs = [args.out / f"seed{seed}" for seed in seeds]
+    _check_folders(config, args.out, runs)
+    from qdeploy.training.processes import Interrupted
+    from qdeploy.training.start import check_setting, describe
+    from qdeploy.training.trainer import evaluation_sets, run
 
     fabric = _fabric(config)
     benchmark = _benchmark(config, check=lambda outline: check_setting(config, outline))
-    evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
-    if not all((args.out / f"seed{seed}" / DONE).exists() for seed in seeds):
-        note(f"preset: {preset_of(config.data).name}")
+    sets = evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
     fabric.launch()
+    said: list[str] = []
+
+    def before_updates(begun: bool) -> None:
+        if said:  # for an earlier seed
+            return
+        said.extend(describe(config, benchmark, sets))
+        for line in said:
+            note(line)
+        if config.algorithm == "qt-dog" and not begun:
+            _rehearse_export(config, benchmark)
+
     members = []
     try:
-        for seed in seeds:
-            directory = args.out / f"seed{seed}"
-            record = run(replace(config, seed=seed), benchmark, directory, fabric)
+        for seed, directory in zip(seeds, runs, strict=True):
+            record = run(replace(config, seed=seed), benchmark, directory, fabric, before_updates)
             members.append({"seed": seed, **{key: record[key] for key in ("update", "validation", "test", "tests")}})
     except Interrupted as stop:
         note(str(stop))
         raise SystemExit(128 + stop.signum) from None
     if not fabric.is_global_zero:
         raise SystemExit(0)  # of several processes one goes on
-    summary = {"config": asdict(config), "members": members} | _finish(config, benchmark, args.out, len(members))
+    summary = {"config": asdict(config), "members": members} | _finish(config, benchmark, args.out, runs, fabric)
     with atomic_file(args.out / SUMMARY) as file:
         file.write(json.dumps(summary, indent=1).encode())
     return summary
@@ -156,7 +167,19 @@ def _cells(row: dict[str, float]) -> str:
     return "".join(f" {accuracy:>{max(11, len(name))}.2%}" for name, accuracy in row.items())
 
 
-def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict:
+def _rehearse_export(config: Config, benchmark: Benchmark) -> None:
+    """Raise what the export after the training would, of the network before it."""
+    from qdeploy.exporter import rehearse
+    from qdeploy.training.algorithms import attach_quantizers
+    from qdeploy.training.start import build_network
+    from qdeploy.training.trainer import calibration_images
+
+    net, shown = build_network(config, benchmark), calibration_images(config, benchmark, 2)
+    attach_quantizers(net, config, [shown])
+    rehearse(net, shown[:2], shown, **_file_options(benchmark))
+
+
+def _finish(config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path], fabric: Fabric) -> dict:
     """Accuracy of the ensemble on what is held out, and, for QT-DoG, the model file."""
     import torch
 
@@ -164,35 +187,34 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, count: int) -> dict
     from qdeploy.training import trainer
     from qdeploy.training.quantize import summary
 
-    nets = [trainer.load_trained(out / f"seed{config.seed + i}", benchmark) for i in range(count)]
+    nets = [trainer.load_trained(run, benchmark) for run in runs]
+    found: dict = {}
+    path = None
+    if config.algorithm == "qt-dog":
+        found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
+        path = out / FILES[len(nets) > 1]
+        _export(nets, config, benchmark, path)
+    elif len(nets) == 1:
+        return found
     sets = trainer.evaluation_sets(config, benchmark)
     held_out = {name: sets[part] for name, part in trainer.reported(config, benchmark).items()}
     labels = {
         name: torch.from_numpy(benchmark.domains[i].labels[positions]) for name, (i, positions) in held_out.items()
     }
-    with torch.no_grad():
-        logits = {
-            name: torch.stack([trainer.apply(net, benchmark, *part) for net in nets]) for name, part in held_out.items()
-        }
+    logits, int8 = _judged(nets, path, benchmark, held_out, fabric.device)
 
     def decided(rule: str) -> dict[str, Tensor]:
         return {name: combine(scores, rule)[1] for name, scores in logits.items()}
 
-    found: dict = {}
-    if count > 1:
+    if len(nets) > 1:
         by_rule = {rule: _accuracy(decided(rule), labels) for rule in RULES}
         found["ensemble"] = {rule: result["test"] for rule, result in by_rule.items()}
         found["ensemble_tests"] = {rule: result["tests"] for rule, result in by_rule.items()}
-    if config.algorithm != "qt-dog":
-        return found
-    found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
-    path = out / FILES[count > 1]
-    _export(nets, config, benchmark, path)
-    classes = {name: _int8_classes(path, benchmark, *part) for name, part in held_out.items()}
-    fake_quant = decided("logits")
-    same = torch.cat([classes[name] == fake_quant[name] for name in held_out])
-    size = {"path": str(path), "bytes": path.stat().st_size}
-    found["file"] = {**size, **_accuracy(classes, labels), "agreement": same.float().mean().item()}
+    if path is not None:
+        fake_quant = decided("logits")
+        same = torch.cat([int8[name] == fake_quant[name] for name in held_out])
+        size = {"path": str(path), "bytes": path.stat().st_size}
+        found["file"] = {**size, **_accuracy(int8, labels), "agreement": same.float().mean().item()}
     return found
 
 
@@ -202,12 +224,50 @@ def _accuracy(classes: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> di
     return {"test": statistics.fmean(tests.values()), "tests": tests}
 
 
+def _judged(
+    nets: Sequence[nn.Module],
+    path: Path | None,
+    benchmark: Benchmark,
+    held_out: Mapping[str, tuple[int, np.ndarray]],
+    device: torch.device,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """For each part that is held out, (domain, positions): the logits of each network, [M, N, K], and the classes of
+    the model file at `path`, [N], on the CPU; the images are decoded once for all of them."""
+    import torch
+
+    import qdeploy
+    from qdeploy.training.progress import counted_images
+    from qdeploy.training.trainer import apply
+
+    model = None if path is None else qdeploy.load_int_model(path)
+    nets = [net.to(device) for net in nets]
+    classes: list[Tensor] = []
+    files = " and their file" if len(nets) > 1 else " and its file"
+    text = f"{len(nets)} trained network(s){files if model else ''} on what is held out"
+
+    def judge(images: Tensor) -> Tensor:
+        if model is not None:
+            classes.append(torch.from_numpy(model.predict(images.numpy())))
+        logits = torch.stack([net(images.to(device)).cpu() for net in nets], 1)
+        seen(len(images))
+        return logits
+
+    logits, int8 = {}, {}
+    with torch.no_grad(), counted_images(text, sum(len(positions) for _, positions in held_out.values())) as seen:
+        for name, part in held_out.items():
+            logits[name] = apply(judge, benchmark, *part).transpose(0, 1).contiguous()
+            if model is not None:
+                int8[name] = torch.cat(classes)
+                classes.clear()
+    return logits, int8
+
+
 def common_config(runs: Sequence[Path]) -> Config:
-    """The settings of finished runs, with the seed of the first. Raises InputError where they differ in more than the
-    seed, or a folder holds no finished run."""
+    """The settings of finished runs, with the seed of the first. Raises InputError where they differ in more than
+    the seed and the machine, or a folder holds no finished run."""
     configs = [_config_of_run(run) for run in runs]
     for run, config in zip(runs[1:], configs[1:], strict=True):
-        found = difference(replace(config, seed=configs[0].seed), configs[0])
+        found = first_difference(config, configs[0], MACHINE | {"seed"})
         if found is not None:
             raise InputError(f"expected runs that differ in their seed alone, {found} - at {run}")
     return configs[0]
@@ -251,15 +311,14 @@ def _export(
     from qdeploy.training.trainer import calibration_images
 
     shown = calibration_images(config, benchmark, images)
-    options: dict[str, Any] = {
-        "calibration": shown.split(64),
-        "observer": observer,
-        "preprocess": {"mean": benchmark.mean, "std": benchmark.std},
-        "classes": benchmark.classes,
-    }
+    options: dict[str, Any] = {"calibration": shown.split(64), "observer": observer, **_file_options(benchmark)}
     if len(nets) == 1:
         return qdeploy.export(nets[0], shown[:2], path, **options)
     return qdeploy.export_ensemble(nets, shown[:2], path, combine=combine, **options)
+
+
+def _file_options(benchmark: Benchmark) -> dict[str, Any]:
+    return {"preprocess": {"mean": benchmark.mean, "std": benchmark.std}, "classes": benchmark.classes}
 
 
 def _benchmark(config: Config, check: Callable[[Outline], None] = lambda outline: None) -> Benchmark:
@@ -267,13 +326,3 @@ def _benchmark(config: Config, check: Callable[[Outline], None] = lambda outline
 
     names = config.domains.split(",") if config.domains is not None else None
     return load_benchmark(config.data, names, config.image_size, check, config.skip_unreadable)
-
-
-def _int8_classes(path: Path, benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:
-    import torch
-
-    import qdeploy
-    from qdeploy.training.trainer import apply
-
-    model = qdeploy.load_int_model(path)
-    return apply(lambda images: torch.from_numpy(model.predict(images.numpy())), benchmark, domain, positions)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from qdeploy.errors import InputError
@@ -25,7 +25,7 @@ _SCOPES = ("all", "no_s", "bn_head")
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that determines a run.
+    """Everything that determines a run, and with `MAY_CHANGE` how it is made.
 
     A None whose type does not say so stands there only until `resolve` has put in the preset of the data.
     """
@@ -39,6 +39,7 @@ class Config:
     algorithm: str = _option("qt-dog", "training algorithm", ("erm", "qt-dog"))
     model: str = _option(None, "network: a name in qdeploy.training.MODELS")
     weights: str | None = _option(None, "pretrained weights to start from: a state dict, .pth or .safetensors")
+    from_scratch: bool = _option(False, "images of a folder: begin with random weights instead of --weights")
     image_size: int = _option(224, "height and width for images of a folder", least=1, most=16_384)
     bits: int = _option(7, "bits of the weights, 2 to 8")
     activation_bits: int | None = _option(None, "bits of the layers' inputs during training, 2 to 8")
@@ -65,6 +66,12 @@ class Config:
     def targets(self) -> list[str]:
         """The domains that are held out of training; none where a share of each is."""
         return [] if self.test_domain == IN_DOMAIN else self.test_domain.split(",")
+
+
+MACHINE = frozenset({"accelerator", "devices", "precision"})
+# What a run may go on with: other machines, more updates, images that lie elsewhere (of the same fingerprint).
+# `from_scratch` only consents.
+MAY_CHANGE = MACHINE | {"updates", "data", "skip_unreadable", "from_scratch"}
 
 
 def resolve(config: Config) -> Config:
@@ -113,24 +120,44 @@ def _check_number(value: Any, at: str, bounds: Mapping[str, Any]) -> None:
         raise InputError(f"expected at most {most}, got {value} - at {at}")
 
 
-def stored(settings: Any) -> Config:
-    """The settings of a run as its files have them. Raises KeyError, TypeError or ValueError for what are none."""
-    types = typing.get_type_hints(Config)
-    if set(settings) != set(types):
-        raise KeyError(*set(settings) ^ set(types))
-    for key, value in settings.items():
-        if not isinstance(value, (int, float) if types[key] is float else types[key]):
-            raise TypeError(key)
+def settings_of(config: Config) -> dict[str, Any]:
+    """What the files of a run say of its settings: their values, and the values without any option."""
+    preset = resolve(Config(data=config.data, test_domain=config.test_domain))
+    return {"config": asdict(config), "defaults": asdict(preset)}
+
+
+def stored(content: Any, path: object) -> Config:
+    """The settings in the file `path` of a run, whose `content` holds `settings_of` it, maybe of another version.
+
+    What the file does not know has its default. Raises InputError for a setting that is gone and was used, and
+    AttributeError, KeyError, TypeError or ValueError for what are no settings.
+    """
+    types, defaults = typing.get_type_hints(Config), content.get("defaults", {})
+    kept: dict[str, Any] = {}
+    for key, value in content["config"].items():
+        if key in types:
+            if not isinstance(value, (int, float) if types[key] is float else types[key]):
+                raise TypeError(key)
+            kept[key] = value
+        elif key not in defaults or defaults[key] != value:
+            got = f"{key}={value!r}, which this one has not: train anew with another --out"
+            raise InputError(f"expected the settings of this version, got {got} - at {path}")
     try:
-        return resolve(Config(**settings))
+        return resolve(Config(**kept))
     except InputError as error:
         raise ValueError(str(error)) from error  # it names an option, not the file
 
 
-def difference(old: Config, new: Config) -> str | None:
-    """The first setting in which a stored run differs from `new`, in words, or None."""
-    for setting in fields(Config):
-        was, now = getattr(old, setting.name), getattr(new, setting.name)
-        if was != now:
-            return f"{setting.name}={was!r}, got {setting.name}={now!r}"
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The settings in which a stored run differs from `new`: the value of either."""
+    pairs = {setting.name: (getattr(old, setting.name), getattr(new, setting.name)) for setting in fields(Config)}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def first_difference(old: Config, new: Config, allowed: Collection[str]) -> str | None:
+    """The first setting beyond the `allowed` ones in which a stored run differs from `new`, in words, or None."""
+    for key, (was, now) in differences(old, new).items():
+        other_kind = key == "data" and {was, now} & {*NAMED}  # not the same folder elsewhere
+        if key not in allowed or other_kind:
+            return f"{key}={was!r}, got {key}={now!r}"
     return None

@@ -39,6 +39,11 @@ class ArrayDomain:
         """What stands for them in a fingerprint."""
         return [("images", self.images.nbytes)]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image as `batch` gives it."""
+        return self.images.shape[1:]
+
     def batch(
         self, positions: np.ndarray, augment: tuple[int, int, int] | None = None, places: Iterable[int] | None = None
     ) -> Tensor:
@@ -60,6 +65,11 @@ class FolderDomain:
     labels: np.ndarray
     size: int
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image as `batch` gives it."""
+        return 3, self.size, self.size
 
     def batch(
         self, positions: np.ndarray, augment: tuple[int, int, int] | None = None, places: Iterable[int] | None = None
@@ -94,7 +104,7 @@ class Benchmark:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        return tuple(self.domains[0].batch(np.array([0])).shape[1:])
+        return self.domains[0].shape
 
     def index(self, name: str) -> int:
         """The place of a domain in `domains`; raises InputError for an unknown name."""

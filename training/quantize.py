@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from threading import get_ident
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 
 from qdeploy.calibration import batches, doubt
 from qdeploy.errors import InputError, one_line
-from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many, on_gpu
+from qdeploy.kernels.lsq import fake_quantize, lsq_codes, lsq_many, on_gpu
 from qdeploy.networks.quantizable import checked_bits, classifier, float_only_layers, quantizable_layers
 from qdeploy.networks.wrappers import WRAPPERS, plain_names, unwrapped
 from qdeploy.training.ranges import observe
@@ -84,7 +84,7 @@ class Quantizer(nn.Module):
         prepared = self.prepared
         if prepared is not None and prepared.serves(value, self.step):
             return prepared.result
-        return lsq(value, self.step, self.qmin, self.qmax, self.axis, self.grad_scale)
+        return fake_quantize(value, self.step, self.qmin, self.qmax, self.axis, self.grad_scale)
 
     def codes(self, value: Tensor) -> Tensor:
         """The integer codes of `value`: int8, or uint8 for an unsigned range."""
@@ -171,7 +171,8 @@ def quantize_(
     if activation_bits is not None:
         activation_bits = checked_bits(activation_bits, "activation_bits")
         if calibration is None:
-            raise InputError("expected calibration batches for quantized activations, got none - at quantize_")
+            got = "none (a saved state needs none: quantize_like_)"
+            raise InputError(f"expected calibration batches for quantized activations, got {got} - at quantize_")
     made = _weight_quantizers(net, targets, per_channel, init, grad_scale)
     images = [] if activation_bits is None else _first_batches(net, calibration)
     with all_or_nothing(net):
@@ -253,8 +254,9 @@ def step_group(net: nn.Module, lr: float) -> dict:
 @torch.no_grad()
 def project_steps_(net: nn.Module) -> None:
     """Keeps every step size at 1e-8 or more; call it after each optimizer step (LSQ is undefined for s <= 0)."""
-    for step in step_parameters(net):
-        step.clamp_(min=MIN_STEP)
+    steps = [module.step for module in net.modules() if isinstance(module, Quantizer) and module.step.requires_grad]
+    if steps:
+        torch._foreach_clamp_min_(steps, MIN_STEP)
 
 
 @dataclass(frozen=True)
@@ -450,13 +452,30 @@ def _attach(layer: nn.Module, quantizer: Quantizer) -> None:
             own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
             layer.__class__ = type(kind.__name__, kind.__bases__, own)
         parametrize.register_parametrization(layer, "weight", quantizer)
-    made: Any = type(layer)  # of this layer alone
-    made.__getstate__ = _refuse_to_pickle
+    _make_picklable(layer)
 
 
-def _refuse_to_pickle(layer: nn.Module) -> NoReturn:
-    expected = "its state_dict() (torch.save(net.state_dict()), later quantize_like_)"
-    raise InputError(f"expected {expected}, got a quantized network to pickle - at {type(layer).__name__}")
+def _make_picklable(layer: nn.Module) -> None:
+    """Gives the class that torch made for the parametrizations of this layer alone, and that no module holds, a way to
+    be made again; torch itself refuses to pickle it."""
+    made: Any = type(layer)
+    made.__reduce_ex__ = _reduced
+
+
+def _reduced(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
+    kind, computed = type(layer).__bases__[0], layer.parametrizations
+    own: Any = getattr(kind, "__getstate__", None)  # every class has one since Python 3.11
+    return _computed_layer, (kind, [*computed]), own(layer) if own else vars(layer)  # type: ignore[misc]
+
+
+def _computed_layer(kind: type[nn.Module], names: list[str]) -> nn.Module:
+    """A layer in which parametrizations compute the tensors `names`; all else is in the state that pickle sets."""
+    layer = kind.__new__(kind)
+    parametrize._inject_new_class(layer)
+    for name in names:
+        parametrize._inject_property(layer, name)
+    _make_picklable(layer)
+    return layer
 
 
 def _attach_input(layer: nn.Module, quantizer: Quantizer) -> None:

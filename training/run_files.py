@@ -3,21 +3,75 @@ until a state is read."""
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qdeploy.errors import InputError
-from qdeploy.files import atomic_file
+from qdeploy.files import TEMPORARY, atomic_file, named_errors
+from qdeploy.terminal import note
 from qdeploy.training import fingerprint
-from qdeploy.training.config import Config, difference, stored
+from qdeploy.training.config import MAY_CHANGE, Config, first_difference, settings_of, stored
 
-CHECKPOINT, LOG, MODEL, DONE = "checkpoint.pt", "log.jsonl", "model.pt", "done.json"
+CHECKPOINT, LOG, MODEL, DONE, LOCK = "checkpoint.pt", "log.jsonl", "model.pt", "done.json", "lock"
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in `folder`, until this one ends, however it ends; removes the half-written
+    files of one that was killed. Makes the folder. Raises InputError, naming host and process, where one trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _locked(folder)
+    if file is None:
+        yield
+        return
+    try:
+        for left in folder.glob(TEMPORARY.format("*")):  # nobody else writes here
+            with suppress(OSError):
+                left.unlink()
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+
+
+def is_untidy(folder: Path) -> bool:
+    """Whether a process was killed here when a run was as good as finished."""
+    return any((folder / name).exists() for name in (CHECKPOINT, LOCK)) or any(folder.glob(TEMPORARY.format("*")))
+
+
+def _locked(folder: Path) -> BinaryIO | None:
+    """The open lock file of `folder`, with host and process in it; None, and a warning, where locks do not exist."""
+    path = folder / LOCK
+    while True:
+        with named_errors(path):
+            file = path.open("ab+", buffering=0)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode(errors="replace") or "another process"
+            file.close()
+            raise InputError(f"expected a run that no process trains now, got one of {holder} - at {folder}") from None
+        except OSError as error:
+            file.close()
+            path.unlink(missing_ok=True)
+            note(f"warning: no lock ({error.strerror}): do not train here with two processes - at {folder}")
+            return None
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            with suppress(OSError):  # a full disk: the lock holds without a name
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+        file.close()  # its owner removed it in between
 
 
 @contextmanager
@@ -25,11 +79,13 @@ def sound(path: Path) -> Iterator[None]:
     """For what reads the file `path`, which may hold anything: all other exceptions say that it is damaged."""
     try:
         yield
-    except (InputError, MemoryError):
+    except MemoryError:
         raise
     except OSError as error:
         raise InputError(f"expected a readable file, got {error.strerror or error} - at {path}") from error
     except Exception as error:
+        if isinstance(error, InputError) and str(error).endswith(f" - at {path}"):
+            raise
         raise InputError(f"expected a file written by a run, got a damaged one: delete it - at {path}") from error
 
 
@@ -40,14 +96,29 @@ def read_done(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]] | N
         if not path.exists():
             return None
         done = json.loads(path.read_bytes())
-        config, selected = stored(done["config"]), done["selected"]
+        config, selected = stored(done, path), done["selected"]
         check_record(selected)
-        return config, selected, done["images"]
+    if not (folder / MODEL).exists():
+        expected = f"the network of a finished run, got none: delete {DONE} beside it to train anew"
+        raise InputError(f"expected {expected} - at {folder / MODEL}")
+    return config, selected, done["images"]
+
+
+def restore_done(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]] | None:
+    """What `read_done` returned before DONE was lost, which is written again; None for a run that is not finished."""
+    if (folder / CHECKPOINT).exists() or not (folder / MODEL).exists():
+        return None
+    config, state = read_state(folder / MODEL)
+    with sound(folder / MODEL):
+        check_record(state["selected"])
+        images = state["images"]
+    write_done(folder, config, state["selected"], images)
+    return config, state["selected"], images
 
 
 def write_done(folder: Path, config: Config, selected: dict[str, Any], images: dict[str, Any]) -> None:
     with atomic_file(folder / DONE) as file:
-        done = {"config": asdict(config), "selected": selected, "images": images}
+        done = {**settings_of(config), "selected": selected, "images": images}
         file.write(json.dumps(done, indent=1).encode())
 
 
@@ -65,7 +136,7 @@ def read_state(path: Path) -> tuple[Config, dict[str, Any]]:
     with sound(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what torch takes a damaged file for
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return stored(state["config"]), state
+        return stored(state, path), state
 
 
 def write_state(path: Path, config: Config, state: dict[str, Any]) -> None:
@@ -73,14 +144,16 @@ def write_state(path: Path, config: Config, state: dict[str, Any]) -> None:
     import torch
 
     buffer = io.BytesIO()
-    torch.save({"config": asdict(config), **state}, buffer)
+    torch.save({**settings_of(config), **state}, buffer)
     with atomic_file(path) as file:
         file.write(buffer.getbuffer())
 
 
 def check_same_run(old: Config, config: Config, path: Path) -> None:
-    """Raise InputError unless the run with the file `path` has the settings `config`."""
-    if (found := difference(old, config)) is not None:
+    """Raise InputError unless the run with the file `path` can go on with the settings `config`."""
+    allowed = MAY_CHANGE - {"updates"} if path.name == DONE else MAY_CHANGE  # what is finished does not go on
+    found = first_difference(old, config, allowed)
+    if found is not None:
         raise InputError(f"expected the settings of the run begun here, {found}: give another --out - at {path}")
 
 
@@ -92,11 +165,12 @@ def check_same_images(old: Any, new: dict[str, Any], path: Path, data: str) -> N
         raise InputError(f"expected the images of the run in {path.parent}, got {found} - at {data}")
 
 
-def forgive_size(folder: Path, image: str) -> None:
-    """Lets the run in `folder`, if it has a checkpoint, go on with a file `image` of another size."""
-    path = folder / CHECKPOINT
-    if path.exists():
-        config, state = read_state(path)
-        with sound(path):
-            images = fingerprint.with_any_size(state["images"], image)
-        write_state(path, config, {**state, "images": images})
+def write_log(folder: Path, records: list[dict[str, Any]]) -> None:
+    """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
+    with atomic_file(folder / LOG) as file:
+        file.writelines(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def append_log(folder: Path, record: dict[str, Any]) -> None:
+    with named_errors(folder / LOG), (folder / LOG).open("a") as file:
+        file.write(json.dumps(record) + "\n")

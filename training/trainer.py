@@ -1,4 +1,4 @@
-"""The training loop, with domains held out as DomainBed and SWAD do, and with exact resume.
+"""The training loop: leave-one-domain-out, as DomainBed and SWAD define it, with exact resume.
 
 Every random choice of update t is a pure function of (seed, t), so a run that was killed and started again writes the
 same bits as one that was not: there is no state of a generator or a loader to restore.
@@ -6,17 +6,12 @@ same bits as one that was not: there is no state of a generator or a loader to r
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import signal
 import statistics
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,73 +22,36 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
-from qdeploy.files import atomic_file, named_errors
-from qdeploy.memory import check_memory
-from qdeploy.networks.quantizable import classifier
-from qdeploy.terminal import note, on_terminal, progress
-from qdeploy.training.algorithms import ALGORITHMS, ERM, Minibatches, attach_quantizers
-from qdeploy.training.config import IN_DOMAIN, Config, resolve
+from qdeploy.terminal import note
+from qdeploy.training.algorithms import ALGORITHMS, ERM
+from qdeploy.training.config import Config, differences, resolve
 from qdeploy.training.decoding import UnreadableImage
-from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain, Outline
-from qdeploy.training.models import MODELS
+from qdeploy.training.domains import Benchmark
+from qdeploy.training.fingerprint import with_any_size
+from qdeploy.training.minibatches import MinibatchLoader, in_domain_split, split_of
+from qdeploy.training.processes import Interrupted, alone_of_all, by_first, raise_in_all, reduced, signals_received
+from qdeploy.training.progress import Progress, progress_of_run
+from qdeploy.training.quantize import quantize_like_
 from qdeploy.training.run_files import (
     CHECKPOINT,
     DONE,
-    LOG,
     MODEL,
+    append_log,
     check_record,
     check_same_images,
     check_same_run,
-    forgive_size,
+    is_untidy,
     read_done,
     read_state,
+    restore_done,
     sound,
     write_done,
+    write_log,
     write_state,
 )
+from qdeploy.training.start import build_network, seed_hash
 
-HOLDOUT = 0.2  # share of each domain that is kept for validation
 EVALUATION_BATCH = 256
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after a checkpoint; `signum` is its number."""
-
-    def __init__(self, signum: int, update: int, directory: Path):
-        super().__init__(f"stopped before update {update}: run the same command again to continue - at {directory}")
-        self.signum = signum
-
-
-def seed_hash(*args: object) -> int:
-    """DomainBed's seed of a tuple: its md5 modulo 2^31."""
-    return int(hashlib.md5(str(args).encode()).hexdigest(), 16) % 2**31
-
-
-def split(count: int, environment: int, split_seed: int, held_out: float = HOLDOUT) -> tuple[np.ndarray, np.ndarray]:
-    """Positions for training (80%) and validation (20%) of a domain of `count` images, the very split of DomainBed."""
-    keys = list(range(count))
-    np.random.RandomState(seed_hash(split_seed, environment)).shuffle(keys)
-    size = int(held_out * count)
-    return np.array(keys[size:], np.int64), np.array(keys[:size], np.int64)
-
-
-def in_domain_split(count: int, environment: int, split_seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions for training (60%), validation and test: the held-out 40% are halved by the same shuffle again."""
-    training, held_out = split(count, environment, split_seed, 2 * HOLDOUT)
-    test, validation = split(len(held_out), environment, split_seed, 0.5)
-    return training, held_out[validation], held_out[test]
-
-
-def split_of(domain: ArrayDomain | FolderDomain, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """The training and validation positions of a domain in a run."""
-    place = len(domain.labels), domain.environment, config.split_seed
-    return split(*place) if config.targets else in_domain_split(*place)[:2]
-
-
-def sample(seed: int, update: int, environment: int, count: int, size: int) -> np.ndarray:
-    """`size` positions in 0..count-1, drawn with replacement by a counter-based generator."""
-    stream = np.random.Philox(key=[seed, environment], counter=[0, 0, 0, update])
-    return np.random.Generator(stream).integers(count, size=size)
 
 
 def select(records: list[dict], first: int) -> dict | None:
@@ -101,96 +59,6 @@ def select(records: list[dict], first: int) -> dict | None:
     images, among those at or after update `first` (an earlier record is of a network that was not quantized yet)."""
     eligible = [record for record in records if record["update"] >= first]
     return max(eligible, key=lambda record: record["validation"], default=None)
-
-
-def build_network(config: Config, benchmark: Benchmark | Outline) -> nn.Module:
-    """The network of a run at its start: seeded random weights, or the pretrained ones with a new classifier."""
-    if config.model not in MODELS:
-        raise InputError(f"expected one of {', '.join(MODELS)}, got {config.model!r} - at --model")
-    torch.manual_seed(seed_hash(config.seed, "weights"))
-    net = MODELS[config.model](len(benchmark.classes), in_channels=benchmark.input_shape[0])
-    if config.weights is not None:
-        _load_pretrained(net, Path(config.weights))
-    return net
-
-
-def check_setting(config: Config, outline: Outline) -> None:
-    """Raise InputError where a run would: two domains, the one held out, the network and its weights, images that it
-    can take, and a batch that fits the memory."""
-    if config.targets and len(outline.domains) < 2:
-        expected = f"two or more domains, or --test-domain {IN_DOMAIN}"
-        raise InputError(f"expected {expected}, got {len(outline.domains)} - at --domains")
-    sources = {*range(len(outline.domains))} - {outline.index(name) for name in config.targets}
-    if not sources:
-        raise InputError(f"expected a domain or more to train on, got all {len(config.targets)} - at --test-domain")
-    shape, images = outline.input_shape, config.batch_size * len(sources)
-    check_memory(2 * 4 * images * math.prod(shape), f"{images} images", "--batch-size")  # one update is loaded ahead
-    net = build_network(config, outline).to("meta").train(config.weights is None)
-    try:
-        net(torch.empty(images // config.devices, *shape, device="meta"))
-    except (RuntimeError, ValueError) as error:
-        got = f"{images // config.devices} of {list(shape)}: {str(error).splitlines()[0]}"
-        raise InputError(f"expected images that {config.model} can take, got {got} - at --image-size") from error
-
-
-def _load_pretrained(net: nn.Module, path: Path) -> None:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what torch takes a damaged file for
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError(type(state).__name__)
-    except OSError as error:
-        raise InputError(f"expected a file of weights, got {error.strerror or error} - at {path}") from error
-    except Exception as error:  # the two readers have many
-        raise InputError(f"expected a file of weights, got another or a damaged one - at {path}") from error
-    last = classifier(net)
-    own = {key: value for key, value in net.state_dict().items() if key.startswith(f"{last}.")}
-    try:
-        net.load_state_dict(state | own)
-    except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"expected the weights of a {type(net).__name__}, got {said[:300]} - at {path}") from error
-
-
-class MinibatchLoader:
-    """The minibatches of any update, loaded one update ahead on a thread of its own."""
-
-    def __init__(self, config: Config, benchmark: Benchmark, fabric: Fabric):
-        self._config, self._fabric = config, fabric
-        self._sources = benchmark.sources(config.targets)
-        self._keys = [split_of(domain, config)[0] for domain in self._sources]
-        self._executor = ThreadPoolExecutor(1)
-        self._next: tuple[int, Future] | None = None
-
-    def at(self, update: int) -> Minibatches:
-        """The minibatches of update `update`, on the device; a data-parallel process gets its share of each."""
-        ahead, failure, batches = self._next, None, []
-        try:
-            batches = ahead[1].result() if ahead and ahead[0] == update else self._load(update)
-        except UnreadableImage as error:
-            failure = error
-        _raise_everywhere(failure, self._fabric)
-        self._next = (update + 1, self._executor.submit(self._load, update + 1))
-        return [(self._fabric.to_device(images), self._fabric.to_device(classes)) for images, classes in batches]
-
-    def _load(self, update: int) -> Minibatches:
-        batches = []
-        seed, size = self._config.seed, self._config.batch_size
-        places = np.arange(size)[self._fabric.global_rank :: self._fabric.world_size]  # of this process's share
-        for domain, keys in zip(self._sources, self._keys, strict=True):
-            mine = keys[sample(seed, update, domain.environment, len(keys), size)[places]]
-            images = domain.batch(mine, (seed, update, domain.environment), places)
-            batches.append((images, torch.from_numpy(domain.labels[mine])))
-        return batches
-
-    def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
 
 
 def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int, np.ndarray]]:
@@ -218,27 +86,55 @@ def reported(config: Config, benchmark: Benchmark) -> dict[str, str]:
     return {domain.name: f"{domain.name}_test" for domain in benchmark.domains}
 
 
-def apply(function: Callable[[Tensor], Tensor], benchmark: Benchmark, domain: int, positions: np.ndarray) -> Tensor:
-    """What `function` makes of images of a domain, batch by batch; on the CPU, [len(positions), ...]."""
+def apply(
+    function: Callable[[Tensor], Tensor],
+    benchmark: Benchmark,
+    domain: int,
+    positions: np.ndarray,
+    waiting: Callable[[], AbstractContextManager] = nullcontext,
+) -> Tensor:
+    """What `function` makes of images of a domain, batch by batch; on the CPU, [len(positions), ...].
+
+    While it works on a batch the next one is loaded; the time that this takes longer is spent in `waiting()`.
+    """
     parts = np.array_split(positions, -(-len(positions) // EVALUATION_BATCH))
-    return torch.cat([function(benchmark.domains[domain].batch(part)).cpu() for part in parts])
+    results = []
+    with ThreadPoolExecutor(1) as loader:
+        ahead = loader.submit(benchmark.domains[domain].batch, parts[0])
+        for following in [*parts[1:], None]:
+            with waiting():
+                images = ahead.result()
+            if following is not None:
+                ahead = loader.submit(benchmark.domains[domain].batch, following)
+            results.append(function(images).cpu())
+    return torch.cat(results)
 
 
-def _evaluate(predict: Callable[[Tensor], Tensor], config: Config, benchmark: Benchmark, fabric: Fabric) -> dict:
+def _evaluate(
+    predict: Callable[[Tensor], Tensor], config: Config, benchmark: Benchmark, fabric: Fabric, progress: Progress
+) -> dict:
     accuracy = {}
+    sets = evaluation_sets(config, benchmark)
+    total = sum(len(positions) for _, positions in sets.values())
+
+    def classes_of(images: Tensor) -> Tensor:
+        classes = predict(fabric.to_device(images)).argmax(1)
+        progress.evaluated(len(images), total)
+        return classes
+
     if fabric.world_size > 1:  # in its first forward pass DDP exchanges the statistics of BatchNorm: all together
         predict(fabric.to_device(torch.zeros(1, *benchmark.input_shape)))
-    for name, (domain, positions) in evaluation_sets(config, benchmark).items():
+    for name, (domain, positions) in sets.items():
         mine = positions[fabric.global_rank :: fabric.world_size]
         failure, right = None, torch.tensor(0)
         try:
             if len(mine):
-                logits = apply(lambda images: predict(fabric.to_device(images)), benchmark, domain, mine)
-                right = (logits.argmax(1) == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
+                classes = apply(classes_of, benchmark, domain, mine, progress.waiting)
+                right = (classes == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
         except UnreadableImage as error:
             failure = error
-        _raise_everywhere(failure, fabric)
-        accuracy[name] = _reduced(right, "sum", fabric) / len(positions)
+        raise_in_all(failure, fabric)
+        accuracy[name] = reduced(right, "sum", fabric) / len(positions)
     sources = benchmark.sources(config.targets)
     validation = sum(accuracy[f"{domain.name}_out"] for domain in sources) / len(sources)
     tests = {name: accuracy[part] for name, part in reported(config, benchmark).items()}
@@ -253,6 +149,22 @@ class _State:
     records: list[dict] = field(default_factory=list)
     best: dict[str, Tensor] | None = None  # the network at the selected record
     losses: list[float] = field(default_factory=list)  # since the last evaluation
+    changed: dict[str, Any] = field(default_factory=dict)  # settings that changed since then: [old, new]
+
+    def owes_evaluation(self, config: Config) -> bool:
+        """Whether the evaluation after the last update is still to be made."""
+        last = self.update - 1
+        evaluated = self.records[-1]["update"] if self.records else -1
+        return last > evaluated and last % config.eval_every == 0
+
+    def add(self, record: dict[str, Any], config: Config, net: nn.Module) -> None:
+        """After an evaluation."""
+        if self.changed:
+            record["changed"], self.changed = self.changed, {}
+        self.losses.clear()
+        self.records.append(record)
+        if select(self.records, _first_eligible(config)) is record:
+            self.best = {key: value.detach().clone() for key, value in net.state_dict().items()}
 
     def check(self, config: Config, net: nn.Module) -> None:
         """Raise what comes unless a run of `config` can go on from here with `net`."""
@@ -269,40 +181,64 @@ def _shapes(state: dict[str, Any]) -> dict[str, Any]:
     return {key: getattr(value, "shape", None) for key, value in state.items()}
 
 
-def run(config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric) -> dict:
+def run(
+    config: Config,
+    benchmark: Benchmark,
+    directory: Path,
+    fabric: Fabric,
+    before_updates: Callable[[bool], object] = lambda begun: None,
+) -> dict:
     """Trains one network and returns its selected record; continues what an earlier process began in `directory`.
 
     Writes log.jsonl (a line for every evaluation), checkpoint.pt (at every evaluation, on SIGINT and on SIGTERM), and
     when it is finished model.pt (the selected state, for `load_trained`) and done.json (its record); a finished run
-    returns at once.
+    returns at once. `before_updates` is called in the first process when all is ready for the next update, with whether
+    earlier ones are made.
 
     Raises:
         InputError: a setting that does not fit the data, another run in `directory`, or a loss that is not finite.
         Interrupted: a signal came; everything up to it is in the checkpoint.
     """
     resolve(replace(config, devices=fabric.world_size))  # a batch that the processes divide, whoever made them
-    if (done := read_done(directory)) is not None:
-        check_same_run(done[0], config, directory / DONE)
-        check_same_images(done[2], benchmark.fingerprint, directory / DONE, config.data)
-        return done[1]
+    selected = _finished(config, benchmark, directory)
+    if selected is None or is_untidy(directory):
+        with alone_of_all(directory, fabric):  # another process may have finished it until here
+            selected = _finished(config, benchmark, directory)
+            selected = selected or _run(config, benchmark, directory, fabric, before_updates)
+            if fabric.is_global_zero:
+                (directory / CHECKPOINT).unlink(missing_ok=True)
+    return selected
+
+
+def _finished(config: Config, benchmark: Benchmark, directory: Path) -> dict | None:
+    """The selected record of a finished run."""
+    done = read_done(directory) or restore_done(directory)
+    if done is None:
+        return None
+    check_same_run(done[0], config, directory / DONE)
+    check_same_images(done[2], benchmark.fingerprint, directory / DONE, config.data)
+    return done[1]
+
+
+def _run(
+    config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric, before_updates: Callable[[bool], object]
+) -> dict:
     algorithm = ALGORITHMS[config.algorithm](build_network(config, benchmark), config, fabric)
     minibatches = MinibatchLoader(config, benchmark, fabric)
     try:
-        state = _resume(directory, config, algorithm, benchmark, minibatches)
-        _write_log(directory, state.records, fabric)
-        _train(config, benchmark, directory, fabric, algorithm, minibatches, state)
-    except UnreadableImage as error:
+        state = _resume(directory, config, benchmark, algorithm)
+        by_first(fabric, lambda: before_updates(state.update > 0))
         if fabric.is_global_zero:
-            forgive_size(directory, error.file)  # of the good copy
-        raise
+            write_log(directory, state.records)
+        _train(config, benchmark, directory, fabric, algorithm, minibatches, state)
     finally:
         minibatches.close()
     selected = select(state.records, _first_eligible(config))
     assert selected is not None  # `resolve` lets no run end before an evaluation that may be selected
     if fabric.is_global_zero:
-        write_state(directory / MODEL, config, {"net": state.best, "images": benchmark.fingerprint})
-        write_done(directory, config, selected, benchmark.fingerprint)
-        (directory / CHECKPOINT).unlink(missing_ok=True)
+        images = benchmark.fingerprint
+        write_state(directory / MODEL, config, {"net": state.best, "selected": selected, "images": images})
+        write_done(directory, config, selected, images)
     fabric.barrier()
     return selected
 
@@ -318,30 +254,46 @@ def _train(
 ) -> None:
     """Makes the updates that `state` still lacks; raises Interrupted after a checkpoint."""
     began = time.perf_counter()
-    with _signals() as signals, _progress(config, state.update, fabric) as show:
-        for update in range(state.update, config.updates):
-            torch.manual_seed(seed_hash(config.seed, update, fabric.global_rank))  # dropout and the like
-            loss = _reduced(algorithm.update(update, minibatches.at(update)), "mean", fabric)
-            if not math.isfinite(loss):
-                raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {update}")
-            state.losses.append(loss)
-            state.update = update + 1
-            record: dict[str, Any] | None = None
-            if update % config.eval_every == 0:
-                record = {"update": update, "quantized": algorithm.quantized, "loss": statistics.fmean(state.losses)}
-                record |= _evaluate(algorithm.predict, config, benchmark, fabric)
+    with signals_received() as signals, progress_of_run(config, state.update, fabric) as progress:
+        while state.update < config.updates or state.owes_evaluation(config):
+            if not state.owes_evaluation(config):
+                update = state.update
+                with _saved(directory, config, algorithm, benchmark, state), progress.waiting():
+                    batches = minibatches.at(update)
+                torch.manual_seed(seed_hash(config.seed, update, fabric.global_rank))  # dropout and the like
+                loss = reduced(algorithm.update(update, batches), "mean", fabric)
+                if not math.isfinite(loss):
+                    raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {update}")
+                state.losses.append(loss)
+                state.update = update + 1
+                progress.updated(sum(len(classes) for _, classes in batches))
+            if evaluated := state.owes_evaluation(config):
+                with _saved(directory, config, algorithm, benchmark, state):
+                    found = _evaluate(algorithm.predict, config, benchmark, fabric, progress)
+                record: dict[str, Any] = {"update": state.update - 1, "quantized": algorithm.quantized}
+                record |= {"loss": statistics.fmean(state.losses), **found}
                 record["seconds"] = round(time.perf_counter() - began, 3)
-                state.losses.clear()
-                _append_log(directory, record, fabric)
-                state.records.append(record)
-                if select(state.records, _first_eligible(config)) is record:
-                    state.best = {key: value.detach().clone() for key, value in algorithm.net.state_dict().items()}
-            show(record)
+                state.add(record, config, algorithm.net)
+                if fabric.is_global_zero:
+                    append_log(directory, record)
+                progress.recorded(record)
             signum = _agreed(signals, fabric)
-            if record or signum:
+            if evaluated or signum:
                 _checkpoint(directory, config, algorithm, benchmark, state, fabric)
             if signum:
                 raise Interrupted(signum, state.update, directory)
+
+
+@contextmanager
+def _saved(directory: Path, config: Config, algorithm: ERM, benchmark: Benchmark, state: _State) -> Iterator[None]:
+    """An image that cannot be read ends the process, not the run: it goes on from here when a good copy is there."""
+    try:
+        yield
+    except UnreadableImage as error:  # of several processes in the first one alone
+        if state.update:
+            _save(directory, config, algorithm, with_any_size(benchmark.fingerprint, error.file), state)
+            note(str(Interrupted(0, state.update, directory)))
+        raise
 
 
 def _first_eligible(config: Config) -> int:
@@ -352,14 +304,16 @@ def _checkpoint(
     directory: Path, config: Config, algorithm: ERM, benchmark: Benchmark, state: _State, fabric: Fabric
 ) -> None:
     if fabric.is_global_zero:
-        saved = {"algorithm": algorithm.state_dict(), "images": benchmark.fingerprint, **vars(state)}
-        write_state(directory / CHECKPOINT, config, saved)
+        _save(directory, config, algorithm, benchmark.fingerprint, state)
     fabric.barrier()
 
 
-def _resume(
-    directory: Path, config: Config, algorithm: ERM, benchmark: Benchmark, minibatches: MinibatchLoader
-) -> _State:
+def _save(directory: Path, config: Config, algorithm: ERM, images: dict[str, Any], state: _State) -> None:
+    saved = {"algorithm": algorithm.state_dict(), "images": images, **vars(state)}
+    write_state(directory / CHECKPOINT, config, saved)
+
+
+def _resume(directory: Path, config: Config, benchmark: Benchmark, algorithm: ERM) -> _State:
     """The state of the checkpoint in `directory`, loaded into the algorithm too, or a new one."""
     path = directory / CHECKPOINT
     if not path.exists():
@@ -367,11 +321,16 @@ def _resume(
     old, saved = read_state(path)
     check_same_run(old, config, path)
     check_same_images(saved.get("images"), benchmark.fingerprint, path, config.data)
-    batches = minibatches.at(config.quantize_at)
     with sound(path):
-        algorithm.load_state_dict(saved["algorithm"], batches)
+        if old.updates >= saved["update"] > config.updates:
+            expected = f"at least {saved['update']} updates, which are made"
+            raise InputError(f"expected {expected}, got {config.updates} at --updates - at {path}")
+        algorithm.load_state_dict(saved["algorithm"])
         state = _State(**{entry.name: saved[entry.name] for entry in fields(_State)})
         state.check(config, algorithm.net)
+    for key, (was, now) in differences(old, config).items():
+        state.changed[key] = [was, now]
+        note(f"seed {config.seed} goes on from update {state.update} with {key}={now!r} instead of {was!r}")
     return state
 
 
@@ -379,11 +338,12 @@ def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
     """The selected network of a finished run, in eval mode on the CPU, quantizers attached."""
     config, state = read_state(directory / MODEL)
     check_same_images(state.get("images"), benchmark.fingerprint, directory / MODEL, config.data)
-    net = build_network(config, benchmark)
-    if config.algorithm == "qt-dog":
-        attach_quantizers(net, config, [calibration_images(config, benchmark, 8)])
+    net = build_network(replace(config, weights=None), benchmark)
     with sound(directory / MODEL):
-        net.load_state_dict(state["net"])
+        if config.algorithm == "qt-dog":
+            quantize_like_(net, state["net"])
+        else:
+            net.load_state_dict(state["net"])
     return net.eval()
 
 
@@ -393,80 +353,9 @@ def calibration_images(config: Config, benchmark: Benchmark, count: int) -> Tens
     return torch.cat([domain.batch(split_of(domain, config)[1][:count]) for domain in sources])
 
 
-def _write_log(directory: Path, records: list[dict], fabric: Fabric) -> None:
-    """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
-    if fabric.is_global_zero:
-        directory.mkdir(parents=True, exist_ok=True)
-        with atomic_file(directory / LOG) as file:
-            file.writelines(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def _append_log(directory: Path, record: dict, fabric: Fabric) -> None:
-    if fabric.is_global_zero:
-        with named_errors(directory / LOG), (directory / LOG).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM; the second one does what it always does."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def restore() -> None:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-    def receive(signum: int, frame: object) -> None:
-        received.append(signum)
-        restore()
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.signal(signum, receive)
-    try:
-        yield received
-    finally:
-        restore()
-
-
 def _agreed(signals: list[int], fabric: Fabric) -> int:
     """The signal that any process received, or 0: all stop after the same update."""
     signum = signals[0] if signals else 0
     if fabric.world_size == 1:
         return signum
-    return _reduced(torch.tensor(signum, device=fabric.device), "max", fabric)
-
-
-def _reduced(number: Tensor, how: str, fabric: Fabric) -> Any:
-    """Of all processes together, as a Python number of the type of `number`."""
-    reduced: Any = fabric.all_reduce(number, reduce_op=how)
-    return reduced.item()
-
-
-def _raise_everywhere(failure: UnreadableImage | None, fabric: Fabric) -> None:
-    """Raises what one process met in all of them: the others would wait for its share of the update."""
-    if fabric.world_size > 1:
-        rank = -1 if failure is None else fabric.global_rank
-        rank = _reduced(torch.tensor(rank, device=fabric.device), "max", fabric)
-        failure = None if rank < 0 else fabric.broadcast(failure, rank)
-    if failure is not None:
-        raise failure
-
-
-@contextmanager
-def _progress(config: Config, start: int, fabric: Fabric) -> Iterator[Callable[[dict | None], None]]:
-    """A progress bar on a terminal, else one line for each evaluation, on standard error."""
-
-    def line(record: dict) -> str:
-        mode = f"{config.bits} bit" if record["quantized"] else "float"
-        text = f"seed {config.seed} update {record['update']} {mode} loss {record['loss']:.4f}"
-        return f"{text} validation {record['validation']:.4f} {config.test_domain} {record['test']:.4f}"
-
-    if not fabric.is_global_zero:
-        yield lambda record: None
-    elif not on_terminal():
-        yield lambda record: note(line(record)) if record else None
-    else:
-        with progress(f"seed {config.seed}", config.updates, start, keep=True) as advance:
-            yield lambda record: advance(line(record) if record else None)
+    return reduced(torch.tensor(signum, device=fabric.device), "max", fabric)

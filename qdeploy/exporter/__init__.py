@@ -37,7 +37,7 @@ from qdeploy.files import AnyPath
 from qdeploy.graph import COMBINE, Graph
 from qdeploy.networks.quantizable import classifier
 
-__all__ = ["ExportReport", "check", "export", "export_ensemble"]
+__all__ = ["ExportReport", "check", "export", "export_ensemble", "rehearse"]
 
 
 def export(
@@ -116,10 +116,10 @@ def export_ensemble(
 class _Options:
     """As for `export`."""
 
-    fallback_bits: int | Mapping[str, int] | None
-    observer: str
-    preprocess: Mapping[str, float | Sequence[float]] | None
-    classes: Sequence[str] | Mapping[Any, Any] | None
+    fallback_bits: int | Mapping[str, int] | None = None
+    observer: str = "minmax"
+    preprocess: Mapping[str, float | Sequence[float]] | None = None
+    classes: Sequence[str] | Mapping[Any, Any] | None = None
 
 
 def _export(
@@ -131,8 +131,22 @@ def _export(
     options: _Options,
 ) -> ExportReport:
     """`nets` by the name of the member that each becomes."""
-    check_observer(options.observer)
     format.check_path(path)
+    content, report = _exported(nets, combine, example, path, calibration, options)
+    format.write(content, path)
+    return report
+
+
+def _exported(
+    nets: Mapping[str, nn.Module],
+    combine: str | None,
+    example: Tensor | np.ndarray,
+    path: AnyPath,
+    calibration: object,
+    options: _Options,
+) -> tuple[bytes, ExportReport]:
+    """What the file `path` will hold, and how close that is: no failure may follow a file that looks finished."""
+    check_observer(options.observer)
     example = _checked_example(example)
     preprocess = _checked_preprocess(options.preprocess, tuple(example.shape[1:]))
     networks = []
@@ -152,16 +166,18 @@ def _export(
             member.preprocess_table = reference.preprocess_table(preprocess, member.tensors[0])
     graph = Graph(members, combine, preprocess, classes)
     content = format.dump(graph)
-    # Before the file is written: no failure may follow a file that looks finished.
-    report = compare(graph, networks, [found.fixed for found in grids], content, path, images)
-    format.write(content, path)
-    return report
+    return content, compare(graph, networks, [found.fixed for found in grids], content, path, images)
 
 
 def check(net: nn.Module, example: Tensor | np.ndarray) -> None:
     """Raises ExportError for all that `export` of `net` for inputs like `example` would stop at, with the modules, but
     for what depends on weights and calibration data. Takes about as long as a few forward passes."""
     _fused(net, _checked_example(example))
+
+
+def rehearse(net: nn.Module, example: Tensor | np.ndarray, calibration: object, **options: Any) -> None:
+    """Raises what `export` with these arguments would, and writes nothing."""
+    _exported({"net": net}, None, example, "", calibration, _Options(**options))
 
 
 def _fused(net: nn.Module, example: Tensor) -> Network:
