@@ -11,7 +11,7 @@ from qdeploy.cli import main
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import Outline, load_benchmark
 from qdeploy.training.minibatches import in_domain_split, split
-from qdeploy.training.start import check_setting, seed_hash
+from qdeploy.training.start import check_setting, describe, seed_hash
 from qdeploy.training.trainer import evaluation_sets, reported
 
 BENCHMARK = load_benchmark("debug")  # debug0, debug1, debug2, 60 images each
@@ -122,3 +122,19 @@ def test_a_minibatch_of_one_source_is_small(monkeypatch):
     check_setting(config, OUTLINE)
     check_setting(replace(config, test_domain="in-domain"), OUTLINE)
     assert asked == ["1000 images", "3000 images"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "uses"),
+    [
+        ("debug0,debug2", ["debug1 60 48 12 source", "debug0 60 - - held out", "debug2 60 - - held out"]),
+        ("in-domain", [f"debug{i} 60 36 12 12 source" for i in range(3)]),
+    ],
+)
+def test_a_run_says_what_is_held_out(targets, uses):
+    config = settings(targets, batch_size=8)
+    lines = describe(config, BENCHMARK, evaluation_sets(config, BENCHMARK))
+    assert lines[0] == "debug: 4 classes (a, b, c, d); preset: Digits-DG"
+    assert [" ".join(line.split()) for line in lines[2:5]] == uses
+    images = 8 if targets != "in-domain" else 24
+    assert lines[-1].startswith(f"2,001 updates of {images} images, ")

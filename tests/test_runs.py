@@ -521,7 +521,7 @@ def test_a_run_says_first_what_it_has(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     left_out = "classifier.conv.weight, classifier.conv.bias, classifier.bn.weight, classifier.bn.bias and 3 more"
     assert lines[:8] == [
-        "data: 3 classes (cat, dog, owl)",
+        "data: 3 classes (cat, dog, owl); preset: a folder of images",
         "domain  images  training  validation  use",
         "art         10         8           2  source",
         "sketch      10         8           2  source",

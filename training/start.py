@@ -94,14 +94,14 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
         mode = f"{config.bits}-bit weights{inputs} in {len(layers) - 1} layers from update {config.quantize_at} on"
         mode += f"; `{classifier(net)}` in float"
     parameters = sum(parameter.numel() for parameter in net.parameters())
-    images = config.batch_size * len(benchmark.sources(config.targets))
+    images = config.batch_size * (len(benchmark.domains) - len(config.targets))
     evaluated, evaluations = sum(len(part) for _, part in sets.values()), -(-config.updates // config.eval_every)
     left_out = benchmark.left_out
     named = "; ".join(f"{file}: {reason}" for file, reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
     missing = [name for i, name in enumerate(benchmark.classes) if i not in trained]
+    classes = f"{len(benchmark.classes)} classes ({_shortened(benchmark.classes)})"
     return [
-        f"preset: {preset_of(config.data).name}",
-        f"{benchmark.name}: {len(benchmark.classes)} classes ({_shortened(benchmark.classes)})",
+        f"{benchmark.name}: {classes}; preset: {preset_of(config.data).name}",
         *columns(rows).splitlines(),
         f"{config.model}: {parameters:,} parameters; {mode}",
         *(f"weights: {text}" for text in pretrained),
