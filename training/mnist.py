@@ -1,7 +1,7 @@
 """MNIST and Fashion-MNIST from their packages, and the two data sets of several domains that DomainBed makes of MNIST.
 
 DomainBed draws from PyTorch's global generator; here a generator with seed 0 draws in its place and order, so the
-images are those of a DomainBed run with `--seed 0`.
+images are DomainBed's after `torch.manual_seed(0)`.
 """
 
 from __future__ import annotations
