@@ -51,7 +51,6 @@ def backward(
     of_value, of_step = torch.empty_like(value), torch.empty_like(step)
     if grad.stride() != value.stride() or grad.dtype != torch.float32:
         grad = of_value.copy_(grad)
-    arrays = [_flat(tensor) for tensor in (grad, value, step)]
-    threads = torch.get_num_threads()
-    _engine.lsq_backward(*arrays, qmin, qmax, grad_scale, _flat(of_value), _flat(of_step), threads)
+    results, threads = (_flat(of_value), _flat(of_step)), torch.get_num_threads()
+    _engine.lsq_backward(_flat(grad), _flat(value), _flat(step), qmin, qmax, grad_scale, *results, threads)
     return of_value, of_step

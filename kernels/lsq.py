@@ -84,7 +84,7 @@ def lsq(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale
         step: the step sizes, > 0: shape [] or [1] when `axis` is -1, else [value.shape[axis]].
         qmin, qmax: the integer range, e.g. -64 and 63 for 7 signed bits, 0 and 255 for 8 unsigned bits.
         axis: the axis along which every slice has its own step size, or -1 for one step size.
-        grad_scale: factor on the gradient of the step sizes (training_scale in `qdeploy.training.quantize`).
+        grad_scale: factor on the gradient of the step sizes (training_scale in `qdeploy.training.initial_steps`).
 
     Raises:
         InputError: the step sizes do not fit the value and the axis.

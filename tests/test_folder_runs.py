@@ -83,7 +83,7 @@ def train(fabric, devices):
     try:
         trainer.run(replace(config, devices=devices), benchmark, Path(sys.argv[2], str(devices)), fabric)
     except (InputError, SystemExit) as error:
-        print(error)
+        sys.stdout.write(f"{error}\\n")  # at once: two processes write
 for devices in map(int, sys.argv[3:]):
     fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp_fork" if devices > 1 else "auto")
     fabric.launch(train, devices)

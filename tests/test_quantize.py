@@ -14,18 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from qdeploy.errors import InputError
 from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many
 from qdeploy.networks.quantizable import quantizable_layers
-from qdeploy.training import quantize as quantize_module
+from qdeploy.training import one_launch, quantizer
+from qdeploy.training.attached import project_steps_, quantizers, step_group, step_parameters
+from qdeploy.training.initial_steps import MIN_STEP, initial_step
 from qdeploy.training.models import MODELS
-from qdeploy.training.quantize import (
-    MIN_STEP,
-    initial_step,
-    project_steps_,
-    quantize_,
-    quantizers,
-    step_group,
-    step_parameters,
-    summary,
-)
+from qdeploy.training.quantize import quantize_, summary
 
 pytestmark = pytest.mark.filterwarnings("ignore:expected a network that qdeploy.export can write")  # the Conv1d of Zoo
 
@@ -193,9 +186,9 @@ def launches(monkeypatch):
         seen["alone"] += 1
         return lsq(*args)
 
-    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
-    monkeypatch.setattr(quantize_module, "lsq_many", together)
-    monkeypatch.setattr(quantize_module, "fake_quantize", alone)
+    monkeypatch.setattr(one_launch, "on_gpu", lambda value: True)
+    monkeypatch.setattr(one_launch, "lsq_many", together)
+    monkeypatch.setattr(quantizer, "fake_quantize", alone)
     return seen
 
 
@@ -213,11 +206,11 @@ def test_a_gpu_quantizes_all_weights_in_one_launch(launches, monkeypatch):
     found = gradients(net, x)
     assert launches == {"together": [4], "alone": 0}  # tied weights are one, the shared layer runs twice
     copied = copy.deepcopy(net)
-    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: False)
+    monkeypatch.setattr(one_launch, "on_gpu", lambda value: False)
     for a, b in zip(found, gradients(net, x), strict=True):
         assert torch.equal(a, b)
     assert launches == {"together": [4], "alone": 6}
-    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
+    monkeypatch.setattr(one_launch, "on_gpu", lambda value: True)
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.mul_(1.5)
@@ -298,7 +291,7 @@ def test_checkpointed_layers_run_twice_alike(launches, monkeypatch, reentrant):
     found = {name: p.grad for name, p in net.named_parameters()}
     assert launches == {"together": [4], "alone": 4}  # two layers, two times
     net.zero_grad()
-    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: False)
+    monkeypatch.setattr(one_launch, "on_gpu", lambda value: False)
     net(x).sum().backward()
     for name, parameter in net.named_parameters():
         assert found[name] is parameter.grad is None or torch.equal(found[name], parameter.grad)
@@ -327,11 +320,11 @@ def test_launch_is_compiled_and_not_exported(monkeypatch):
     net, x = Zoo(), torch.randn(2, 3, 6, 6)
     quantize_(net)
     expected = gradients(net, x)
-    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
+    monkeypatch.setattr(one_launch, "on_gpu", lambda value: True)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     for a, b in zip(gradients(compiled, x), expected, strict=True):
         torch.testing.assert_close(a, b)
-    monkeypatch.setattr(quantize_module, "lsq_many", None)
+    monkeypatch.setattr(one_launch, "lsq_many", None)
     for strict in (False, True):
         exported = torch.export.export(net.eval(), (x,), strict=strict)
         assert len([n for n in exported.graph.nodes if n.target == torch.ops.qdeploy.lsq.default]) == 6
@@ -347,7 +340,7 @@ def test_a_compiled_layer_is_compiled_once(monkeypatch):
 
     net, x = Zoo(), torch.randn(2, 3, 6, 6)
     quantize_(net)
-    monkeypatch.setattr(quantize_module, "on_gpu", lambda value: True)
+    monkeypatch.setattr(one_launch, "on_gpu", lambda value: True)
     net.stem = torch.compile(net.stem, backend=backend)
     optimizer = torch.optim.SGD(net.parameters(), 0.01)
     for _ in range(3):

@@ -23,7 +23,8 @@ import qdeploy
 from qdeploy.errors import ExportError, InputError
 from qdeploy.networks.quantizable import classifier
 from qdeploy.training import project_steps_, quantize_, quantize_like_, quantizers, step_group, summary
-from qdeploy.training.quantize import Quantizer, step_parameters
+from qdeploy.training.attached import step_parameters
+from qdeploy.training.quantizer import Quantizer
 
 torch.set_num_threads(1)
 X = torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(1))

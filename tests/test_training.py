@@ -24,12 +24,12 @@ from qdeploy.kernels import ensemble
 from qdeploy.kernels.ensemble import combine
 from qdeploy.training import command, processes, trainer
 from qdeploy.training.algorithms import ALGORITHMS, ERM, QTDoG
+from qdeploy.training.attached import quantizers, step_parameters
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import load_benchmark
 from qdeploy.training.minibatches import MinibatchLoader, sample, split
 from qdeploy.training.models import MODELS
 from qdeploy.training.progress import progress_of_run
-from qdeploy.training.quantize import quantizers, step_parameters
 from qdeploy.training.start import seed_hash
 from qdeploy.training.trainer import run, select
 

@@ -6,18 +6,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attached import project_steps_, quantizers, step_group
     from .models import MODELS
-    from .quantize import project_steps_, quantize_, quantize_like_, quantizers, step_group, summary
+    from .quantize import quantize_, summary
+    from .quantize_like import quantize_like_
 
+_HOMES = {
+    "MODELS": "models",
+    "project_steps_": "attached",
+    "quantize_": "quantize",
+    "quantize_like_": "quantize_like",
+    "quantizers": "attached",
+    "step_group": "attached",
+    "summary": "quantize",
+}
 __all__ = ["MODELS", "project_steps_", "quantize_", "quantize_like_", "quantizers", "step_group", "summary"]
 
 
 def __getattr__(name: str) -> Any:
     # On first use, so that the command line can print its help without loading torch.
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "models" if name == "MODELS" else "quantize"
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

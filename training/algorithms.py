@@ -10,15 +10,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qdeploy.training.attached import parametrized_weight, project_steps_, quantizers, step_group
 from qdeploy.training.config import Config
-from qdeploy.training.quantize import (
-    parametrized_weight,
-    project_steps_,
-    quantize_,
-    quantize_like_,
-    quantizers,
-    step_group,
-)
+from qdeploy.training.quantize import quantize_
+from qdeploy.training.quantize_like import quantize_like_
 
 Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [B, C, H, W] and classes [B] of each source domain
 

@@ -31,7 +31,7 @@ from qdeploy.training.fingerprint import with_any_size
 from qdeploy.training.minibatches import MinibatchLoader, in_domain_split, split_of
 from qdeploy.training.processes import Interrupted, alone_of_all, by_first, raise_in_all, reduced, signals_received
 from qdeploy.training.progress import Progress, progress_of_run
-from qdeploy.training.quantize import quantize_like_
+from qdeploy.training.quantize_like import quantize_like_
 from qdeploy.training.run_files import (
     CHECKPOINT,
     DONE,

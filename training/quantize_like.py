@@ -1,0 +1,93 @@
+"""Quantized networks from saved states, without calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from qdeploy.errors import InputError
+from qdeploy.networks.wrappers import WRAPPERS
+from qdeploy.training.attached import (
+    attach,
+    attach_input,
+    identity,
+    parametrized_weight,
+    quantizers,
+    step_parameters,
+)
+from qdeploy.training.one_launch import quantize_together
+from qdeploy.training.quantizer import Quantizer, checked_state
+from qdeploy.training.targets import check_weight, checked_network
+from qdeploy.training.untouched import all_or_nothing, is_computed
+
+
+def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Parameter]:
+    """Attaches the quantizers of a saved state dict to a float network and loads the state, without calibration data.
+
+    Args:
+        net: as before `quantize_` when `state` was made; left as it was where this raises.
+        state: `state_dict()` of the quantized network.
+
+    Returns:
+        The trainable step sizes, in order.
+
+    Raises:
+        InputError: the state is of another network, or its network was not quantized.
+    """
+    net = checked_network(net)
+    state = _plain_state(net, state)
+    with all_or_nothing(net):
+        weights: dict[tuple[int, ...], Quantizer] = {}
+        inputs: dict[int, Quantizer] = {}
+        for path, layer in [*net.named_modules()]:
+            prefix = f"{path}." if path else ""
+            if (found := _saved(state, f"{prefix}parametrizations.weight.{_depth(layer)}.")) is not None:
+                weight = check_weight(layer, f"layer `{path}`")
+                if found.step.shape not in ((), weight.shape[:1]):
+                    expected = f"one step size, or one for each of {len(weight)} channels"
+                    raise InputError(f"expected {expected}, got shape {list(found.step.shape)} - at layer `{path}`")
+                attach(layer, weights.setdefault(identity(layer), found.to(weight.device)))
+                if (found := _saved(state, f"{prefix}input_quantizer.")) is not None:
+                    attach_input(layer, inputs.setdefault(found.bundle, found.to(weight.device)))
+        quantize_together(net)
+        if not quantizers(net):
+            raise InputError("expected the state of a quantized network, got no quantizers in it - at quantize_like_")
+        _check_fits(net, state)
+        net.load_state_dict(state)
+    return step_parameters(net)
+
+
+def _depth(layer: nn.Module) -> int:
+    """How many parametrizations compute the weight."""
+    return len(parametrized_weight(layer)) if is_computed(layer) else 0
+
+
+def _saved(state: Mapping[str, Tensor], prefix: str) -> Quantizer | None:
+    """The quantizer whose state begins with `prefix`."""
+    step, extra = state.get(f"{prefix}step"), state.get(f"{prefix}_extra_state")
+    if step is None or extra is None:
+        return None
+    return Quantizer(step.detach().clone(), *checked_state(extra, f"quantizer `{prefix.rstrip('.')}`"))
+
+
+def _plain_state(net: nn.Module, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state without the names that wrappers put before all others, and without the count of AveragedModel."""
+    if not isinstance(state, Mapping):
+        raise InputError(f"expected a state dict, got {type(state).__name__} - at quantize_like_")
+    first = {name.partition(".")[0] for name in state} - {"n_averaged"}
+    if len(first) != 1 or first & net._modules.keys() or not first & {*WRAPPERS.values()}:
+        return state
+    inner = {name.partition(".")[2]: value for name, value in state.items() if name != "n_averaged"}
+    return _plain_state(net, inner)
+
+
+def _check_fits(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Before anything is loaded: torch tells of what does not fit when half of it is loaded, in many lines."""
+    own, shapes = net.state_dict(), {name: list(getattr(value, "shape", ())) for name, value in state.items()}
+    wrong = [f"no {name}" for name in own if name not in state]
+    wrong += [f"{name} too much" for name in state if name not in own]
+    wrong += [f"{name} {shapes[name]}" for name in own if name in state and list(own[name].shape) != shapes[name]]
+    if wrong:
+        got = ", ".join(wrong[:3]) + ("..." if len(wrong) > 3 else "")
+        raise InputError(f"expected the state of a {type(net).__name__}, got {got} - at quantize_like_")
