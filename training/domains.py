@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qdeploy.checks import check_name
 from qdeploy.errors import InputError, ModelError
+from qdeploy.training import wilds
 from qdeploy.training.file_lists import tree_without
 from qdeploy.training.fingerprint import fingerprint
 from qdeploy.training.image_sets import SETS
@@ -33,6 +34,7 @@ class ArrayDomain:
     environment: int  # as of `FolderDomain`
     images: np.ndarray
     labels: np.ndarray
+    published: None = None  # as of `FolderDomain`
 
     @property
     def files(self) -> Sequence[tuple[str, int]]:
@@ -56,6 +58,7 @@ class FolderDomain:
     """One domain as image files; `size` is the height and width that the network sees.
 
     `environment` is the domain's number among all of the data, whether they are used or not: it seeds the split.
+    `published`: the positions that train and those that validate, where the data come with a split of their own.
     """
 
     name: str
@@ -64,6 +67,7 @@ class FolderDomain:
     files: Sequence[ImageFile]
     labels: np.ndarray
     size: int
+    published: tuple[np.ndarray, np.ndarray] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
 
     @property
@@ -200,6 +204,8 @@ def _load_folder(root: Path, size: int, skip: str | None) -> Benchmark:
         raise InputError(
             f"expected {', '.join(SETS)}, debug or a folder root/domain/class/image, got {str(root)!r} - at --data"
         )
+    if wilds.is_camelyon17(root):
+        return _load_camelyon17(root, size, skip)
     tree = tree_without(root, skip)
     if not tree.domains:
         raise InputError(f"expected images as root/domain/class/image, got none - at {root}")
@@ -212,6 +218,18 @@ def _load_folder(root: Path, size: int, skip: str | None) -> Benchmark:
         files = [file for listed in found.values() for file in listed]
         domains.append(FolderDomain(name, environment, root, files, labels, size))
     return Benchmark(root.name, classes, domains, IMAGENET_MEAN, IMAGENET_STD, tree.left_out)
+
+
+def _load_camelyon17(root: Path, size: int, skip: str | None) -> Benchmark:
+    if skip is not None:
+        raise InputError("expected a tree root/domain/class/image for such a list, got WILDS - at --skip-unreadable")
+    domains = [
+        FolderDomain(
+            f"hospital{number}", number, root, found.files, found.labels, size, (found.training, found.validation)
+        )
+        for number, found in wilds.camelyon17(root).items()
+    ]
+    return Benchmark(root.name, wilds.CLASSES, domains, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _check_classes(classes: Sequence[str], root: Path) -> None:

@@ -37,7 +37,10 @@ def in_domain_split(count: int, environment: int, split_seed: int) -> tuple[np.n
 
 
 def split_of(domain: ArrayDomain | FolderDomain, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """The training and validation positions of a domain in a run."""
+    """The training and validation positions of a domain in a run: those of a published split, all and none of a domain
+    whose images are there to be held out."""
+    if config.targets and domain.published is not None:
+        return domain.published
     place = len(domain.labels), domain.environment, config.split_seed
     return split(*place) if config.targets else in_domain_split(*place)[:2]
 

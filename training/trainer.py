@@ -68,11 +68,14 @@ def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int
     sets = {}
     for i, domain in enumerate(benchmark.domains):
         training, validation = split_of(domain, config)
-        if not len(validation):
+        if domain.published is None and not len(validation):
             raise InputError(f"expected 5 or more images, got {len(domain.labels)} - at domain `{domain.name}`")
         if i in targets:
             sets[f"{domain.name}_in"] = (i, training)
-        sets[f"{domain.name}_out"] = (i, validation)
+        elif not len(validation):
+            raise InputError(f"expected {domain.name} held out, which has no images to validate - at --test-domain")
+        if len(validation):
+            sets[f"{domain.name}_out"] = (i, validation)
         if not targets:
             test = in_domain_split(len(domain.labels), domain.environment, config.split_seed)[2]
             sets[f"{domain.name}_test"] = (i, test)
