@@ -197,7 +197,7 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path
         return found
     domain, positions = trainer.evaluation_sets(config, benchmark)[f"{config.test_domain}_in"]
     labels = torch.from_numpy(benchmark.domains[domain].labels[positions])
-    logits, int8 = _judged(nets, path, benchmark, domain, positions, fabric.device)
+    logits, int8 = _judged(nets, path, benchmark, domain, positions, fabric.device, config.workers)
     if len(nets) > 1:
         decided = {rule: combine(logits, rule)[1] for rule in RULES}
         found["ensemble"] = {rule: (classes == labels).float().mean().item() for rule, classes in decided.items()}
@@ -218,6 +218,7 @@ def _judged(
     domain: int,
     positions: np.ndarray,
     device: torch.device,
+    workers: int,
 ) -> tuple[Tensor, Tensor]:
     """The logits of each network, [M, N, K], and the classes of the model file at `path`, [N], on the CPU; the images
     are decoded once for all of them."""
@@ -241,7 +242,7 @@ def _judged(
         return logits
 
     with torch.no_grad(), counted_images(text, len(positions)) as seen:
-        logits = apply(judge, benchmark, domain, positions)
+        logits = apply(judge, benchmark, domain, positions, workers)
     return logits.transpose(0, 1).contiguous(), torch.cat(int8)
 
 
