@@ -172,7 +172,8 @@ def test_evaluations_are_cut_into_batches():
     [({}, 1, 0), ({}, 4, 3), ({}, 64, 16), ({"devices": 2}, 8, 3), ({"devices": 4}, 2, 0), ({"workers": 5}, 2, 5)],
 )
 def test_workers_are_those_that_the_cores_suffice_for(data, monkeypatch, changes, cores, workers):
-    monkeypatch.setattr(_engine, "default_threads", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
+    monkeypatch.setattr(_engine, "cpu_quota", lambda: cores + 0.5)
     assert settings(data, **{"workers": None, **changes}).workers == workers
     assert resolve(Config(data="debug", test_domain="debug0")).workers == 0
 

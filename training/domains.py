@@ -121,8 +121,12 @@ class Benchmark:
 def _scales(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """255, `mean` and `std` on the device. By a number of Python's a GPU does not divide: it multiplies with the
     reciprocal, which rounds to other bits."""
-    by_channel = (torch.tensor(values, device=device)[:, None, None] for values in (mean, std))
-    return torch.tensor(255.0, device=device), *by_channel
+    channels = (-1, 1, 1)
+    return (
+        torch.tensor(255.0, device=device),
+        torch.tensor(mean, device=device).reshape(channels),
+        torch.tensor(std, device=device).reshape(channels),
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def _share(images: Tensor) -> None:
 
 def load(
     benchmark: Benchmark, order: Iterable[Sequence[Keys]], seed: int, workers: int, pin_memory: bool = False
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
+) -> Generator[list[tuple[Tensor, Tensor]], None, None]:
     """The images, u8 [n, C, H, W], and classes, i64 [n], of every keys of every batch, in this order.
 
     `workers` processes decode; 0: this one does. They start with the first batch and end when the generator is closed.

@@ -208,9 +208,9 @@ def _run(
     selected = select(state.records, _first_eligible(config))
     assert selected is not None  # `resolve` lets no run end before an evaluation that may be selected
     if fabric.is_global_zero:
-        images = benchmark.fingerprint
-        write_state(directory / MODEL, config, {"net": state.best, "selected": selected, "images": images})
-        write_done(directory, config, selected, images)
+        fingerprint = benchmark.fingerprint
+        write_state(directory / MODEL, config, {"net": state.best, "selected": selected, "images": fingerprint})
+        write_done(directory, config, selected, fingerprint)
     fabric.barrier()
     return selected
 
