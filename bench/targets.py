@@ -91,6 +91,11 @@ TARGETS |= {
     "memory": Target("peak memory of that process", 100, "MiB"),
     "overhead": Target("a call of a tiny net / onnxruntime", 0.3),
 }
+TARGETS |= {
+    "training/loader/1": Target("training images/s, one worker / decoded in the process", 1.0, "x", True),
+    "training/loader/2": Target("training images/s, two workers / one", 1.8, "x", True),
+    "training/image": Target("CPU time of a training image, a JPEG of 500 x 375", 8.0, "ms"),
+}
 
 
 # ---- On a GPU: the cases of gpu_cases.py -----------------------------------------------------------------------------

@@ -43,8 +43,8 @@ def root(tmp_path):
 def settings(root, **changes):
     """Fine-tuning, so that BatchNorm is frozen."""
     names = {"data": str(root / "data"), "test_domain": "photo", "weights": str(root / "weights.pth"), "model": "nin"}
-    steps = {"updates": 4, "quantize_at": 2, "eval_every": 1, "image_size": 16, "batch_size": 6, "accelerator": "cpu"}
-    return resolve(Config(**{**names, **steps, **changes}))
+    steps = {"updates": 4, "quantize_at": 2, "eval_every": 1, "image_size": 16, "batch_size": 6}
+    return resolve(Config(**{**names, **steps, "accelerator": "cpu", "workers": 0, **changes}))
 
 
 def train(config, directory):

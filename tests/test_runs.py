@@ -516,7 +516,8 @@ def test_a_run_says_first_what_it_has(tmp_path, capsys):
     torch.save(MODELS["nin"](9, 3).state_dict(), tmp_path / "w.pth")
     words = ["train", "--data", str(data), "--test-domain", "photo", "--accelerator", "cpu", "--model", "nin"]
     words += ["--image-size", "16", "--updates", "3", "--quantize-at", "1", "--eval-every", "2", "--batch-size", "2"]
-    words += ["--activation-bits", "8", "--weights", str(tmp_path / "w.pth"), "--out", str(tmp_path / "run")]
+    words += ["--activation-bits", "8", "--weights", str(tmp_path / "w.pth"), "--workers", "0"]
+    words += ["--out", str(tmp_path / "run")]
     assert cli.main(words) == 0
     lines = capsys.readouterr().err.splitlines()
     left_out = "classifier.conv.weight, classifier.conv.bias, classifier.bn.weight, classifier.bn.bias and 3 more"
@@ -528,7 +529,7 @@ def test_a_run_says_first_what_it_has(tmp_path, capsys):
         "photo       15         -           -  held out",
         "nin: 34,909 parameters; 7-bit weights, 8-bit inputs in 6 layers from update 1 on; `classifier.conv` in float",
         f"weights: 42 tensors of {tmp_path / 'w.pth'}, without {left_out}; a new classifier",
-        "3 updates of 4 images, 2 evaluations of 19",
+        "3 updates of 4 images, 2 evaluations of 19; images are loaded by the training itself (--workers 0)",
     ]
     assert lines[8] == "warning: no source domain has images of owl"
     assert [line.split(" loss")[0] for line in lines[9:]] == ["seed 0 update 0 float", "seed 0 update 2 7 bit"]
@@ -611,7 +612,7 @@ def test_a_corrupt_image_keeps_the_updates_before_it(tmp_path, fabric, capsys, u
     """In a minibatch, or in the evaluation after an update."""
     data = tree(tmp_path / "data", {"art": "cat dog", "photo": "cat dog", "sketch": "cat dog"})
     settings = {"model": "nin", "image_size": 16, "updates": 5, "quantize_at": 1, "eval_every": 2, "batch_size": 2}
-    config = resolve(Config(data=str(data), test_domain="photo", accelerator="cpu", **settings))
+    config = resolve(Config(data=str(data), test_domain="photo", accelerator="cpu", workers=0, **settings))
     benchmark = load_benchmark(str(data), image_size=16)
     trainer.run(config, benchmark, tmp_path / "whole", fabric)
 

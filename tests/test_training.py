@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -27,7 +28,7 @@ from qdeploy.training.algorithms import ALGORITHMS, ERM, QTDoG
 from qdeploy.training.attached import quantizers, step_parameters
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import load_benchmark
-from qdeploy.training.minibatches import MinibatchLoader, sample, split
+from qdeploy.training.minibatches import RunImages, sample, split
 from qdeploy.training.models import MODELS
 from qdeploy.training.progress import progress_of_run
 from qdeploy.training.start import seed_hash
@@ -55,11 +56,8 @@ def tiny_algorithm(fabric, config, kind=QTDoG):
 
 
 def minibatches(number, config=SMALL):
-    loader = MinibatchLoader(config, BENCHMARK, Fabric(accelerator="cpu", devices=1))
-    try:
-        return loader.at(number)
-    finally:
-        loader.close()
+    images = RunImages(config, BENCHMARK, Fabric(accelerator="cpu", devices=1), {}, number, False)
+    return images.minibatches(nullcontext)
 
 
 # ---- Protocol --------------------------------------------------------------------------------------------------------
@@ -89,7 +87,7 @@ def test_minibatches_hold_training_images_of_the_sources():
         source = BENCHMARK.domains[domain]
         keys, _ = split(60, domain, 0)
         picked = keys[sample(0, 5, domain, len(keys), 8)]
-        assert torch.equal(images, source.batch(picked))
+        assert torch.equal(images, BENCHMARK.normalized(source.batch(picked)))
         assert classes.tolist() == source.labels[picked].tolist()
 
 
@@ -488,7 +486,7 @@ def test_folders_of_images_train(fabric, tmp_path):
                 Image.fromarray(pixels).save(tmp_path / "data" / domain / label / f"{i}.png")
     data = str(tmp_path / "data")
     settings = {"model": "resnet18", "image_size": 32, "updates": 3, "quantize_at": 1, "eval_every": 1, "batch_size": 2}
-    config = resolve(Config(data=data, test_domain="photo", accelerator="cpu", **settings))
+    config = resolve(Config(data=data, test_domain="photo", accelerator="cpu", workers=0, **settings))
     record = run(config, load_benchmark(data, image_size=32), tmp_path / "run", fabric)
     assert record["update"] >= 1 and set(record["accuracy"]) == {"art_out", "photo_in", "photo_out", "sketch_out"}
 

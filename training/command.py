@@ -201,7 +201,7 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path
     labels = {
         name: torch.from_numpy(benchmark.domains[i].labels[positions]) for name, (i, positions) in held_out.items()
     }
-    logits, int8 = _judged(nets, path, benchmark, held_out, fabric.device)
+    logits, int8 = _judged(nets, path, benchmark, held_out, fabric.device, config.workers)
 
     def decided(rule: str) -> dict[str, Tensor]:
         return {name: combine(scores, rule)[1] for name, scores in logits.items()}
@@ -230,6 +230,7 @@ def _judged(
     benchmark: Benchmark,
     held_out: Mapping[str, tuple[int, np.ndarray]],
     device: torch.device,
+    workers: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """For each part that is held out, (domain, positions): the logits of each network, [M, N, K], and the classes of
     the model file at `path`, [N], on the CPU; the images are decoded once for all of them."""
@@ -255,7 +256,7 @@ def _judged(
     logits, int8 = {}, {}
     with torch.no_grad(), counted_images(text, sum(len(positions) for _, positions in held_out.values())) as seen:
         for name, part in held_out.items():
-            logits[name] = apply(judge, benchmark, *part).transpose(0, 1).contiguous()
+            logits[name] = apply(judge, benchmark, *part, workers).transpose(0, 1).contiguous()
             if model is not None:
                 int8[name] = torch.cat(classes)
                 classes.clear()

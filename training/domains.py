@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import repeat
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +46,8 @@ class ArrayDomain:
     def batch(
         self, positions: np.ndarray, augment: tuple[int, int, int] | None = None, places: Iterable[int] | None = None
     ) -> Tensor:
-        """The images at `positions` as f32 [n, C, H, W] in [0, 1]; small images are not augmented."""
-        return torch.from_numpy(self.images[positions]).float().div_(255)
+        """The images at `positions`, u8 [n, C, H, W]; small images are not augmented."""
+        return torch.from_numpy(self.images[positions])
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,6 @@ class FolderDomain:
     labels: np.ndarray
     size: int
     published: tuple[np.ndarray, np.ndarray] | None = None
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(min(8, os.cpu_count() or 1)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,7 +74,7 @@ class FolderDomain:
     def batch(
         self, positions: np.ndarray, augment: tuple[int, int, int] | None = None, places: Iterable[int] | None = None
     ) -> Tensor:
-        """Decoded images, normalized by the ImageNet statistics, f32 [n, 3, size, size].
+        """Decoded images, u8 [n, 3, size, size].
 
         With `augment` = (seed, update, environment) each is cropped, flipped and recolored at random, as a pure
         function of these three numbers and its place in the whole minibatch, of which this may be the share of one
@@ -86,8 +82,9 @@ class FolderDomain:
         """
         places = range(len(positions)) if places is None else places
         draws = [None if augment is None else Draw(*augment, int(place)) for place in places]
-        files = [self.files[p].path for p in positions]
-        return torch.stack([*self._pool.map(load_image, repeat(self.root), files, repeat(self.size), draws)])
+        files = [self.files[position].path for position in positions]
+        images = [load_image(self.root, file, self.size, draw) for file, draw in zip(files, draws, strict=True)]
+        return torch.stack(images)
 
 
 @dataclass(frozen=True)
@@ -110,6 +107,11 @@ class Benchmark:
     def input_shape(self) -> tuple[int, ...]:
         return self.domains[0].shape
 
+    def normalized(self, images: Tensor) -> Tensor:
+        """u8 [N, C, H, W] as the network takes them, f32 on the same device: from [0, 1], less `mean`, over `std`."""
+        largest, mean, std = _scales(self.mean, self.std, images.device)
+        return images.float().div_(largest).sub_(mean).div_(std)
+
     def index(self, name: str) -> int:
         """The place of a domain in `domains`; raises InputError for an unknown name."""
         return _index(name, [domain.name for domain in self.domains], self.name)
@@ -118,6 +120,18 @@ class Benchmark:
         """The domains but those held out; raises InputError for an unknown name."""
         targets = {self.index(name) for name in held_out}
         return [domain for i, domain in enumerate(self.domains) if i not in targets]
+
+
+@cache
+def _scales(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """255, `mean` and `std` on the device. By a number of Python's a GPU does not divide: it multiplies with the
+    reciprocal, which rounds to other bits."""
+    channels = (-1, 1, 1)
+    return (
+        torch.tensor(255.0, device=device),
+        torch.tensor(mean, device=device).reshape(channels),
+        torch.tensor(std, device=device).reshape(channels),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """An image file as the network sees it.
 
 For the same draws every step gives the very bytes of torchvision's transforms on Pillow images, which DomainBed uses:
-convert("RGB"), RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale, ToTensor, Normalize. Exif's
-orientation is not looked at, as there.
+convert("RGB"), RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale. Exif's orientation is not looked
+at, as there. ToTensor and Normalize are done for a batch, on the device (`Benchmark.normalized`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Draw(NamedTuple):
 
 
 def load_image(root: Path, file: str, size: int, augment: Draw | None) -> Tensor:
-    """The image root/file: f32 [3, size, size], normalized by the ImageNet statistics. Raises UnreadableImage."""
+    """The image root/file: u8 [3, size, size]. Raises UnreadableImage."""
     from PIL import Image
 
     image = decoded(root, file)
@@ -44,8 +44,7 @@ def load_image(root: Path, file: str, size: int, augment: Draw | None) -> Tensor
         counter = [0, 1 + augment.place, 0, augment.update]
         stream = np.random.Philox(key=[augment.seed, augment.environment], counter=counter)
         image = _augment(image, size, np.random.Generator(stream))
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div_(255)
-    return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def _augment(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:

@@ -1,24 +1,29 @@
-"""Which images train and which validate, and those of every update.
+"""Which images train and which validate, and those of a run in its order.
 
 All of update t is a pure function of (seed, t), so there is no state to restore in a run that goes on.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import numpy as np
-import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from qdeploy.training.algorithms import Minibatches
 from qdeploy.training.config import Config
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain
+from qdeploy.training.loader import Keys, WorkerLost, load
 from qdeploy.training.processes import raise_in_all
 from qdeploy.training.start import seed_hash
 
 HOLDOUT = 0.2  # share of each domain that is kept for validation
+EVALUATION_BATCH = 256
+
+Waiting = Callable[[], AbstractContextManager]
 
 
 def split(count: int, environment: int, split_seed: int, held_out: float = HOLDOUT) -> tuple[np.ndarray, np.ndarray]:
@@ -51,37 +56,82 @@ def sample(seed: int, update: int, environment: int, count: int, size: int) -> n
     return np.random.Generator(stream).integers(count, size=size)
 
 
-class MinibatchLoader:
-    """The minibatches of any update, loaded one update ahead on a thread of its own."""
+def evaluation_batches(domain: int, positions: np.ndarray) -> list[list[Keys]]:
+    """The images of a domain at `positions`, which may be none, in batches of about EVALUATION_BATCH."""
+    count = -(-len(positions) // EVALUATION_BATCH)
+    return [[Keys(domain, part)] for part in np.array_split(positions, count)] if count else []
 
-    def __init__(self, config: Config, benchmark: Benchmark, fabric: Fabric):
-        self._config, self._fabric = config, fabric
-        self._sources = benchmark.sources(config.targets)
-        self._keys = [split_of(domain, config)[0] for domain in self._sources]
-        self._executor = ThreadPoolExecutor(1)
-        self._next: tuple[int, Future] | None = None
 
-    def at(self, update: int) -> Minibatches:
-        """The minibatches of update `update`, on the device; a data-parallel process gets its share of each."""
-        ahead, failure = self._next, None
+class RunImages:
+    """All images of a run from update `begin` on, in the order in which it asks for them: its workers go on with the
+    next minibatches while it evaluates, and the other way round.
+
+    sets: what an evaluation measures, as `evaluation_sets` returns it. owes_evaluation: whether the run begins with the
+    evaluation after update `begin` - 1.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        benchmark: Benchmark,
+        fabric: Fabric,
+        sets: Mapping[str, tuple[int, np.ndarray]],
+        begin: int,
+        owes_evaluation: bool,
+    ):
+        self._config, self._benchmark, self._fabric, self._sets = config, benchmark, fabric, sets
+        self._sources = [benchmark.index(domain.name) for domain in benchmark.sources(config.targets)]
+        self._training = {i: split_of(benchmark.domains[i], config)[0] for i in self._sources}
+        order = self._order(begin, owes_evaluation)
+        self._loaded = load(benchmark, order, config.seed, config.workers, fabric.device.type == "cuda")
+
+    def minibatches(self, waiting: Waiting) -> Minibatches:
+        """Those of the next update; a data-parallel process gets its share of each. `waiting()` is entered until they
+        are decoded."""
+        failure: UnreadableImage | WorkerLost | None = None
         batches: Minibatches = []
         try:
-            batches = ahead[1].result() if ahead and ahead[0] == update else self._load(update)
-        except UnreadableImage as error:
+            batches = self._next(waiting)
+        except (UnreadableImage, WorkerLost) as error:
             failure = error
         raise_in_all(failure, self._fabric)
-        self._next = (update + 1, self._executor.submit(self._load, update + 1))
-        return [(self._fabric.to_device(images), self._fabric.to_device(classes)) for images, classes in batches]
-
-    def _load(self, update: int) -> Minibatches:
-        batches = []
-        seed, size = self._config.seed, self._config.batch_size
-        places = np.arange(size)[self._fabric.global_rank :: self._fabric.world_size]  # of this process's share
-        for domain, keys in zip(self._sources, self._keys, strict=True):
-            mine = keys[sample(seed, update, domain.environment, len(keys), size)[places]]
-            images = domain.batch(mine, (seed, update, domain.environment), places)
-            batches.append((images, torch.from_numpy(domain.labels[mine])))
         return batches
 
+    def evaluation(self, name: str, waiting: Waiting) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images and classes of the next set of an evaluation, this process's share of them, in batches."""
+        for _ in self._batches_of(name):
+            yield from self._next(waiting)
+
+    def _next(self, waiting: Waiting) -> Minibatches:
+        """On the device, where bytes become floats: they are a quarter of what has to go there."""
+        with waiting():
+            decoded = next(self._loaded)
+        moved = ([self._fabric.to_device(part) for part in pair] for pair in decoded)
+        return [(self._benchmark.normalized(images), classes) for images, classes in moved]
+
+    def _order(self, begin: int, owes_evaluation: bool) -> Iterator[list[Keys]]:
+        evaluation = [batch for name in self._sets for batch in self._batches_of(name)]
+        if owes_evaluation:
+            yield from evaluation
+        for update in range(begin, self._config.updates):
+            yield self._keys(update)
+            if update % self._config.eval_every == 0:
+                yield from evaluation
+
+    def _keys(self, update: int) -> list[Keys]:
+        seed, size = self._config.seed, self._config.batch_size
+        places = np.arange(size)[self._fabric.global_rank :: self._fabric.world_size]  # of this process's share
+        keys = []
+        for i in self._sources:
+            training = self._training[i]
+            drawn = sample(seed, update, self._benchmark.domains[i].environment, len(training), size)
+            keys.append(Keys(i, training[drawn[places]], update, places))
+        return keys
+
+    def _batches_of(self, name: str) -> list[list[Keys]]:
+        domain, positions = self._sets[name]
+        return evaluation_batches(domain, positions[self._fabric.global_rank :: self._fabric.world_size])
+
     def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
+        """Ends the workers."""
+        self._loaded.close()

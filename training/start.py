@@ -18,6 +18,7 @@ from qdeploy.networks.quantizable import classifier, quantizable_layers
 from qdeploy.terminal import columns
 from qdeploy.training.config import IN_DOMAIN, Config
 from qdeploy.training.domains import Benchmark, Outline
+from qdeploy.training.loader import PREFETCH
 from qdeploy.training.models import MODELS
 from qdeploy.training.presets import NAMED, preset_of
 from qdeploy.training.pretrained import load_pretrained
@@ -54,7 +55,8 @@ def check_setting(config: Config, outline: Outline) -> None:
         raise InputError(f"expected a domain or more to train on, got all {len(config.targets)} - at --test-domain")
     _check_weights_given(config)
     shape, images = outline.input_shape, config.batch_size * len(sources)
-    check_memory(2 * 4 * images * math.prod(shape), f"{images} images", "--batch-size")  # one update is loaded ahead
+    bytes_each = 4 + 1 + PREFETCH * config.workers  # as floats, and those loaded ahead
+    check_memory(bytes_each * images * math.prod(shape), f"{images} images", "--batch-size")
     net = build_network(config, outline).to("meta").train(config.weights is None)
     try:
         net(torch.empty(images // config.devices, *shape, device="meta"))
@@ -96,6 +98,8 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
     parameters = sum(parameter.numel() for parameter in net.parameters())
     images = config.batch_size * (len(benchmark.domains) - len(config.targets))
     evaluated, evaluations = sum(len(part) for _, part in sets.values()), -(-config.updates // config.eval_every)
+    by = f"{config.workers} worker(s)" + (" of each device" if config.devices > 1 else "")
+    loaded = f"images are loaded by {by if config.workers else 'the training itself (--workers 0)'}"
     left_out = benchmark.left_out
     named = "; ".join(f"{file}: {reason}" for file, reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
     missing = [name for i, name in enumerate(benchmark.classes) if i not in trained]
@@ -105,7 +109,7 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
         *columns(rows).splitlines(),
         f"{config.model}: {parameters:,} parameters; {mode}",
         *(f"weights: {text}" for text in pretrained),
-        f"{config.updates:,} updates of {images:,} images, {evaluations:,} evaluations of {evaluated:,}",
+        f"{config.updates:,} updates of {images:,} images, {evaluations:,} evaluations of {evaluated:,}; {loaded}",
         *([f"warning: left out {len(left_out):,} files: {named}"] if left_out else []),
         *([f"warning: no source domain has images of {_shortened(missing)}"] if missing else []),
     ]

@@ -10,8 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from qdeploy.training.config import Config, differences, resolve
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import Benchmark
 from qdeploy.training.fingerprint import with_any_size
-from qdeploy.training.minibatches import MinibatchLoader, in_domain_split, split_of
+from qdeploy.training.loader import WorkerLost, load
+from qdeploy.training.minibatches import RunImages, evaluation_batches, in_domain_split, split_of
 from qdeploy.training.processes import Interrupted, alone_of_all, by_first, raise_in_all, reduced, signals_received
 from qdeploy.training.progress import Progress, progress_of_run
 from qdeploy.training.quantize_like import quantize_like_
@@ -50,8 +50,6 @@ from qdeploy.training.run_files import (
     write_state,
 )
 from qdeploy.training.start import build_network, seed_hash
-
-EVALUATION_BATCH = 256
 
 
 def select(records: list[dict], first: int) -> dict | None:
@@ -94,47 +92,34 @@ def apply(
     benchmark: Benchmark,
     domain: int,
     positions: np.ndarray,
-    waiting: Callable[[], AbstractContextManager] = nullcontext,
+    workers: int = 0,
 ) -> Tensor:
-    """What `function` makes of images of a domain, batch by batch; on the CPU, [len(positions), ...].
-
-    While it works on a batch the next one is loaded; the time that this takes longer is spent in `waiting()`.
-    """
-    parts = np.array_split(positions, -(-len(positions) // EVALUATION_BATCH))
-    results = []
-    with ThreadPoolExecutor(1) as loader:
-        ahead = loader.submit(benchmark.domains[domain].batch, parts[0])
-        for following in [*parts[1:], None]:
-            with waiting():
-                images = ahead.result()
-            if following is not None:
-                ahead = loader.submit(benchmark.domains[domain].batch, following)
-            results.append(function(images).cpu())
-    return torch.cat(results)
+    """What `function` makes of normalized images of a domain, batch by batch; on the CPU, [len(positions), ...]."""
+    with closing(load(benchmark, evaluation_batches(domain, positions), 0, workers)) as batches:
+        return torch.cat([function(benchmark.normalized(images)).cpu() for [(images, _)] in batches])
 
 
 def _evaluate(
-    predict: Callable[[Tensor], Tensor], config: Config, benchmark: Benchmark, fabric: Fabric, progress: Progress
+    predict: Callable[[Tensor], Tensor],
+    config: Config,
+    benchmark: Benchmark,
+    fabric: Fabric,
+    images: RunImages,
+    progress: Progress,
 ) -> dict:
     accuracy = {}
     sets = evaluation_sets(config, benchmark)
     total = sum(len(positions) for _, positions in sets.values())
-
-    def classes_of(images: Tensor) -> Tensor:
-        classes = predict(fabric.to_device(images)).argmax(1)
-        progress.evaluated(len(images), total)
-        return classes
-
     if fabric.world_size > 1:  # in its first forward pass DDP exchanges the statistics of BatchNorm: all together
         predict(fabric.to_device(torch.zeros(1, *benchmark.input_shape)))
-    for name, (domain, positions) in sets.items():
-        mine = positions[fabric.global_rank :: fabric.world_size]
-        failure, right = None, torch.tensor(0)
+    for name, (_, positions) in sets.items():
+        failure: UnreadableImage | WorkerLost | None = None
+        right = torch.tensor(0, device=fabric.device)
         try:
-            if len(mine):
-                classes = apply(classes_of, benchmark, domain, mine, progress.waiting)
-                right = (classes == torch.from_numpy(benchmark.domains[domain].labels[mine])).sum()
-        except UnreadableImage as error:
+            for pixels, classes in images.evaluation(name, progress.waiting):
+                right += (predict(pixels).argmax(1) == classes).sum()
+                progress.evaluated(len(classes), total)
+        except (UnreadableImage, WorkerLost) as error:
             failure = error
         raise_in_all(failure, fabric)
         accuracy[name] = reduced(right, "sum", fabric) / len(positions)
@@ -227,21 +212,19 @@ def _run(
     config: Config, benchmark: Benchmark, directory: Path, fabric: Fabric, before_updates: Callable[[bool], object]
 ) -> dict:
     algorithm = ALGORITHMS[config.algorithm](build_network(config, benchmark), config, fabric)
-    minibatches = MinibatchLoader(config, benchmark, fabric)
-    try:
-        state = _resume(directory, config, benchmark, algorithm)
-        by_first(fabric, lambda: before_updates(state.update > 0))
-        if fabric.is_global_zero:
-            write_log(directory, state.records)
-        _train(config, benchmark, directory, fabric, algorithm, minibatches, state)
-    finally:
-        minibatches.close()
+    state = _resume(directory, config, benchmark, algorithm)
+    by_first(fabric, lambda: before_updates(state.update > 0))
+    if fabric.is_global_zero:
+        write_log(directory, state.records)
+    sets = evaluation_sets(config, benchmark)
+    with closing(RunImages(config, benchmark, fabric, sets, state.update, state.owes_evaluation(config))) as images:
+        _train(config, benchmark, directory, fabric, algorithm, images, state)
     selected = select(state.records, _first_eligible(config))
     assert selected is not None  # `resolve` lets no run end before an evaluation that may be selected
     if fabric.is_global_zero:
-        images = benchmark.fingerprint
-        write_state(directory / MODEL, config, {"net": state.best, "selected": selected, "images": images})
-        write_done(directory, config, selected, images)
+        fingerprint = benchmark.fingerprint
+        write_state(directory / MODEL, config, {"net": state.best, "selected": selected, "images": fingerprint})
+        write_done(directory, config, selected, fingerprint)
     fabric.barrier()
     return selected
 
@@ -252,7 +235,7 @@ def _train(
     directory: Path,
     fabric: Fabric,
     algorithm: ERM,
-    minibatches: MinibatchLoader,
+    images: RunImages,
     state: _State,
 ) -> None:
     """Makes the updates that `state` still lacks; raises Interrupted after a checkpoint."""
@@ -261,8 +244,8 @@ def _train(
         while state.update < config.updates or state.owes_evaluation(config):
             if not state.owes_evaluation(config):
                 update = state.update
-                with _saved(directory, config, algorithm, benchmark, state), progress.waiting():
-                    batches = minibatches.at(update)
+                with _saved(directory, config, algorithm, benchmark, state, signals):
+                    batches = images.minibatches(progress.waiting)
                 torch.manual_seed(seed_hash(config.seed, update, fabric.global_rank))  # dropout and the like
                 loss = reduced(algorithm.update(update, batches), "mean", fabric)
                 if not math.isfinite(loss):
@@ -271,8 +254,8 @@ def _train(
                 state.update = update + 1
                 progress.updated(sum(len(classes) for _, classes in batches))
             if evaluated := state.owes_evaluation(config):
-                with _saved(directory, config, algorithm, benchmark, state):
-                    found = _evaluate(algorithm.predict, config, benchmark, fabric, progress)
+                with _saved(directory, config, algorithm, benchmark, state, signals):
+                    found = _evaluate(algorithm.predict, config, benchmark, fabric, images, progress)
                 record: dict[str, Any] = {"update": state.update - 1, "quantized": algorithm.quantized}
                 record |= {"loss": statistics.fmean(state.losses), **found}
                 record["seconds"] = round(time.perf_counter() - began, 3)
@@ -288,14 +271,23 @@ def _train(
 
 
 @contextmanager
-def _saved(directory: Path, config: Config, algorithm: ERM, benchmark: Benchmark, state: _State) -> Iterator[None]:
-    """An image that cannot be read ends the process, not the run: it goes on from here when a good copy is there."""
+def _saved(
+    directory: Path, config: Config, algorithm: ERM, benchmark: Benchmark, state: _State, signals: list[int]
+) -> Iterator[None]:
+    """Images that do not come end the process, not the run: it goes on from here when a good copy is there."""
     try:
         yield
-    except UnreadableImage as error:  # of several processes in the first one alone
+    except (UnreadableImage, WorkerLost) as error:  # of several processes in the first one alone
+        images = benchmark.fingerprint
+        if isinstance(error, UnreadableImage):
+            images = with_any_size(images, error.file)
         if state.update:
-            _save(directory, config, algorithm, with_any_size(benchmark.fingerprint, error.file), state)
-            note(str(Interrupted(0, state.update, directory)))
+            _save(directory, config, algorithm, images, state)
+        stop = Interrupted(signals[0] if signals else 0, state.update, directory)
+        if signals and isinstance(error, WorkerLost):  # SIGTERM went to the workers, too
+            raise stop from None
+        if state.update:
+            note(str(stop))
         raise
 
 
@@ -353,7 +345,7 @@ def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
 def calibration_images(config: Config, benchmark: Benchmark, count: int) -> Tensor:
     """The first `count` validation images of each source domain, not augmented: f32 [n, C, H, W]."""
     sources = benchmark.sources(config.targets)
-    return torch.cat([domain.batch(split_of(domain, config)[1][:count]) for domain in sources])
+    return benchmark.normalized(torch.cat([domain.batch(split_of(domain, config)[1][:count]) for domain in sources]))
 
 
 def _agreed(signals: list[int], fabric: Fabric) -> int:

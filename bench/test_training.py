@@ -1,0 +1,98 @@
+"""What training pays beside its network: images decoded by workers, and by the training process itself.
+
+Rates are of alternating rounds, each with processes of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qdeploy.terminal import columns
+from qdeploy.timing import spread
+
+torch = pytest.importorskip("torch", reason="training needs PyTorch: pip install 'qdeploy[train]'")
+
+from qdeploy.training.domains import Benchmark, load_benchmark  # noqa: E402
+from qdeploy.training.images import Draw, load_image  # noqa: E402
+from qdeploy.training.loader import Keys, load  # noqa: E402
+
+FILES, SIZE, BATCH = 64, 224, 32
+BATCHES = 24  # of a round; a multiple of the workers
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A tree of JPEGs of 500 x 375, as VLCS and Caltech have them: smooth areas, edges and some noise."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for domain in ("art", "photo"):
+        (root / domain / "class").mkdir(parents=True)
+        for i in range(FILES):
+            coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC), np.float32)
+            pixels = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / domain / "class" / f"{i}.jpg", quality=90)
+    return root
+
+
+def images_per_second(benchmark: Benchmark, workers: int, batches: int) -> float:
+    """Of all but the first batch of each worker, so that starting them is not counted. Nothing is being decoded when
+    the last one is there. A process that decodes itself makes floats of the bytes as well: one thread did both."""
+    positions, places = np.arange(BATCH), np.arange(BATCH)
+    order = [[Keys(0, positions, update, places)] for update in range(batches)]
+    with closing(load(benchmark, order, 0, workers)) as loaded:
+        first = max(workers, 1)
+        for _ in islice(loaded, first):
+            pass
+        began = time.perf_counter()
+        for [(pixels, _)] in loaded:
+            if not workers:
+                benchmark.normalized(pixels)
+        return (batches - first) * BATCH / (time.perf_counter() - began)
+
+
+def test_loader(benchmark, results, images, rounds, progress):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("2 workers on fewer CPUs")
+    torch.set_num_threads(1)
+    data = load_benchmark(str(images), None, SIZE)
+    batches = 4 if benchmark.disabled else BATCHES
+    found: dict[int, list[float]] = {workers: [] for workers in (0, 1, 2)}
+    for turn in range(1 + rounds(9)):  # the first brings the files into memory and starts what workers are forked from
+        progress(f"round {turn}")
+        for workers in found:
+            found[workers].append(images_per_second(data, workers, batches))
+    rates = {workers: np.array(of_rounds[1:]) for workers, of_rounds in found.items()}
+    for workers in (1, 2):
+        ratios = rates[workers] / rates[workers - 1]
+        results.figure(f"training/loader/{workers}", float(np.median(ratios)), spread(ratios))
+    rows = []
+    for workers, of_rounds in rates.items():
+        rate = {"images_per_second": float(np.median(of_rounds)), "spread": spread(of_rounds)}
+        rows.append({"workers": workers, **rate})
+    title = "Training images of 224 x 224 from JPEGs of 500 x 375"
+    results.reports[title], results.tables[title] = {"results": rows}, columns(rows)
+    benchmark.pedantic(images_per_second, args=(data, 0, 2), rounds=1)
+
+
+def test_image(benchmark, results, images, rounds, progress):
+    """Decoded, cropped, resized, flipped and recolored: the CPU time of each, whoever else uses the machine."""
+    ms = []
+    for turn in range(1 + rounds(9)):
+        progress(f"round {turn}")
+        began = time.process_time()
+        for i in range(FILES):
+            load_image(images, f"photo/class/{i}.jpg", SIZE, Draw(0, turn, 1, i))
+        ms.append((time.process_time() - began) / FILES * 1e3)
+    results.figure("training/image", float(np.median(ms[1:])), spread(ms[1:]))
+    title = "A training image of 224 x 224 from a JPEG of 500 x 375, CPU time"
+    rows = [{"median_ms": float(np.median(ms[1:])), "min_ms": min(ms[1:]), "spread_ms": spread(ms[1:])}]
+    results.reports[title], results.tables[title] = {"results": rows}, columns(rows)
+    benchmark.pedantic(load_image, args=(images, "photo/class/0.jpg", SIZE, Draw(0, 0, 1, 0)), rounds=10)
