@@ -238,13 +238,10 @@ def test_a_worker_without_memory_says_so_in_one_line(data, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("qdeploy.training.domains.load_image", exhausted)
-    images = loader._Images(load_benchmark(str(data), None, SIZE).domains, 0)
-    assert isinstance(images.__getitems__([Keys(0, np.arange(2))]), MemoryError)
-    with (
-        pytest.raises(MemoryError),
-        closing(loader.load(load_benchmark(str(data)), [[Keys(0, np.arange(2))]], 0, 0)) as found,
-    ):
-        next(found)
+    benchmark, batch = load_benchmark(str(data)), [Keys(0, np.arange(2))]
+    assert isinstance(loader._Images(benchmark.domains, 0).__getitems__(batch), MemoryError)
+    with pytest.raises(MemoryError), closing(loader.load(benchmark, [batch], 0, 0)) as loaded:
+        next(loaded)
 
 
 def test_other_errors_of_workers_stay_what_they_are():
