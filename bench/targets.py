@@ -96,6 +96,11 @@ TARGETS |= {
     "training/loader/2": Target("training images/s, two workers / one", 1.8, "x", True),
     "training/image": Target("CPU time of a training image, a JPEG of 500 x 375", 8.0, "ms"),
 }
+# Weights that LSQ quantizes on a CPU, forward and backward, and how many times as fast as autograd on plain tensors.
+LSQ_ON_CPU = {(10, 10, 5, 5): 1.0, (64, 64, 3, 3): 1.0, (256, 256, 3, 3): 1.0, (512, 512, 3, 3): 6.0}
+for shape, bound in LSQ_ON_CPU.items():
+    weights = f"LSQ of {'x'.join(map(str, shape))} weights per channel on one thread, times faster than autograd"
+    TARGETS[f"training/lsq/{shape}"] = Target(weights, bound, "x", True)
 
 
 # ---- On a GPU: the cases of gpu_cases.py -----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What training pays beside its network: images decoded by workers, and by the training process itself.
+"""What training pays beside its network: images decoded by workers and by the training process itself, and LSQ.
 
-Rates are of alternating rounds, each with processes of its own.
+Rates are of alternating rounds; those of workers with processes of their own in each.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from targets import LSQ_ON_CPU
 
 from qdeploy.terminal import columns
 from qdeploy.timing import spread
 
 torch = pytest.importorskip("torch", reason="training needs PyTorch: pip install 'qdeploy[train]'")
 
+from qdeploy.kernels.lsq import fake_quantize  # noqa: E402
 from qdeploy.training.domains import Benchmark, load_benchmark  # noqa: E402
 from qdeploy.training.images import Draw, load_image  # noqa: E402
 from qdeploy.training.loader import Keys, load  # noqa: E402
@@ -96,3 +98,35 @@ def test_image(benchmark, results, images, rounds, progress):
     rows = [{"median_ms": float(np.median(ms[1:])), "min_ms": min(ms[1:]), "spread_ms": spread(ms[1:])}]
     results.reports[title], results.tables[title] = {"results": rows}, columns(rows)
     benchmark.pedantic(load_image, args=(images, "photo/class/0.jpg", SIZE, Draw(0, 0, 1, 0)), rounds=10)
+
+
+def composed(value: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """LSQ at 7 bits along axis 0 as plain tensors: straight-through differences, as its authors write it."""
+    scaled = (step * 0.01 + (step - step * 0.01).detach()).reshape(-1, 1, 1, 1)
+    x = (value / scaled).clamp(-64, 63)
+    return (x + (x.round() - x).detach()) * scaled
+
+
+@pytest.mark.parametrize("shape", LSQ_ON_CPU)
+def test_lsq_on_a_cpu(benchmark, results, rounds, shape):
+    torch.set_num_threads(1)
+    value = torch.randn(shape, requires_grad=True)
+    step = torch.full((shape[0],), 0.1, requires_grad=True)
+    grad = torch.randn(shape)
+    ways = {"qdeploy": lambda v, s: fake_quantize(v, s, -64, 63, 0, 0.01), "autograd": composed}
+
+    def both_ways(way: str, calls: int) -> float:
+        """Milliseconds of one forward and backward pass."""
+        began = time.perf_counter()
+        for _ in range(calls):
+            torch.autograd.grad(ways[way](value, step), (value, step), grad)
+        return (time.perf_counter() - began) / calls * 1e3
+
+    calls = max(2, 100_000 // value.numel())
+    ms: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(1 + rounds(30)):
+        for way in ways:
+            ms[way].append(both_ways(way, calls))
+    ratios = np.array(ms["autograd"][1:]) / np.array(ms["qdeploy"][1:])
+    results.figure(f"training/lsq/{shape}", float(np.median(ratios)), spread(ratios))
+    benchmark.pedantic(both_ways, args=("qdeploy", calls), rounds=10)

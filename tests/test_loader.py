@@ -233,6 +233,17 @@ def test_workers_that_end_by_the_signal_of_the_run_are_no_error(data, tmp_path):
         raise WorkerLost("expected 2 worker(s)")
 
 
+def test_a_worker_without_memory_says_so_in_one_line(data, monkeypatch):
+    def exhausted(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("qdeploy.training.domains.load_image", exhausted)
+    benchmark, batch = load_benchmark(str(data)), [Keys(0, np.arange(2))]
+    assert isinstance(loader._Images(benchmark.domains, 0).__getitems__(batch), MemoryError)
+    with pytest.raises(MemoryError), closing(loader.load(benchmark, [batch], 0, 0)) as loaded:
+        next(loaded)
+
+
 def test_other_errors_of_workers_stay_what_they_are():
     def failing(error):
         raise error

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from qdeploy.errors import InputError, QdeployError
+from qdeploy.errors import InputError
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain
 
@@ -50,14 +50,14 @@ class _Images(Dataset):
     def __init__(self, domains: Sequence[ArrayDomain | FolderDomain], seed: int):
         self._domains, self._seed = domains, seed
 
-    def __getitems__(self, batch: Sequence[Keys]) -> Tensor | QdeployError:
+    def __getitems__(self, batch: Sequence[Keys]) -> Tensor | Exception:
         """u8 [N, C, H, W] of all keys. A refusal is returned: if it were raised, torch would make it a traceback."""
         try:
             images = torch.cat([self._of(keys) for keys in batch])
             if get_worker_info() is not None:
                 _share(images)
             return images
-        except (UnreadableImage, WorkerLost) as refusal:
+        except (UnreadableImage, WorkerLost, MemoryError) as refusal:
             return refusal
 
     def _of(self, keys: Keys) -> Tensor:
@@ -81,7 +81,7 @@ def load(
     """The images, u8 [n, C, H, W], and classes, i64 [n], of every keys of every batch, in this order.
 
     `workers` processes decode; 0: this one does. They start with the first batch and end when the generator is closed.
-    Raises UnreadableImage, and WorkerLost.
+    Raises UnreadableImage, WorkerLost and MemoryError.
     """
     sent: deque[Sequence[Keys]] = deque()
 
@@ -93,7 +93,7 @@ def load(
     iterator = _started(_Images(benchmark.domains, seed), sampler(), workers, pin_memory)
     try:
         while (images := _next(iterator, workers)) is not None:
-            if isinstance(images, QdeployError):
+            if isinstance(images, Exception):
                 raise images
             batch = sent.popleft()
             parts = images.split([len(keys.positions) for keys in batch])
@@ -102,7 +102,7 @@ def load(
         del iterator  # which ends the workers
 
 
-def _as_it_is(images: Tensor | QdeployError) -> Tensor | QdeployError:
+def _as_it_is(images: Tensor | Exception) -> Tensor | Exception:
     return images
 
 
@@ -112,7 +112,7 @@ def _classes(benchmark: Benchmark, keys: Keys) -> Tensor:
 
 def _started(
     images: _Images, sampler: Iterator[Sequence[Keys]], workers: int, pin_memory: bool
-) -> Iterator[Tensor | QdeployError]:
+) -> Iterator[Tensor | Exception]:
     options: dict[str, Any] = {}
     if workers:  # forked from a process without threads, because torch's do not survive a fork
         options = {"multiprocessing_context": "forkserver", "prefetch_factor": PREFETCH}
@@ -148,7 +148,7 @@ def _unreached_by_ctrl_c() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _next(iterator: Iterator[Tensor | QdeployError], workers: int) -> Tensor | QdeployError | None:
+def _next(iterator: Iterator[Tensor | Exception], workers: int) -> Tensor | Exception | None:
     """None at the end. The error of a lost worker is returned, so that nobody but the caller holds the iterator."""
     try:
         return next(iterator, None)
