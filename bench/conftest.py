@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results, path = config.stash[RESULTS], config.getoption("results")
-    if not results.reports:
+    if not (results.reports or results.figures):
         return
     for section in [*results.sections(), results.summary()]:
         terminalreporter.write_line("\n" + section)
