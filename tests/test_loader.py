@@ -23,7 +23,7 @@ from qdeploy.training.config import Config, resolve
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import load_benchmark
 from qdeploy.training.loader import Keys, WorkerLost
-from qdeploy.training.minibatches import EVALUATION_BATCH, RunImages, evaluation_batches
+from qdeploy.training.minibatches import RunImages, evaluation_batches
 from qdeploy.training.processes import Interrupted
 from qdeploy.training.trainer import evaluation_sets
 
@@ -159,12 +159,15 @@ def test_workers_take_arrays_too(tmp_path):
                 assert np.array_equal(classes, benchmark.domains[domain].labels[positions])
 
 
-def test_evaluations_are_cut_into_batches():
-    positions = np.arange(2 * EVALUATION_BATCH + 3)
-    batches = evaluation_batches(1, positions)
-    assert [len(keys.positions) for [keys] in batches] == [172, 172, 171]
+@pytest.mark.parametrize(
+    ("size", "lengths"), [(16, [172, 172, 171]), (224, [65, 65, 65, *[64] * 5]), (2000, [1] * 515)]
+)
+def test_evaluations_are_cut_into_batches(data, size, lengths):
+    benchmark, positions = load_benchmark(str(data), None, size), np.arange(515)
+    batches = evaluation_batches(benchmark, 1, positions)
+    assert [len(keys.positions) for [keys] in batches] == lengths
     assert np.array_equal(np.concatenate([keys.positions for [keys] in batches]), positions)
-    assert evaluation_batches(1, positions[:0]) == []
+    assert evaluation_batches(benchmark, 1, positions[:0]) == []
 
 
 @pytest.mark.parametrize(

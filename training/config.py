@@ -64,7 +64,7 @@ class Config:
     devices: int = _option(1, "number of devices; more than one trains data-parallel", least=1, most=1024)
     precision: str = _option("32-true", "arithmetic of the network", ("32-true", "bf16-mixed"))
     workers: int = _option(
-        None, "processes of each device that decode images; 0: decoded by the training itself", most=1024
+        None, "processes of each device that decode images; 0: the training does (default: by the cores)", most=1024
     )
 
     @property

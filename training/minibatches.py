@@ -5,6 +5,7 @@ All of update t is a pure function of (seed, t), so there is no state to restore
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
@@ -21,7 +22,8 @@ from qdeploy.training.processes import raise_in_all
 from qdeploy.training.start import seed_hash
 
 HOLDOUT = 0.2  # share of each domain that is kept for validation
-EVALUATION_BATCH = 256
+# At most: every worker has three batches in shared memory, of which a container gets 64 MB unless it is told to.
+EVALUATION_BATCH, EVALUATION_BYTES = 256, 10_000_000
 
 Waiting = Callable[[], AbstractContextManager]
 
@@ -56,9 +58,10 @@ def sample(seed: int, update: int, environment: int, count: int, size: int) -> n
     return np.random.Generator(stream).integers(count, size=size)
 
 
-def evaluation_batches(domain: int, positions: np.ndarray) -> list[list[Keys]]:
-    """The images of a domain at `positions`, which may be none, in batches of about EVALUATION_BATCH."""
-    count = -(-len(positions) // EVALUATION_BATCH)
+def evaluation_batches(benchmark: Benchmark, domain: int, positions: np.ndarray) -> list[list[Keys]]:
+    """The images of a domain at `positions`, which may be none, in batches of about the same size."""
+    size = min(EVALUATION_BATCH, max(1, EVALUATION_BYTES // math.prod(benchmark.input_shape)))
+    count = -(-len(positions) // size)
     return [[Keys(domain, part)] for part in np.array_split(positions, count)] if count else []
 
 
@@ -130,7 +133,9 @@ class RunImages:
 
     def _batches_of(self, name: str) -> list[list[Keys]]:
         domain, positions = self._sets[name]
-        return evaluation_batches(domain, positions[self._fabric.global_rank :: self._fabric.world_size])
+        return evaluation_batches(
+            self._benchmark, domain, positions[self._fabric.global_rank :: self._fabric.world_size]
+        )
 
     def close(self) -> None:
         """Ends the workers."""

@@ -95,7 +95,7 @@ def apply(
     workers: int = 0,
 ) -> Tensor:
     """What `function` makes of normalized images of a domain, batch by batch; on the CPU, [len(positions), ...]."""
-    with closing(load(benchmark, evaluation_batches(domain, positions), 0, workers)) as batches:
+    with closing(load(benchmark, evaluation_batches(benchmark, domain, positions), 0, workers)) as batches:
         return torch.cat([function(benchmark.normalized(images)).cpu() for [(images, _)] in batches])
 
 
