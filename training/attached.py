@@ -39,8 +39,7 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
 
 def step_parameters(net: nn.Module) -> list[nn.Parameter]:
     """The step sizes that train, each once."""
-    steps = {id(q.step): q.step for q in quantizers(net).values() if q.step.requires_grad}
-    return list(steps.values())
+    return [module.step for module in net.modules() if isinstance(module, Quantizer) and module.step.requires_grad]
 
 
 def step_group(net: nn.Module, lr: float) -> dict:
@@ -51,9 +50,7 @@ def step_group(net: nn.Module, lr: float) -> dict:
 @torch.no_grad()
 def project_steps_(net: nn.Module) -> None:
     """Keeps every step size at 1e-8 or more; call it after each optimizer step (LSQ is undefined for s <= 0)."""
-    steps: list[Tensor] = [
-        module.step for module in net.modules() if isinstance(module, Quantizer) and module.step.requires_grad
-    ]
+    steps: list[Tensor] = [*step_parameters(net)]
     if steps:
         torch._foreach_clamp_min_(steps, MIN_STEP)
 
