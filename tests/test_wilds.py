@@ -58,7 +58,7 @@ def test_hospitals_have_the_published_split(camelyon):
 
 
 def test_a_run_reports_both_hospitals(camelyon, tmp_path, capsys):
-    words = f"--data {camelyon} --model resnet18 --from-scratch --image-size 32 --batch-size 2 --updates 2"
+    words = f"--data {camelyon} --model resnet18 --from-scratch --image-size 32 --batch-size 2 --updates 2 --workers 0"
     words += f" --quantize-at 1 --eval-every 1 --test-domain hospital1,hospital2 --out {tmp_path / 'run'}"
     assert cli.main(["train", *words.split()]) == 0
     record = json.loads((tmp_path / "run/seed0/done.json").read_text())["selected"]
