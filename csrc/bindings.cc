@@ -197,6 +197,18 @@ void lsq_backward_of(const Floats& grad, const Floats& value, const Floats& step
   lsq_backward(kernels, tensor, grad.data(), grad_scale, to_value, to_step, threads);
 }
 
+void lsq_errors_of(const Floats& value, const Floats& step, int qmin, int qmax,
+                   py::array_t<double, py::array::c_style> errors, int threads, const std::string& isa) {
+  const LsqTensor tensor = lsq_tensor(value, step, qmin, qmax, value);
+  if (errors.size() != tensor.rows) {
+    throw InputError("expected as many results as step sizes, got " + std::to_string(errors.size()) + " - at lsq");
+  }
+  const Kernels& kernels = kernels_for(isa);
+  double* to = errors.mutable_data();
+  const py::gil_scoped_release release;
+  lsq_errors(kernels, tensor, to, threads);
+}
+
 // An exception of qdeploy.errors, so that users catch one class whichever side found the fault. A path in the text may
 // be no UTF-8.
 void raise_as(const char* name, const char* text) {
@@ -235,6 +247,9 @@ PYBIND11_MODULE(_engine, m) {
         py::arg("step").noconvert(), py::arg("qmin"), py::arg("qmax"), py::arg("grad_scale"),
         py::arg("grad_value").noconvert(), py::arg("grad_step").noconvert(), py::arg("threads"), py::arg("isa") = "",
         "The gradients of `value` and `step`, given that of the result.");
+  m.def("lsq_errors", &lsq_errors_of, py::arg("value").noconvert(), py::arg("step").noconvert(), py::arg("qmin"),
+        py::arg("qmax"), py::arg("errors").noconvert(), py::arg("threads"), py::arg("isa") = "",
+        "The sum of the squared errors of each row of `value`, float64.");
   py::class_<Session>(m, "Session")
       .def(py::init(&open_path), py::arg("path"), py::arg("threads"), py::arg("isa"),
            py::arg("macs_per_thread") = kMacsPerThread, py::arg("conv_form") = "")

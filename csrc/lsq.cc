@@ -39,6 +39,19 @@ void for_each_piece(const LsqTensor& tensor, int threads, const Work& work) {
   useful == 1 ? body(0, 1) : ThreadPool::shared().run(useful, body);
 }
 
+// The sums that work(first, params) returns of the pieces, by row.
+template <class Work>
+void sum_rows(const LsqTensor& tensor, int threads, double* sums, const Work& work) {
+  const int64_t pieces = pieces_of(tensor);
+  std::vector<double> of_pieces(static_cast<size_t>(tensor.rows * pieces));
+  for_each_piece(tensor, threads,
+                 [&](int64_t piece, int64_t first, LsqParams& params) { of_pieces[piece] = work(first, params); });
+  for (int64_t row = 0; row < tensor.rows; ++row) {
+    sums[row] = 0;
+    for (int64_t piece = 0; piece < pieces; ++piece) sums[row] += of_pieces[row * pieces + piece];
+  }
+}
+
 }  // namespace
 
 void lsq_forward(const Kernels& kernels, const LsqTensor& tensor, float* c, int threads) {
@@ -50,18 +63,17 @@ void lsq_forward(const Kernels& kernels, const LsqTensor& tensor, float* c, int 
 
 void lsq_backward(const Kernels& kernels, const LsqTensor& tensor, const float* grad, double grad_scale,
                   float* grad_value, float* grad_step, int threads) {
-  const int64_t pieces = pieces_of(tensor);
-  std::vector<double> sums(static_cast<size_t>(tensor.rows * pieces));
-  for_each_piece(tensor, threads, [&](int64_t piece, int64_t first, LsqParams& params) {
+  std::vector<double> sums(static_cast<size_t>(tensor.rows));
+  sum_rows(tensor, threads, sums.data(), [&](int64_t first, LsqParams& params) {
     params.grad = grad + first;
     params.c = grad_value + first;
-    sums[piece] = kernels.lsq_backward(&params);
+    return kernels.lsq_backward(&params);
   });
-  for (int64_t row = 0; row < tensor.rows; ++row) {
-    double sum = 0;
-    for (int64_t piece = 0; piece < pieces; ++piece) sum += sums[row * pieces + piece];
-    grad_step[row] = static_cast<float>(sum * grad_scale);
-  }
+  for (int64_t row = 0; row < tensor.rows; ++row) grad_step[row] = static_cast<float>(sums[row] * grad_scale);
+}
+
+void lsq_errors(const Kernels& kernels, const LsqTensor& tensor, double* errors, int threads) {
+  sum_rows(tensor, threads, errors, [&](int64_t, LsqParams& params) { return kernels.lsq_error(&params); });
 }
 
 }  // namespace qdeploy

@@ -22,4 +22,7 @@ void lsq_forward(const Kernels& kernels, const LsqTensor& tensor, float* c, int 
 void lsq_backward(const Kernels& kernels, const LsqTensor& tensor, const float* grad, double grad_scale,
                   float* grad_value, float* grad_step, int threads);
 
+// The sum of the squared errors of each row.
+void lsq_errors(const Kernels& kernels, const LsqTensor& tensor, double* errors, int threads);
+
 }  // namespace qdeploy

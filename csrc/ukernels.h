@@ -248,17 +248,19 @@ using QuantizeFn = bool (*)(const QuantizeParams* params);
 // ---- LSQ, for training ----------------------------------------------------------------------------------------------
 //
 // x = value / step, r = rint(min(max(x, qmin), qmax)), NaN staying NaN. Forward: c = r * step. Backward: c = grad where
-// qmin <= x <= qmax, else 0; returns the sum of grad * (r - x there, else r), products in float32. Eight sums in float64,
-// of the numbers i, i + 8, ... each, are added up as ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)).
+// qmin <= x <= qmax, else 0; returns the sum of grad * (r - x there, else r), products in float32. Error: the sum of the
+// squares of r * step - value, squares in float32. Eight sums in float64, of the numbers i, i + 8, ... each, are added up
+// as ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)).
 struct LsqParams {
   const float* value;
   const float* grad;  // of backward
   size_t n;
   float step, qmin, qmax;
-  float* c;  // may be grad
+  float* c;  // may be grad; not of error
 };
 using LsqForwardFn = void (*)(const LsqParams* params);
 using LsqBackwardFn = double (*)(const LsqParams* params);
+using LsqErrorFn = double (*)(const LsqParams* params);
 
 // ---- The table ------------------------------------------------------------------------------------------------------
 struct Kernels {
@@ -278,6 +280,7 @@ struct Kernels {
   QuantizeFn quantize;
   LsqForwardFn lsq_forward;
   LsqBackwardFn lsq_backward;
+  LsqErrorFn lsq_error;
 };
 
 // Each fills `kernels` completely or, above scalar, overwrites entries of the table below it. Both avxvnni and avx512

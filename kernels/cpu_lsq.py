@@ -54,3 +54,10 @@ def backward(
     results, threads = (_flat(of_value), _flat(of_step)), torch.get_num_threads()
     _engine.lsq_backward(_flat(grad), _flat(value), _flat(step), qmin, qmax, grad_scale, *results, threads)
     return of_value, of_step
+
+
+def errors(rows: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
+    """The sum of the squared errors of each row, float64 [rows], for a value [rows, n] that `takes` accepts."""
+    found = np.empty(len(rows))
+    _engine.lsq_errors(_flat(rows), _flat(step), qmin, qmax, found, torch.get_num_threads())
+    return torch.from_numpy(found)

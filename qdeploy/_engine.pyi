@@ -24,6 +24,9 @@ def lsq_backward(
     threads: int,
     isa: str = "",
 ) -> None: ...
+def lsq_errors(
+    value: np.ndarray, step: np.ndarray, qmin: int, qmax: int, errors: np.ndarray, threads: int, isa: str = ""
+) -> None: ...
 
 class Session:
     threads: int

@@ -689,7 +689,7 @@ def no_download(monkeypatch) -> None:
         ),
         *(((f"--{name}", "x"), f"--{name}: invalid") for name in ("lr", "updates", "seed", "bits", "precision")),
         (("--eval-every", "5000"), "expected a switch in 0 .. 0 (the last evaluation), got 800 - at --quantize-at"),
-        (("--batch-size", "1000000"), "got 4000000 images: 8,192,000,000 bytes - at --batch-size"),
+        (("--batch-size", "1000000"), "got 4000000 images: 5,120,000,000 bytes - at --batch-size"),
         (("--devices", "33"), "expected a multiple of 33 images, as many for each device, got 32 - at --batch-size"),
         (("--devices", "1000", "--batch-size", "1000"), "at --devices"),
         (("--accelerator", "cuda"), "expected a device of this machine, got "),

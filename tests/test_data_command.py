@@ -182,6 +182,7 @@ def test_options_that_do_not_fit_the_data(args, text, capsys):
 # Prints its worker processes, then has them work for an hour.
 CHILD = """
 import os
+import signal
 import time
 from qdeploy.training.parallel import parallel_map
 
@@ -189,6 +190,7 @@ def worker(_):
     return os.getpid()
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     with parallel_map(2) as run:
         print(*{*run(worker, range(8))}, flush=True)
         list(run(time.sleep, [0.1] * 72000))

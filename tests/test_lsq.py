@@ -1,5 +1,7 @@
 """qdeploy::lsq against its formulas in numpy, and as a citizen of PyTorch."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -245,6 +247,19 @@ def test_gradients_of_steps_are_the_same_sums_on_every_instruction_set(isa):
         _engine.lsq_backward(grad, value, step, -8, 7, 0.1, of_value, of_step, 2, name)
         results.append((of_value.tobytes(), of_step.tobytes()))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("isa", _engine.isas())
+def test_errors_of_steps(isa):
+    """Of each weight in float32, as the definition rounds it; their sum in float64."""
+    rng = np.random.default_rng(0)
+    value, step, found = rng.normal(size=(3, 40_003)).astype(np.float32), np.float32([0.02, 0.07, 0.3]), np.empty(3)
+    _engine.lsq_errors(value, step, -8, 7, found, 2, isa)
+    rounded = np.rint(np.clip(value / step[:, None], -8, 7)) * step[:, None]
+    expected = [math.fsum(row) for row in np.square(rounded - value).astype(np.float64)]
+    assert found == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(InputError, match="expected as many results as step sizes, got 2 - at lsq"):
+        _engine.lsq_errors(value, step, -8, 7, np.empty(2), 1, isa)
 
 
 @pytest.mark.parametrize("sizes", [(12, 5, 12), (12, 3, 11)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qdeploy.kernels import cpu_lsq
+
 MIN_STEP = 1e-8
 
 
@@ -36,6 +38,8 @@ def _least_squares_step(rows: Tensor, largest: Tensor, qmin: int, qmax: int) -> 
     """
 
     def error(step: Tensor) -> Tensor:
+        if cpu_lsq.takes(rows, step, 0):
+            return cpu_lsq.errors(rows, step, qmin, qmax)
         s = step[:, None]
         return rows.div(s).clamp_(qmin, qmax).round_().mul_(s).sub_(rows).square_().sum(1, dtype=torch.float64)
 

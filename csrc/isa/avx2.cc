@@ -406,18 +406,47 @@ void lsq_forward(const LsqParams* params) {
   _mm256_maskstore_ps(p.c + i, tail, result(_mm256_maskload_ps(p.value + i, tail)));
 }
 
+// Sums of the numbers i, i + 8, ...
+struct LsqSums {
+  void add(__m256 terms_f32x8) {
+    sums_f64x4[0] = _mm256_add_pd(sums_f64x4[0], _mm256_cvtps_pd(_mm256_castps256_ps128(terms_f32x8)));
+    sums_f64x4[1] = _mm256_add_pd(sums_f64x4[1], _mm256_cvtps_pd(_mm256_extractf128_ps(terms_f32x8, 1)));
+  }
+  double all() const {
+    const __m256d four_f64x4 = _mm256_add_pd(sums_f64x4[0], sums_f64x4[1]);
+    const __m128d two_f64x2 = _mm_add_pd(_mm256_castpd256_pd128(four_f64x4), _mm256_extractf128_pd(four_f64x4, 1));
+    return _mm_cvtsd_f64(two_f64x2) + _mm_cvtsd_f64(_mm_unpackhi_pd(two_f64x2, two_f64x2));
+  }
+
+  __m256d sums_f64x4[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+};
+
+double lsq_error(const LsqParams* params) {
+  const LsqParams& p = *params;
+  const LsqVectors vectors(p);
+  LsqSums sums;
+  const auto add = [&](__m256 value_f32x8) {
+    const __m256 code_f32x8 = vectors.code(_mm256_div_ps(value_f32x8, vectors.step));
+    const __m256 error_f32x8 = _mm256_sub_ps(_mm256_mul_ps(code_f32x8, vectors.step), value_f32x8);
+    sums.add(_mm256_mul_ps(error_f32x8, error_f32x8));
+  };
+  size_t i = 0;
+  for (; i + 8 <= p.n; i += 8) add(_mm256_loadu_ps(p.value + i));
+  add(_mm256_maskload_ps(p.value + i, first_lanes(static_cast<int>(p.n - i))));  // beyond them 0 without an error
+  return sums.all();
+}
+
 double lsq_backward(const LsqParams* params) {
   const LsqParams& p = *params;
   const LsqVectors vectors(p);
-  __m256d sums_f64x4[2] = {_mm256_setzero_pd(), _mm256_setzero_pd()};
+  LsqSums sums;
   const auto gradient = [&](__m256 value_f32x8, __m256 grad_f32x8) {  // adds up the terms
     const __m256 x_f32x8 = _mm256_div_ps(value_f32x8, vectors.step), code_f32x8 = vectors.code(x_f32x8);
     const __m256 inside = _mm256_and_ps(_mm256_cmp_ps(x_f32x8, vectors.qmin, _CMP_GE_OQ),
                                         _mm256_cmp_ps(x_f32x8, vectors.qmax, _CMP_LE_OQ));
     const __m256 slope_f32x8 = _mm256_blendv_ps(code_f32x8, _mm256_sub_ps(code_f32x8, x_f32x8), inside);
     const __m256 terms_f32x8 = _mm256_mul_ps(grad_f32x8, slope_f32x8);
-    sums_f64x4[0] = _mm256_add_pd(sums_f64x4[0], _mm256_cvtps_pd(_mm256_castps256_ps128(terms_f32x8)));
-    sums_f64x4[1] = _mm256_add_pd(sums_f64x4[1], _mm256_cvtps_pd(_mm256_extractf128_ps(terms_f32x8, 1)));
+    sums.add(terms_f32x8);
     return _mm256_and_ps(grad_f32x8, inside);
   };
   size_t i = 0;
@@ -427,9 +456,7 @@ double lsq_backward(const LsqParams* params) {
   const __m256i tail = first_lanes(static_cast<int>(p.n - i));  // beyond it 0 / step, and gradients of 0
   _mm256_maskstore_ps(p.c + i, tail,
                       gradient(_mm256_maskload_ps(p.value + i, tail), _mm256_maskload_ps(p.grad + i, tail)));
-  const __m256d four_f64x4 = _mm256_add_pd(sums_f64x4[0], sums_f64x4[1]);
-  const __m128d two_f64x2 = _mm_add_pd(_mm256_castpd256_pd128(four_f64x4), _mm256_extractf128_pd(four_f64x4, 1));
-  return _mm_cvtsd_f64(two_f64x2) + _mm_cvtsd_f64(_mm_unpackhi_pd(two_f64x2, two_f64x2));
+  return sums.all();
 }
 
 }  // namespace
@@ -456,6 +483,7 @@ void init_avx2(Kernels* kernels) {
   kernels->quantize = quantize;
   kernels->lsq_forward = lsq_forward;
   kernels->lsq_backward = lsq_backward;
+  kernels->lsq_error = lsq_error;
 }
 
 }  // namespace qdeploy

@@ -280,6 +280,20 @@ void lsq_forward(const LsqParams* params) {
   for (size_t i = 0; i < p.n; ++i) p.c[i] = lsq_code(p.value[i] / p.step, p) * p.step;
 }
 
+double add_up(const double (&sums)[8]) {
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+double lsq_error(const LsqParams* params) {
+  const LsqParams& p = *params;
+  double sums[8] = {};
+  for (size_t i = 0; i < p.n; ++i) {
+    const float error = lsq_code(p.value[i] / p.step, p) * p.step - p.value[i];
+    sums[i % 8] += static_cast<double>(error * error);
+  }
+  return add_up(sums);
+}
+
 double lsq_backward(const LsqParams* params) {
   const LsqParams& p = *params;
   double sums[8] = {};
@@ -289,7 +303,7 @@ double lsq_backward(const LsqParams* params) {
     p.c[i] = inside ? grad : 0;
     sums[i % 8] += static_cast<double>(grad * (inside ? code - x : code));
   }
-  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+  return add_up(sums);
 }
 
 }  // namespace
@@ -314,6 +328,7 @@ void init_scalar(Kernels* kernels) {
   kernels->quantize = quantize;
   kernels->lsq_forward = lsq_forward;
   kernels->lsq_backward = lsq_backward;
+  kernels->lsq_error = lsq_error;
 }
 
 }  // namespace qdeploy

@@ -24,15 +24,16 @@ float random_value(float step, const LsqParams& p, Random& random) {
 
 bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   Random random(seed);
-  const bool at_end = random.range(0, 1), backward = random.range(0, 1), in_place = random.range(0, 1);
+  const bool at_end = random.range(0, 1), in_place = random.range(0, 1);
+  const int kernel = random.range(0, 2);  // forward, backward, error
   const int bits = random.range(2, 8), is_signed = random.range(0, 1);
   LsqParams p{};
   p.n = random.range(0, random.range(0, 3) ? 40 : 3000);
   p.step = std::ldexp(random.uniform() + 0.5f, random.range(-20, 4));
   p.qmin = is_signed ? -std::ldexp(1.f, bits - 1) : 0;
   p.qmax = p.qmin + std::ldexp(1.f, bits) - 1;
-  describe("%s lsq n=%zu step=%a qmin=%g qmax=%g backward=%d in_place=%d at_end=%d seed=%llu", kernels.isa, p.n, p.step,
-           p.qmin, p.qmax, backward, in_place, at_end, static_cast<unsigned long long>(seed));
+  describe("%s lsq n=%zu step=%a qmin=%g qmax=%g kernel=%d in_place=%d at_end=%d seed=%llu", kernels.isa, p.n, p.step,
+           p.qmin, p.qmax, kernel, in_place, at_end, static_cast<unsigned long long>(seed));
   float* value = memory().a.place<float>(p.n, at_end, random);
   float* grad = memory().b.place<float>(p.n, at_end, random);
   const Outputs outputs = place_outputs(p.n, 4, at_end, random);
@@ -43,9 +44,8 @@ bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   }
   const auto run = [&](const Kernels& of, uint8_t* c) {
     p.value = value, p.c = reinterpret_cast<float*>(c), p.grad = in_place ? p.c : grad;
-    if (backward) return of.lsq_backward(&p);
-    of.lsq_forward(&p);
-    return 0.0;
+    if (kernel == 0) of.lsq_forward(&p);
+    return kernel == 0 ? 0.0 : kernel == 1 ? of.lsq_backward(&p) : of.lsq_error(&p);
   };
   const double sum = run(kernels, outputs.c), expected = run(scalar, outputs.expected);
   if (!(sum == expected || (sum != sum && expected != expected))) return failed("lsq, the sum of its terms");
