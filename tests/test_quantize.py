@@ -15,7 +15,7 @@ from qdeploy.errors import InputError
 from qdeploy.kernels.lsq import lsq, lsq_codes, lsq_many
 from qdeploy.networks.quantizable import quantizable_layers
 from qdeploy.training import one_launch, quantizer
-from qdeploy.training.attached import project_steps_, quantizers, step_group, step_parameters
+from qdeploy.training.attached_quantizers import project_steps_, quantizers, step_group, step_parameters
 from qdeploy.training.initial_steps import MIN_STEP, initial_step
 from qdeploy.training.models import MODELS
 from qdeploy.training.quantize import quantize_, summary

@@ -23,7 +23,7 @@ import qdeploy
 from qdeploy.errors import ExportError, InputError
 from qdeploy.networks.quantizable import classifier
 from qdeploy.training import project_steps_, quantize_, quantize_like_, quantizers, step_group, summary
-from qdeploy.training.attached import step_parameters
+from qdeploy.training.attached_quantizers import step_parameters
 from qdeploy.training.quantizer import Quantizer
 
 torch.set_num_threads(1)

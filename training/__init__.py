@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attached import project_steps_, quantizers, step_group
+    from .attached_quantizers import project_steps_, quantizers, step_group
     from .models import MODELS
     from .quantize import quantize_, summary
     from .quantize_like import quantize_like_
 
 _HOMES = {
     "MODELS": "models",
-    "project_steps_": "attached",
+    "project_steps_": "attached_quantizers",
     "quantize_": "quantize",
     "quantize_like_": "quantize_like",
-    "quantizers": "attached",
-    "step_group": "attached",
+    "quantizers": "attached_quantizers",
+    "step_group": "attached_quantizers",
     "summary": "quantize",
 }
 __all__ = ["MODELS", "project_steps_", "quantize_", "quantize_like_", "quantizers", "step_group", "summary"]

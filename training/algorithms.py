@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qdeploy.training.attached import parametrized_weight, project_steps_, quantizers, step_group
+from qdeploy.training.attached_quantizers import parametrized_weight, project_steps_, quantizers, step_group
 from qdeploy.training.config import Config
 from qdeploy.training.quantize import quantize_
 from qdeploy.training.quantize_like import quantize_like_

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.kernels.lsq import lsq_many, on_gpu
-from qdeploy.training.attached import parametrized_weight, weight_quantizer
+from qdeploy.training.attached_quantizers import parametrized_weight, weight_quantizer
 from qdeploy.training.quantizer import Prepared, Quantizer, state_of
 
 

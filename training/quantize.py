@@ -13,7 +13,7 @@ from qdeploy.calibration import batches, doubt
 from qdeploy.errors import InputError, one_line
 from qdeploy.networks.quantizable import checked_bits, float_only_layers, quantizable_layers
 from qdeploy.networks.wrappers import plain_names
-from qdeploy.training.attached import (
+from qdeploy.training.attached_quantizers import (
     attach,
     attach_input,
     identity,
@@ -24,9 +24,9 @@ from qdeploy.training.attached import (
 )
 from qdeploy.training.initial_steps import initial_step, training_scale
 from qdeploy.training.one_launch import quantize_together
+from qdeploy.training.quantize_checks import check_weight, checked_network, select
 from qdeploy.training.quantizer import Quantizer
 from qdeploy.training.ranges import observe
-from qdeploy.training.targets import check_weight, checked_network, select
 from qdeploy.training.untouched import all_or_nothing, evaluating, undisturbed
 
 INITS, GRAD_SCALES = ("lsq", "mse", "minmax"), ("tensor", "channel", "none")

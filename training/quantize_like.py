@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qdeploy.errors import InputError
 from qdeploy.networks.wrappers import WRAPPERS
-from qdeploy.training.attached import (
+from qdeploy.training.attached_quantizers import (
     attach,
     attach_input,
     identity,
@@ -17,8 +17,8 @@ from qdeploy.training.attached import (
     step_parameters,
 )
 from qdeploy.training.one_launch import quantize_together
+from qdeploy.training.quantize_checks import check_weight, checked_network
 from qdeploy.training.quantizer import Quantizer, checked_state
-from qdeploy.training.targets import check_weight, checked_network
 from qdeploy.training.untouched import all_or_nothing, is_computed
 
 

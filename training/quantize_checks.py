@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.networks.quantizable import checked_bits, classifier, quantizable_layers
 from qdeploy.networks.wrappers import unwrapped
-from qdeploy.training.attached import weight_quantizer
+from qdeploy.training.attached_quantizers import weight_quantizer
 from qdeploy.training.untouched import is_computed
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
