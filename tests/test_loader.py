@@ -30,9 +30,7 @@ from qdeploy.training.trainer import evaluation_sets
 SIZE = 16
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +282,17 @@ def processes_of(session):
         if int(fields[3]) == session and fields[0] != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def test_a_script_needs_no_guard(data, whole, tmp_path):
+    """Workers do not import the program that trains: it would begin to train in each of them."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nfrom qdeploy import cli\nprint('begins')\nsys.exit(cli.main(sys.argv[1:]))\n")
+    arguments = [sys.executable, script, *words(data, tmp_path / "out", 1)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=one_thread)
+    assert done.stdout.count("begins") == 1 and "error" not in done.stderr
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])

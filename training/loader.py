@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections import deque
@@ -118,7 +119,7 @@ def _started(
         options = {"multiprocessing_context": "forkserver", "prefetch_factor": PREFETCH}
         options["worker_init_fn"] = _end_with_the_run
         multiprocessing.set_forkserver_preload(list(PRELOADED))
-    with warnings.catch_warnings(), _unreached_by_ctrl_c():
+    with warnings.catch_warnings(), _unreached_by_ctrl_c(), _without_the_program():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: as asked for
         options |= {"batch_sampler": sampler, "collate_fn": _as_it_is, "pin_memory": pin_memory}
         return iter(DataLoader(images, num_workers=workers, **options))
@@ -146,6 +147,19 @@ def _unreached_by_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _without_the_program() -> Iterator[None]:
+    """For the start of processes: they need this module alone, but would import the program that trains. Without
+    `if __name__ == "__main__"` it would begin to train in each of them."""
+    program = vars(sys.modules["__main__"])
+    held: dict[str, Any] = {name: program.pop(name) for name in ("__spec__", "__file__") if name in program}
+    program["__spec__"] = None
+    try:
+        yield
+    finally:
+        program.update(held)
 
 
 def _next(iterator: Iterator[Tensor | Exception], workers: int) -> Tensor | Exception | None:
