@@ -705,7 +705,7 @@ def no_download(monkeypatch) -> None:
         (("--weights", "/"), "expected a file of weights, got Is a directory - at /"),
         (("--weights", "/dev/null"), "expected a file of weights, got an empty one - at /dev/null"),
         (("--weights", __file__), "expected a file of weights, got another or a damaged one - at "),
-        (("--data", ""), "expected images as root/domain/class/image"),
+        (("--data", ""), "or a folder root/domain/class/image, got '' - at --data"),
         (("--data", "caf\udce9"), r"got 'caf\udce9' - at --data"),
         (("--out", "/dev/null"), "expected a folder to write in, got something else - at /dev/null"),
         (("--out", "/dev/null/run"), "/dev/null"),

@@ -169,6 +169,9 @@ def test_the_test_images_are_written_corrupted(small_set, tmp_path, capsys, monk
         (("debug", "--corrupt", "c"), "expected data with a domain `test`, got debug0, debug1, debug2 - at --corrupt"),
         (("debug", "--frost", "f"), "expected --corrupt, which uses them, got none - at --frost"),
         (("debug", "--write-list", "l"), "expected a folder of images for such a list, got debug - at --write-list"),
+        (("",), "expected a folder or the name of a set, got '' - at data"),
+        ((".", "--write-list", "no/l"), "expected a path to write to, got a folder that does not exist - at no/l"),
+        (("cifar10", "--corrupt", __file__), f"expected a folder to write in, got something else - at {__file__}"),
         ((".", "--corrupt", "c"), "expected a set of small images, got '.' - at --corrupt"),
     ],
 )

@@ -66,6 +66,22 @@ def test_a_run_reports_both_hospitals(camelyon, tmp_path, capsys):
     assert "hospital0  " in capsys.readouterr().err
 
 
+def test_unreadable_images_are_listed_and_left_out(camelyon, tmp_path, capsys):
+    bad = "patches/patient_003_node_1/patch_patient_003_node_1_x_96_y_7.png"
+    (camelyon / bad).write_bytes(b"x")
+    assert cli.main(["data", str(camelyon), "--write-list", str(tmp_path / "bad"), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["domains"]["hospital3"] == {"normal": 2, "tumor": 2} and found["images"] == 20
+    assert [path for path, _ in found["unreadable"]] == [bad]
+    benchmark = load_benchmark(str(camelyon), image_size=96, skip=str(tmp_path / "bad"))
+    assert [len(domain.labels) for domain in benchmark.domains] == [4, 4, 4, 3, 4]
+    assert [part.tolist() for part in benchmark.domains[3].published] == [[0], [1, 2]]
+    assert benchmark.left_out == [(bad, "in bad")]
+    (tmp_path / "bad").write_text("patches/none.png\n")
+    with pytest.raises(InputError, match="expected paths of images of .*, got 'patches/none.png' - at --skip-unread"):
+        load_benchmark(str(camelyon), image_size=96, skip=str(tmp_path / "bad"))
+
+
 def test_hospitals_without_a_split_are_held_out(camelyon, tmp_path, capsys):
     words = f"--data {camelyon} --model resnet18 --from-scratch --test-domain hospital2 --out {tmp_path / 'run'}"
     assert cli.main(["train", *words.split()]) == 2
@@ -83,6 +99,7 @@ def test_damaged_metadata_is_an_error(camelyon):
             good.rstrip()[:-1] + "7\n",
             "expected a number from 0 to 1, got '7' - at `split` in line 21 of .*metadata.csv",
         ),
+        (good.splitlines()[0] + "\n", "expected images, got none - at .*metadata.csv"),
         (good.rstrip()[:-2] + "\n", "expected a number from 0 to 1, got None - at `split` in line 21"),
     ]:
         table.write_text(damaged)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.errors import InputError
-from qdeploy.files import check_regular
+from qdeploy.format import check_path
 from qdeploy.terminal import columns, progress, write
 from qdeploy.training.presets import NAMED
 
@@ -34,6 +34,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     Returns {"images", "domains": {domain: {class: images}}, "left_out", "unreadable": [[path, reason]]}, with
     --corrupt also {"corrupted": {"folder", "kinds"}}. Raises InputError for what is no such data.
     """
+    if not args.data:
+        raise InputError("expected a folder or the name of a set, got '' - at data")
     if args.data in NAMED:
         return _set(args)
     for option in ("corrupt", "frost"):
@@ -43,11 +45,20 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _set(args: argparse.Namespace) -> dict[str, Any]:
-    from qdeploy.training.domains import ArrayDomain, load_benchmark
+    from qdeploy.training.domains import ArrayDomain, Outline, load_benchmark
 
     if args.write_list is not None:
         raise InputError(f"expected a folder of images for such a list, got {args.data} - at --write-list")
-    benchmark = load_benchmark(args.data)
+    if args.corrupt is None and args.frost is not None:
+        raise InputError("expected --corrupt, which uses them, got none - at --frost")
+
+    def check(outline: Outline) -> None:  # before anything is downloaded
+        if args.corrupt is not None and "test" not in outline.domains:
+            raise InputError(f"expected data with a domain `test`, got {', '.join(outline.domains)} - at --corrupt")
+        if args.corrupt is not None and args.corrupt.exists() and not args.corrupt.is_dir():
+            raise InputError(f"expected a folder to write in, got something else - at {args.corrupt}")
+
+    benchmark = load_benchmark(args.data, check=check)
     domains = {domain.name: domain for domain in benchmark.domains if isinstance(domain, ArrayDomain)}
     counts = {}
     for name, domain in domains.items():
@@ -56,28 +67,25 @@ def _set(args: argparse.Namespace) -> dict[str, Any]:
     images = sum(len(domain.labels) for domain in domains.values())
     report: dict[str, Any] = {"images": images, "domains": counts, "left_out": [], "unreadable": []}
     if args.corrupt is not None:
-        if "test" not in domains:
-            raise InputError(f"expected data with a domain `test`, got {', '.join(domains)} - at --corrupt")
         from qdeploy.training.corruptions import available, write_cifar_c
 
         test = domains["test"]
         write_cifar_c(test.images.transpose(0, 2, 3, 1), test.labels, args.corrupt, frost=args.frost)
         report["corrupted"] = {"folder": str(args.corrupt), "kinds": available(args.frost)}
-    elif args.frost is not None:
-        raise InputError("expected --corrupt, which uses them, got none - at --frost")
     return report
 
 
 def _tree(root: Path, write_to: Path | None) -> dict[str, Any]:
     from qdeploy.training.file_lists import tree_without, write_list
+    from qdeploy.training.wilds import camelyon17_tree, is_camelyon17
 
     if not root.is_dir():
         raise InputError(
             f"expected {', '.join(NAMED)} or a folder root/domain/class/image, got {str(root)!r} - at data"
         )
     if write_to is not None:
-        check_regular(write_to)
-    tree = tree_without(root, skip=None)
+        check_path(write_to)
+    tree = camelyon17_tree(root) if is_camelyon17(root) else tree_without(root, skip=None)
     if not tree.domains:
         raise InputError(f"expected images as root/domain/class/image, got none - at {root}")
     listed = [image.path for classes in tree.domains.values() for images in classes.values() for image in images]

@@ -16,7 +16,7 @@ from torch import Tensor
 from qdeploy.checks import check_name
 from qdeploy.errors import InputError, ModelError
 from qdeploy.training import wilds
-from qdeploy.training.file_lists import tree_without
+from qdeploy.training.file_lists import read_list, tree_without
 from qdeploy.training.fingerprint import fingerprint
 from qdeploy.training.image_sets import SETS
 from qdeploy.training.image_tree import ImageFile
@@ -178,7 +178,7 @@ def load_benchmark(
         raise InputError(f"expected a folder of images for such a list, got {data} - at --skip-unreadable")
     if data in SETS:
         return _load_set(data, domains, check)
-    found = _debug_benchmark() if data == "debug" else _load_folder(Path(data), image_size, skip)
+    found = _debug_benchmark() if data == "debug" else _load_folder(data, image_size, skip)
     chosen = found.domains if domains is None else [found.domains[found.index(name)] for name in sorted(domains)]
     shape = (1, 16, 16) if data == "debug" else (3, image_size, image_size)
     check(Outline(found.name, found.classes, [domain.name for domain in chosen], shape))
@@ -213,10 +213,11 @@ def _debug_benchmark() -> Benchmark:
 # ---- Folders ------------------------------------------------------------------------------------------------------
 
 
-def _load_folder(root: Path, size: int, skip: str | None) -> Benchmark:
-    if not root.is_dir():
+def _load_folder(data: str, size: int, skip: str | None) -> Benchmark:
+    root = Path(data)
+    if not data or not root.is_dir():
         raise InputError(
-            f"expected {', '.join(SETS)}, debug or a folder root/domain/class/image, got {str(root)!r} - at --data"
+            f"expected {', '.join(SETS)}, debug or a folder root/domain/class/image, got {data!r} - at --data"
         )
     if wilds.is_camelyon17(root):
         return _load_camelyon17(root, size, skip)
@@ -235,15 +236,15 @@ def _load_folder(root: Path, size: int, skip: str | None) -> Benchmark:
 
 
 def _load_camelyon17(root: Path, size: int, skip: str | None) -> Benchmark:
-    if skip is not None:
-        raise InputError("expected a tree root/domain/class/image for such a list, got WILDS - at --skip-unreadable")
+    listed = [] if skip is None else read_list(Path(skip))
     domains = [
         FolderDomain(
-            f"hospital{number}", number, root, found.files, found.labels, size, (found.training, found.validation)
+            wilds.name_of(number), number, root, found.files, found.labels, size, (found.training, found.validation)
         )
-        for number, found in wilds.camelyon17(root).items()
+        for number, found in wilds.camelyon17(root, listed).items()
     ]
-    return Benchmark(root.name, wilds.CLASSES, domains, IMAGENET_MEAN, IMAGENET_STD)
+    left_out = [(path, f"in {Path(skip).name}") for path in listed] if skip is not None else []
+    return Benchmark(root.name, wilds.CLASSES, domains, IMAGENET_MEAN, IMAGENET_STD, left_out)
 
 
 def _check_classes(classes: Sequence[str], root: Path) -> None:

@@ -57,5 +57,5 @@ def tree_without(root: Path, skip: str | None) -> Tree:
     if (duplicates := root / DUPLICATES).is_file():
         leave_out(tree, read_list(duplicates), f"in {DUPLICATES}")  # some may have been deleted, as DomainBed does
     if skip is not None and (unknown := leave_out(tree, read_list(Path(skip)), f"in {Path(skip).name}")):
-        raise InputError(f"expected paths of images of {root}, got {unknown[0]!r} - at {skip}")
+        raise InputError(f"expected paths of images of {root}, got {unknown[0][:80]!r} - at {skip}")
     return tree

@@ -11,7 +11,7 @@ amazon_v2.1/reviews.csv and splits/user.csv: reviews of one to five stars. The r
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qdeploy.errors import InputError
-from qdeploy.training.image_tree import ImageFile
+from qdeploy.training.image_tree import ImageFile, Tree
 
 CLASSES = ["normal", "tumor"]
 PUBLISHED = (0, 3, 4)  # hospitals with a split of their own
@@ -42,8 +42,12 @@ def is_camelyon17(root: Path) -> bool:
     return (root / "metadata.csv").is_file() and (root / "patches").is_dir()
 
 
-def camelyon17(root: Path) -> dict[int, Hospital]:
-    """The hospitals by number. Raises InputError for a csv file of another kind and an image that is not there."""
+def camelyon17(root: Path, skip: Collection[str] = ()) -> dict[int, Hospital]:
+    """The hospitals by number, without the images in `skip`, which are paths below the root.
+
+    Raises InputError for a csv file of another kind, an image that is not there, and a path in `skip` that is none.
+    """
+    missing = {*skip}
     files: dict[int, list[ImageFile]] = {}
     labels: dict[int, list[int]] = {}
     splits: dict[int, list[int]] = {}
@@ -52,6 +56,9 @@ def camelyon17(root: Path) -> dict[int, Hospital]:
         center, label, split = (_integer(row[key], most, f"`{key}` in {where}") for key, most in _MOST.items())
         slide = f"patient_{row['patient']}_node_{row['node']}"
         path = f"patches/{slide}/patch_{slide}_x_{row['x_coord']}_y_{row['y_coord']}.png"
+        if path in missing:
+            missing.discard(path)
+            continue
         try:
             size = (root / path).stat().st_size
         except OSError as error:
@@ -59,6 +66,10 @@ def camelyon17(root: Path) -> dict[int, Hospital]:
         files.setdefault(center, []).append(ImageFile(path, size))
         labels.setdefault(center, []).append(label)
         splits.setdefault(center, []).append(split if center in PUBLISHED else 0)
+    if missing:
+        raise InputError(f"expected paths of images of {root}, got {sorted(missing)[0][:80]!r} - at --skip-unreadable")
+    if not files:
+        raise InputError(f"expected images, got none - at {root / 'metadata.csv'}")
     return {
         center: Hospital(
             files[center],
@@ -68,6 +79,22 @@ def camelyon17(root: Path) -> dict[int, Hospital]:
         )
         for center in sorted(files)
     }
+
+
+def camelyon17_tree(root: Path) -> Tree:
+    """The hospitals as `qdeploy data` lists a tree."""
+    tree = Tree()
+    for number, hospital in camelyon17(root).items():
+        of_classes: dict[str, list[ImageFile]] = {name: [] for name in CLASSES}
+        for file, label in zip(hospital.files, hospital.labels, strict=True):
+            of_classes[CLASSES[label]].append(file)
+        tree.domains[name_of(number)] = {name: files for name, files in of_classes.items() if files}
+    return tree
+
+
+def name_of(hospital: int) -> str:
+    """Of the domain."""
+    return f"hospital{hospital}"
 
 
 _MOST = {"center": 4, "tumor": 1, "split": 1}
