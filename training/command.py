@@ -140,7 +140,7 @@ def show(summary: dict) -> None:
     if test == IN_DOMAIN:
         measured = "20% of each domain"
     else:
-        measured = f"80% of the held-out domain{'s' if len(members[0]['tests']) > 1 else ''} {test}"
+        measured = f"the held-out domain{'s' if len(members[0]['tests']) > 1 else ''} {test}"
     write(f"Accuracy on {measured}, at the evaluation chosen by training-domain validation")
     rows = [_columns(member["tests"], member["test"]) for member in members]
     write(f"{'seed':>8} {'update':>6} {'validation':>11}" + "".join(f" {name:>11}" for name in rows[0]))
