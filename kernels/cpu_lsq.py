@@ -2,8 +2,8 @@
 of threads. Values and their gradients have the bits of the definition in `lsq.py`; the gradient of a step size is the
 rounding of a sum in float64 in another order.
 
-2.36 M weights with steps per channel take 1.8 ms on one thread (Emerald Rapids), where autograd takes 27 for the
-formulas as plain tensors.
+Both passes on 2.36 M weights with steps per channel are 8 to 9 times as fast as autograd on the formulas as plain
+tensors, on one thread of an Emerald Rapids; on 2,500 weights 1.4 times (bench/test_training.py).
 """
 
 from __future__ import annotations
