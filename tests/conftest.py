@@ -18,3 +18,19 @@ def threads_for_small_networks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_engine, "Session", functools.partial(_engine.Session, macs_per_thread=1))
         yield
+
+
+@pytest.fixture
+def one_thread():
+    """Tests that train small networks: threads would cost more than they gain."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fabric():
+    """One device, the CPU."""
+    from lightning_fabric import Fabric
+
+    return Fabric(accelerator="cpu", devices=1)

@@ -19,10 +19,7 @@ from qdeploy.training.minibatches import split_of
 from qdeploy.training.models import MODELS
 from qdeploy.training.trainer import evaluation_sets, load_trained, run
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

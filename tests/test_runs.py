@@ -38,14 +38,7 @@ BENCHMARK = load_benchmark("debug")
 WORDS = "train --data debug --test-domain debug1 --accelerator cpu --updates 5 --quantize-at 1 --eval-every 2".split()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def fabric():
-    return Fabric(accelerator="cpu", devices=1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from qdeploy.kernels import ensemble
 from qdeploy.kernels.ensemble import combine
 from qdeploy.training import command, processes, trainer
 from qdeploy.training.algorithms import ALGORITHMS, ERM, QTDoG
-from qdeploy.training.attached import quantizers, step_parameters
+from qdeploy.training.attached_quantizers import quantizers, step_parameters
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import load_benchmark
 from qdeploy.training.minibatches import RunImages, sample, split
@@ -40,14 +40,7 @@ SMALL = resolve(
 BENCHMARK = load_benchmark("debug")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def fabric():
-    return Fabric(accelerator="cpu", devices=1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_algorithm(fabric, config, kind=QTDoG):
