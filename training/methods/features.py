@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 
 from qdeploy.errors import InputError
 from qdeploy.networks.quantizable import classifier
@@ -80,6 +81,16 @@ def tap_features(net: nn.Module) -> Iterator[Tapped]:
 def pooled(features: Tensor) -> Tensor:
     """Features [N, C, ...] as [N, C]: their mean over positions, as most networks pool in front of a classifier."""
     return features.flatten(2).mean(2) if features.dim() > 2 else features
+
+
+def of_all_devices(features: Tensor) -> Tensor:
+    """Features [N, C] of the shares of all devices. Where each device computes the same of them and gradients are
+    averaged over devices, these come out as if one device had the whole minibatch."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return features
+    from torch.distributed.nn.functional import all_gather  # the one that gradients flow through
+
+    return torch.cat(all_gather(features))
 
 
 def module_of(net: nn.Module, name: str) -> nn.Module:

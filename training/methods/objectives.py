@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from qdeploy.errors import InputError
 from qdeploy.training.attached import weight_before, weight_quantizer
-from qdeploy.training.methods.features import changed_output, module_of, pooled, tap, tap_features
+from qdeploy.training.methods.features import changed_output, module_of, of_all_devices, pooled, tap, tap_features
 from qdeploy.training.quantizer import Quantizer
 
 Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [B, C, H, W] and classes int64 [B] of each source domain
@@ -67,7 +67,7 @@ class CORAL(Objective):
 
     Mean over domains of the cross-entropy, plus gamma times the mean over pairs of domains of
     mean((mu_i - mu_j)^2) + mean((C_i - C_j)^2). Here mu and C are mean and unbiased covariance of the features in front
-    of the classifier, averaged over positions. With several devices they are those of each device's share.
+    of the classifier, averaged over positions, of the images on all devices.
     Raises InputError for a gamma below 0 and for domains of one image.
     """
 
@@ -78,13 +78,14 @@ class CORAL(Objective):
 
     def loss(self, net: nn.Module, minibatches: Minibatches, rng: torch.Generator) -> Tensor:
         sizes = [len(classes) for _, classes in minibatches]
-        if min(sizes) < 2:
-            raise InputError("expected 2 images or more of each domain on each device, got 1 - at CORAL")
         with tap_features(net) as tapped:
             logits = net(joined(minibatches)[0])
         pairs = zip(logits.split(sizes), minibatches, strict=True)
         losses = [functional.cross_entropy(own, classes) for own, (_, classes) in pairs]
-        moments = [(own.mean(0), own.T.cov()) for own in pooled(tapped.value).to(logits.dtype).split(sizes)]
+        features = [of_all_devices(own) for own in pooled(tapped.value).to(logits.dtype).split(sizes)]
+        if min(map(len, features)) < 2:
+            raise InputError("expected 2 images or more of each domain, got 1 - at CORAL")
+        moments = [(own.mean(0), own.T.cov()) for own in features]
         gaps = [(m - n).square().mean() + (c - d).square().mean() for (m, c), (n, d) in combinations(moments, 2)]
         loss = torch.stack(losses).mean()
         return loss + self.gamma * torch.stack(gaps).mean() if gaps else loss
