@@ -88,9 +88,21 @@ def of_all_devices(features: Tensor) -> Tensor:
     averaged over devices, these come out as if one device had the whole minibatch."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return features
-    from torch.distributed.nn.functional import all_gather  # the one that gradients flow through
+    return _Gathered.apply(features)
 
-    return torch.cat(all_gather(features))
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        parts = [torch.empty_like(features) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, features.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # All devices have the same gradient of the whole. Of its parts each passes on its own alone, to a mean.
+        devices = distributed.get_world_size()
+        return gradient.chunk(devices)[distributed.get_rank()] * devices
 
 
 def module_of(net: nn.Module, name: str) -> nn.Module:
