@@ -321,7 +321,8 @@ def test_self_distillation():
     assert min(drawn.count(block) for block in range(3)) > 10
 
 
-def test_self_distillation_has_gradients_through_both_predictions():
+@pytest.mark.parametrize("seed", range(4))  # draws of the last block among them, and of others
+def test_self_distillation_has_gradients_through_both_predictions(seed):
     batches = [(images.double(), classes) for images, classes in minibatches(2, 2)]
     net = Tokens().double()
 
@@ -330,7 +331,7 @@ def test_self_distillation_has_gradients_through_both_predictions():
             net.head.weight.zero_()
         net.head.bias.requires_grad_(False)
         handle = net.head.register_forward_hook(lambda module, args, output: output + args[0] @ weight.T)
-        value = SelfDistillation(0.5, 3.0).loss(net, batches, generator(0))
+        value = SelfDistillation(0.5, 3.0).loss(net, batches, generator(seed))
         handle.remove()
         return value
 
@@ -342,21 +343,24 @@ def test_self_distillation_has_gradients_through_both_predictions():
 
 
 def bins_by_loops(weight, quantizer):
+    """The scatter of one weight, and its gradients in weight and step sizes."""
     w, step = float64(weight), np.atleast_1d(float64(quantizer.step))
     rows = w.reshape(len(step), -1)
-    total, squares, gradient = 0.0, 0.0, np.zeros_like(rows)
-    for row, s, out in zip(rows, step, gradient, strict=True):
+    total, by_weight, by_step = 0.0, np.zeros_like(rows), np.zeros_like(step)
+    for i, (row, s) in enumerate(zip(rows, step, strict=True)):
         inside = (row / s >= quantizer.qmin) & (row / s <= quantizer.qmax)
         v = np.clip(row / s, quantizer.qmin, quantizer.qmax) * s
         codes = np.rint(v / s)
-        squares += ((v - codes * s) ** 2).sum()
-        out += 2 * (v - codes * s) / rows.size * inside
+        total += ((v - codes * s) ** 2).sum() / rows.size
+        by_value = 2 * (v - codes * s) / rows.size
         for code in np.unique(codes):
             own = codes == code
             if own.sum() > 1:
                 total += v[own].var(ddof=1)
-                out[own] += 2 * (v[own] - v[own].mean()) / (own.sum() - 1) * inside[own]
-    return total + squares / rows.size, gradient.reshape(w.shape)
+                by_value[own] += 2 * (v[own] - v[own].mean()) / (own.sum() - 1)
+        by_weight[i] = by_value * inside  # v is w within the range, and a multiple of s outside
+        by_step[i] = (by_value * codes * ~inside).sum()
+    return total, by_weight.reshape(w.shape), by_step.reshape(quantizer.step.shape)
 
 
 @pytest.mark.parametrize("bits, per_channel", [(2, False), (3, True), (4, False), (8, True)])
@@ -371,13 +375,15 @@ def test_bins(bits, per_channel):
     for progress, factor in ((0.0, 0), (0.25, 0), (0.625, 0.005), (1.0, 0.01)):
         plain = ERM().loss(net, batches, generator())
         loss = Bins(lambda progress=progress: progress).loss(net, batches, generator())
-        added = factor * sum(value for value, _ in expected)
+        added = factor * sum(value for value, _, _ in expected)
         assert (loss - plain).item() == pytest.approx(added, rel=1e-4, abs=2e-7)
         if factor:
-            originals = [layer.parametrizations.weight.original for layer in layers]
-            got = torch.autograd.grad(loss - plain, originals)
-            for one, (_, gradient) in zip(got, expected, strict=True):
-                np.testing.assert_allclose(one.numpy(), factor * gradient, rtol=1e-3, atol=2e-7)
+            trained = [part for layer in layers for part in layer.parametrizations.weight.parameters()]
+            got = torch.autograd.grad(loss - plain.detach(), trained)
+            without = torch.autograd.grad(plain, trained)
+            gradients = [gradient for _, *both in expected for gradient in both]
+            for one, other, gradient in zip(got, without, gradients, strict=True):
+                np.testing.assert_allclose((one - other).numpy(), factor * gradient, rtol=1e-3, atol=2e-7)
 
 
 def test_bins_of_a_float_network_and_of_a_shared_weight():
@@ -386,7 +392,7 @@ def test_bins_of_a_float_network_and_of_a_shared_weight():
     shared = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3))
     shared[2].weight = shared[1].weight
     quantize_(shared, 3)
-    scatter, _ = bins_by_loops(shared[1].parametrizations.weight.original, shared[1].parametrizations.weight[0])
+    scatter, *_ = bins_by_loops(shared[1].parametrizations.weight.original, shared[1].parametrizations.weight[0])
     more = Bins(lambda: 1.0).loss(shared, batches, generator()) - ERM().loss(shared, batches, generator())
     assert more.item() == pytest.approx(0.01 * scatter, rel=1e-4)
 
