@@ -13,8 +13,9 @@ from torch.nn import functional
 from qdeploy import ExportError, InputError, export, format, load_int_model, reference
 from qdeploy.training import project_steps_, quantize_, quantizers, step_group
 from qdeploy.training.initial_steps import initial_step
+from qdeploy.training.methods.inq import INQ, PowersOfTwo
 from qdeploy.training.methods.obc import grid_step, hessians, quantize_rows
-from qdeploy.training.methods.quantizations import INQ, LSQ, OBC, RTN, UniformNoise
+from qdeploy.training.methods.quantizations import LSQ, OBC, RTN, UniformNoise
 
 UPDATES = 12
 
@@ -162,6 +163,18 @@ def test_a_finished_network_is_loaded_from_its_state(method):
     assert torch.equal(again.eval()(images), net(images))
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name]().start is not None])
+def test_parameters_stay_where_attach_has_put_them(method):
+    # DistributedDataParallel, which wraps the network after that, would not see the gradients of those that move.
+    quantization, net = METHODS[method](), tiny()
+    optimizer, places = adam(net), {}
+    for t in range(UPDATES):
+        update(net, optimizer, quantization, t)
+        if t == quantization.start:
+            places = {name: id(parameter) for name, parameter in net.named_parameters()}
+    assert {name: id(parameter) for name, parameter in net.named_parameters()} == places
+
+
 # ---- LSQ -------------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +264,8 @@ def test_inq_fixes_the_largest_weights_first(bits, powers_of_two):
         if t >= 4:
             stepped = now()
             assert all((stepped[name] != before[name])[fixed[name]].any() for name in QUANTIZED)  # Adam moved them
-            quantization._put_back()
+            for part in quantization.parts.values():
+                part.put_back()
             after = now()
             for name, of in fixed.items():
                 assert np.array_equal(after[name][of], before[name][of])
@@ -260,16 +274,17 @@ def test_inq_fixes_the_largest_weights_first(bits, powers_of_two):
             if t + 1 in fractions:
                 check_fixed(t + 1, after, now())
         assert quantization.eligible(t) == (t >= 10)
-        assert len(quantizers(net)) == (3 if t >= 9 and not (powers_of_two and bits > 4) else 0)
+        made = [*quantizers(net).values()] if t >= 4 else []
+        assert len(made) == (0 if t < 4 or powers_of_two and bits > 4 else 3)
+        assert all(quantizer.waiting == (t < 9) for quantizer in made)
     assert all(of.all() for of in fixed.values())
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_powers_of_two_are_the_nearest_and_of_two_the_greater(bits):
-    quantization = INQ(0, 4, bits, powers_of_two=True)
     for scale in (0.74, 0.75, 0.76, 1.0, 1.49, 1.5):
         weight = torch.cat([torch.linspace(-1.6, 1.6, 999), torch.tensor([0.0, 0.75, -0.375, 0.1875, 1e-9, 1.5, -3.0])])
-        got = quantization._nearest(weight, scale, bits)
+        got = PowersOfTwo(scale, bits).nearest(weight)
         assert np.array_equal(got.numpy(), nearest(weight.numpy().astype(np.float64), scale, bits, True))
 
 

@@ -106,21 +106,15 @@ class SWA(_OneMean):
 class SWAD(Average):
     """Stochastic weight averaging densely (arXiv 2102.08604): the mean over a valley of the validation loss.
 
-    A segment is the mean of the networks after every update between two evaluations; its loss is the mean over the
-    source domains at its end. The run has converged at the oldest of `converge` segments whose loss is below those of
-    the others; the threshold is the mean of these losses times 1 + `tolerance`. The valley is that segment, those
-    right before it, `patience` - `converge` at most, that are not above the threshold, and each one after it, in order,
-    as long as it or one of the `patience` - 1 that follow it is not above the threshold. Segments weigh the same.
-    Before it has converged, `network` gives the last segment. One network of a run is SWAD's: that of the last
-    evaluation.
-
-    Beside the mean of the segment that is not complete it holds `patience` + 1 networks, on the CPU.
+    A segment is the mean of the networks after every update between two evaluations, its loss the mean over the source
+    domains at its end; `Valley` says which segments are in. One network of a run is SWAD's: that of the last
+    evaluation. Beside the segment that is not complete it holds `patience` + 1 networks, on the CPU.
     """
 
     def __init__(
         self, start: int, updates: int, every: int, converge: int = 3, patience: int = 6, tolerance: float = 0.3
     ):
-        """`start`: the update at whose start the run is quantized, or 0; the other two as for SWA."""
+        """`start`: the update at whose start the run is quantized, or 0; `updates` and `every` as for SWA."""
         evaluations = len([t for t in range(0, updates, every) if t >= start])
         if not 2 <= converge <= patience:
             got = f"{converge} and {patience}"
@@ -129,78 +123,106 @@ class SWAD(Average):
             expected = f"{converge} evaluations or more of the network that is averaged"
             raise InputError(f"expected {expected}, got {evaluations} - at SWAD")
         self.last = (updates - 1) // every * every
-        self.converge, self.patience, self.tolerance = converge, patience, tolerance
-        self._begin()
-
-    def _begin(self) -> None:
-        self.segment, self.valley = Mean(), Mean()  # updates since the last evaluation; segments that are in for good
-        self.queue: list[tuple[float, dict[str, Tensor]]] = []  # segments that are not judged yet: loss and mean
-        self.threshold: float | None = None  # once it has converged
-        self.ended = False  # the valley; nothing is looked at any more
+        self.segment, self.valley = Mean(), Valley(converge, patience, tolerance)
 
     def update(self, net: nn.Module, t: int) -> None:
         tensors = averaged_tensors(net)
-        queued = self.queue[0][1] if self.queue else {}
-        known = self.segment.tensors or self.valley.tensors or queued
-        if known and known.keys() != tensors.keys():
-            self._begin()
-        if not self.ended:
+        if self.valley.of_others(tensors):
+            self.valley.clear()
+        if not self.valley.ended:
             self.segment.add(tensors)
 
     def record(self, t: int, losses: Sequence[float]) -> None:
-        if self.ended:
-            return
-        mean = {name: tensor.cpu() for name, tensor in self.segment.tensors.items()}
-        self.queue.append((statistics.fmean(losses), mean))
-        self.segment = Mean()
-        if self.threshold is None:
-            self._converge()
-        elif len(self.queue) == self.patience:
-            if self._continues(self.queue):
-                self.valley.add(self.queue.pop(0)[1])
-            else:
-                self.ended, self.queue = True, []
-
-    def _converge(self) -> None:
-        window = [loss for loss, _ in self.queue[-self.converge :]]
-        if len(window) == self.converge and window[0] < min(window[1:]):
-            self.threshold = sum(window) / len(window) * (1 + self.tolerance)
-            oldest = first = len(self.queue) - self.converge
-            while first and self.queue[first - 1][0] <= self.threshold:
-                first -= 1
-            for _, mean in self.queue[first : oldest + 1]:
-                self.valley.add(mean)
-            self.queue = self.queue[oldest + 1 :]
-        elif len(self.queue) == self.patience:
-            del self.queue[0]
-
-    def _continues(self, queue: list[tuple[float, dict[str, Tensor]]]) -> bool:
-        assert self.threshold is not None
-        return min(loss for loss, _ in queue) <= self.threshold
+        if not self.valley.ended:
+            segment = {name: tensor.cpu() for name, tensor in self.segment.tensors.items()}
+            self.valley.add(statistics.fmean(losses), segment)
+            self.segment = Mean()
 
     def network(self, net: nn.Module) -> nn.Module:
-        mean = Mean()
-        if self.threshold is None:
-            for _, last in self.queue[-1:]:
-                mean.add(last)
-        else:
-            mean.load_state_dict(self.valley.state_dict())
-            waiting = list(self.queue)
-            while waiting and self._continues(waiting):
-                mean.add(waiting.pop(0)[1])
-        return mean.network(net)
+        return self.valley.mean().network(net)
 
     def eligible(self, t: int) -> bool:
         return t >= self.last
 
     def state_dict(self) -> dict[str, Any]:
-        means = {"segment": self.segment.state_dict(), "valley": self.valley.state_dict()}
-        return {**means, "queue": list(self.queue), "threshold": self.threshold, "ended": self.ended}
+        return {"segment": self.segment.state_dict(), "valley": self.valley.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.segment.load_state_dict(state["segment"])
         self.valley.load_state_dict(state["valley"])
-        self.queue, self.threshold, self.ended = list(state["queue"]), state["threshold"], state["ended"]
+
+
+Segment = tuple[float, dict[str, Tensor]]  # its loss, and the mean of its networks
+
+
+class Valley:
+    """LossValley of SWAD, from segments that come one after the other.
+
+    The run has converged at the oldest of `converge` segments whose loss is below those of all others of them; the
+    threshold is the mean of these losses times 1 + `tolerance`. In are this segment, those right before it, `patience`
+    - `converge` at most, that are not above the threshold, and each one after it, in order, as long as it or one of the
+    `patience` - 1 that follow it is not above the threshold. Each counts once, and as much as any other.
+    """
+
+    def __init__(self, converge: int, patience: int, tolerance: float):
+        self.converge, self.patience, self.tolerance = converge, patience, tolerance
+        self.clear()
+
+    def clear(self) -> None:
+        self.inside = Mean()  # the segments that are in for good
+        self.queue: list[Segment] = []  # those that are not judged yet
+        self.threshold: float | None = None  # once it has converged
+        self.ended = False
+
+    def of_others(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether the segments have tensors of other names."""
+        return self.inside.of_others(tensors) or any(segment.keys() != tensors.keys() for _, segment in self.queue[:1])
+
+    def add(self, loss: float, segment: dict[str, Tensor]) -> None:
+        self.queue.append((loss, segment))
+        if self.threshold is None:
+            self._look_for_convergence()
+        elif len(self.queue) == self.patience:
+            if self._goes_on(self.queue):
+                self.inside.add(self.queue.pop(0)[1])
+            else:
+                self.ended, self.queue = True, []
+
+    def _look_for_convergence(self) -> None:
+        window = [loss for loss, _ in self.queue[-self.converge :]]
+        if len(window) == self.converge and window[0] < min(window[1:]):
+            self.threshold = statistics.fmean(window) * (1 + self.tolerance)
+            oldest = first = len(self.queue) - self.converge
+            while first and self.queue[first - 1][0] <= self.threshold:
+                first -= 1
+            for _, segment in self.queue[first : oldest + 1]:
+                self.inside.add(segment)
+            self.queue = self.queue[oldest + 1 :]
+        elif len(self.queue) == self.patience:
+            del self.queue[0]
+
+    def _goes_on(self, queue: list[Segment]) -> bool:
+        assert self.threshold is not None
+        return min(loss for loss, _ in queue) <= self.threshold
+
+    def mean(self) -> Mean:
+        """As if no segment came any more; that of the last one where the run has not converged."""
+        mean, waiting = self.inside.copy(), list(self.queue)
+        if self.threshold is None:
+            for _, segment in waiting[-1:]:
+                mean.add(segment)
+        else:
+            while waiting and self._goes_on(waiting):
+                mean.add(waiting.pop(0)[1])
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        inside = self.inside.state_dict()
+        return {"inside": inside, "queue": [*self.queue], "threshold": self.threshold, "ended": self.ended}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inside.load_state_dict(state["inside"])
+        self.queue, self.threshold, self.ended = [*state["queue"]], state["threshold"], state["ended"]
 
 
 class Mean:
@@ -239,6 +261,11 @@ class Mean:
         for name, tensor in averaged_tensors(net).items():
             tensor.copy_(self.tensors[name])
         return net
+
+    def copy(self) -> Mean:
+        other = Mean()
+        other.load_state_dict(self.state_dict())
+        return other
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count, "tensors": {name: tensor.clone() for name, tensor in self.tensors.items()}}
