@@ -161,7 +161,8 @@ class Valley:
     The run has converged at the oldest of `converge` segments whose loss is below those of all others of them; the
     threshold is the mean of these losses times 1 + `tolerance`. In are this segment, those right before it, `patience`
     - `converge` at most, that are not above the threshold, and each one after it, in order, as long as it or one of the
-    `patience` - 1 that follow it is not above the threshold. Each counts once, and as much as any other.
+    `patience` - 1 that follow it is not above the threshold. Each counts once, and as much as any other. (In the
+    authors' code the first of the valley does not count, the oldest one counts twice, and equal losses converge.)
     """
 
     def __init__(self, converge: int, patience: int, tolerance: float):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,26 +37,18 @@ class INQ(Quantization):
         self.parts: dict[str, Part] = {}
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
-        weights = shared_weights(net, self.bits)
-        self._attach(net, {name: (weight, weight.values.abs().max().item()) for name, weight in weights.items()})
+        self._attach(net, lambda weight: max(weight.values.abs().max().item(), MIN_STEP))
         self._fix(self.start)
 
     def reattach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
-        weights = shared_weights(net, self.bits)
-        self._attach(net, {name: (weight, 1.0) for name, weight in weights.items()})  # the step sizes are in `state`
+        self._attach(net, lambda weight: 1.0)  # the step sizes are in `state`
         net.load_state_dict(state)
 
-    def _attach(self, net: nn.Module, weights: dict[str, tuple[SharedWeight, float]]) -> None:
-        self.parts = {
-            name: Part(one, self.grid(max(scale, MIN_STEP), one.bits)) for name, (one, scale) in weights.items()
-        }
-        grids = {name: part.grid for name, part in self.parts.items() if part.grid.code_bits <= 8}
-        made = {
-            name: LateQuantizer(torch.tensor(grid.step), *code_range(grid.code_bits), 1.0)
-            for name, grid in grids.items()
-        }
-        attach_fixed(net, {name: weight for name, (weight, _) in weights.items()}, made)
-        self.quantizers = [*made.values()]
+    def _attach(self, net: nn.Module, scale_of: Callable[[SharedWeight], float]) -> None:
+        weights = shared_weights(net, self.bits)
+        self.parts = {name: Part(one, self.grid(scale_of(one), one.bits)) for name, one in weights.items()}
+        made = {name: part.quantizer for name, part in self.parts.items() if part.quantizer is not None}
+        attach_fixed(net, weights, made)
 
     def after_step(self, t: int) -> None:
         for part in self.parts.values():
@@ -69,11 +61,6 @@ class INQ(Quantization):
         due = max(part for time, part in zip(self.times, self.FRACTIONS, strict=True) if time <= t)
         for part in self.parts.values():
             part.fix(due)
-        self._wait()
-
-    def _wait(self) -> None:
-        for quantizer in self.quantizers:
-            quantizer.waiting = any(part.level.isnan().any().item() for part in self.parts.values())
 
     def eligible(self, t: int) -> bool:
         return t >= self.times[-1]
@@ -89,10 +76,9 @@ class INQ(Quantization):
         return {name: (part.grid.scale, part.level.clone()) for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, (scale, level) in state.items():
-            self.parts[name].grid = self.grid(scale, self.parts[name].weight.bits)
-            self.parts[name].level.copy_(level)
-        self._wait()
+        for name, part in self.parts.items():
+            scale, level = state[name]
+            part.go_on(self.grid(scale, part.weight.bits), level)
 
 
 class UniformGrid:
@@ -132,6 +118,9 @@ class Part:
     def __init__(self, weight: SharedWeight, grid: UniformGrid | PowersOfTwo):
         self.weight, self.grid = weight, grid
         self.level = weight.values.new_full(weight.values.shape, torch.nan)  # NaN where the weight trains
+        self.quantizer: LateQuantizer | None = None
+        if grid.code_bits <= 8:
+            self.quantizer = LateQuantizer(torch.tensor(grid.step), *code_range(grid.code_bits), grad_scale=1.0)
 
     def fix(self, fraction: float) -> None:
         """Puts the largest weights that train onto the grid until a fraction of all is there."""
@@ -141,6 +130,17 @@ class Part:
         chosen = values.abs().masked_fill(~trains, -1).argsort(descending=True, stable=True)[:due]
         level[chosen] = self.grid.nearest(values[chosen])
         self.put_back()
+        self._wait()
+
+    def go_on(self, grid: UniformGrid | PowersOfTwo, level: Tensor) -> None:
+        """With what has been fixed until now."""
+        self.grid = grid
+        self.level.copy_(level)
+        self._wait()
+
+    def _wait(self) -> None:
+        if self.quantizer is not None:
+            self.quantizer.waiting = bool(self.level.isnan().any())
 
     def put_back(self) -> None:
         """What is on the grid is what it was when it came there, to the bit."""
@@ -149,7 +149,7 @@ class Part:
 
 
 class LateQuantizer(Quantizer):
-    """Leaves the weight alone until all weights lie on their grids. It is there before: data-parallel training holds
+    """Leaves its weight alone until all of it lies on the grid. It is there before: data-parallel training holds
     the network, whose parameters must not move to another module then."""
 
     waiting = False
