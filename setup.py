@@ -44,7 +44,10 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["qdeploy", *(f"qdeploy.{room}" for room in ("exporter", "gpu", "kernels", "networks", "training"))],
+    packages=[
+        "qdeploy",
+        *(f"qdeploy.{room}" for room in ("exporter", "gpu", "kernels", "networks", "training", "training.methods")),
+    ],
     package_dir={"qdeploy": "qdeploy", "qdeploy.kernels": "kernels", "qdeploy.training": "training"},
     package_data={"qdeploy": ["_engine.pyi", "py.typed", "demo_data/*"]},
     ext_modules=[

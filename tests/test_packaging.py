@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "MNN", "lightning_fabric", "rich", "PIL")
 PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/gpu", "qdeploy/networks")}  # as installed
-PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training")}
+PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training", "training/methods")}
 BLOCK = f"""
 import sys
 class Blocked:

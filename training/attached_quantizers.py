@@ -75,12 +75,12 @@ def originals(layer: nn.Module) -> list[Tensor]:
 
 
 def weight_before(layer: nn.Module, quantizer: Quantizer) -> Tensor:
-    """The weight that the quantizer rounds: what the parametrizations before it compute."""
+    """The weight that the quantizer rounds: what the parametrizations before it compute. Gradients flow through it."""
     value: Any = originals(layer)
     with evaluating(layer):
         for module in takewhile(lambda module: module is not quantizer, parametrized_weight(layer)):
             value = [module(*value)]
-    return value[0].detach()
+    return value[0]
 
 
 def identity(layer: nn.Module) -> tuple[int, ...]:

@@ -1,0 +1,67 @@
+"""Weights that lie on their grids, and the Quantizers that give `qdeploy.export` their codes without changing them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from qdeploy.errors import InputError
+from qdeploy.training.attached import attach, identity
+from qdeploy.training.one_launch import quantize_together
+from qdeploy.training.quantize_like import quantize_like_
+from qdeploy.training.quantizer import Quantizer
+from qdeploy.training.targets import check_weight, checked_network, select
+from qdeploy.training.untouched import is_computed
+
+
+@dataclass(frozen=True)
+class SharedWeight:
+    """A weight to be quantized, and the layers that share it."""
+
+    parameter: nn.Parameter
+    layers: list[nn.Module]
+    bits: int
+
+    @property
+    def values(self) -> Tensor:
+        return self.parameter.detach()  # the same memory
+
+
+def shared_weights(net: nn.Module, bits: int | Mapping[str, int]) -> dict[str, SharedWeight]:
+    """The weights that `quantize_` would quantize, each by the name of the first layer that has it."""
+    found: dict[str, SharedWeight] = {}
+    names: dict[tuple[int, ...], str] = {}
+    for name, (layer, width) in select(checked_network(net), bits, None).items():
+        check_weight(layer, f"layer `{name}`")
+        if is_computed(layer):
+            got = "one that parametrizations compute"
+            raise InputError(f"expected a weight that is a Parameter, got {got} - at layer `{name}`")
+        first, parameter = names.setdefault(identity(layer), name), layer._parameters["weight"]
+        assert parameter is not None  # `check_weight` lets no other one pass
+        found.setdefault(first, SharedWeight(parameter, [], width)).layers.append(layer)
+        if found[first].bits != width:
+            got = f"{found[first].bits} for `{first}` and {width}"
+            raise InputError(f"expected the same bits for layers that share a weight, got {got} - at layer `{name}`")
+    return found
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The least and the greatest signed code."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def attach_fixed(net: nn.Module, weights: Mapping[str, SharedWeight], made: Mapping[str, Quantizer]) -> None:
+    """Attaches quantizers for weights that lie on their grids, or will; the step sizes do not train."""
+    for name, quantizer in made.items():
+        quantizer.to(weights[name].values.device).step.requires_grad_(False)
+        for layer in weights[name].layers:
+            attach(layer, quantizer)
+    quantize_together(net)
+
+
+def reattach_fixed(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Attaches them to a float network, and loads it, from the state of a quantized one."""
+    for step in quantize_like_(net, state):
+        step.requires_grad_(False)
