@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
-from qdeploy.training.attached import attach, identity
+from qdeploy.training.attached_quantizers import attach, identity
 from qdeploy.training.one_launch import quantize_together
+from qdeploy.training.quantize_checks import check_weight, checked_network, select
 from qdeploy.training.quantize_like import quantize_like_
 from qdeploy.training.quantizer import Quantizer
-from qdeploy.training.targets import check_weight, checked_network, select
 from qdeploy.training.untouched import is_computed
 
 

@@ -13,8 +13,8 @@ from qdeploy.errors import ExportError, InputError
 from qdeploy.training.initial_steps import MIN_STEP
 from qdeploy.training.methods.fixed import SharedWeight, attach_fixed, code_range, shared_weights
 from qdeploy.training.methods.quantizations import Minibatches, Quantization
+from qdeploy.training.quantize_checks import select
 from qdeploy.training.quantizer import Quantizer
-from qdeploy.training.targets import select
 
 
 class INQ(Quantization):

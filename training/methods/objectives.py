@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qdeploy.errors import InputError
-from qdeploy.training.attached import weight_before, weight_quantizer
+from qdeploy.training.attached_quantizers import weight_before, weight_quantizer
 from qdeploy.training.methods.features import changed_output, module_of, of_all_devices, pooled, tap, tap_features
 from qdeploy.training.quantizer import Quantizer
 

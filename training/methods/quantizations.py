@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
-from qdeploy.training.attached import attach, originals, project_steps_, quantizers, step_group
+from qdeploy.training.attached_quantizers import attach, originals, project_steps_, quantizers, step_group
 from qdeploy.training.initial_steps import initial_step
 from qdeploy.training.methods.fixed import attach_fixed, code_range, reattach_fixed, shared_weights
 from qdeploy.training.methods.obc import hessians, quantize_rows

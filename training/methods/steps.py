@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
-from qdeploy.training.attached import step_parameters
+from qdeploy.training.attached_quantizers import step_parameters
 
 Closure = Callable[[], Tensor]  # the loss of this update's minibatch, with the same random draws at every call
 Backward = Callable[[Tensor], Any]
