@@ -48,7 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     stopped."""
     try:
         _check_streams()
-        args = _parser().parse_args(argv)
+        parser = _parser()
+        args, unknown = parser.parse_known_args(argv)
+        if args.run is train:
+            args.unknown = unknown  # --axis.option
+        elif unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         report = args.run(args)
         with _output():
             if args.json:
@@ -371,7 +376,7 @@ def _show_data(report: Report) -> None:
 
 def train(args: argparse.Namespace) -> Report:
     """Train one network or an ensemble with learned step sizes on domains but one; for QT-DoG write the model file."""
-    _require("train", "torch", "lightning_fabric", "rich", "PIL")
+    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
     from qdeploy.training import command
 
     return command.main(args)
@@ -387,11 +392,11 @@ def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file; two or more make an ensemble."""
     from qdeploy.training import command  # imports no torch
 
+    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
     config = command.common_config(args.runs)
     if not args.out.parent.is_dir():
         raise InputError(f"expected a folder to write {args.out.name} in, got none - at {args.out.parent}")
     check_regular(args.out)
-    _require("train", "torch", "lightning_fabric", "rich", "PIL")
     report = command.export_runs(args.runs, config, args.out, args.combine, args.observer, args.images)
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
 
@@ -493,7 +498,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(run: Callable, show: Callable, *, file: bool = False, threads: bool = False) -> argparse.ArgumentParser:
-        added = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        added = commands.add_parser(
+            run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False
+        )
         added.set_defaults(run=run, show=show)
         added.add_argument("--json", action="store_true", help="print the report as one line of JSON")
         if file:

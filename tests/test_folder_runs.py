@@ -15,9 +15,11 @@ from qdeploy.errors import InputError
 from qdeploy.training import trainer
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import load_benchmark
+from qdeploy.training.evaluation import evaluation_sets
 from qdeploy.training.minibatches import split_of
 from qdeploy.training.models import MODELS
-from qdeploy.training.trainer import evaluation_sets, load_trained, run
+from qdeploy.training.selected_network import load_trained
+from qdeploy.training.trainer import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

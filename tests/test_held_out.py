@@ -10,9 +10,9 @@ from PIL import Image
 from qdeploy.cli import main
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import Outline, load_benchmark
+from qdeploy.training.evaluation import evaluation_sets, reported
 from qdeploy.training.minibatches import in_domain_split, split
 from qdeploy.training.start import check_setting, describe, seed_hash
-from qdeploy.training.trainer import evaluation_sets, reported
 
 BENCHMARK = load_benchmark("debug")  # debug0, debug1, debug2, 60 images each
 OUTLINE = Outline("debug", BENCHMARK.classes, [domain.name for domain in BENCHMARK.domains], (1, 16, 16))

@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from PIL import Image
 
 from qdeploy import _engine, cli
 from qdeploy.errors import InputError
-from qdeploy.training import algorithms, loader, trainer
+from qdeploy.training import loader, trainer
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import load_benchmark
+from qdeploy.training.learner import Learner
 from qdeploy.training.loader import Keys, WorkerLost
 from qdeploy.training.minibatches import RunImages, evaluation_batches
 from qdeploy.training.processes import Interrupted
@@ -207,14 +209,14 @@ def test_a_refusal_keeps_its_file_on_the_way_from_a_worker(tmp_path):
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_one_line(data, tmp_path, monkeypatch, capsys):
-    update = algorithms.QTDoG.update
+    update = Learner.update
 
     def killing(self, number, minibatches):
         for worker in multiprocessing.active_children() if number == 1 else ():
             os.kill(worker.pid, signal.SIGKILL)
         return update(self, number, minibatches)
 
-    monkeypatch.setattr(algorithms.QTDoG, "update", killing)
+    monkeypatch.setattr(Learner, "update", killing)
     expected = "expected 2 worker(s) that load images, got one that was killed: there may be too little memory for so"
     with pytest.raises(InputError, match=f"^{re.escape(expected)} many - at --workers$"):
         train(settings(data, updates=60), tmp_path)
@@ -225,12 +227,13 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_line(data, tmp_path, monk
 
 def test_workers_that_end_by_the_signal_of_the_run_are_no_error(data, tmp_path):
     """SIGTERM goes to all processes of a job: some schedulers do so."""
-    benchmark, state = load_benchmark(str(data), None, SIZE), trainer._State()
+    benchmark = load_benchmark(str(data), None, SIZE)
+    run = SimpleNamespace(state=trainer._State(), benchmark=benchmark, directory=tmp_path)
     with pytest.raises(Interrupted) as stop:
-        with trainer._saved(tmp_path, settings(data), None, benchmark, state, [signal.SIGTERM]):
+        with trainer._Run._saved(run, [signal.SIGTERM]):
             raise WorkerLost("expected 2 worker(s)")
     assert stop.value.signum == signal.SIGTERM
-    with pytest.raises(WorkerLost), trainer._saved(tmp_path, settings(data), None, benchmark, state, []):
+    with pytest.raises(WorkerLost), trainer._Run._saved(run, []):
         raise WorkerLost("expected 2 worker(s)")
 
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +25,29 @@ from torch import nn
 from qdeploy import cli, files
 from qdeploy.errors import ExportError, InputError
 from qdeploy.training import command, domains, pretrained, processes, progress, run_files, start, trainer
-from qdeploy.training.config import Config, resolve, settings_of, stored
+from qdeploy.training.choices import Choice
+from qdeploy.training.config import Config, plain, resolve, settings_of, stored
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import load_benchmark
+from qdeploy.training.evaluation import evaluation_sets
+from qdeploy.training.methods import quantizations
 from qdeploy.training.minibatches import split
 from qdeploy.training.models import MODELS
+from qdeploy.training.quantize import quantize_
+from qdeploy.training.rehearsal import rehearse_export
+from qdeploy.training.selected_network import load_trained
 
 SMALL = resolve(
     Config(data="debug", test_domain="debug1", updates=5, quantize_at=1, eval_every=2, batch_size=4, accelerator="cpu")
 )
 BENCHMARK = load_benchmark("debug")
-WORDS = "train --data debug --test-domain debug1 --accelerator cpu --updates 5 --quantize-at 1 --eval-every 2".split()
+FLOAT = "train --method erm --data debug --test-domain debug1 --accelerator cpu --updates 5 --eval-every 2".split()
+WORDS = [*FLOAT, "--method", "qt-dog", "--quantize-at", "1"]
+
+
+def arguments(words):
+    args, args.unknown = cli._parser().parse_known_args(words)
+    return args
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,15 +100,16 @@ def altered(path: Path, change) -> None:
 @pytest.mark.parametrize(("kind", "name"), [("finished", "done.json"), ("stopped", "checkpoint.pt")])
 def test_a_setting_that_an_old_run_does_not_know_has_its_default(copy_of, folders, fabric, kind, name):
     folder = copy_of(kind)
-    altered(folder / name, lambda content: content["config"].__delitem__("grad_scale"))
+    altered(folder / name, lambda content: content["config"]["quantization"].__delitem__("grad_scale"))
     trainer.run(SMALL, BENCHMARK, folder, fabric)
     assert equal(network(folder), network(folders["finished"]))
     folder = shutil.rmtree(folder) or copy_of(kind)
-    altered(folder / name, lambda content: content["config"].__delitem__("grad_scale"))
+    altered(folder / name, lambda content: content["config"]["quantization"].__delitem__("grad_scale"))
     with pytest.raises(
-        InputError, match=f"grad_scale='tensor', got grad_scale='none': give another --out - at .*{name}"
+        InputError,
+        match=f"quantization.grad_scale='tensor', got quantization.grad_scale='none': give another --out - at .*{name}",
     ):
-        trainer.run(replace(SMALL, grad_scale="none"), BENCHMARK, folder, fabric)
+        trainer.run(replace(SMALL, quantization={"grad_scale": "none"}), BENCHMARK, folder, fabric)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("finished", "done.json"), ("stopped", "checkpoint.pt")])
@@ -124,7 +137,7 @@ def test_settings_are_stored_with_their_defaults():
     content = json.loads(json.dumps(settings_of(config)))
     assert (content["config"]["bits"], content["defaults"]["bits"], content["defaults"]["updates"]) == (4, 7, 2001)
     assert stored(content, "here") == config
-    for wrong in ({"bits": "seven"}, {"lr": None}, {"per_tensor": 1}):
+    for wrong in ({"bits": "seven"}, {"lr": []}, {"from_scratch": 1}, {"step": "uphill"}, {"step": 3}):
         with pytest.raises((TypeError, ValueError)):
             stored({**content, "config": {**content["config"], **wrong}}, "here")
 
@@ -173,7 +186,7 @@ def test_images_may_lie_elsewhere_but_are_no_other_data():
     with pytest.raises(InputError, match="data='/a/PACS', got data='debug': give another --out - at checkpoint.pt"):
         run_files.check_same_run(old, replace(old, data="debug"), path)
     with pytest.raises(InputError, match="model='resnet50', got model='nin': give another --out - at checkpoint.pt"):
-        run_files.check_same_run(old, replace(old, model="nin"), path)
+        run_files.check_same_run(old, replace(old, model=Choice("nin")), path)
 
 
 def test_export_takes_runs_of_several_machines(copy_of, tmp_path):
@@ -325,7 +338,7 @@ def test_a_finished_run_needs_its_weights_no_more(copy_of, tmp_path, fabric):
     config = replace(SMALL, weights=str(tmp_path / "w.pth"), updates=3)
     trainer.run(config, BENCHMARK, tmp_path / "run", fabric)
     (tmp_path / "w.pth").unlink()
-    assert equal(trainer.load_trained(tmp_path / "run", BENCHMARK).state_dict(), network(tmp_path / "run"))
+    assert equal(load_trained(tmp_path / "run", BENCHMARK).state_dict(), network(tmp_path / "run"))
 
 
 # ---- Files that cannot be written or read ----------------------------------------------------------------------------
@@ -386,20 +399,21 @@ import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from lightning_fabric import Fabric
-from qdeploy.training import algorithms, trainer
+from qdeploy.training import trainer
+from qdeploy.training.learner import Learner
 from qdeploy.training.config import Config
 from qdeploy.training.domains import load_benchmark
 def wait(self, number, minibatches):
     print("trains", flush=True)
     sys.stdin.read()
-algorithms.QTDoG.update = wait
+Learner.update = wait
 config, folder = Config(**eval(sys.argv[1])), Path(sys.argv[2])
 trainer.run(config, load_benchmark("debug"), folder, Fabric(accelerator="cpu", devices=1))
 """
 
 
 def test_two_processes_do_not_train_one_run(folders, fabric, tmp_path):
-    arguments = [sys.executable, "-c", TRAIN, repr(asdict(SMALL)), str(tmp_path)]
+    arguments = [sys.executable, "-c", TRAIN, repr(plain(SMALL)), str(tmp_path)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         try:
             assert child.stdout.readline() == b"trains\n"
@@ -468,21 +482,19 @@ def test_an_operator_that_no_file_holds_stops_a_run_before_its_first_update(tmp_
             return self.head(torch.cumsum(self.conv(x), 2).mean((2, 3)))
 
     monkeypatch.setitem(MODELS, "running", Running)
-    monkeypatch.setattr(trainer, "_train", lambda *arguments: pytest.fail("an update"))
+    monkeypatch.setattr(trainer._Run, "_train", lambda *arguments: pytest.fail("an update"))
     assert cli.main([*WORDS, "--model", "running", "--out", str(tmp_path / "run")]) == 2
     assert "cumsum" in capsys.readouterr().err.splitlines()[-1]
     assert names(tmp_path / "run" / "seed0") == []
-    monkeypatch.setattr(trainer, "_train", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(trainer._Run, "_train", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # what no file will hold may be anything
-        command.main(
-            cli._parser().parse_args([*WORDS, "--model", "running", "--algorithm", "erm", "--out", str(tmp_path)])
-        )
+        command.main(arguments([*FLOAT, "--model", "running", "--out", str(tmp_path)]))
 
 
 def test_a_class_of_weights_that_export_refuses_is_found_by_the_rehearsal(monkeypatch):
-    monkeypatch.setattr("qdeploy.training.algorithms.attach_quantizers", lambda net, config, calibration: None)
-    with pytest.raises(ExportError, match="features.0.conv"):
-        command._rehearse_export(SMALL, BENCHMARK)
+    monkeypatch.setattr(quantizations, "quantize_", lambda net, *rest, **more: quantize_(net, {"features.0.conv": 7}))
+    with pytest.raises(ExportError, match="features.1.conv"):
+        rehearse_export(SMALL, BENCHMARK)
 
 
 def test_the_end_decodes_every_image_once_for_all_networks(tmp_path, monkeypatch, capsys):
@@ -514,19 +526,20 @@ def test_a_run_says_first_what_it_has(tmp_path, capsys):
     assert cli.main(words) == 0
     lines = capsys.readouterr().err.splitlines()
     left_out = "classifier.conv.weight, classifier.conv.bias, classifier.bn.weight, classifier.bn.bias and 3 more"
-    assert lines[:8] == [
+    assert lines[:9] == [
         "data: 3 classes (cat, dog, owl); preset: a folder of images",
         "domain  images  training  validation  use",
         "art         10         8           2  source",
         "sketch      10         8           2  source",
         "photo       15         -           -  held out",
         "nin: 34,909 parameters; 7-bit weights, 8-bit inputs in 6 layers from update 1 on; `classifier.conv` in float",
+        "method qt-dog: objective erm, step plain, quantization lsq, average none, optimizer adam, schedule constant",
         f"weights: 42 tensors of {tmp_path / 'w.pth'}, without {left_out}; a new classifier",
         "3 updates of 4 images, 2 evaluations of 19; images are loaded by the training itself (--workers 0)",
     ]
-    assert lines[8] == "warning: no source domain has images of owl"
-    assert [line.split(" loss")[0] for line in lines[9:]] == ["seed 0 update 0 float", "seed 0 update 2 7 bit"]
-    assert all(line.endswith("% waiting for data") for line in lines[9:])
+    assert lines[9] == "warning: no source domain has images of owl"
+    assert [line.split(" loss")[0] for line in lines[10:]] == ["seed 0 update 0 float", "seed 0 update 2 7 bit"]
+    assert all(line.endswith("% waiting for data") for line in lines[10:])
 
 
 def test_files_that_were_left_out_are_said():
@@ -534,7 +547,7 @@ def test_files_that_were_left_out_are_said():
         left_out = [(f"photo/._{i}.jpg", "a file of macOS") for i in range(4)]
         name, classes, domains, input_shape = BENCHMARK.name, BENCHMARK.classes, BENCHMARK.domains, (1, 16, 16)
 
-    lines = start.describe(SMALL, Tree(), trainer.evaluation_sets(SMALL, BENCHMARK))
+    lines = start.describe(SMALL, Tree(), evaluation_sets(SMALL, BENCHMARK))
     named = "; ".join(f"photo/._{i}.jpg: a file of macOS" for i in range(3))
     assert lines[-1] == f"warning: left out 4 files: {named}; ..."
 

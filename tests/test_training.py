@@ -1,4 +1,4 @@
-"""The protocol, the algorithms and the training loop, on small random images."""
+"""The protocol, the learner and the training loop, on small random images."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,28 +24,30 @@ from qdeploy.graph import COMBINE
 from qdeploy.kernels import ensemble
 from qdeploy.kernels.ensemble import combine
 from qdeploy.training import command, processes, trainer
-from qdeploy.training.algorithms import ALGORITHMS, ERM, QTDoG
 from qdeploy.training.attached_quantizers import quantizers, step_parameters
-from qdeploy.training.config import Config, resolve
+from qdeploy.training.config import SELECTIONS, Config, plain, resolve
 from qdeploy.training.domains import load_benchmark
+from qdeploy.training.evaluation import apply, evaluation_sets, select
+from qdeploy.training.learner import Learner
 from qdeploy.training.minibatches import RunImages, sample, split
 from qdeploy.training.models import MODELS
 from qdeploy.training.progress import progress_of_run
-from qdeploy.training.start import seed_hash
-from qdeploy.training.trainer import run, select
+from qdeploy.training.seeds import seed_hash
+from qdeploy.training.selected_network import load_trained
+from qdeploy.training.start import build_network
+from qdeploy.training.trainer import run
 
-SMALL = resolve(
-    Config(data="debug", test_domain="debug1", updates=9, quantize_at=3, eval_every=2, batch_size=8, accelerator="cpu")
-)
+BASE = Config(data="debug", test_domain="debug1", updates=9, eval_every=2, batch_size=8, accelerator="cpu")
+SMALL = resolve(replace(BASE, quantize_at=3))
 BENCHMARK = load_benchmark("debug")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def tiny_algorithm(fabric, config, kind=QTDoG):
+def tiny_learner(fabric, config):
     torch.manual_seed(0)
-    return kind(MODELS["nin"](4, 1, depth=1, width=1), config, fabric)
+    return Learner(MODELS["nin"](4, 1, depth=1, width=1), resolve(config), fabric)
 
 
 def minibatches(number, config=SMALL):
@@ -85,10 +87,22 @@ def test_minibatches_hold_training_images_of_the_sources():
 
 
 def test_selection_ignores_records_before_the_switch():
-    records = [{"update": s, "validation": v} for s, v in [(0, 0.5), (100, 0.99), (200, 0.7), (300, 0.8), (400, 0.8)]]
-    assert select(records, 200)["update"] == 300  # the first of equals
-    assert select(records, 0)["update"] == 100
-    assert select(records[:2], 200) is None
+    accuracies = [(0, 0.5), (100, 0.99), (200, 0.7), (300, 0.8), (400, 0.8)]
+    records = [{"update": s, "validation": v, "eligible": s >= 200} for s, v in accuracies]
+    assert select(records, "validation", [])["update"] == 300  # the first of equals
+    assert select([{**record, "eligible": True} for record in records], "validation", [])["update"] == 100
+    assert select(records[:2], "validation", []) is None
+
+
+def test_a_network_is_selected_by_the_rule_that_is_asked_for():
+    rows = [(0, 0.1, 0.9, 0.9), (1, 0.6, 0.2, 0.8), (2, 0.5, 0.7, 0.3), (3, 0.5, 0.7, 0.3), (4, 0.4, 0.1, 0.5)]
+    records = [
+        {"update": t, "eligible": t > 0, "validation": v, "loss": loss, "accuracy": {"a_out": a, "b_out": 0.5}}
+        for t, v, a, loss in rows
+    ]
+    found = {rule: select(records, rule, ["a"])["update"] for rule in SELECTIONS}
+    assert found == {"validation": 1, "oracle": 2, "last": 4, "lowest-train-loss": 2}
+    assert select(records, "oracle", ["a", "b"])["update"] == 2
 
 
 def test_ensembles_average_logits_or_probabilities():
@@ -150,71 +164,65 @@ def test_what_is_no_output_of_an_ensemble_is_refused():
         combine(torch.zeros(2, 5, 3, dtype=torch.float64), "probs")
 
 
-# ---- Algorithms ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_algorithms_update_and_predict(name, fabric):
-    algorithm = tiny_algorithm(fabric, replace(SMALL, quantize_at=1), ALGORITHMS[name])
-    losses = [algorithm.update(number, minibatches(number)) for number in range(3)]
-    assert all(loss.isfinite() and not loss.requires_grad for loss in losses)
-    assert algorithm.predict(torch.rand(5, 1, 16, 16)).shape == (5, 4)
-    grouped = {id(p) for group in algorithm.optimizer.param_groups for p in group["params"]}
-    assert grouped == {id(p) for p in algorithm.net.parameters() if p.requires_grad}
+# ---- One learner -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad_scale", ["tensor", "channel", "none"])
-def test_weights_and_step_sizes_go_on_training_after_the_switch(fabric, grad_scale):
+def test_weights_and_step_sizes_go_on_training_after_the_switch(fabric, grad_scale, monkeypatch):
     """A quantizer that puts new Parameters in the network and leaves the optimizer as it was trains neither weights nor
     step sizes from there on, and no error tells so."""
-    algorithm = tiny_algorithm(fabric, replace(SMALL, grad_scale=grad_scale))
+    learner = tiny_learner(fabric, replace(SMALL, quantization={"grad_scale": grad_scale}))
     for number in range(3):
-        algorithm.update(number, minibatches(number))
-        assert not quantizers(algorithm.net)
-    weights = dict(algorithm.net.named_parameters())
-    state = algorithm.optimizer.state
+        learner.update(number, minibatches(number))
+        assert not quantizers(learner.net)
+    weights = dict(learner.net.named_parameters())
+    state = learner.optimizer.state
     moments = {name: state[p]["exp_avg"] for name, p in weights.items()}
-    before = {name: p.detach().clone() for name, p in weights.items()}
-    algorithm._quantize(minibatches(3))
+    before, seen = {name: p.detach().clone() for name, p in weights.items()}, []
+    attach = learner.quantization.attach
+    monkeypatch.setattr(
+        learner.quantization,
+        "attach",
+        lambda *args: (attach(*args), seen.extend(s.detach().clone() for s in step_parameters(args[0]))),
+    )
+    learner.update(3, minibatches(3))
     assert all(state[p]["exp_avg"] is moments[name] for name, p in weights.items())  # the moments survive
-    steps = [s.detach().clone() for s in step_parameters(algorithm.net)]
-    assert len(steps) == 3
-    ERM.update(algorithm, 3, minibatches(3))
+    assert len(seen) == 3
     assert all(not torch.equal(p, before[name]) for name, p in weights.items())
-    assert all((s != old).all() for s, old in zip(step_parameters(algorithm.net), steps, strict=True))
+    assert all((s != old).all() for s, old in zip(step_parameters(learner.net), seen, strict=True))
     assert all(state[p]["step"] == 4 for p in weights.values())
 
 
 def test_the_switch_happens_at_the_start_of_its_update(fabric):
-    algorithm = tiny_algorithm(fabric, SMALL)
-    twin = tiny_algorithm(fabric, SMALL)
+    learner = tiny_learner(fabric, SMALL)
+    twin = tiny_learner(fabric, SMALL)
     for number in range(3):
-        assert torch.equal(algorithm.update(number, minibatches(number)), twin.update(number, minibatches(number)))
-    twin._quantize([])
-    twin._train_mode()
+        assert torch.equal(learner.update(number, minibatches(number)), twin.update(number, minibatches(number)))
+    twin.quantization.attach(twin.net, twin.optimizer, [])
+    twin.train_mode()
     images, classes = (torch.cat(parts) for parts in zip(*minibatches(3), strict=True))
     expected = nn.functional.cross_entropy(twin.net(images), classes)
-    assert torch.equal(algorithm.update(3, minibatches(3)), expected.detach())
+    assert torch.equal(learner.update(3, minibatches(3)), expected.detach())
 
 
 def test_step_sizes_stay_positive_at_an_absurd_learning_rate(fabric):
-    algorithm = tiny_algorithm(fabric, replace(SMALL, quantize_at=0, lr_step_size=10.0))
+    learner = tiny_learner(fabric, replace(SMALL, quantize_at=0, lr_step_size=10.0))
     for number in range(8):
-        algorithm.update(number, minibatches(number))
-        assert all((s > 0).all() for s in step_parameters(algorithm.net))
+        learner.update(number, minibatches(number))
+        assert all((s > 0).all() for s in step_parameters(learner.net))
 
 
 def test_scopes_freeze_what_they_say(fabric):
     for scope in ("bn_head", "no_s"):
-        algorithm = tiny_algorithm(fabric, replace(SMALL, qat_scope=scope))
+        learner = tiny_learner(fabric, replace(SMALL, quantization={"scope": scope}))
         for number in range(3):
-            algorithm.update(number, minibatches(number))
-        algorithm.update(3, minibatches(3))
-        before = {name: p.detach().clone() for name, p in algorithm.net.named_parameters()}
+            learner.update(number, minibatches(number))
+        learner.update(3, minibatches(3))
+        before = {name: p.detach().clone() for name, p in learner.net.named_parameters()}
         batch = minibatches(4)
         for number in range(4, 104):
-            algorithm.update(number, batch)
-        moved = {name for name, p in algorithm.net.named_parameters() if not torch.equal(p, before[name])}
+            learner.update(number, batch)
+        moved = {name for name, p in learner.net.named_parameters() if not torch.equal(p, before[name])}
         frozen = {name for name in before if name.endswith("step")}
         if scope == "bn_head":
             frozen |= {name for name in before if name.endswith("weight.original")}
@@ -222,19 +230,18 @@ def test_scopes_freeze_what_they_say(fabric):
 
 
 def test_reset_optimizer_forgets_the_moments(fabric):
-    algorithm = tiny_algorithm(fabric, replace(SMALL, reset_optimizer=True))
+    learner = tiny_learner(fabric, replace(SMALL, quantization={"reset_optimizer": True}))
     for number in range(4):
-        algorithm.update(number, minibatches(number))
-    assert {int(state["step"]) for state in algorithm.optimizer.state.values()} == {1}
+        learner.update(number, minibatches(number))
+    assert {int(state["step"]) for state in learner.optimizer.state.values()} == {1}
 
 
 def test_bf16_autocast_trains_float32_parameters():
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    algorithm = tiny_algorithm(fabric, SMALL)
+    learner = tiny_learner(fabric, SMALL)
     for number in range(6):
-        assert algorithm.update(number, minibatches(number)).isfinite()
-    assert algorithm.predict(torch.rand(2, 1, 16, 16)).dtype == torch.float32
-    assert {p.dtype for p in algorithm.net.parameters()} == {torch.float32}
+        assert learner.update(number, minibatches(number)).isfinite()
+    assert {p.dtype for p in learner.net.parameters()} == {torch.float32}
 
 
 def test_fine_tuning_keeps_the_statistics_of_batch_norm(fabric, tmp_path):
@@ -242,13 +249,13 @@ def test_fine_tuning_keeps_the_statistics_of_batch_norm(fabric, tmp_path):
     pretrained = MODELS["resnet18"](1000, 1)
     pretrained.bn1.running_mean.fill_(0.25)
     torch.save(pretrained.state_dict(), tmp_path / "weights.pth")
-    config = replace(SMALL, model="resnet18", weights=str(tmp_path / "weights.pth"))
-    net = trainer.build_network(config, BENCHMARK)
+    config = resolve(replace(BASE, method="erm", model="resnet18", weights=str(tmp_path / "weights.pth")))
+    net = build_network(config, BENCHMARK)
     assert net.fc.weight.shape == (4, 512)  # a new classifier on pretrained features
     assert torch.equal(net.layer1[0].conv1.weight, pretrained.layer1[0].conv1.weight)
-    algorithm = ERM(net, config, fabric)
+    learner = Learner(net, config, fabric)
     gain = net.bn1.weight.detach().clone()
-    algorithm.update(0, minibatches(0))
+    learner.update(0, minibatches(0))
     assert (net.bn1.running_mean == 0.25).all() and not torch.equal(net.bn1.weight, gain)
     for bad, text in [
         ("nothing.pth", "expected a file of weights, got No such file"),
@@ -256,7 +263,7 @@ def test_fine_tuning_keeps_the_statistics_of_batch_norm(fabric, tmp_path):
     ]:
         torch.save({"x": torch.zeros(1)}, tmp_path / "x.pth")
         with pytest.raises(InputError, match=text):
-            trainer.build_network(replace(config, weights=str(tmp_path / bad)), BENCHMARK)
+            build_network(replace(config, weights=str(tmp_path / bad)), BENCHMARK)
 
 
 # ---- Runs ------------------------------------------------------------------------------------------------------------
@@ -299,10 +306,10 @@ def test_a_run_logs_selects_and_reloads(finished, fabric):
     assert log[3]["test"] == accuracy["debug1_in"]
     assert record["update"] >= SMALL.quantize_at and done["selected"]["update"] == record["update"]
     assert not (directory / "checkpoint.pt").exists()
-    trained = trainer.load_trained(directory, BENCHMARK)
-    domain, positions = trainer.evaluation_sets(SMALL, BENCHMARK)["debug1_in"]
+    trained = load_trained(directory, BENCHMARK)
+    domain, positions = evaluation_sets(SMALL, BENCHMARK)["debug1_in"]
     with torch.no_grad():
-        classes = trainer.apply(trained, BENCHMARK, domain, positions).argmax(1)
+        classes = apply(trained, BENCHMARK, domain, positions).argmax(1)
     assert (classes.numpy() == BENCHMARK.domains[1].labels[positions]).mean() == record["test"]
     modified = (directory / "model.pt").stat().st_mtime_ns
     assert run(SMALL, BENCHMARK, directory, fabric) == record  # finished: nothing is done again
@@ -310,7 +317,7 @@ def test_a_run_logs_selects_and_reloads(finished, fabric):
 
 
 def test_stopped_at_any_update_and_continued_equals_uninterrupted(finished, fabric, tmp_path, monkeypatch):
-    update = QTDoG.update
+    update = Learner.update
     for stop in range(SMALL.updates):
 
         def failing(self, number, minibatches, stop=stop):
@@ -318,10 +325,10 @@ def test_stopped_at_any_update_and_continued_equals_uninterrupted(finished, fabr
                 raise MemoryError
             return update(self, number, minibatches)
 
-        monkeypatch.setattr(QTDoG, "update", failing)
+        monkeypatch.setattr(Learner, "update", failing)
         with pytest.raises(MemoryError):
             run(SMALL, BENCHMARK, tmp_path / str(stop), fabric)
-        monkeypatch.setattr(QTDoG, "update", update)
+        monkeypatch.setattr(Learner, "update", update)
         run(SMALL, BENCHMARK, tmp_path / str(stop), fabric)
         assert_same_outcome(finished[0], tmp_path / str(stop))
 
@@ -336,7 +343,7 @@ def test_quantized_inputs_resume_too(fabric, tmp_path, monkeypatch):
     monkeypatch.undo()
     run(config, BENCHMARK, tmp_path / "b", fabric)
     assert_same_outcome(tmp_path / "a", tmp_path / "b")
-    assert "classifier.conv.input" not in quantizers(trainer.load_trained(tmp_path / "a", BENCHMARK))
+    assert "classifier.conv.input" not in quantizers(load_trained(tmp_path / "a", BENCHMARK))
 
 
 # Trains with SMALL in argv[1]; the update argv[2] sends this process the signal argv[3].
@@ -345,16 +352,17 @@ import os, sys, torch
 torch.set_num_threads(1)
 from lightning_fabric import Fabric
 from pathlib import Path
-from qdeploy.training import algorithms, trainer
+from qdeploy.training import trainer
 from qdeploy.training.config import Config
 from qdeploy.training.domains import load_benchmark
+from qdeploy.training.learner import Learner
 directory, stop, signum = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-update = algorithms.QTDoG.update
+update = Learner.update
 def signalling(self, number, minibatches):
     if number == stop:
         os.kill(os.getpid(), signum)
     return update(self, number, minibatches)
-algorithms.QTDoG.update = signalling
+Learner.update = signalling
 trainer.run(Config(**eval(sys.argv[4])), load_benchmark("debug"), directory, Fabric(accelerator="cpu", devices=1))
 """
 
@@ -363,7 +371,7 @@ def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path):
     """SIGKILL before and after the switch, then SIGTERM, which saves; each process goes on where the last one was."""
     directory = tmp_path / "run"
     for stop, signum in [(1, signal.SIGKILL), (5, signal.SIGKILL), (7, signal.SIGTERM)]:
-        arguments = [str(directory), str(stop), str(int(signum)), repr(asdict(SMALL))]
+        arguments = [str(directory), str(stop), str(int(signum)), repr(plain(SMALL))]
         child = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True)
         if signum == signal.SIGKILL:
             assert child.returncode == -signal.SIGKILL, child.stderr
@@ -402,8 +410,8 @@ def test_a_diverging_run_stops(fabric, tmp_path):
 
 
 def test_the_splits_do_not_change_with_the_seed(fabric, tmp_path):
-    a = trainer.evaluation_sets(SMALL, BENCHMARK)
-    b = trainer.evaluation_sets(replace(SMALL, seed=5), BENCHMARK)
+    a = evaluation_sets(SMALL, BENCHMARK)
+    b = evaluation_sets(replace(SMALL, seed=5), BENCHMARK)
     assert all(np.array_equal(a[key][1], b[key][1]) for key in a)
 
 
@@ -425,9 +433,15 @@ def test_settings_are_checked(changes, text):
 
 def test_presets_follow_the_data():
     small = resolve(Config(test_domain="mfeat"))
-    assert (small.model, small.lr, small.updates, small.quantize_at, small.eval_every) == ("nin", 1e-3, 2001, 800, 100)
+    assert (small.model.name, small.lr, small.updates, small.quantize_at, small.eval_every) == (
+        "nin",
+        1e-3,
+        2001,
+        800,
+        100,
+    )
     photos = resolve(Config(data="/data/PACS", test_domain="sketch", updates=10000))
-    assert (photos.model, photos.lr, photos.updates, photos.quantize_at, photos.eval_every) == (
+    assert (photos.model.name, photos.lr, photos.updates, photos.quantize_at, photos.eval_every) == (
         *("resnet50", 5e-5, 10000, 2000, 300),
     )
 
@@ -435,11 +449,12 @@ def test_presets_follow_the_data():
 def arguments(*words):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return parser.parse_args(["--data", "debug", "--accelerator", "cpu", *words])
+    args, args.unknown = parser.parse_known_args(["--data", "debug", "--accelerator", "cpu", *words])
+    return args
 
 
 def test_command_trains_an_ensemble(tmp_path, capsys):
-    words = ("--algorithm", "erm", "--test-domain", "debug2", "--updates", "3", "--eval-every", "1", "--seeds", "3")
+    words = ("--method", "erm", "--test-domain", "debug2", "--updates", "3", "--eval-every", "1", "--seeds", "3")
     args = arguments(*words, "--out", str(tmp_path / "run"))
     summary = command.main(args)
     command.show(summary)

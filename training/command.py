@@ -19,8 +19,21 @@ from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, check_regular
 from qdeploy.graph import MAX_MEMBERS
 from qdeploy.terminal import note, write
-from qdeploy.training.config import IN_DOMAIN, MACHINE, Config, first_difference, flag, resolve
+from qdeploy.training.config import (
+    AXES_OF_CONFIG,
+    IN_DOMAIN,
+    MACHINE,
+    Config,
+    first_difference,
+    flag,
+    made,
+    plain,
+    resolve,
+    with_updates,
+)
+from qdeploy.training.methods import AXES
 from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
+from qdeploy.training.settings_files import dotted, over, read_settings, written
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,20 +48,27 @@ SUMMARY, FILES = "summary.json", ("model.safetensors", "eoq.safetensors")  # FIL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each setting of `Config`, and --seeds and --out."""
-    types = typing.get_type_hints(Config)
+    """One option for each setting of `Config`, and those of the command. Values stay text: `resolve` reads them."""
+    hints = typing.get_type_hints(Config)
     for setting in fields(Config):
-        option, text = flag(setting.name), setting.metadata["help"]
-        if types[setting.name] is bool:
-            parser.add_argument(option, action="store_true", help=text)
+        text, default = setting.metadata["help"], setting.default
+        if hints[setting.name] is bool:
+            parser.add_argument(flag(setting.name), action="store_true", default=None, help=text)
             continue
-        kind = next(t for t in (typing.get_args(types[setting.name]) or (types[setting.name],)) if t is not type(None))
-        default = "" if setting.default is None else f" (default: {setting.default})"
-        choices = setting.metadata["choices"]
-        parser.add_argument(option, type=kind, default=setting.default, choices=choices, help=text + default)
+        names = setting.metadata["choices"] or AXES.get(setting.name) or ()
+        shown = "{" + ",".join(names) + "}" if names else None
+        text += "" if default is None else f" (default: {default})"
+        parser.add_argument(flag(setting.name), metavar=shown, help=text)
+    text = "a file of settings, as --print-config writes it; options come before it"
+    parser.add_argument("--config", type=Path, help=text)
     seeds = "train so many networks, from --seed on; 2 or more make an ensemble (default: 1)"
     parser.add_argument("--seeds", type=int, default=1, help=seeds)
-    parser.add_argument("--out", type=_folder, required=True, help="folder of the run; the same command continues it")
+    parser.add_argument("--out", type=_folder, help="folder of the run (required); the same command continues it")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as they would be, and end")
+    text = "print the methods and what can stand on each axis, and end"
+    parser.add_argument("--methods", action="store_true", help=text)
+    axes = ", ".join(f"--{axis}.OPTION" for axis in AXES_OF_CONFIG)
+    parser.epilog = f"What stands on an axis has options of its own: {axes}; `qdeploy train --methods` names them."
 
 
 def _folder(text: str) -> Path:
@@ -57,22 +77,54 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
+def settings(args: argparse.Namespace) -> Config:
+    """The settings of a command: its options, over those of the file --config. Not resolved yet."""
+    given = read_settings(args.config) if args.config else {}
+    for setting in fields(Config):
+        if (value := getattr(args, setting.name)) is not None:
+            given[setting.name] = over(value, given.get(setting.name)) if setting.name in AXES_OF_CONFIG else value
+    for name, value in dotted(args.unknown).items():
+        given[name] = over(value, given.get(name))
+    return Config(**given)
+
+
 def main(args: argparse.Namespace) -> dict:
     """Trains the seeds one after another, or continues them; writes OUT/summary.json and, for QT-DoG, the model file.
 
     Returns the summary. Raises InputError for settings that do not fit the data; after SIGINT or SIGTERM it exits with
     128 + the signal's number, and the same command continues the run.
     """
-    seeds = range(args.seed, args.seed + integer(args.seeds, 1, MAX_MEMBERS, "--seeds"))
-    config = resolve(Config(**{setting.name: getattr(args, setting.name) for setting in fields(Config)}))
-    runs = [args.out / f"seed{seed}" for seed in seeds]
-    _check_folders(config, args.out, runs)
-    from qdeploy.training.processes import Interrupted
-    from qdeploy.training.start import check_setting, describe
-    from qdeploy.training.trainer import evaluation_sets, run
+    from qdeploy.training.methods_table import methods_report
 
+    if args.methods:
+        return methods_report()
+    config = resolve(settings(args))
+    if args.print_config:
+        return {"settings": written(config)}
+    if args.out is None:
+        raise InputError("expected a folder for the run, got none - at --out")
+    seeds = range(config.seed, config.seed + integer(args.seeds, 1, MAX_MEMBERS, "--seeds"))
+    runs = [args.out / f"seed{seed}" for seed in seeds]
+    _check_folders(args.out, runs)
+    if config.epochs is None:
+        _check_runs(config, runs)
+    from qdeploy.training.evaluation import evaluation_sets
+    from qdeploy.training.minibatches import training_images
+    from qdeploy.training.processes import Interrupted
+    from qdeploy.training.quantize_finished import float_run
+    from qdeploy.training.rehearsal import rehearse_export
+    from qdeploy.training.start import check_selectable, check_setting, describe
+    from qdeploy.training.trainer import run
+
+    if config.float_runs is not None or made(config, "quantization").of_finished_runs:
+        for seed in seeds:
+            float_run(replace(config, seed=seed))
     fabric = _fabric(config)
     benchmark = _benchmark(config, check=lambda outline: check_setting(config, outline))
+    if config.epochs is not None:
+        config = with_updates(config, *training_images(config, benchmark))
+        check_selectable(config)
+        _check_runs(config, runs)
     sets = evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
     fabric.launch()
     said: list[str] = []
@@ -83,8 +135,8 @@ def main(args: argparse.Namespace) -> dict:
         said.extend(describe(config, benchmark, sets))
         for line in said:
             note(line)
-        if config.algorithm == "qt-dog" and not begun:
-            _rehearse_export(config, benchmark)
+        if not begun:
+            rehearse_export(config, benchmark)
 
     members = []
     try:
@@ -96,22 +148,26 @@ def main(args: argparse.Namespace) -> dict:
         raise SystemExit(128 + stop.signum) from None
     if not fabric.is_global_zero:
         raise SystemExit(0)  # of several processes one goes on
-    summary = {"config": asdict(config), "members": members} | _finish(config, benchmark, args.out, runs, fabric)
+    summary = {"config": plain(config), "members": members} | _finish(config, benchmark, args.out, runs, fabric)
     with atomic_file(args.out / SUMMARY) as file:
         file.write(json.dumps(summary, indent=1).encode())
     return summary
 
 
-def _check_folders(config: Config, out: Path, runs: Sequence[Path]) -> None:
-    """Raise InputError unless the files of these runs are ours or can be written."""
+def _check_folders(out: Path, runs: Sequence[Path]) -> None:
+    """Raise InputError unless the files of these runs can be written."""
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise InputError(f"expected a folder to write in, got something else - at {there}")
-    for name in (SUMMARY, *FILES):
-        check_regular(out / name)
+    for path in [out / name for name in (SUMMARY, *FILES)] + [
+        run / name for run in runs for name in (CHECKPOINT, LOG, MODEL, DONE)
+    ]:
+        check_regular(path)
+
+
+def _check_runs(config: Config, runs: Sequence[Path]) -> None:
+    """Raise InputError unless what was begun in these folders are runs of `config`."""
     for seed, run in enumerate(runs, config.seed):
-        for name in (CHECKPOINT, LOG, MODEL, DONE):
-            check_regular(run / name)
         if (done := read_done(run)) is not None:
             check_same_run(done[0], replace(config, seed=seed), run / DONE)
         elif (run / CHECKPOINT).exists():
@@ -136,6 +192,12 @@ def _fabric(config: Config) -> Fabric:
 
 def show(summary: dict) -> None:
     """Prints the summary of `main` as a table; accuracies in percent."""
+    from qdeploy.training.methods_table import show_methods
+
+    if "methods" in summary:
+        return show_methods(summary)
+    if "settings" in summary:
+        return write(summary["settings"].rstrip())
     test, members = summary["config"]["test_domain"], summary["members"]
     if test == IN_DOMAIN:
         measured = "20% of each domain"
@@ -167,37 +229,27 @@ def _cells(row: dict[str, float]) -> str:
     return "".join(f" {accuracy:>{max(11, len(name))}.2%}" for name, accuracy in row.items())
 
 
-def _rehearse_export(config: Config, benchmark: Benchmark) -> None:
-    """Raise what the export after the training would, of the network before it."""
-    from qdeploy.exporter import rehearse
-    from qdeploy.training.algorithms import attach_quantizers
-    from qdeploy.training.start import build_network
-    from qdeploy.training.trainer import calibration_images
-
-    net, shown = build_network(config, benchmark), calibration_images(config, benchmark, 2)
-    attach_quantizers(net, config, [shown])
-    rehearse(net, shown[:2], shown, **_file_options(benchmark))
-
-
 def _finish(config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path], fabric: Fabric) -> dict:
     """Accuracy of the ensemble on what is held out, and, for QT-DoG, the model file."""
     import torch
 
     from qdeploy.kernels.ensemble import RULES, combine
-    from qdeploy.training import trainer
+    from qdeploy.training import evaluation
+    from qdeploy.training.attached_quantizers import quantizers
     from qdeploy.training.quantize import summary
+    from qdeploy.training.selected_network import load_trained
 
-    nets = [trainer.load_trained(run, benchmark) for run in runs]
+    nets = [load_trained(run, benchmark) for run in runs]
     found: dict = {}
     path = None
-    if config.algorithm == "qt-dog":
+    if any(quantizers(net) for net in nets):
         found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
         path = out / FILES[len(nets) > 1]
         _export(nets, config, benchmark, path)
     elif len(nets) == 1:
         return found
-    sets = trainer.evaluation_sets(config, benchmark)
-    held_out = {name: sets[part] for name, part in trainer.reported(config, benchmark).items()}
+    sets = evaluation.evaluation_sets(config, benchmark)
+    held_out = {name: sets[part] for name, part in evaluation.reported(config, benchmark).items()}
     labels = {
         name: torch.from_numpy(benchmark.domains[i].labels[positions]) for name, (i, positions) in held_out.items()
     }
@@ -237,8 +289,8 @@ def _judged(
     import torch
 
     import qdeploy
+    from qdeploy.training.evaluation import apply
     from qdeploy.training.progress import counted_images
-    from qdeploy.training.trainer import apply
 
     model = None if path is None else qdeploy.load_int_model(path)
     nets = [net.to(device) for net in nets]
@@ -291,7 +343,7 @@ def export_runs(
     combine, observer: as for `qdeploy.export_ensemble`. images: of each source domain, for calibration.
     """
     from qdeploy.exporter import check_observer
-    from qdeploy.training.trainer import load_trained
+    from qdeploy.training.selected_network import load_trained
 
     check_observer(observer)  # before minutes of loading
     benchmark = _benchmark(config)
@@ -309,7 +361,7 @@ def _export(
     images: int = 128,
 ) -> ExportReport:
     import qdeploy
-    from qdeploy.training.trainer import calibration_images
+    from qdeploy.training.selected_network import calibration_images
 
     shown = calibration_images(config, benchmark, images)
     options: dict[str, Any] = {"calibration": shown.split(64), "observer": observer, **_file_options(benchmark)}

@@ -1,16 +1,21 @@
-"""The settings of a training run. Imports nothing heavy, so that the command line can show them at once."""
+"""The settings of a training run: plain ones, and a choice on each axis. Imports nothing heavy, so that the command
+line can show them at once; `resolve` does, where it looks up the classes of the choices.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from qdeploy import _engine
 from qdeploy.errors import InputError
+from qdeploy.training.choices import SHARED, Choice, converted, filled, make, parameters_of
+from qdeploy.training.methods import AXES, METHODS
 from qdeploy.training.presets import NAMED, preset_of
 
 
@@ -19,17 +24,23 @@ def _option(default: Any, help: str, choices: tuple[str, ...] | None = None, *, 
     return field(default=default, metadata={"help": help, "choices": choices, "least": least, "most": most})
 
 
+def _axis(help: str) -> Any:
+    return field(default=None, metadata={"help": help, "choices": None, "axis": True})
+
+
 _MANY = 2**31 - 1
 
 IN_DOMAIN = "in-domain"  # in place of a domain to hold out: all train, and a share of each is held out
-_SCOPES = ("all", "no_s", "bn_head")
+SELECTIONS = ("validation", "oracle", "last", "lowest-train-loss")
+BATCH_NORMS = ("frozen", "trained", "re-estimated", "synchronized")
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that determines a run, and with `MAY_CHANGE` how it is made.
 
-    A None whose type does not say so stands there only until `resolve` has put in the preset of the data.
+    A None whose type does not say so stands there only until `resolve` has put in what the method, the preset of the
+    data or the class of a choice says. An axis may be given as a name or as {"name": ..., option: value}.
     """
 
     data: str = _option("digits-dg", f"{', '.join(NAMED)} (random images), or a folder root/domain/class/image")
@@ -38,28 +49,40 @@ class Config:
     )
     domains: str | None = _option(None, "use only these domains, separated by commas")
     skip_unreadable: str | None = _option(None, "train without the images in this list: --write-list of `qdeploy data`")
-    algorithm: str = _option("qt-dog", "training algorithm", ("erm", "qt-dog"))
-    model: str = _option(None, "network: a name in qdeploy.training.MODELS")
+    image_size: int = _option(224, "height and width for images of a folder", least=1, most=16_384)
+
+    method: str = _option("qt-dog", "a row of `qdeploy train --methods`: what stands on the axes below")
+    objective: Choice = _axis("the loss of an update")
+    step: Choice = _axis("how its gradients are made")
+    quantization: Choice = _axis("how the weights come onto a grid of integers")
+    average: Choice = _axis("which networks of the run are averaged")
+    bits: int | dict[str, int | None] = _option(None, "bits of the weights, 2 to 8; {pattern: bits} by layer")
+    activation_bits: int | dict[str, int | None] | None = _option(
+        None, "bits of the layers' inputs in training, 2 to 8; {pattern: bits} by layer"
+    )
+    quantize_at: int | None = _option(None, "the update at whose start the network is quantized")
+    float_runs: str | None = _option(None, "for what quantizes finished networks: the folder --out of float runs")
+
+    model: Choice = _axis("network: one of qdeploy.training.MODELS, timm:NAME, transformers:CLASS or module:FUNCTION")
     weights: str | None = _option(None, "pretrained weights to start from: a state dict, .pth or .safetensors")
     from_scratch: bool = _option(False, "images of a folder: begin with random weights instead of --weights")
-    image_size: int = _option(224, "height and width for images of a folder", least=1, most=16_384)
-    bits: int = _option(7, "bits of the weights, 2 to 8")
-    activation_bits: int | None = _option(None, "bits of the layers' inputs during training, 2 to 8")
-    per_tensor: bool = _option(False, "one step size for a weight instead of one for each output channel")
-    init: str = _option("lsq", "the first step sizes", ("lsq", "mse", "minmax"))
-    grad_scale: str = _option("tensor", "the elements counted in the gradient scale", ("tensor", "channel", "none"))
-    qat_scope: str = _option(
-        "all", "trains after the switch: all, no step sizes, or BatchNorm and classifier alone", _SCOPES
+    batch_norm: str = _option(
+        None, "its statistics; frozen is the default with --weights, trained without", choices=BATCH_NORMS
     )
-    reset_optimizer: bool = _option(False, "forget the optimizer's moments at the switch")
+
+    optimizer: Choice = _axis("the optimizer (default: adam)")
+    lr: float = _option(None, "learning rate")
+    lr_step_size: float = _option(None, "learning rate of the step sizes")
+    weight_decay: float = _option(None, "weight decay; none of step sizes")
+    schedule: Choice = _axis("how the learning rates change (default: constant)")
     updates: int = _option(None, "changes of all weights in training", least=1, most=_MANY)
-    quantize_at: int = _option(None, "the update at whose start the network is quantized")
+    epochs: int | None = _option(None, "in place of --updates: as many as show all training images so often", least=1)
     eval_every: int = _option(None, "updates between evaluations", least=1, most=_MANY)
     batch_size: int = _option(None, "images from each source domain in an update", least=1, most=1_000_000)
-    lr: float = _option(None, "Adam's learning rate")
-    lr_step_size: float = _option(1e-5, "Adam's learning rate of the step sizes")
+    selection: str = _option("validation", "which evaluation's network is kept", SELECTIONS)
     seed: int = _option(0, "seed of the weights, the minibatches and the augmentation", most=_MANY)
     split_seed: int = _option(0, "seed of the split of each domain into training and validation images", most=_MANY)
+
     accelerator: str = _option("auto", "cpu, cuda, mps or auto")
     devices: int = _option(1, "number of devices; more than one trains data-parallel", least=1, most=1024)
     precision: str = _option("32-true", "arithmetic of the network", ("32-true", "bf16-mixed"))
@@ -72,40 +95,139 @@ class Config:
         """The domains that are held out of training; none where a share of each is."""
         return [] if self.test_domain == IN_DOMAIN else self.test_domain.split(",")
 
+    @property
+    def frozen_batch_norm(self) -> bool:
+        """Whether the statistics of BatchNorm stay those of pretraining (its gains and shifts train)."""
+        return self.batch_norm == "frozen"
 
+
+AXES_OF_CONFIG = (*AXES, "model")
 MACHINE = frozenset({"accelerator", "devices", "precision", "workers"})
 # What a run may go on with: other machines, more updates, images that lie elsewhere (of the same fingerprint).
-# `from_scratch` only consents.
-MAY_CHANGE = MACHINE | {"updates", "data", "skip_unreadable", "from_scratch"}
+# `from_scratch` only consents, `method` only names what stands on the axes.
+MAY_CHANGE = MACHINE | {"updates", "epochs", "data", "skip_unreadable", "from_scratch", "method"}
+_DEFAULTS = {"optimizer": "adam", "schedule": "constant", "weight_decay": 0.0}
 
 
 def resolve(config: Config) -> Config:
-    """Fills in the preset of the data and checks the settings; raises InputError."""
-    preset = preset_of(config.data).settings
-    config = replace(config, **{key: value for key, value in preset.items() if getattr(config, key) is None})
+    """Puts in what the method, the preset of the data and the classes on the axes say where nothing is given, and
+    checks all; raises InputError. With `epochs` and without data at hand the updates stay None: see `with_updates`.
+    """
+    config = _typed(config)
     if config.test_domain is None:
         raise InputError("expected the domain to hold out, got none - at --test-domain")
     if len({*config.targets}) < len(config.targets):
         raise InputError(f"expected every domain once, got {config.test_domain} - at --test-domain")
-    for key in ("bits", "activation_bits"):
-        bits = getattr(config, key)
-        if bits is not None and not 2 <= bits <= 8:
-            raise InputError(f"expected 2 to 8 bits, got {bits} - at {flag(key)}")
+    config = _with_choices(_layered(config), config)
     for setting in fields(Config):
         choices, value = setting.metadata["choices"], getattr(config, setting.name)
         if choices and value not in choices:
             raise InputError(f"expected one of {', '.join(choices)}, got {value!r} - at {flag(setting.name)}")
         _check_number(value, flag(setting.name), setting.metadata)
-    if config.algorithm == "qt-dog":
-        # The record that is selected comes from an evaluation at or after that update.
+    _check_bits(config)
+    if config.batch_size % config.devices:  # the mean over devices would weigh the images of a smaller share more
+        expected = f"a multiple of {config.devices} images, as many for each device"
+        raise InputError(f"expected {expected}, got {config.batch_size} - at --batch-size")
+    if config.epochs is None:
+        _check_switch(config)
+    if config.selection == "oracle" and not config.targets:
+        raise InputError(f"expected a domain held out, got {IN_DOMAIN} - at --selection oracle")
+    return config if config.workers is not None else replace(config, workers=_workers(config))
+
+
+def _typed(config: Config) -> Config:
+    """With every value of the type of its setting."""
+    hints = typing.get_type_hints(Config)
+    found: dict[str, Any] = {}
+    for setting in fields(Config):
+        value = getattr(config, setting.name)
+        if value is None:
+            continue
+        is_axis = setting.name in AXES_OF_CONFIG
+        at = flag(setting.name)
+        found[setting.name] = Choice.of(value, at) if is_axis else converted(value, hints[setting.name], at)
+    return replace(config, **found)
+
+
+def _layered(config: Config) -> Config:
+    """Over the row of the method, over the preset of the data, over the defaults of all."""
+    if config.method not in METHODS:
+        raise InputError(f"expected one of {', '.join(METHODS)}, got {config.method!r} - at --method")
+    row, preset = METHODS[config.method], preset_of(config.data).settings
+    layers: dict[str, Any] = {**_DEFAULTS, "batch_norm": "frozen" if config.weights else "trained", **preset}
+    if config.epochs is not None:  # they wait for `with_updates`
+        layers = {key: value for key, value in layers.items() if key not in ("updates", "quantize_at", "eval_every")}
+    layers |= row.settings | {axis: getattr(row, axis) for axis in AXES if hasattr(row, axis)}
+    found: dict[str, Any] = {}
+    for key, lower in layers.items():
+        given = getattr(config, key)
+        if key in AXES_OF_CONFIG:
+            lower = Choice.of(lower, flag(key))
+            found[key] = lower if given is None else given.over(lower)
+        elif given is None:
+            found[key] = lower
+    return replace(config, **found)
+
+
+def _with_choices(config: Config, given: Config) -> Config:
+    """With all options of the classes on the axes, and of the settings that they share those that they take, with their
+    defaults. Raises InputError where another one was given."""
+    found: dict[str, Any] = {axis: filled(getattr(config, axis), axis) for axis in AXES}
+    taken: dict[str, inspect.Parameter] = {}
+    for axis in AXES:
+        taken |= {name: one for name, one in parameters_of(found[axis], axis).items() if name in SHARED}
+    for name in SHARED:
+        if getattr(config, name) is None or name not in taken:
+            found[name] = taken[name].default if name in taken else None
+        _check_taken(name, name in taken, given, found)
+    if "start" not in parameters_of(found["quantization"], "quantization"):
+        found["quantize_at"] = None
+        _check_taken("quantize_at", False, given, found)
+    return replace(config, **found)
+
+
+def _check_taken(name: str, is_taken: bool, given: Config, found: Mapping[str, Any]) -> None:
+    if not is_taken and getattr(given, name) is not None:
+        on = ", ".join(f"{axis} {found[axis].name}" for axis in AXES)
+        got = f"{getattr(given, name)!r}, which nothing takes ({on})"
+        raise InputError(f"expected a setting of the method, got {got} - at {flag(name)}")
+
+
+def made(config: Config, axis: str, **more: Any) -> Any:
+    """What stands on an axis of a run as an object; `more` is what the run gives besides its settings."""
+    of_run = {"start": config.quantize_at or 0, "updates": config.updates, "every": config.eval_every}
+    shared = {name: getattr(config, name) for name in SHARED}
+    return make(getattr(config, axis), axis, {**of_run, "seed": config.seed, **shared, **more})
+
+
+def with_updates(config: Config, training_images: int, sources: int) -> Config:
+    """With the updates of `epochs`, after which `training_images` have been drawn so often; an evaluation after each
+    epoch, and the switch after 40 % of them, unless given."""
+    if config.epochs is None:
+        return config
+    epoch = max(1, training_images // (config.batch_size * sources))
+    updates = config.epochs * epoch + 1  # the last evaluation comes after the last epoch
+    found = replace(config, updates=updates, eval_every=config.eval_every or epoch)
+    if found.quantize_at is None and "start" in parameters_of(config.quantization, "quantization"):
+        found = replace(found, quantize_at=updates * 2 // 5)
+    _check_switch(found)
+    return found
+
+
+def _check_switch(config: Config) -> None:
+    """The record that is selected comes from an evaluation at or after the switch."""
+    if config.quantize_at is not None and config.updates is not None:
         last = (config.updates - 1) // config.eval_every * config.eval_every
         if not 0 <= config.quantize_at <= last:
             expected = f"a switch in 0 .. {last} (the last evaluation)"
             raise InputError(f"expected {expected}, got {config.quantize_at} - at --quantize-at")
-    if config.batch_size % config.devices:  # the mean over devices would weigh the images of a smaller share more
-        expected = f"a multiple of {config.devices} images, as many for each device"
-        raise InputError(f"expected {expected}, got {config.batch_size} - at --batch-size")
-    return config if config.workers is not None else replace(config, workers=_workers(config))
+
+
+def may_change(config: Config) -> frozenset[str]:
+    """The settings with which another part of a run may go on: the number of updates too, unless what stands on an axis
+    goes by it."""
+    parameters = {name for axis in AXES for name in parameters_of(getattr(config, axis), axis)}
+    return MAY_CHANGE - {"updates", "epochs"} if parameters & {"updates", "progress"} else MAY_CHANGE
 
 
 def _workers(config: Config) -> int:
@@ -120,7 +242,7 @@ def flag(setting: str) -> str:
 
 
 def _check_number(value: Any, at: str, bounds: Mapping[str, Any]) -> None:
-    if isinstance(value, (bool, str)) or value is None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
     least, most = bounds["least"], bounds["most"]
     if isinstance(value, float) and not math.isfinite(value):
@@ -131,10 +253,24 @@ def _check_number(value: Any, at: str, bounds: Mapping[str, Any]) -> None:
         raise InputError(f"expected at most {most}, got {value} - at {at}")
 
 
+def _check_bits(config: Config) -> None:
+    for key in ("bits", "activation_bits"):
+        given = getattr(config, key)
+        for bits in given.values() if isinstance(given, Mapping) else [given]:
+            if bits is not None and not 2 <= bits <= 8:
+                raise InputError(f"expected 2 to 8 bits, got {bits} - at {flag(key)}")
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The settings as files of settings have them."""
+    values = {setting.name: getattr(config, setting.name) for setting in fields(Config)}
+    return {key: value.plain() if isinstance(value, Choice) else value for key, value in values.items()}
+
+
 def settings_of(config: Config) -> dict[str, Any]:
     """What the files of a run say of its settings: their values, and the values without any option."""
     preset = resolve(Config(data=config.data, test_domain=config.test_domain))
-    return {"config": asdict(config), "defaults": asdict(preset)}
+    return {"config": plain(config), "defaults": plain(preset)}
 
 
 def stored(content: Any, path: object) -> Config:
@@ -143,12 +279,10 @@ def stored(content: Any, path: object) -> Config:
     What the file does not know has its default. Raises InputError for a setting that is gone and was used, and
     AttributeError, KeyError, TypeError or ValueError for what are no settings.
     """
-    types, defaults = typing.get_type_hints(Config), content.get("defaults", {})
+    known, defaults = {setting.name for setting in fields(Config)}, content.get("defaults", {})
     kept: dict[str, Any] = {}
     for key, value in content["config"].items():
-        if key in types:
-            if not isinstance(value, (int, float) if types[key] is float else types[key]):
-                raise TypeError(key)
+        if key in known:
             kept[key] = value
         elif key not in defaults or defaults[key] != value:
             got = f"{key}={value!r}, which this one has not: train anew with another --out"
@@ -160,9 +294,24 @@ def stored(content: Any, path: object) -> Config:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """The settings in which a stored run differs from `new`: the value of either."""
-    pairs = {setting.name: (getattr(old, setting.name), getattr(new, setting.name)) for setting in fields(Config)}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    """The settings in which a stored run differs from `new`: the value of either; of an axis with the same class on it
+    the options, as `axis.option`."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for setting in fields(Config):
+        was, now = getattr(old, setting.name), getattr(new, setting.name)
+        if was == now:
+            continue
+        if isinstance(was, Choice) and isinstance(now, Choice):
+            if was.name != now.name:
+                found[setting.name] = was.name, now.name
+                continue
+            for option in {**was.options, **now.options}:
+                pair = was.options.get(option), now.options.get(option)
+                if pair[0] != pair[1]:
+                    found[f"{setting.name}.{option}"] = pair
+        else:
+            found[setting.name] = was, now
+    return found
 
 
 def first_difference(old: Config, new: Config, allowed: Collection[str]) -> str | None:

@@ -66,3 +66,13 @@ def _unpack(packed: str) -> dict[str, int]:
     text = zlib.decompress(base64.b64decode(packed)).decode("utf-8", "surrogateescape")
     lines = (line.partition(" ") for line in text.split("\0")[:-1])
     return {path: int(size) for size, _, path in lines}
+
+
+def network_hash(net):
+    import hashlib
+
+    h = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        h.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        h.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()

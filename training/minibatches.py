@@ -13,13 +13,13 @@ import numpy as np
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from qdeploy.training.algorithms import Minibatches
 from qdeploy.training.config import Config
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain
 from qdeploy.training.loader import Keys, WorkerLost, load
+from qdeploy.training.methods.objectives import Minibatches
 from qdeploy.training.processes import raise_in_all
-from qdeploy.training.start import seed_hash
+from qdeploy.training.seeds import seed_hash
 
 HOLDOUT = 0.2  # share of each domain that is kept for validation
 # At most: every worker has three batches in shared memory, of which a container gets 64 MB unless it is told to.
@@ -52,6 +52,12 @@ def split_of(domain: ArrayDomain | FolderDomain, config: Config) -> tuple[np.nda
     return split(*place) if config.targets else in_domain_split(*place)[:2]
 
 
+def training_images(config: Config, benchmark: Benchmark) -> tuple[int, int]:
+    """How many images all source domains train on, and how many such domains there are."""
+    sources = benchmark.sources(config.targets)
+    return sum(len(split_of(domain, config)[0]) for domain in sources), len(sources)
+
+
 def sample(seed: int, update: int, environment: int, count: int, size: int) -> np.ndarray:
     """`size` positions in 0..count-1, drawn with replacement by a counter-based generator."""
     stream = np.random.Philox(key=[seed, environment], counter=[0, 0, 0, update])
@@ -70,7 +76,7 @@ class RunImages:
     next minibatches while it evaluates, and the other way round.
 
     sets: what an evaluation measures, as `evaluation_sets` returns it. owes_evaluation: whether the run begins with the
-    evaluation after update `begin` - 1.
+    evaluation after update `begin` - 1. evaluations: how many networks are judged after an update.
     """
 
     def __init__(
@@ -81,11 +87,12 @@ class RunImages:
         sets: Mapping[str, tuple[int, np.ndarray]],
         begin: int,
         owes_evaluation: bool,
+        evaluations: Callable[[int], int] = lambda update: 1,
     ):
         self._config, self._benchmark, self._fabric, self._sets = config, benchmark, fabric, sets
         self._sources = [benchmark.index(domain.name) for domain in benchmark.sources(config.targets)]
         self._training = {i: split_of(benchmark.domains[i], config)[0] for i in self._sources}
-        order = self._order(begin, owes_evaluation)
+        order = self._order(begin, owes_evaluation, evaluations)
         self._loaded = load(benchmark, order, config.seed, config.workers, fabric.device.type == "cuda")
 
     def minibatches(self, waiting: Waiting) -> Minibatches:
@@ -112,14 +119,14 @@ class RunImages:
         moved = ([self._fabric.to_device(part) for part in pair] for pair in decoded)
         return [(self._benchmark.normalized(images), classes) for images, classes in moved]
 
-    def _order(self, begin: int, owes_evaluation: bool) -> Iterator[list[Keys]]:
+    def _order(self, begin: int, owes_evaluation: bool, evaluations: Callable[[int], int]) -> Iterator[list[Keys]]:
         evaluation = [batch for name in self._sets for batch in self._batches_of(name)]
         if owes_evaluation:
-            yield from evaluation
+            yield from evaluation * evaluations(begin - 1)
         for update in range(begin, self._config.updates):
             yield self._keys(update)
             if update % self._config.eval_every == 0:
-                yield from evaluation
+                yield from evaluation * evaluations(update)
 
     def _keys(self, update: int) -> list[Keys]:
         seed, size = self._config.seed, self._config.batch_size

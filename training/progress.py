@@ -95,7 +95,7 @@ class Progress:
     def recorded(self, record: dict) -> None:
         """After an evaluation."""
         config = self._config
-        mode = f"{config.bits} bit" if record["quantized"] else "float"
+        mode = f"{config.bits} bit" if record["quantized"] and isinstance(config.bits, int) else "float"
         text = f"seed {config.seed} update {record['update']} {mode} loss {record['loss']:.4f}"
         text += f" validation {record['validation']:.4f} {config.test_domain} {record['test']:.4f}"
         self._advance(text, 0)  # no longer, or the bar has no room

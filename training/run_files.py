@@ -18,7 +18,7 @@ from qdeploy.errors import InputError
 from qdeploy.files import TEMPORARY, atomic_file, named_errors
 from qdeploy.terminal import note
 from qdeploy.training import fingerprint
-from qdeploy.training.config import MAY_CHANGE, Config, first_difference, settings_of, stored
+from qdeploy.training.config import Config, first_difference, may_change, settings_of, stored
 
 CHECKPOINT, LOG, MODEL, DONE, LOCK = "checkpoint.pt", "log.jsonl", "model.pt", "done.json", "lock"
 
@@ -112,13 +112,14 @@ def restore_done(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]] 
     with sound(folder / MODEL):
         check_record(state["selected"])
         images = state["images"]
-    write_done(folder, config, state["selected"], images)
+        initial = state["initial"]
+    write_done(folder, config, state["selected"], images, initial)
     return config, state["selected"], images
 
 
-def write_done(folder: Path, config: Config, selected: dict[str, Any], images: dict[str, Any]) -> None:
+def write_done(folder: Path, config: Config, selected: dict[str, Any], images: dict[str, Any], initial: str) -> None:
     with atomic_file(folder / DONE) as file:
-        done = {**settings_of(config), "selected": selected, "images": images}
+        done = {**settings_of(config), "selected": selected, "images": images, "initial": initial}
         file.write(json.dumps(done, indent=1).encode())
 
 
@@ -151,7 +152,9 @@ def write_state(path: Path, config: Config, state: dict[str, Any]) -> None:
 
 def check_same_run(old: Config, config: Config, path: Path) -> None:
     """Raise InputError unless the run with the file `path` can go on with the settings `config`."""
-    allowed = MAY_CHANGE - {"updates"} if path.name == DONE else MAY_CHANGE  # what is finished does not go on
+    allowed = may_change(old)
+    if path.name == DONE:  # what is finished does not go on
+        allowed -= {"updates", "epochs"}
     found = first_difference(old, config, allowed)
     if found is not None:
         raise InputError(f"expected the settings of the run begun here, {found}: give another --out - at {path}")

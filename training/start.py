@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,27 +15,24 @@ from qdeploy.errors import InputError
 from qdeploy.memory import check_memory
 from qdeploy.networks.quantizable import classifier, quantizable_layers
 from qdeploy.terminal import columns
-from qdeploy.training.config import IN_DOMAIN, Config
+from qdeploy.training.config import IN_DOMAIN, Config, made
 from qdeploy.training.domains import Benchmark, Outline
 from qdeploy.training.loader import PREFETCH
 from qdeploy.training.models import MODELS
 from qdeploy.training.presets import NAMED, preset_of
 from qdeploy.training.pretrained import load_pretrained
-
-
-def seed_hash(*args: object) -> int:
-    """DomainBed's seed of a tuple: its md5 modulo 2^31."""
-    return int(hashlib.md5(str(args).encode()).hexdigest(), 16) % 2**31
+from qdeploy.training.seeds import seed_hash
 
 
 def build_network(
     config: Config, benchmark: Benchmark | Outline, said: Callable[[str], object] = lambda text: None
 ) -> nn.Module:
     """The network of a run at its start: seeded random weights, or the pretrained ones, of which `said` hears."""
-    if config.model not in MODELS:
-        raise InputError(f"expected one of {', '.join(MODELS)}, got {config.model!r} - at --model")
+    name = config.model.name
+    if name not in MODELS:
+        raise InputError(f"expected one of {', '.join(MODELS)}, got {name!r} - at --model")
     torch.manual_seed(seed_hash(config.seed, "weights"))
-    net = MODELS[config.model](len(benchmark.classes), in_channels=benchmark.input_shape[0])
+    net = MODELS[name](len(benchmark.classes), in_channels=benchmark.input_shape[0], **config.model.options)
     if config.weights is not None:
         said(load_pretrained(net, Path(config.weights)))
     return net
@@ -54,22 +50,35 @@ def check_setting(config: Config, outline: Outline) -> None:
     if not sources:
         raise InputError(f"expected a domain or more to train on, got all {len(config.targets)} - at --test-domain")
     _check_weights_given(config)
+    if config.updates is not None:  # else they follow from the number of images
+        check_selectable(config)
     shape, images = outline.input_shape, config.batch_size * len(sources)
     bytes_each = 4 + 1 + PREFETCH * config.workers  # as floats, and those loaded ahead
     check_memory(bytes_each * images * math.prod(shape), f"{images} images", "--batch-size")
-    net = build_network(config, outline).to("meta").train(config.weights is None)
+    net = build_network(config, outline).to("meta").train(not config.frozen_batch_norm)
     try:
         net(torch.empty(images // config.devices, *shape, device="meta"))
     except (RuntimeError, ValueError) as error:
         got = f"{images // config.devices} of {list(shape)}: {str(error).splitlines()[0]}"
-        raise InputError(f"expected images that {config.model} can take, got {got} - at --image-size") from error
+        raise InputError(f"expected images that {config.model.name} can take, got {got} - at --image-size") from error
+
+
+def check_selectable(config: Config) -> None:
+    """Raise InputError unless the network of an evaluation is one that the method makes."""
+    quantization, average = made(config, "quantization"), made(config, "average")
+    times = range(0, config.updates, config.eval_every)
+    if not any(quantization.eligible(t) and average.eligible(t) for t in times):
+        names = f"quantization {config.quantization.name}, average {config.average.name}"
+        got = f"none in {config.updates} updates with one every {config.eval_every} ({names})"
+        raise InputError(f"expected an evaluation of what the method makes, got {got} - at --eval-every")
 
 
 def _check_weights_given(config: Config) -> None:
     if config.weights is not None and config.from_scratch:
         raise InputError(f"expected --weights or --from-scratch, got both - at {config.weights}")
     if config.weights is None and not config.from_scratch and config.data not in NAMED:
-        expected = f"weights to fine-tune (torchvision's {config.model}, say) or --from-scratch for a folder of images"
+        weights = f"weights to fine-tune (torchvision's {config.model.name}, say)"
+        expected = f"{weights} or --from-scratch for a folder of images"
         raise InputError(f"expected {expected}, got neither - at --weights")
 
 
@@ -89,12 +98,6 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
             trained |= {*domain.labels.tolist()}
         rows.append(row | {"use": "held out" if held_out else "source"})
     rows.sort(key=lambda row: row["use"] == "held out")  # the first row has all columns
-    layers = list(quantizable_layers(net))
-    mode = "in float"
-    if config.algorithm == "qt-dog":
-        inputs = f", {config.activation_bits}-bit inputs" if config.activation_bits else ""
-        mode = f"{config.bits}-bit weights{inputs} in {len(layers) - 1} layers from update {config.quantize_at} on"
-        mode += f"; `{classifier(net)}` in float"
     parameters = sum(parameter.numel() for parameter in net.parameters())
     images = config.batch_size * (len(benchmark.domains) - len(config.targets))
     evaluated, evaluations = sum(len(part) for _, part in sets.values()), -(-config.updates // config.eval_every)
@@ -107,12 +110,29 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
     return [
         f"{benchmark.name}: {classes}; preset: {preset_of(config.data).name}",
         *columns(rows).splitlines(),
-        f"{config.model}: {parameters:,} parameters; {mode}",
+        f"{config.model}: {parameters:,} parameters; {_mode(config, net)}",
+        _method(config),
         *(f"weights: {text}" for text in pretrained),
         f"{config.updates:,} updates of {images:,} images, {evaluations:,} evaluations of {evaluated:,}; {loaded}",
         *([f"warning: left out {len(left_out):,} files: {named}"] if left_out else []),
         *([f"warning: no source domain has images of {_shortened(missing)}"] if missing else []),
     ]
+
+
+def _mode(config: Config, net: nn.Module) -> str:
+    """How the network is quantized, in words."""
+    if config.bits is None:
+        return "in float"
+    inputs = f", {config.activation_bits}-bit inputs" if config.activation_bits else ""
+    switch = "" if config.quantize_at is None else f" from update {config.quantize_at} on"
+    layers = f"{config.bits}-bit weights{inputs} in {len(quantizable_layers(net)) - 1} layers{switch}"
+    return f"{layers}; `{classifier(net)}` in float"
+
+
+def _method(config: Config) -> str:
+    """What stands on the axes, in words."""
+    axes = ("objective", "step", "quantization", "average", "optimizer", "schedule")
+    return f"method {config.method}: " + ", ".join(f"{axis} {getattr(config, axis).name}" for axis in axes)
 
 
 def _shortened(names: Sequence[str]) -> str:

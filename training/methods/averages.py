@@ -21,6 +21,8 @@ from qdeploy.errors import InputError
 class Average(Protocol):
     """What a run keeps of the networks after its updates."""
 
+    goes_by_losses = False  # whether it has to be told the losses of the network that trains, by `record`
+
     def update(self, net: nn.Module, t: int) -> None:
         """After update `t` (from 0), with the network that it made."""
 
@@ -110,6 +112,8 @@ class SWAD(Average):
     domains at its end; `Valley` says which segments are in. One network of a run is SWAD's: that of the last
     evaluation. Beside the segment that is not complete it holds `patience` + 1 networks, on the CPU.
     """
+
+    goes_by_losses = True
 
     def __init__(
         self, start: int, updates: int, every: int, converge: int = 3, patience: int = 6, tolerance: float = 0.3

@@ -22,7 +22,7 @@ from qdeploy.training.methods.obc import hessians, quantize_rows
 from qdeploy.training.quantize import quantize_
 from qdeploy.training.quantize_like import quantize_like_
 from qdeploy.training.quantizer import Quantizer
-from qdeploy.training.start import seed_hash
+from qdeploy.training.seeds import seed_hash
 
 Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [n, C, H, W] and classes int64 [n] of each source domain
 
@@ -30,7 +30,8 @@ Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [n, C, H, W] and classes
 class Quantization(Protocol):
     """When and how a run quantizes its network."""
 
-    start: int | None  # the update at whose start `attach` is called; None: after the last one, on the selected network
+    start: int | None = None  # the update at whose start `attach` is called
+    of_finished_runs = False  # instead, it is called with the selected network of a run in float
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
         """Changes `net` in place. `batches` are those of all devices; the optimizer gets what trains anew."""
@@ -58,6 +59,10 @@ class Quantization(Protocol):
         """Continues from `state_dict`, after `reattach`."""
 
 
+class NoQuantization(Quantization):
+    """The network stays float."""
+
+
 class LSQ(Quantization):
     """Learned step sizes (arXiv 1902.08153), as QT-DoG trains them: v = s * rint(clip(w / s)), w and s both train.
 
@@ -75,12 +80,12 @@ class LSQ(Quantization):
         init: str = "lsq",
         grad_scale: str = "tensor",
         scope: str = "all",
-        lr: float = 1e-5,
+        lr_step_size: float = 1e-5,
         reset_optimizer: bool = False,
     ):
         self.start, self.bits, self.activation_bits = start, bits, activation_bits
         self.options: dict[str, Any] = {"per_channel": per_channel, "init": init, "grad_scale": grad_scale}
-        self.scope, self.lr, self.reset_optimizer = scope, lr, reset_optimizer
+        self.scope, self.lr_step_size, self.reset_optimizer = scope, lr_step_size, reset_optimizer
         self.net: nn.Module | None = None
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
@@ -99,10 +104,12 @@ class LSQ(Quantization):
             if self.scope == "bn_head" and kind == "weight":
                 for weight in originals(net.get_submodule(layer)):
                     weight.requires_grad_(False).grad = None  # or the optimizer would make a step with the last one
+        if optimizer is None:  # the network is finished
+            return
         if self.reset_optimizer:
             optimizer.state.clear()
         if self.scope == "all":
-            optimizer.add_param_group(step_group(net, self.lr))
+            optimizer.add_param_group(step_group(net, self.lr_step_size))
 
     def after_step(self, t: int) -> None:
         if self.net is not None:
@@ -174,8 +181,9 @@ class Noise(nn.Module):
 class RTN(Quantization):
     """Round to nearest, of a finished network: LSQ's codes at the first step sizes (`init`), and no update."""
 
+    of_finished_runs = True
+
     def __init__(self, bits: int | Mapping[str, int] = 7, *, per_channel: bool = True, init: str = "mse"):
-        self.start = None
         self.bits, self.per_channel, self.init = bits, per_channel, init
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
@@ -195,8 +203,9 @@ class OBC(Quantization):
     names them.
     """
 
+    of_finished_runs = True
+
     def __init__(self, bits: int | Mapping[str, int] = 7, max_columns: int = 1200):
-        self.start = None
         self.bits, self.max_columns = bits, max_columns
         self.natural_order: list[str] = []
 

@@ -1,0 +1,91 @@
+"""Settings as people write them: files of YAML, and options of a command line whose names have a dot."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from qdeploy.errors import InputError
+from qdeploy.training.config import AXES_OF_CONFIG, Config, flag, plain
+
+_DOTTED = re.compile(rf"--({'|'.join(AXES_OF_CONFIG)})\.([A-Za-z_][\w.-]*)(?:=(.*))?", re.DOTALL)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a file of YAML, by name; not checked but for their names.
+
+    Raises InputError where it cannot be read, is no YAML or names what is no setting.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"expected a file of settings, got {error.strerror or error} - at {path}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        got = " ".join(str(error).split())
+        raise InputError(f"expected a file of settings in YAML, got another: {got} - at {path}") from error
+    if not isinstance(content, Mapping):
+        raise InputError(f"expected settings by name, got {type(content).__name__} - at {path}")
+    known = [setting.name for setting in fields(Config)]
+    found = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for name in found.keys() - known:
+        raise InputError(f"expected one of {', '.join(known)}, got {name!r}{_meant(name, known)} - at {path}")
+    return found
+
+
+def written(config: Config) -> str:
+    """All settings as `read_settings` reads them; without those that are not given and have no value."""
+    import yaml
+
+    values = {name: value for name, value in plain(config).items() if value is not None}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def dotted(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """{axis: {option: text}} from the words `--axis.option text` or `--axis.option=text` of a command line; an option
+    without text is true.
+
+    Raises InputError for a word that is none of these.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        match = _DOTTED.fullmatch(word)
+        if match is None:
+            known = [flag(setting.name) for setting in fields(Config)]
+            name = word.partition("=")[0]
+            raise InputError(f"expected one of {', '.join(known)}, got {name}{_meant(name, known)} - at qdeploy train")
+        axis, path, value = match.groups()
+        if value is None:
+            value = words.pop(0) if words and not re.match("--[A-Za-z]", words[0]) else True
+        *outer, last = path.replace("-", "_").split(".")
+        place: dict[str, Any] = found.setdefault(axis, {})
+        for name in outer:
+            inner = place.get(name, {})
+            place[name] = inner if isinstance(inner, dict) else {"name": inner}
+            place = place[name]
+        if isinstance(place.get(last), dict):
+            place[last]["name"] = value
+        else:
+            place[last] = value
+    return found
+
+
+def over(value: Any, lower: Any) -> Any:
+    """What is given for an axis, over what a file or another option gave: a name, or {"name": ..., option: value}."""
+    upper = {"name": value} if isinstance(value, str) else dict(value)
+    under = {"name": lower} if isinstance(lower, str) else dict(lower or {})
+    if "name" in upper and "name" in under and upper["name"] != under["name"]:
+        return upper
+    return {**under, **upper}
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
