@@ -622,7 +622,7 @@ def test_damaged_runs(damaged, tmp_path, kind):
         ("done.json", lambda content: content["selected"].update(tests={})),
         ("done.json", lambda content: content["selected"].update(tests={"mnist": "high"})),
         ("done.json", lambda content: content["selected"].update(tests=[0.5])),
-        ("done.json", lambda content: content["config"].update(algorithm="magic")),
+        ("done.json", lambda content: content["config"].update(step="magic")),
         ("model.pt", lambda content: content.update(net=[])),
         ("model.pt", lambda content: content["net"].__delitem__("features.0.conv.bias")),
         ("model.pt", lambda content: content["net"].update({"features.0.conv.bias": 3})),
@@ -632,8 +632,8 @@ def test_damaged_runs(damaged, tmp_path, kind):
         ("checkpoint.pt", lambda content: content.update(records=[{}])),
         ("checkpoint.pt", lambda content: content.update(losses=["x"])),
         ("checkpoint.pt", lambda content: content.update(best={"a": 1})),
-        ("checkpoint.pt", lambda content: content.update(algorithm={})),
-        ("checkpoint.pt", lambda content: content["algorithm"]["optimizer"].clear()),
+        ("checkpoint.pt", lambda content: content.update(learner={})),
+        ("checkpoint.pt", lambda content: content["learner"]["optimizer"].clear()),
     ],
 )
 def test_runs_of_wrong_values(damaged, name, change):
@@ -687,7 +687,7 @@ def no_download(monkeypatch) -> None:
             for name in ("bits", "activation-bits")
             for value in ("1", "9", "-7", str(10**30))
         ),
-        *(((f"--{name}", "x"), f"--{name}: invalid") for name in ("lr", "updates", "seed", "bits", "precision")),
+        *(((f"--{name}", "x"), f"got 'x' - at --{name}") for name in ("lr", "updates", "seed", "bits", "precision")),
         (("--eval-every", "5000"), "expected a switch in 0 .. 0 (the last evaluation), got 800 - at --quantize-at"),
         (("--batch-size", "1000000"), "got 4000000 images: 5,120,000,000 bytes - at --batch-size"),
         (("--devices", "33"), "expected a multiple of 33 images, as many for each device, got 32 - at --batch-size"),
@@ -738,7 +738,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("out", ["no/such/folder/x", "", ".", "/dev/full", "/dev/null/x", "x" * 5000])
 def test_files_that_export_cannot_write(folders, tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qdeploy.training.trainer.load_trained", pytest.fail)
+    monkeypatch.setattr("qdeploy.training.selected_network.load_trained", pytest.fail)
     assert_refused(call("export", folders["finished"] / "seed0", "--out", out))
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qdeploy.errors import InputError
 from qdeploy.training import trainer
-from qdeploy.training.config import Config, resolve
+from qdeploy.training.config import Config, plain, resolve
 from qdeploy.training.domains import load_benchmark
 from qdeploy.training.evaluation import evaluation_sets
 from qdeploy.training.minibatches import split_of
@@ -91,7 +91,7 @@ for devices in map(int, sys.argv[3:]):
 
 def train_on(config, folder, *devices):
     """What ends the processes before the run does."""
-    command = [sys.executable, "-c", CHILD, repr(vars(config)), str(folder), *map(str, devices)]
+    command = [sys.executable, "-c", CHILD, repr(plain(config)), str(folder), *map(str, devices)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 

@@ -9,7 +9,7 @@ from qdeploy.training.presets import DOMAIN_NET, NAMED
 
 def settings(data, **given):
     found = resolve(Config(data=str(data), test_domain="x", **given))
-    return found.model, found.lr, found.batch_size, found.updates, found.quantize_at, found.eval_every
+    return found.model.name, found.lr, found.batch_size, found.updates, found.quantize_at, found.eval_every
 
 
 @pytest.mark.parametrize("domains", [DOMAIN_NET, ("art", "cartoon", "photo", "sketch"), DOMAIN_NET[:5]])
