@@ -390,14 +390,14 @@ def _show_train(report: Report) -> None:
 
 def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file; two or more make an ensemble."""
-    from qdeploy.training import command  # imports no torch
+    from qdeploy.training import finished_runs  # imports no torch
 
     _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
-    config = command.common_config(args.runs)
+    runs = finished_runs.read_runs(args.runs)
     if not args.out.parent.is_dir():
         raise InputError(f"expected a folder to write {args.out.name} in, got none - at {args.out.parent}")
     check_regular(args.out)
-    report = command.export_runs(args.runs, config, args.out, args.combine, args.observer, args.images)
+    report = finished_runs.export_runs(runs, args.out, args.combine, args.observer, args.images)
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
 
 
@@ -498,9 +498,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(run: Callable, show: Callable, *, file: bool = False, threads: bool = False) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False
-        )
+        added = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
         added.set_defaults(run=run, show=show)
         added.add_argument("--json", action="store_true", help="print the report as one line of JSON")
         if file:

@@ -14,7 +14,7 @@ def rehearse_export(config: Config, benchmark: Benchmark) -> None:
     """Raise what the switch, and the export after the training, would; nothing is written. A method whose networks stay
     float has its switch tried alone."""
     from qdeploy.exporter import rehearse
-    from qdeploy.training.command import _file_options
+    from qdeploy.training.finished_runs import file_options
     from qdeploy.training.selected_network import calibration_images
 
     quantization = made(config, "quantization")
@@ -27,4 +27,4 @@ def rehearse_export(config: Config, benchmark: Benchmark) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     quantization.attach(net, optimizer, [(shown, torch.zeros(len(shown), dtype=torch.long))])
     if quantizers(net):
-        rehearse(net.eval(), shown[:2], shown, **_file_options(benchmark))
+        rehearse(net.eval(), shown[:2], shown, **file_options(benchmark))
