@@ -63,6 +63,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """ResNet and, with groups, ResNeXt: `layers` blocks in each of four stages."""
 
+    stages = ("layer1", "layer2", "layer3", "layer4")
     layer1: nn.Module
     layer2: nn.Module
     layer3: nn.Module
@@ -229,6 +230,7 @@ class NiN(nn.Module):
 
     def __init__(self, classes: int, in_channels: int = 3, depth: int = 2, width: int = 2):
         super().__init__()
+        self.stages = tuple(f"features.{3 * i + 2}" for i in range(depth))
         channels, layers = 25 * width, []
         for _ in range(depth):
             for kernel, stride in ((3, 2), (1, 1), (1, 1)):

@@ -27,4 +27,6 @@ def rehearse_export(config: Config, benchmark: Benchmark) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     quantization.attach(net, optimizer, [(shown, torch.zeros(len(shown), dtype=torch.long))])
     if quantizers(net):
-        rehearse(net.eval(), shown[:2], shown, **_file_options(benchmark))
+        complete = quantization.eligible(quantization.start)  # else weights come onto their grids later
+        options = {**_file_options(benchmark), "fallback_bits": None if complete else 8}
+        rehearse(net.eval(), shown[:2], shown, **options)

@@ -64,7 +64,11 @@ def check_setting(config: Config, outline: Outline) -> None:
 
 
 def check_selectable(config: Config) -> None:
-    """Raise InputError unless the network of an evaluation is one that the method makes."""
+    """Raise InputError for what the choices on the axes refuse, and unless the network of an evaluation is one that the
+    method makes."""
+    made(config, "objective", progress=lambda: 0.0)
+    made(config, "step", net=nn.Identity())
+    made(config, "schedule")
     quantization, average = made(config, "quantization"), made(config, "average")
     times = range(0, config.updates, config.eval_every)
     if not any(quantization.eligible(t) and average.eligible(t) for t in times):

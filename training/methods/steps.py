@@ -105,19 +105,28 @@ class GAQAT(SAGM):
     disorder over the last K updates was below r. Where there is one step size a channel, each has its own mask.
 
     Args:
-        r: the disorder below which a step size is frozen, 0 to 1.
+        r: the disorder below which a step size is frozen, 0 to 1; the defaults are the paper's for PACS at 4 bits.
         K: updates between two decisions, 2 or more. Update 0 is the first with step sizes; K makes the first decision.
         reverse: freezes where the disorder is r or more.
         no_unfreeze: what is frozen stays so.
-        sagm: rho, alpha and backward of `SAGM`.
+        rho, alpha: those of `SAGM`.
 
     Raises InputError for r, K, rho or alpha out of range.
     """
 
     def __init__(
-        self, net: nn.Module, r: float, K: int, *, reverse: bool = False, no_unfreeze: bool = False, **sagm: Any
+        self,
+        net: nn.Module,
+        r: float = 0.3,
+        K: int = 350,
+        rho: float = 0.05,
+        alpha: float = 1e-3,
+        *,
+        reverse: bool = False,
+        no_unfreeze: bool = False,
+        backward: Backward = Tensor.backward,
     ):
-        super().__init__(net, **sagm)
+        super().__init__(net, rho, alpha, backward=backward)
         if not 0 <= r <= 1:
             raise InputError(f"expected r from 0 to 1, got {r} - at GAQAT")
         self.r, self.reverse, self.no_unfreeze = r, reverse, no_unfreeze
