@@ -13,11 +13,11 @@ import numpy as np
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from qdeploy.training.algorithms import Minibatches
 from qdeploy.training.config import Config
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain
 from qdeploy.training.loader import Keys, WorkerLost, load
+from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.processes import raise_in_all
 from qdeploy.training.start import seed_hash
 

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.training.attached_quantizers import attach, originals, project_steps_, quantizers, step_group
 from qdeploy.training.initial_steps import initial_step
+from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.methods.fixed import attach_fixed, code_range, reattach_fixed, shared_weights
 from qdeploy.training.methods.obc import hessians, quantize_rows
 from qdeploy.training.quantize import quantize_
 from qdeploy.training.quantize_like import quantize_like_
 from qdeploy.training.quantizer import Quantizer
 from qdeploy.training.start import seed_hash
-
-Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [n, C, H, W] and classes int64 [n] of each source domain
 
 
 class Quantization(Protocol):
