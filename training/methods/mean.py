@@ -10,36 +10,36 @@ from torch import Tensor, nn
 
 
 class Mean:
-    """The mean of tensors by name, each counted once; it lies where the first ones did."""
+    """The mean of tensors by name, weighted; it lies where the first ones did."""
 
     def __init__(self) -> None:
-        self.count, self.tensors = 0, dict[str, Tensor]()
+        self.total, self.tensors = 0.0, dict[str, Tensor]()  # the weight of all
 
     def clear(self) -> None:
-        self.count, self.tensors = 0, {}
+        self.total, self.tensors = 0.0, {}
 
     def of_others(self, tensors: dict[str, Tensor]) -> bool:
         """Whether it is the mean of tensors of other names."""
         return bool(self.tensors) and self.tensors.keys() != tensors.keys()
 
     @torch.no_grad()
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        """Counts `tensors`; those of other names than before begin anew."""
+    def add(self, tensors: dict[str, Tensor], weight: float = 1.0) -> None:
+        """Counts `tensors` in; those of other names than before begin anew."""
         if self.of_others(tensors):
             self.clear()
-        if not self.count:
+        if not self.total:
             self.tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         else:
             # A checkpoint may have been loaded on another device. A step from the mean so far, not a sum over the
-            # count: the mean of equal tensors is that tensor, to the bit.
+            # weights: the mean of equal tensors is that tensor, to the bit.
             self.tensors = {name: tensor.to(tensors[name].device) for name, tensor in self.tensors.items()}
-            torch._foreach_lerp_([*self.tensors.values()], [*tensors.values()], 1 / (self.count + 1))
-        self.count += 1
+            torch._foreach_lerp_([*self.tensors.values()], [*tensors.values()], weight / (self.total + weight))
+        self.total += weight
 
     @torch.no_grad()
     def network(self, net: nn.Module) -> nn.Module:
         """A copy of `net` with this mean, or `net` itself where it is a mean of nothing, or of other tensors."""
-        if not self.count or self.of_others(averaged_tensors(net)):
+        if not self.total or self.of_others(averaged_tensors(net)):
             return net
         net = copy.deepcopy(net)
         for name, tensor in averaged_tensors(net).items():
@@ -52,10 +52,10 @@ class Mean:
         return other
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "tensors": {name: tensor.clone() for name, tensor in self.tensors.items()}}
+        return {"total": self.total, "tensors": {name: tensor.clone() for name, tensor in self.tensors.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
+        self.total = state["total"]
         self.tensors = {name: tensor.clone() for name, tensor in state["tensors"].items()}
 
 

@@ -134,7 +134,7 @@ class AuthorsValley(Valley):
         mean, waiting = self.inside.copy(), self.queue[1:]
         while waiting and self._goes_on(waiting):
             mean.add(waiting.pop(0)[1])
-        if not mean.count and self.converged is not None:
+        if not mean.total and self.converged is not None:
             mean.add(self.converged)
         return mean
 
