@@ -32,7 +32,8 @@ class Quantization(Protocol):
     start: int | None  # the update at whose start `attach` is called; None: after the last one, on the selected network
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
-        """Changes `net` in place. `batches` are those of all devices; the optimizer gets what trains anew."""
+        """Changes `net` in place. `batches` are those of all devices; the optimizer gets what trains anew, and is None
+        where nothing will train."""
 
     def reattach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
         """Gives the float network of a run that goes on, or is finished, the form whose `state_dict` is `state`, and
@@ -90,7 +91,7 @@ class LSQ(Quantization):
         quantize_like_(net, state)
         self._train(net, optimizer)
 
-    def _train(self, net: nn.Module, optimizer: Any) -> None:
+    def _train(self, net: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.net = net
         for name, quantizer in quantizers(net).items():
             quantizer.step.requires_grad_(self.scope == "all")
@@ -98,6 +99,8 @@ class LSQ(Quantization):
             if self.scope == "bn_head" and kind == "weight":
                 for weight in originals(net.get_submodule(layer)):
                     weight.requires_grad_(False).grad = None  # or the optimizer would make a step with the last one
+        if optimizer is None:
+            return  # of a finished network
         if self.reset_optimizer:
             optimizer.state.clear()
         if self.scope == "all":
