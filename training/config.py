@@ -95,11 +95,6 @@ class Config:
         """The domains that are held out of training; none where a share of each is."""
         return [] if self.test_domain == IN_DOMAIN else self.test_domain.split(",")
 
-    @property
-    def frozen_batch_norm(self) -> bool:
-        """Whether the statistics of BatchNorm stay those of pretraining (its gains and shifts train)."""
-        return self.batch_norm == "frozen"
-
 
 AXES_OF_CONFIG = (*AXES, "model")
 MACHINE = frozenset({"accelerator", "devices", "precision", "workers"})

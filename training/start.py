@@ -55,7 +55,7 @@ def check_setting(config: Config, outline: Outline) -> None:
     shape, images = outline.input_shape, config.batch_size * len(sources)
     bytes_each = 4 + 1 + PREFETCH * config.workers  # as floats, and those loaded ahead
     check_memory(bytes_each * images * math.prod(shape), f"{images} images", "--batch-size")
-    net = build_network(config, outline).to("meta").train(not config.frozen_batch_norm)
+    net = build_network(config, outline).to("meta").train(config.batch_norm != "frozen")
     try:
         net(torch.empty(images // config.devices, *shape, device="meta"))
     except (RuntimeError, ValueError) as error:

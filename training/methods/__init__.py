@@ -21,6 +21,7 @@ AXES: dict[str, dict[str, str]] = {
         "mixstyle": f"{_HERE}.objectives:MixStyle",
         "self-distillation": f"{_HERE}.objectives:SelfDistillation",
         "bins": f"{_HERE}.objectives:Bins",
+        "clipood": f"{_HERE}.clipood:CLIPood",
     },
     "step": {
         "plain": f"{_HERE}.steps:Plain",
@@ -41,6 +42,7 @@ AXES: dict[str, dict[str, str]] = {
         "sma": f"{_HERE}.averages:SMA",
         "swa": f"{_HERE}.averages:SWA",
         "swad": f"{_HERE}.averages:SWAD",
+        "beta": f"{_HERE}.clipood:BetaAverage",
     },
     "optimizer": {
         "adam": "torch.optim:Adam",

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from qdeploy.errors import ExportError, InputError
 from qdeploy.training.initial_steps import MIN_STEP
+from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.methods.fixed import SharedWeight, attach_fixed, code_range, shared_weights
-from qdeploy.training.methods.quantizations import Minibatches, Quantization
+from qdeploy.training.methods.quantizations import Quantization
 from qdeploy.training.quantize_checks import select
 from qdeploy.training.quantizer import Quantizer
 

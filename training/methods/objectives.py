@@ -21,10 +21,9 @@ from torch.nn import functional
 from qdeploy.errors import InputError
 from qdeploy.networks.wrappers import unwrapped
 from qdeploy.training.attached_quantizers import weight_before, weight_quantizer
+from qdeploy.training.methods.batches import Minibatches, joined
 from qdeploy.training.methods.features import changed_output, module_of, of_all_devices, pooled, tap, tap_features
 from qdeploy.training.quantizer import Quantizer
-
-Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [B, C, H, W] and classes int64 [B] of each source domain
 
 
 class Objective(Protocol):
@@ -47,12 +46,6 @@ class Objective(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
         return None
-
-
-def joined(minibatches: Minibatches) -> tuple[Tensor, Tensor]:
-    """Images and classes of all domains, one after the other."""
-    images, classes = zip(*minibatches, strict=True)
-    return torch.cat(images), torch.cat(classes)
 
 
 class ERM(Objective):

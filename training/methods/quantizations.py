@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.training.attached_quantizers import attach, originals, project_steps_, quantizers, step_group
 from qdeploy.training.initial_steps import initial_step
+from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.methods.fixed import attach_fixed, code_range, reattach_fixed, shared_weights
 from qdeploy.training.methods.obc import hessians, quantize_rows
 from qdeploy.training.quantize import quantize_
 from qdeploy.training.quantize_like import quantize_like_
 from qdeploy.training.quantizer import Quantizer
 from qdeploy.training.seeds import seed_hash
-
-Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [n, C, H, W] and classes int64 [n] of each source domain
 
 
 class Quantization(Protocol):
@@ -34,7 +33,8 @@ class Quantization(Protocol):
     of_finished_runs = False  # instead, it is called with the selected network of a run in float
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
-        """Changes `net` in place. `batches` are those of all devices; the optimizer gets what trains anew."""
+        """Changes `net` in place. `batches` are those of all devices; the optimizer gets what trains anew, and is None
+        where nothing will train."""
 
     def reattach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
         """Gives the float network of a run that goes on, or is finished, the form whose `state_dict` is `state`, and
@@ -96,7 +96,7 @@ class LSQ(Quantization):
         quantize_like_(net, state)
         self._train(net, optimizer)
 
-    def _train(self, net: nn.Module, optimizer: Any) -> None:
+    def _train(self, net: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.net = net
         for name, quantizer in quantizers(net).items():
             quantizer.step.requires_grad_(self.scope == "all")
@@ -104,8 +104,8 @@ class LSQ(Quantization):
             if self.scope == "bn_head" and kind == "weight":
                 for weight in originals(net.get_submodule(layer)):
                     weight.requires_grad_(False).grad = None  # or the optimizer would make a step with the last one
-        if optimizer is None:  # the network is finished
-            return
+        if optimizer is None:
+            return  # of a finished network
         if self.reset_optimizer:
             optimizer.state.clear()
         if self.scope == "all":
