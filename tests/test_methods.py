@@ -370,3 +370,68 @@ def test_finished_runs_are_quantized_as_they_are(name, float_runs, tmp_path):
         trainer.run(replace(config, float_runs=str(tmp_path / "q")), BENCHMARK, tmp_path / "b", fabric())
     with pytest.raises(InputError, match="expected a run like this one, got split_seed=0 instead of 1 - at"):
         trainer.run(replace(config, split_seed=1), BENCHMARK, tmp_path / "b", fabric())
+
+
+# ---- BatchNorm, optimizers, schedules --------------------------------------------------------------------------------
+
+
+def statistics_of(net: nn.Module) -> list[Tensor]:
+    return [buffer for name, buffer in net.named_buffers() if "running" in name]
+
+
+def test_frozen_statistics_stay_and_trained_ones_move():
+    for mode, moves in [("frozen", False), ("trained", True), ("synchronized", True)]:
+        config = settings("qt-dog", batch_norm=mode)
+        learner = learner_of(config)
+        before = [buffer.clone() for buffer in statistics_of(learner.net)]
+        learner.update(0, minibatches(config, 0))
+        changed = [not torch.equal(a, b) for a, b in zip(before, statistics_of(learner.net), strict=True)]
+        assert changed == [moves] * len(before) and len(before) == 14
+
+
+def test_statistics_are_made_anew_of_what_the_selected_network_sees(tmp_path):
+    """The mean over the minibatches of 200 updates that would come next, by the network that is kept."""
+    config = settings("qt-dog", batch_norm="re-estimated", selection="last")
+    record = trainer.run(config, BENCHMARK, tmp_path / "a", fabric())
+    trainer.run(replace(config, batch_norm="trained"), BENCHMARK, tmp_path / "b", fabric())
+    anew, faded = load_trained(tmp_path / "a", BENCHMARK), load_trained(tmp_path / "b", BENCHMARK)
+    for name, value in faded.named_parameters():
+        assert torch.equal(value, anew.get_parameter(name))
+    seen = []
+    faded.train()
+    hook = faded.features[0].bn.register_forward_pre_hook(lambda layer, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        for t in range(UPDATES, UPDATES + 200):
+            images = torch.cat([x for x, _ in minibatches(replace(config, updates=t + 1), t)])
+            faded.features[0].bn(faded.features[0].conv(images))
+    hook.remove()
+    mean = torch.stack([x.double().mean((0, 2, 3)) for x in seen]).mean(0)
+    variance = torch.stack([x.double().transpose(0, 1).flatten(1).var(1) for x in seen]).mean(0)
+    assert torch.allclose(anew.features[0].bn.running_mean.double(), mean, atol=1e-5)
+    assert torch.allclose(anew.features[0].bn.running_var.double(), variance, rtol=1e-4)
+    _, positions = evaluation_sets(config, BENCHMARK)["debug1_in"]
+    with torch.no_grad():
+        classes = apply(anew, BENCHMARK, 1, positions).argmax(1).numpy()
+    assert (classes == BENCHMARK.domains[1].labels[positions]).mean() == record["test"]
+
+
+@pytest.mark.parametrize("optimizer", AXES["optimizer"])
+@pytest.mark.parametrize("schedule", AXES["schedule"])
+def test_learning_rates_follow_the_schedule_in_every_group(optimizer, schedule):
+    config = settings("qt-dog", optimizer=optimizer, schedule=schedule, lr=0.1, weight_decay=0.5)
+    learner = learner_of(config)
+    for t in range(6):
+        learner.update(t, minibatches(config, t))
+        factor = learner.schedule.factor(t)
+        rates = [(group["lr"], group["weight_decay"]) for group in learner.optimizer.param_groups]
+        assert rates == [(0.1 * factor, 0.5), (1e-5 * factor, 0.0)][: 1 + (t >= 3)]
+    assert type(learner.optimizer).__name__.lower() == optimizer
+
+
+def test_gaqat_writes_what_its_step_sizes_do(tmp_path):
+    config = settings("gaqat")
+    trainer.run(config, BENCHMARK, tmp_path, fabric())
+    rows = (tmp_path / "scales.csv").read_text().splitlines()
+    assert rows[0] == "step,scale,s,sum_task,sum_smooth,disorder_task,disorder_smooth,frozen"
+    # Step sizes come with update 3, windows of 2 end with 5 and 7; 6 layers, each with a weight and an input.
+    assert [row.partition(",")[0] for row in rows[1:]] == ["5"] * 12 + ["7"] * 12
