@@ -498,9 +498,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(run: Callable, show: Callable, *, file: bool = False, threads: bool = False) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False
-        )
+        added = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
         added.set_defaults(run=run, show=show)
         added.add_argument("--json", action="store_true", help="print the report as one line of JSON")
         if file:

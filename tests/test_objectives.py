@@ -491,7 +491,7 @@ def refused_loss(objective, batches):
         ),
         (
             refused_loss(MixStyle(p=1.0), minibatches(3)),
-            "expected a network that names its stages, got a Maps: name its stages with --objective.places - at MixStyle",
+            "expected a network that names its stages, got a Maps: name them with --objective.places - at MixStyle",
         ),
         (
             lambda: SelfDistillation(0.1, 0.0),

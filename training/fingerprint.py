@@ -68,7 +68,7 @@ def _unpack(packed: str) -> dict[str, int]:
     return {path: int(size) for size, _, path in lines}
 
 
-def network_hash(net):
+def network_hash(net: Any) -> str:
     import hashlib
 
     h = hashlib.sha256()

@@ -21,7 +21,7 @@ from qdeploy.training.methods.valley import AuthorsValley, Valley
 class Average(Protocol):
     """What a run keeps of the networks after its updates."""
 
-    goes_by_losses = False  # whether it has to be told the losses of the network that trains, by `record`
+    goes_by_losses: bool = False  # whether it has to be told the losses of the network that trains, by `record`
 
     def begin(self, net: nn.Module) -> None:
         """Before update 0, with the network that the run begins with."""

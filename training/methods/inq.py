@@ -39,7 +39,7 @@ class INQ(Quantization):
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
         self._attach(net, lambda weight: max(weight.values.abs().max().item(), MIN_STEP))
-        self._fix(self.start)
+        self._fix(self.times[0])
 
     def reattach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
         self._attach(net, lambda weight: 1.0)  # the step sizes are in `state`

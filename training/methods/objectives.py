@@ -144,7 +144,7 @@ class MixStyle(Around):
             return self.places
         stages = getattr(unwrapped(net), "stages", None)
         if stages is None:
-            got = f"a {type(unwrapped(net)).__name__}: name its stages with --objective.places"
+            got = f"a {type(unwrapped(net)).__name__}: name them with --objective.places"
             raise InputError(f"expected a network that names its stages, got {got} - at MixStyle")
         return stages[:-1]
 

@@ -30,7 +30,7 @@ class Quantization(Protocol):
     """When and how a run quantizes its network."""
 
     start: int | None = None  # the update at whose start `attach` is called
-    of_finished_runs = False  # instead, it is called with the selected network of a run in float
+    of_finished_runs: bool = False  # instead, it is called with the selected network of a run in float
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
         """Changes `net` in place. `batches` are those of all devices; the optimizer gets what trains anew, and is None

@@ -26,7 +26,7 @@ Backward = Callable[[Tensor], Any]
 class Step(Protocol):
     """How the gradients of an update are made."""
 
-    has_windows = False  # whether there is something to record after some updates
+    has_windows: bool = False  # whether there is something to record after some updates
     window: Window | None = None  # what there is after this one
 
     def gradients(self, closure: Closure) -> Tensor:
