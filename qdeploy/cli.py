@@ -390,14 +390,14 @@ def _show_train(report: Report) -> None:
 
 def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file; two or more make an ensemble."""
-    from qdeploy.training import command  # imports no torch
+    from qdeploy.training import finished_runs  # imports no torch
 
     _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
-    config = command.common_config(args.runs)
+    runs = finished_runs.read_runs(args.runs)
     if not args.out.parent.is_dir():
         raise InputError(f"expected a folder to write {args.out.name} in, got none - at {args.out.parent}")
     check_regular(args.out)
-    report = command.export_runs(args.runs, config, args.out, args.combine, args.observer, args.images)
+    report = finished_runs.export_runs(runs, args.out, args.combine, args.observer, args.images)
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
 
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from qdeploy import cli, files
 from qdeploy.errors import ExportError, InputError
-from qdeploy.training import command, domains, pretrained, processes, progress, run_files, start, trainer
+from qdeploy.training import command, domains, finished_runs, pretrained, processes, progress, run_files, start, trainer
 from qdeploy.training.choices import Choice
 from qdeploy.training.config import Config, plain, resolve, settings_of, stored
 from qdeploy.training.decoding import UnreadableImage
@@ -193,10 +193,11 @@ def test_export_takes_runs_of_several_machines(copy_of, tmp_path):
     first, second = copy_of("finished"), tmp_path / "second"
     shutil.copytree(first, second)
     altered(second / "done.json", lambda content: content["config"].update(seed=1, precision="bf16-mixed"))
-    assert command.common_config([first, second]).precision == "32-true"
-    altered(second / "done.json", lambda content: content["config"].update(bits=4))
-    with pytest.raises(InputError, match=f"differ in their seed alone, bits=4, got bits=7 - at {second}"):
-        command.common_config([first, second])
+    assert finished_runs.read_runs([first, second])[first].config.precision == "32-true"
+    altered(second / "done.json", lambda content: content["config"].update(split_seed=4))
+    text = f"runs of one network, split and held-out domain, split_seed=0, got split_seed=4 - at {second}"
+    with pytest.raises(InputError, match=text):
+        finished_runs.read_runs([first, second])
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,4 @@
-"""`qdeploy train`: the runs of several seeds, their table, and the model file of the ensemble;
-`qdeploy export`: such a file of finished runs.
-"""
+"""`qdeploy train`: the runs of several seeds, their table, and the model file of the ensemble."""
 
 from __future__ import annotations
 
@@ -9,8 +7,8 @@ import json
 import os
 import statistics
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,30 +17,16 @@ from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, check_regular
 from qdeploy.graph import MAX_MEMBERS
 from qdeploy.terminal import note, write
-from qdeploy.training.config import (
-    AXES_OF_CONFIG,
-    IN_DOMAIN,
-    MACHINE,
-    Config,
-    first_difference,
-    flag,
-    made,
-    plain,
-    resolve,
-    with_updates,
-)
+from qdeploy.training.config import AXES_OF_CONFIG, IN_DOMAIN, Config, flag, made, plain, resolve, with_updates
 from qdeploy.training.methods import AXES
 from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
 from qdeploy.training.settings_files import dotted, over, read_settings, written
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from lightning_fabric import Fabric
-    from torch import Tensor, nn
 
-    from qdeploy.exporter import ExportReport
-    from qdeploy.training.domains import Benchmark, Outline
+    from qdeploy.training.domains import Benchmark
 
 SUMMARY, FILES = "summary.json", ("model.safetensors", "eoq.safetensors")  # FILES: of one network, of an ensemble
 
@@ -108,6 +92,7 @@ def main(args: argparse.Namespace) -> dict:
     _check_folders(args.out, runs)
     if config.epochs is None:
         _check_runs(config, runs)
+    from qdeploy.training.domains import benchmark_of
     from qdeploy.training.evaluation import evaluation_sets
     from qdeploy.training.minibatches import training_images
     from qdeploy.training.processes import Interrupted
@@ -120,7 +105,7 @@ def main(args: argparse.Namespace) -> dict:
         for seed in seeds:
             float_run(replace(config, seed=seed))
     fabric = _fabric(config)
-    benchmark = _benchmark(config, check=lambda outline: check_setting(config, outline))
+    benchmark = benchmark_of(config, check=lambda outline: check_setting(config, outline))
     if config.epochs is not None:
         config = with_updates(config, *training_images(config, benchmark))
         check_selectable(config)
@@ -148,7 +133,7 @@ def main(args: argparse.Namespace) -> dict:
         raise SystemExit(128 + stop.signum) from None
     if not fabric.is_global_zero:
         raise SystemExit(0)  # of several processes one goes on
-    summary = {"config": plain(config), "members": members} | _finish(config, benchmark, args.out, runs, fabric)
+    summary = {"config": plain(config), "members": members} | _finish(config, benchmark, args.out, runs, fabric.device)
     with atomic_file(args.out / SUMMARY) as file:
         file.write(json.dumps(summary, indent=1).encode())
     return summary
@@ -229,153 +214,14 @@ def _cells(row: dict[str, float]) -> str:
     return "".join(f" {accuracy:>{max(11, len(name))}.2%}" for name, accuracy in row.items())
 
 
-def _finish(config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path], fabric: Fabric) -> dict:
-    """Accuracy of the ensemble on what is held out, and, for QT-DoG, the model file."""
-    import torch
-
-    from qdeploy.kernels.ensemble import RULES, combine
-    from qdeploy.training import evaluation
+def _finish(config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path], device: torch.device) -> dict:
+    """Accuracy of the ensemble on what is held out, and, where the networks are quantized, the model file."""
     from qdeploy.training.attached_quantizers import quantizers
-    from qdeploy.training.quantize import summary
+    from qdeploy.training.finished_runs import finish
     from qdeploy.training.selected_network import load_trained
 
     nets = [load_trained(run, benchmark) for run in runs]
-    found: dict = {}
-    path = None
-    if any(quantizers(net) for net in nets):
-        found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
-        path = out / FILES[len(nets) > 1]
-        _export(nets, config, benchmark, path)
-    elif len(nets) == 1:
-        return found
-    sets = evaluation.evaluation_sets(config, benchmark)
-    held_out = {name: sets[part] for name, part in evaluation.reported(config, benchmark).items()}
-    labels = {
-        name: torch.from_numpy(benchmark.domains[i].labels[positions]) for name, (i, positions) in held_out.items()
-    }
-    logits, int8 = _judged(nets, path, benchmark, held_out, fabric.device, config.workers)
-
-    def decided(rule: str) -> dict[str, Tensor]:
-        return {name: combine(scores, rule)[1] for name, scores in logits.items()}
-
-    if len(nets) > 1:
-        by_rule = {rule: _accuracy(decided(rule), labels) for rule in RULES}
-        found["ensemble"] = {rule: result["test"] for rule, result in by_rule.items()}
-        found["ensemble_tests"] = {rule: result["tests"] for rule, result in by_rule.items()}
-    if path is not None:
-        fake_quant = decided("logits")
-        same = torch.cat([int8[name] == fake_quant[name] for name in held_out])
-        size = {"path": str(path), "bytes": path.stat().st_size}
-        found["file"] = {**size, **_accuracy(int8, labels), "agreement": same.float().mean().item()}
-    return found
-
-
-def _accuracy(classes: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Any]:
-    """{"test": the mean over domains, "tests": {domain: accuracy}}."""
-    tests = {name: (classes[name] == labels[name]).float().mean().item() for name in labels}
-    return {"test": statistics.fmean(tests.values()), "tests": tests}
-
-
-def _judged(
-    nets: Sequence[nn.Module],
-    path: Path | None,
-    benchmark: Benchmark,
-    held_out: Mapping[str, tuple[int, np.ndarray]],
-    device: torch.device,
-    workers: int,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """For each part that is held out, (domain, positions): the logits of each network, [M, N, K], and the classes of
-    the model file at `path`, [N], on the CPU; the images are decoded once for all of them."""
-    import torch
-
-    import qdeploy
-    from qdeploy.training.evaluation import apply
-    from qdeploy.training.progress import counted_images
-
-    model = None if path is None else qdeploy.load_int_model(path)
-    nets = [net.to(device) for net in nets]
-    classes: list[Tensor] = []
-    files = " and their file" if len(nets) > 1 else " and its file"
-    text = f"{len(nets)} trained network(s){files if model else ''} on what is held out"
-
-    def judge(images: Tensor) -> Tensor:
-        if model is not None:
-            classes.append(torch.from_numpy(model.predict(images.numpy())))
-        logits = torch.stack([net(images.to(device)).cpu() for net in nets], 1)
-        seen(len(images))
-        return logits
-
-    logits, int8 = {}, {}
-    with torch.no_grad(), counted_images(text, sum(len(positions) for _, positions in held_out.values())) as seen:
-        for name, part in held_out.items():
-            logits[name] = apply(judge, benchmark, *part, workers).transpose(0, 1).contiguous()
-            if model is not None:
-                int8[name] = torch.cat(classes)
-                classes.clear()
-    return logits, int8
-
-
-def common_config(runs: Sequence[Path]) -> Config:
-    """The settings of finished runs, with the seed of the first. Raises InputError where they differ in more than
-    the seed and the machine, or a folder holds no finished run."""
-    configs = [_config_of_run(run) for run in runs]
-    for run, config in zip(runs[1:], configs[1:], strict=True):
-        found = first_difference(config, configs[0], MACHINE | {"seed"})
-        if found is not None:
-            raise InputError(f"expected runs that differ in their seed alone, {found} - at {run}")
-    return configs[0]
-
-
-def _config_of_run(run: Path) -> Config:
-    done = read_done(run)
-    if done is None:
-        raise InputError(
-            f"expected the folder of a finished run (OUT/seed0 of `qdeploy train`), got no done.json - at {run}"
-        )
-    return done[0]
-
-
-def export_runs(
-    runs: Sequence[Path], config: Config, path: Path, combine: str, observer: str, images: int
-) -> ExportReport:
-    """Writes the networks of finished runs with the settings `config` as one model file; two or more are an ensemble.
-
-    combine, observer: as for `qdeploy.export_ensemble`. images: of each source domain, for calibration.
-    """
-    from qdeploy.exporter import check_observer
-    from qdeploy.training.selected_network import load_trained
-
-    check_observer(observer)  # before minutes of loading
-    benchmark = _benchmark(config)
-    nets = [load_trained(run, benchmark) for run in runs]
-    return _export(nets, config, benchmark, path, combine, observer, images)
-
-
-def _export(
-    nets: Sequence[nn.Module],
-    config: Config,
-    benchmark: Benchmark,
-    path: Path,
-    combine: str = "logits",
-    observer: str = "minmax",
-    images: int = 128,
-) -> ExportReport:
-    import qdeploy
-    from qdeploy.training.selected_network import calibration_images
-
-    shown = calibration_images(config, benchmark, images)
-    options: dict[str, Any] = {"calibration": shown.split(64), "observer": observer, **_file_options(benchmark)}
-    if len(nets) == 1:
-        return qdeploy.export(nets[0], shown[:2], path, **options)
-    return qdeploy.export_ensemble(nets, shown[:2], path, combine=combine, **options)
-
-
-def _file_options(benchmark: Benchmark) -> dict[str, Any]:
-    return {"preprocess": {"mean": benchmark.mean, "std": benchmark.std}, "classes": benchmark.classes}
-
-
-def _benchmark(config: Config, check: Callable[[Outline], None] = lambda outline: None) -> Benchmark:
-    from qdeploy.training.domains import load_benchmark
-
-    names = config.domains.split(",") if config.domains is not None else None
-    return load_benchmark(config.data, names, config.image_size, check, config.skip_unreadable)
+    quantized = any(quantizers(net) for net in nets)
+    if len(nets) == 1 and not quantized:
+        return {}
+    return finish(nets, config, benchmark, device, out / FILES[len(nets) > 1] if quantized else None)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from qdeploy.training.fingerprint import fingerprint
 from qdeploy.training.image_sets import SETS
 from qdeploy.training.image_tree import ImageFile
 from qdeploy.training.images import IMAGENET_MEAN, IMAGENET_STD, Draw, load_image
+
+if TYPE_CHECKING:
+    from qdeploy.training.config import Config
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,12 @@ def load_benchmark(
     shape = (1, 16, 16) if data == "debug" else (3, image_size, image_size)
     check(Outline(found.name, found.classes, [domain.name for domain in chosen], shape))
     return replace(found, domains=chosen)
+
+
+def benchmark_of(config: Config, check: Callable[[Outline], None] = lambda outline: None) -> Benchmark:
+    """The data of a run; arguments and errors as for `load_benchmark`."""
+    names = config.domains.split(",") if config.domains is not None else None
+    return load_benchmark(config.data, names, config.image_size, check, config.skip_unreadable)
 
 
 def _load_set(data: str, domains: Sequence[str] | None, check: Callable[[Outline], None]) -> Benchmark:

@@ -1,4 +1,5 @@
-"""Which images a run is made of: its classes, and the path and size of every file of every domain.
+"""Which images a run is made of: its classes, and the path and size of every file of every domain. And with which
+network it begins.
 
 Training and validation images are told apart by their numbers in the list of files, and classes are numbered by name:
 a run that went on with another list would mix them. Where the root of the files lies does not matter.
@@ -7,9 +8,13 @@ a run that went on with another list would mix them. Where the root of the files
 from __future__ import annotations
 
 import base64
+import hashlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ANY_SIZE = -1  # of a file that could not be read: another copy may take its place
 
@@ -68,11 +73,14 @@ def _unpack(packed: str) -> dict[str, int]:
     return {path: int(size) for size, _, path in lines}
 
 
-def network_hash(net: Any) -> str:
-    import hashlib
+def network_hash(net: nn.Module) -> str:
+    """sha256 of the network's tensors in their order: names, types, shapes and bytes."""
+    import torch
 
-    h = hashlib.sha256()
+    found = hashlib.sha256()
     for name, value in net.state_dict().items():
-        h.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        h.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()
+        if isinstance(value, torch.Tensor):  # the extra state of a module may be anything
+            found.update(f"{name!r} {value.dtype} {[*value.shape]}\n".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            found.update(flat.view(torch.uint8).numpy().data)  # numpy has no bfloat16
+    return found.hexdigest()

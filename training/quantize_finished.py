@@ -35,7 +35,7 @@ def float_run(config: Config) -> Path:
     done = read_done(folder)
     if done is None:
         raise InputError(f"expected a finished run in float, got no {DONE} - at {folder}")
-    found, selected, _ = done
+    found, selected, *_ = done
     if selected["quantized"]:
         raise InputError(f"expected a finished run in float, got a quantized one - at {folder}")
     alike = ("test_domain", "domains", "image_size", "model", "seed", "split_seed")

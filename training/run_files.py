@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from qdeploy.errors import InputError
 from qdeploy.files import TEMPORARY, atomic_file, named_errors
@@ -21,6 +21,15 @@ from qdeploy.training import fingerprint
 from qdeploy.training.config import Config, first_difference, may_change, settings_of, stored
 
 CHECKPOINT, LOG, MODEL, DONE, LOCK = "checkpoint.pt", "log.jsonl", "model.pt", "done.json", "lock"
+
+
+class Done(NamedTuple):
+    """What DONE says of a finished run."""
+
+    config: Config
+    selected: dict[str, Any]  # the record of its network
+    images: dict[str, Any]  # their fingerprint
+    initial: str  # `network_hash` of the network that it began with
 
 
 @contextmanager
@@ -89,32 +98,31 @@ def sound(path: Path) -> Iterator[None]:
         raise InputError(f"expected a file written by a run, got a damaged one: delete it - at {path}") from error
 
 
-def read_done(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]] | None:
-    """The settings, the selected record and the fingerprint of the images of a finished run, or None."""
+def read_done(folder: Path) -> Done | None:
+    """What a finished run says of itself, or None."""
     path = folder / DONE
     with sound(path):
         if not path.exists():
             return None
         done = json.loads(path.read_bytes())
-        config, selected = stored(done, path), done["selected"]
-        check_record(selected)
+        found = Done(stored(done, path), done["selected"], done["images"], done["initial"])
+        check_record(found.selected)
     if not (folder / MODEL).exists():
         expected = f"the network of a finished run, got none: delete {DONE} beside it to train anew"
         raise InputError(f"expected {expected} - at {folder / MODEL}")
-    return config, selected, done["images"]
+    return found
 
 
-def restore_done(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any]] | None:
+def restore_done(folder: Path) -> Done | None:
     """What `read_done` returned before DONE was lost, which is written again; None for a run that is not finished."""
     if (folder / CHECKPOINT).exists() or not (folder / MODEL).exists():
         return None
     config, state = read_state(folder / MODEL)
     with sound(folder / MODEL):
-        check_record(state["selected"])
-        images = state["images"]
-        initial = state["initial"]
-    write_done(folder, config, state["selected"], images, initial)
-    return config, state["selected"], images
+        found = Done(config, state["selected"], state["images"], state["initial"])
+        check_record(found.selected)
+    write_done(folder, *found)
+    return found
 
 
 def write_done(folder: Path, config: Config, selected: dict[str, Any], images: dict[str, Any], initial: str) -> None:

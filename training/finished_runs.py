@@ -1,0 +1,154 @@
+"""Finished runs: which folders are meant, which runs go together, and what is made of their networks. Needs no torch
+until a network is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdeploy.errors import InputError
+from qdeploy.training import fingerprint
+from qdeploy.training.config import MACHINE, Config, differences
+from qdeploy.training.run_files import DONE, Done, read_done, sound
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from qdeploy.exporter import ExportReport
+    from qdeploy.training.domains import Benchmark
+
+Runs = Mapping[Path, Done]  # by their folders
+
+# What members of one ensemble, or one average, have to share beside the images. Dropout changes no tensor.
+_SHARED, _MAY_DIFFER = frozenset({"test_domain", "split_seed", "image_size", "model"}), frozenset({"model.dropout"})
+
+
+def all_seeds(folders: Sequence[Path]) -> list[Path]:
+    """The folders of runs, with those of all seeds, in order, in place of the folder OUT of `qdeploy train`."""
+    found = []
+    for folder in folders:
+        numbers = [] if (folder / DONE).exists() else [path.name[4:] for path in folder.glob("seed*")]
+        seeds = sorted(int(number) for number in numbers if number.isdecimal())
+        found += [folder / f"seed{seed}" for seed in seeds] or [folder]
+    return found
+
+
+def read_runs(folders: Sequence[Path]) -> dict[Path, Done]:
+    """What the runs in `folders` say of themselves.
+
+    Raises InputError where a run is not finished, stands there twice, or does not go with the first: other images or
+    classes, another network, held-out domain or split.
+    """
+    runs: dict[Path, Done] = {}
+    for folder in folders:
+        done = read_done(folder)
+        if done is None:
+            expected = f"the folder of a finished run (OUT/seed0 of `qdeploy train`), got no {DONE}"
+            raise InputError(f"expected {expected} - at {folder}")
+        if any(folder.samefile(other) for other in runs):
+            raise InputError(f"expected every run once, got one twice - at {folder}")
+        runs[folder] = done
+    for folder in runs:
+        _check_goes_with(runs, folder)
+    return runs
+
+
+def _check_goes_with(runs: Runs, folder: Path) -> None:
+    first = next(iter(runs))
+    with sound(folder / DONE):
+        found = fingerprint.difference(runs[first].images, runs[folder].images)
+    if found is not None:
+        raise InputError(f"expected the images of {first}, got {found} - at {folder}")
+    for key, (was, now) in differences(runs[first].config, runs[folder].config).items():
+        if key.partition(".")[0] in _SHARED and key not in _MAY_DIFFER:
+            expected = "runs of one network, split and held-out domain"
+            raise InputError(f"expected {expected}, {key}={was!r}, got {key}={now!r} - at {folder}")
+
+
+def varied(configs: Collection[Config]) -> dict[str, list[Any]]:
+    """The settings in which runs differ, but for those of their machines: {setting: [its value in each]}."""
+    first, *others = configs
+    found: dict[str, list[Any]] = {}
+    for place, config in enumerate(others, 1):
+        for key, (was, now) in differences(first, config).items():
+            if key not in MACHINE:
+                found.setdefault(key, [was] * len(configs))[place] = now
+    return found
+
+
+def export_runs(runs: Runs, path: Path, combine: str, observer: str, images: int) -> ExportReport:
+    """Writes the networks of finished runs as one model file; two or more are an ensemble.
+
+    combine, observer: as for `qdeploy.export_ensemble`. images: of each source domain, for calibration.
+    """
+    from qdeploy.exporter import check_observer
+    from qdeploy.training.domains import benchmark_of
+    from qdeploy.training.selected_network import load_trained
+
+    check_observer(observer)  # before minutes of loading
+    config = next(iter(runs.values())).config
+    benchmark = benchmark_of(config)
+    nets = [load_trained(run, benchmark) for run in runs]
+    return export_networks(nets, config, benchmark, path, combine=combine, observer=observer, images=images)
+
+
+def export_networks(
+    nets: Sequence[nn.Module],
+    config: Config,
+    benchmark: Benchmark,
+    path: Path,
+    combine: str = "logits",
+    observer: str = "minmax",
+    images: int = 128,
+    fallback_bits: int | None = None,
+) -> ExportReport:
+    """Writes `nets`, of runs that share what `config` says of the data, as one model file; as for `export_runs`."""
+    import qdeploy
+    from qdeploy.training.selected_network import calibration_images
+
+    shown = calibration_images(config, benchmark, images)
+    options: dict[str, Any] = {"calibration": shown.split(64), "observer": observer, **file_options(benchmark)}
+    options["fallback_bits"] = fallback_bits
+    if len(nets) == 1:
+        return qdeploy.export(nets[0], shown[:2], path, **options)
+    return qdeploy.export_ensemble(nets, shown[:2], path, combine=combine, **options)
+
+
+def file_options(benchmark: Benchmark) -> dict[str, Any]:
+    """What the images say to an export."""
+    return {"preprocess": {"mean": benchmark.mean, "std": benchmark.std}, "classes": benchmark.classes}
+
+
+def finish(
+    nets: Sequence[nn.Module],
+    config: Config,
+    benchmark: Benchmark,
+    device: torch.device,
+    path: Path | None = None,
+    combine: str = "logits",
+    fallback_bits: int | None = None,
+) -> dict[str, Any]:
+    """What there is to say of trained networks together, and of the model file that is written where there is a `path`.
+
+    Of quantized ones {"layers": [[...], ...]}; of several, which are an ensemble, {"ensemble": {rule: accuracy},
+    "ensemble_tests": {rule: {domain: accuracy}}}; of the file {"file": ...} as `judge` returns it. The networks are
+    moved to the device.
+    """
+    from qdeploy.training.attached_quantizers import quantizers
+    from qdeploy.training.judging import judge
+    from qdeploy.training.quantize import summary
+
+    found: dict[str, Any] = {}
+    if any(quantizers(net) for net in nets):
+        found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
+    if path is not None:
+        export_networks(nets, config, benchmark, path, combine=combine, fallback_bits=fallback_bits)
+    judged = judge(nets, config, benchmark, device, path, combine)
+    rules = judged.pop("rules")
+    if len(nets) > 1:
+        found["ensemble"] = {rule: result["test"] for rule, result in rules.items()}
+        found["ensemble_tests"] = {rule: result["tests"] for rule, result in rules.items()}
+    return found | judged
