@@ -28,11 +28,18 @@ class INQ(Quantization):
 
     FRACTIONS = (0.5, 0.75, 0.875, 1.0)
 
-    def __init__(self, start: int, updates: int, bits: int | Mapping[str, int] = 7, powers_of_two: bool = False):
+    def __init__(
+        self,
+        start: int,
+        updates: int,
+        bits: int | Mapping[str, int | None] = 7,
+        powers_of_two: bool = False,
+        allow_float: tuple[str, ...] = (),
+    ):
         """`updates`: of the whole run."""
         if start >= updates:
             raise InputError(f"expected a switch before the last of {updates} updates, got {start} - at INQ")
-        self.start, self.bits = start, bits
+        self.start, self.bits, self.allow_float = start, bits, allow_float
         self.grid = PowersOfTwo if powers_of_two else UniformGrid
         self.times = [start + (updates - start) * quarter // 4 for quarter in range(4)]
         self.parts: dict[str, Part] = {}
@@ -46,7 +53,7 @@ class INQ(Quantization):
         net.load_state_dict(state)
 
     def _attach(self, net: nn.Module, scale_of: Callable[[SharedWeight], float]) -> None:
-        weights = shared_weights(net, self.bits)
+        weights = shared_weights(net, self.bits, self.allow_float)
         self.parts = {name: Part(one, self.grid(scale_of(one), one.bits)) for name, one in weights.items()}
         made = {name: part.quantizer for name, part in self.parts.items() if part.quantizer is not None}
         attach_fixed(net, weights, made)
@@ -67,7 +74,8 @@ class INQ(Quantization):
         return t >= self.times[-1]
 
     def check_export(self, net: nn.Module) -> None:
-        for name, (_, bits) in select(net, self.bits, None).items():
+        layers, _ = select(net, self.bits, allow_float=self.allow_float)
+        for name, (_, bits) in layers.items():
             if self.grid(1.0, bits).code_bits > 8:
                 expected = "powers of two of 4 bits or less (their codes are 0, +-1, +-2, +-4, +-8)"
                 got = f"{bits} bits, whose codes reach 2^{2 ** (bits - 2) - 1}"
