@@ -211,6 +211,23 @@ def test_gaqat_at_three_and_four_bits_clamps_its_inputs_in_the_engine(bits, tmp_
     assert model(x.numpy()).tobytes() == reference.run(graph, x.numpy()).tobytes()
 
 
+def test_the_first_convolution_as_gaqat_has_it_quantizes_its_input_alone(tmp_path, capsys):
+    """Addendum to the paper: its weights train in float; the file has them with 8 bits, and the run says so."""
+    words = "train --method gaqat --data debug --test-domain debug1 --accelerator cpu --updates 5 --step.K 2".split()
+    words += ["--quantize-at", "1", "--eval-every", "2", "--batch-size", "4", "--out", str(tmp_path)]
+    bits = ["--bits", "{'*': 4, features.0.conv: null}", "--activation-bits", "{'*': 4}"]
+    assert cli.main([*words, *bits]) == 0
+    assert "weights that trained in float have 8 bits in the file: features.0.conv" in capsys.readouterr().err
+    net = load_trained(tmp_path / "seed0", BENCHMARK)
+    names = [f"features.{i}.conv" for i in range(6)]
+    assert [*quantizers(net)] == [f"{name}.{kind}" for name in names for kind in ("weight", "input")][1:]
+    nodes = {node.name: node for node in format.load(tmp_path / "model.safetensors").members[0].nodes}
+    assert [nodes[name].bits for name in (*names, "classifier.conv")] == [8, 4, 4, 4, 4, 4, 8]
+    x = BENCHMARK.normalized(torch.from_numpy(BENCHMARK.domains[1].images)).numpy()
+    model, graph = (load(tmp_path / "model.safetensors") for load in (qdeploy.load_int_model, format.load))
+    assert model(x).tobytes() == reference.run(graph, x).tobytes()
+
+
 def test_powers_of_two_above_four_bits_are_refused_by_name_before_the_first_update(tmp_path, capsys):
     words = "train --method inq-pow2 --bits 5 --data debug --test-domain debug1 --accelerator cpu --updates 9".split()
     assert cli.main([*words, "--quantize-at", "3", "--eval-every", "2", "--out", str(tmp_path)]) == 2

@@ -216,7 +216,7 @@ def test_lsq_is_quantize_in_a_loop_of_ones_own():
             optimizer.add_param_group(step_group(net, 1e-4))
         update(net, optimizer, LSQ(99), t)
         project_steps_(net)
-    expected, got = net.state_dict(), trained(LSQ(4, 4, lr=1e-4)).state_dict()
+    expected, got = net.state_dict(), trained(LSQ(4, 4, lr_step_size=1e-4)).state_dict()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.errors import InputError
+from qdeploy.terminal import note
 from qdeploy.training import fingerprint
 from qdeploy.training.config import MACHINE, Config, differences
 from qdeploy.training.run_files import DONE, Done, read_done, sound
@@ -111,10 +112,25 @@ def export_networks(
 
     shown = calibration_images(config, benchmark, images)
     options: dict[str, Any] = {"calibration": shown.split(64), "observer": observer, **file_options(benchmark)}
-    options["fallback_bits"] = fallback_bits
+    options["fallback_bits"] = fallback_bits if fallback_bits is not None else fallback_for(nets[0])
     if len(nets) == 1:
         return qdeploy.export(nets[0], shown[:2], path, **options)
     return qdeploy.export_ensemble(nets, shown[:2], path, combine=combine, **options)
+
+
+def fallback_for(net: nn.Module) -> dict[str, int] | None:
+    """8 bits for the layers of a quantized network that were left float by their names, which is said; an engine of
+    integers has no float. None where the export's own rule does (the classifier alone may lack a quantizer)."""
+    from qdeploy.networks.quantizable import classifier, quantizable_layers
+    from qdeploy.training.attached_quantizers import quantizers, weight_quantizer
+
+    left = [name for name, layer in quantizable_layers(net).items() if weight_quantizer(layer) is None]
+    head = classifier(net)
+    others = [name for name in left if name != head]
+    if not others or not quantizers(net):
+        return None
+    note(f"weights that trained in float have 8 bits in the file: {', '.join(others)}")
+    return dict.fromkeys(left, 8)
 
 
 def file_options(benchmark: Benchmark) -> dict[str, Any]:

@@ -127,8 +127,10 @@ def _mode(config: Config, net: nn.Module) -> str:
     """How the network is quantized, in words."""
     if config.bits is None:
         return "in float"
-    inputs = f", {config.activation_bits}-bit inputs" if config.activation_bits else ""
     switch = "" if config.quantize_at is None else f" from update {config.quantize_at} on"
+    if isinstance(config.bits, Mapping) or isinstance(config.activation_bits, Mapping):
+        return f"bits of weights {config.bits}, of inputs {config.activation_bits}{switch}"
+    inputs = f", {config.activation_bits}-bit inputs" if config.activation_bits else ""
     layers = f"{config.bits}-bit weights{inputs} in {len(quantizable_layers(net)) - 1} layers{switch}"
     return f"{layers}; `{classifier(net)}` in float"
 
