@@ -112,14 +112,14 @@ def export_networks(
 
     shown = calibration_images(config, benchmark, images)
     options: dict[str, Any] = {"calibration": shown.split(64), "observer": observer, **file_options(benchmark)}
-    options["fallback_bits"] = fallback_bits if fallback_bits is not None else fallback_for(nets[0])
+    options["fallback_bits"] = fallback_bits if fallback_bits is not None else fallback_for(nets[0], config)
     if len(nets) == 1:
         return qdeploy.export(nets[0], shown[:2], path, **options)
     return qdeploy.export_ensemble(nets, shown[:2], path, combine=combine, **options)
 
 
-def fallback_for(net: nn.Module) -> dict[str, int] | None:
-    """8 bits for the layers of a quantized network that were left float by their names, which is said; an engine of
+def fallback_for(net: nn.Module, config: Config) -> dict[str, int] | None:
+    """8 bits for the layers of a quantized network that `bits` leaves float by name, which is said; an engine of
     integers has no float. None where the export's own rule does (the classifier alone may lack a quantizer)."""
     from qdeploy.networks.quantizable import classifier, quantizable_layers
     from qdeploy.training.attached_quantizers import quantizers, weight_quantizer
@@ -127,7 +127,7 @@ def fallback_for(net: nn.Module) -> dict[str, int] | None:
     left = [name for name, layer in quantizable_layers(net).items() if weight_quantizer(layer) is None]
     head = classifier(net)
     others = [name for name in left if name != head]
-    if not others or not quantizers(net):
+    if not others or not quantizers(net) or not isinstance(config.bits, Mapping):
         return None
     note(f"weights that trained in float have 8 bits in the file: {', '.join(others)}")
     return dict.fromkeys(left, 8)

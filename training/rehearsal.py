@@ -29,5 +29,5 @@ def rehearse_export(config: Config, benchmark: Benchmark) -> None:
     if quantizers(net):
         # Weights that come onto their grids later are float yet.
         complete = quantization.eligible(quantization.start)
-        fallback = fallback_for(net) if complete else 8
+        fallback = fallback_for(net, config) if complete else 8
         rehearse(net.eval(), shown[:2], shown, fallback_bits=fallback, **file_options(benchmark))
