@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections import deque
 
 import numpy as np
 import pytest
@@ -134,6 +135,67 @@ def test_swad_on_a_valley_by_hand():
     assert [average.eligible(t) for t in (36, 39)] == [False, True]
 
 
+def authors(losses, converge, patience, tolerance):
+    """The segments that count in the published code, one after the other, from indices alone."""
+    recent, counted, converged, threshold = deque(maxlen=patience), [], None, None
+    for i in range(len(losses)):
+        recent.append(i)
+        if converged is None:
+            window = losses[max(i - converge + 1, 0) : i + 1]
+            if len(window) == converge and np.argmin(window) == 0:
+                converged, threshold = i - converge + 1, np.mean(window) * (1 + tolerance)
+                seen = [*recent][: patience - converge + 1] if patience > converge else []
+                while any(losses[j] > threshold for j in seen):
+                    del seen[0]
+                counted += seen[1:]
+        elif recent[0] >= converged:
+            if all(losses[j] > threshold for j in recent):
+                return counted or [converged]
+            counted.append(recent[0])
+    if converged is None:
+        return [i]
+    recent.popleft()
+    while any(losses[j] <= threshold for j in recent):
+        counted.append(recent.popleft())
+    return counted or [converged]
+
+
+@pytest.mark.parametrize("options", [(3, 6, 0.3), (2, 2, 0.1), (3, 3, 0.05), (2, 5, 0.01), (4, 5, 0.6)])
+def test_swad_of_the_published_code(options):
+    found, differs = set(), 0
+    for seed in range(25):
+        random = np.random.default_rng(seed)
+        losses = random.choice([1.0, 1.25, 1.5, 2.0, 3.0], size=-(-UPDATES // EVERY))
+        passed = np.array([values(net) for net in walk(seed)])
+        ends = range(0, UPDATES, EVERY)
+        means = np.array([passed[max(end - EVERY + 1, 0) : end + 1].mean(0) for end in ends])
+        average = SWAD(0, UPDATES, EVERY, *options, compat=True)
+        followed = follow(average, seed, losses)
+        for index, end in enumerate(ends):
+            counted = authors(losses[: index + 1], *options)
+            np.testing.assert_allclose(values(followed[end]), means[counted].mean(0), atol=1e-6)
+        found.add(len(counted))
+        differs += not np.allclose(means[counted].mean(0), swad(means, losses, *options)[0])
+        assert len(average.valley.queue) <= options[1]
+    assert differs >= 10 and len(found) > 3
+
+
+def test_swad_of_the_published_code_by_hand():
+    # Converges as above. Of .9, 1.25 before it and nothing older the first is left out; .9 counts again as the oldest
+    # of six, then 1, 1, 1.4 and 1.2.
+    losses = np.array([1.4, 1.3, 1.25, 0.9, 1.0, 1.0, 1.4, 1.2, 2, 2, 2, 2, 2, 2])
+    assert authors(losses, 3, 6, 0.3) == [3, 3, 4, 5, 6, 7]
+    passed = [values(net) for net in walk(5)]
+    means = np.array([np.mean(passed[max(3 * i - 2, 0) : 3 * i + 1], 0) for i in range(14)])
+    average = SWAD(0, UPDATES, EVERY, compat=True)
+    followed = follow(average, 5, losses)
+    np.testing.assert_allclose(values(followed[-1]), means[[3, 3, 4, 5, 6, 7]].mean(0), atol=1e-6)
+    assert average.valley.ended and not average.valley.queue
+    # Equal losses converge: at the third one. Two of the first three count at once, and at the end two of those left.
+    followed = follow(SWAD(0, 7, 3, compat=True), 5, [1, 1, 1], 7)
+    np.testing.assert_allclose(values(followed[-1]), means[[1, 2, 1, 2]].mean(0), atol=1e-6)
+
+
 def quantized_walk():
     """One network in training, quantized before update 20; yields it after each update."""
     torch.manual_seed(0)
@@ -173,8 +235,16 @@ def test_a_quantized_network_is_averaged_from_the_switch_and_quantized_once(make
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())  # a copy
 
 
+RESUMED = [
+    lambda: SMA(5),
+    lambda: SWA(UPDATES, 2),
+    lambda: SWAD(20, UPDATES, 2, 2, 3),
+    lambda: SWAD(20, UPDATES, 2, 2, 3, compat=True),
+]
+
+
 @pytest.mark.parametrize("stop", [0, 4, 11, 19, 20, 23, 33])
-@pytest.mark.parametrize("make", [lambda: SMA(5), lambda: SWA(UPDATES, 2), lambda: SWAD(20, UPDATES, 2, 2, 3)])
+@pytest.mark.parametrize("make", RESUMED)
 def test_an_average_goes_on_from_its_state(make, stop):
     losses = np.random.default_rng(3).uniform(1, 2, UPDATES)
 

@@ -486,8 +486,12 @@ def refused_loss(objective, batches):
             "expected maps [N, C, H, W] of 2 positions or more, got [3, 2, 1, 1] - at `layer1`",
         ),
         (
-            refused_loss(MixStyle(p=1.0), minibatches(3)),
+            refused_loss(MixStyle(places=["layer3"], p=1.0), minibatches(3)),
             "expected a module of the network (layer1, layer2, head, ...), got `layer3` - at features",
+        ),
+        (
+            refused_loss(MixStyle(p=1.0), minibatches(3)),
+            "expected a network that names its stages, got a Maps: name them with --objective.places - at MixStyle",
         ),
         (
             lambda: SelfDistillation(0.1, 0.0),

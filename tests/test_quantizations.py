@@ -123,6 +123,34 @@ def test_the_file_has_the_codes_of_training(method, tmp_path):
             assert torch.equal(net.get_submodule(name).weight, weight)
 
 
+FINISHED = {
+    **{name: make for name, make in METHODS.items() if not name.startswith("inq")},
+    "lsq_some_layers": lambda: LSQ(0, {"first": 8, "hidden": 3}, 4),
+    "inq": lambda: INQ(0, 4, 7),  # after 3 of 4 updates all is on the grid
+    "inq_pow2": lambda: INQ(0, 4, 4, powers_of_two=True),
+    "inq_pow2_float": lambda: INQ(0, 4, 7, powers_of_two=True),
+    "noise": lambda: UniformNoise(1e-2),
+    "noise_half_a_step": lambda: UniformNoise(),
+}
+
+
+@pytest.mark.parametrize("method", FINISHED)
+def test_a_finished_network_comes_back_from_its_state_alone(method):
+    quantization = FINISHED[method]()
+    if quantization.start is not None:
+        quantization.start = 0
+    net, file = trained(quantization, 3), io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again = tiny(1)
+    FINISHED[method]().reattach(again, None, state)
+    images = minibatches(7)[0][0]
+    assert torch.equal(again.eval()(images), net(images))
+    assert again.state_dict().keys() == state.keys()
+    assert quantizers(again).keys() == quantizers(net).keys()
+
+
 def test_bits_are_those_of_each_layer():
     for quantization in (INQ(4, UPDATES, {"first": 8, "hidden": 3}), OBC({"first": 8, "hidden": 3})):
         found = quantizers(trained(quantization))
@@ -188,7 +216,7 @@ def test_lsq_is_quantize_in_a_loop_of_ones_own():
             optimizer.add_param_group(step_group(net, 1e-4))
         update(net, optimizer, LSQ(99), t)
         project_steps_(net)
-    expected, got = net.state_dict(), trained(LSQ(4, 4, lr=1e-4)).state_dict()
+    expected, got = net.state_dict(), trained(LSQ(4, 4, lr_step_size=1e-4)).state_dict()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 

@@ -195,7 +195,7 @@ def test_export_takes_runs_of_several_machines(copy_of, tmp_path):
     altered(second / "done.json", lambda content: content["config"].update(seed=1, precision="bf16-mixed"))
     assert finished_runs.read_runs([first, second])[first].config.precision == "32-true"
     altered(second / "done.json", lambda content: content["config"].update(split_seed=4))
-    text = f"runs of one network, split and held-out domain, split_seed=0, got split_seed=4 - at {second}"
+    text = f"runs of one network, split, held-out domain and selection, split_seed=0, got split_seed=4 - at {second}"
     with pytest.raises(InputError, match=text):
         finished_runs.read_runs([first, second])
 

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from qdeploy.errors import InputError
 from qdeploy.training import project_steps_, quantize_, quantizers, step_group
-from qdeploy.training.methods.steps import GAQAT, SAGM, SAM, Disorder, Plain
+from qdeploy.training.methods.freezing import Disorder
+from qdeploy.training.methods.steps import GAQAT, SAGM, SAM, Plain
 from qdeploy.training.models import MODELS
 
 CURVATURE = np.array([[3.0, 1.0, 0.0], [1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
@@ -242,12 +243,12 @@ def test_gaqat_freezes_where_signs_stay_and_thaws_where_they_alternate():
     for t in range(K + 1):  # channel 0 alternates, channel 1 does not
         grad, half, both = update([(-1.0) ** t, 1.0])
         assert torch.equal(grad, both) and both.ne(half).all()
-    assert step.frozen.tolist() == [False, True]
+    assert step.freezing.frozen.tolist() == [False, True]
     for t in range(K):  # now the other way round: what is frozen is counted all the same
         grad, half, both = update([1.0, (-1.0) ** t])
         assert torch.equal(grad, torch.stack([both[0], half[1]]))
         assert torch.equal(net.head.bias.grad, both_of.net.head.bias.grad)
-    assert step.frozen.tolist() == [True, False]
+    assert step.freezing.frozen.tolist() == [True, False]
     grad, half, both = update([1.0, 1.0])
     assert torch.equal(grad, torch.stack([half[0], both[1]]))
 
@@ -260,10 +261,10 @@ def test_variants_of_gaqat(per_channel, reverse, no_unfreeze):
     decided = []
     for t in range(13):  # two windows of one sign, one that alternates
         step.gradients(lambda t=t: net.loss([1.0, 1.0] if t < 9 else [(-1.0) ** t] * 2))
-        decided.append(None if step.frozen is None else step.frozen.unique().item())
+        decided.append(None if step.freezing.frozen is None else step.freezing.frozen.unique().item())
     last = no_unfreeze or reverse
     assert decided == [None] * 4 + [not reverse] * 8 + [last]
-    assert step.frozen.numel() == (2 if per_channel else 1)
+    assert step.freezing.frozen.numel() == (2 if per_channel else 1)
 
 
 def test_r_is_compared_with_the_exact_share():
@@ -271,7 +272,7 @@ def test_r_is_compared_with_the_exact_share():
     step = GAQAT(net, r=0.3, K=10)
     for t in range(11):  # 3 changes of 10: not below 0.3, though float32's 0.3 is above it
         step.gradients(lambda t=t: net.loss([-1.0 if t in (3, 4, 9, 10) else 1.0] * 2))
-    assert step.frozen.tolist() == [False]
+    assert step.freezing.frozen.tolist() == [False]
 
 
 def test_gaqat_without_step_sizes_is_sagm_and_counts_from_the_first():
@@ -279,12 +280,16 @@ def test_gaqat_without_step_sizes_is_sagm_and_counts_from_the_first():
     step = GAQAT(net, 0.5, 2, rho=0.3)
     step.gradients(lambda: loss_of(net))
     SAGM(other, 0.3).gradients(lambda: loss_of(other))
-    assert equal(gradients(net), gradients(other)) and step.disorder.updates == 0
+    assert equal(gradients(net), gradients(other)) and step.freezing.disorder.updates == 0
     quantize_(net, 4)
     for _ in range(3):
-        assert step.frozen is None
+        assert step.freezing.frozen is None
         step.gradients(lambda: loss_of(net))
-    assert step.frozen.sum() == step.frozen.numel() == sum(q.step.numel() for q in quantizers(net).values())
+    assert (
+        step.freezing.frozen.sum()
+        == step.freezing.frozen.numel()
+        == sum(q.step.numel() for q in quantizers(net).values())
+    )
 
 
 def test_step_sizes_that_do_not_train_have_no_gradient_and_no_place():
@@ -292,7 +297,7 @@ def test_step_sizes_that_do_not_train_have_no_gradient_and_no_place():
     net.scale.requires_grad_(False)
     step = GAQAT(net, 0.5, 2)
     step.gradients(lambda: net.loss([1.0, 1.0]))
-    assert net.scale.grad is None and step.disorder.updates == 0
+    assert net.scale.grad is None and step.freezing.disorder.updates == 0
 
 
 # Resuming

@@ -279,8 +279,12 @@ def outcome(directory):
     return state["net"], log, done
 
 
-def assert_same_outcome(a, b):
+def assert_same_outcome(a, b, but=()):
+    """`but`: settings in which they may differ."""
     (net_a, *rest_a), (net_b, *rest_b) = outcome(a), outcome(b)
+    for *_, done in (rest_a, rest_b):
+        for key in but:
+            done["config"].pop(key)
     assert rest_a == rest_b
     assert net_a.keys() == net_b.keys()
     assert all(torch.equal(net_a[key], net_b[key]) for key in net_a)
@@ -346,8 +350,9 @@ def test_quantized_inputs_resume_too(fabric, tmp_path, monkeypatch):
     assert "classifier.conv.input" not in quantizers(load_trained(tmp_path / "a", BENCHMARK))
 
 
-# Trains with SMALL in argv[1]; the update argv[2] sends this process the signal argv[3].
-CHILD = """
+# Trains with the settings argv[1] in the folder argv[2], in one process after another, each of which sends itself a
+# signal when it is to make an update: argv[3] holds the pairs.
+CHILDREN = """
 import os, sys, torch
 torch.set_num_threads(1)
 from lightning_fabric import Fabric
@@ -356,31 +361,36 @@ from qdeploy.training import trainer
 from qdeploy.training.config import Config
 from qdeploy.training.domains import load_benchmark
 from qdeploy.training.learner import Learner
-directory, stop, signum = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 update = Learner.update
-def signalling(self, number, minibatches):
-    if number == stop:
-        os.kill(os.getpid(), signum)
-    return update(self, number, minibatches)
-Learner.update = signalling
-trainer.run(Config(**eval(sys.argv[4])), load_benchmark("debug"), directory, Fabric(accelerator="cpu", devices=1))
+for stop, signum in eval(sys.argv[3]):
+    def signalling(self, t, minibatches):
+        if t == stop:
+            os.kill(os.getpid(), signum)
+        return update(self, t, minibatches)
+    child = os.fork()
+    if not child:
+        Learner.update = signalling
+        config = Config(**eval(sys.argv[1]))
+        trainer.run(config, load_benchmark("debug"), Path(sys.argv[2]), Fabric(accelerator="cpu", devices=1))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path):
-    """SIGKILL before and after the switch, then SIGTERM, which saves; each process goes on where the last one was."""
-    directory = tmp_path / "run"
-    for stop, signum in [(1, signal.SIGKILL), (5, signal.SIGKILL), (7, signal.SIGTERM)]:
-        arguments = [str(directory), str(stop), str(int(signum)), repr(plain(SMALL))]
-        child = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True)
-        if signum == signal.SIGKILL:
-            assert child.returncode == -signal.SIGKILL, child.stderr
-        else:
-            message = f"stopped before update 8: run the same command again to continue - at {directory}"
-            assert message in child.stderr
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path, workers):
+    """SIGKILL before, at and after the switch, and while images are loaded ahead, then SIGTERM, which saves; each
+    process goes on where the last one was, and nothing is left of it."""
+    config, directory = replace(SMALL, workers=workers), tmp_path / "run"
+    signals = [(stop, int(signal.SIGKILL)) for stop in (0, 1, 3, 5, 8)] + [(7, int(signal.SIGTERM))]
+    arguments = [repr(plain(config)), str(directory), repr(signals)]
+    child = subprocess.run([sys.executable, "-c", CHILDREN, *arguments], capture_output=True, text=True)
+    assert child.stdout.split() == [str(-signal.SIGKILL)] * 5 + ["1"], child.stderr
+    message = f"stopped before update 8: run the same command again to continue - at {directory}"
+    assert message in child.stderr
     assert torch.load(directory / "checkpoint.pt", weights_only=True)["update"] == 8
-    run(SMALL, BENCHMARK, directory, fabric)
-    assert_same_outcome(finished[0], directory)
+    run(config, BENCHMARK, directory, fabric)
+    assert_same_outcome(finished[0], directory, but=("workers",))
+    assert sorted(path.name for path in directory.iterdir()) == ["done.json", "log.jsonl", "model.pt"]
 
 
 def test_another_run_in_the_folder_is_an_error(finished, fabric, tmp_path, monkeypatch):

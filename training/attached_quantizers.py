@@ -32,7 +32,7 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
         prefix = f"{names[path]}." if names[path] else ""
         if (quantizer := weight_quantizer(module)) is not None:
             found[f"{prefix}weight"] = quantizer
-        if isinstance(quantizer := module._modules.get("input_quantizer"), Quantizer):
+        if (quantizer := input_quantizer(module)) is not None:
             found[f"{prefix}input"] = quantizer
     return found
 
@@ -59,6 +59,11 @@ def weight_quantizer(module: nn.Module) -> Quantizer | None:
     if not is_computed(module):
         return None
     return next((p for p in parametrized_weight(module) if isinstance(p, Quantizer)), None)
+
+
+def input_quantizer(module: nn.Module) -> Quantizer | None:
+    quantizer = module._modules.get("input_quantizer")
+    return quantizer if isinstance(quantizer, Quantizer) else None
 
 
 def parametrized_weight(layer: nn.Module) -> parametrize.ParametrizationList:

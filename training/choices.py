@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -186,6 +186,6 @@ def _words(kind: Any) -> str:
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "{name: value}" if not arguments else f"{{name: {_words(arguments[1])}}}"
-    if origin in (list, tuple, typing.get_origin(typing.Sequence[int])):
+    if isinstance(origin, type) and issubclass(origin, Sequence):
         return "[value, ...]"
     return getattr(kind, "__name__", str(kind))

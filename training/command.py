@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from qdeploy.training.domains import Benchmark
 
+Runs = dict[Path, Config]  # by folder
+
 SUMMARY, FILES = "summary.json", ("model.safetensors", "eoq.safetensors")  # FILES: of one network, of an ensemble
 
 
@@ -47,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     seeds = "train so many networks, from --seed on; 2 or more make an ensemble (default: 1)"
     parser.add_argument("--seeds", type=int, default=1, help=seeds)
     parser.add_argument("--out", type=_folder, help="folder of the run (required); the same command continues it")
+    text = "write no model file: for networks that none can hold"
+    parser.add_argument("--no-export", dest="export", action="store_false", help=text)
     parser.add_argument("--print-config", action="store_true", help="print all settings as they would be, and end")
     text = "print the methods and what can stand on each axis, and end"
     parser.add_argument("--methods", action="store_true", help=text)
@@ -72,70 +76,94 @@ def settings(args: argparse.Namespace) -> Config:
 
 
 def main(args: argparse.Namespace) -> dict:
-    """Trains the seeds one after another, or continues them; writes OUT/summary.json and, for QT-DoG, the model file.
+    """Trains the seeds one after another, or continues them; writes OUT/summary.json and, where the networks are
+    quantized, the model file.
 
-    Returns the summary. Raises InputError for settings that do not fit the data; after SIGINT or SIGTERM it exits with
-    128 + the signal's number, and the same command continues the run.
+    Returns the summary; with --methods and --print-config what these ask for. Raises InputError for settings that do
+    not fit the data; after SIGINT or SIGTERM it exits with 128 + the signal's number, and the same command continues
+    the run.
     """
-    from qdeploy.training.methods_table import methods_report
-
     if args.methods:
+        from qdeploy.training.methods_table import methods_report
+
         return methods_report()
     config = resolve(settings(args))
     if args.print_config:
         return {"settings": written(config)}
     if args.out is None:
         raise InputError("expected a folder for the run, got none - at --out")
-    seeds = range(config.seed, config.seed + integer(args.seeds, 1, MAX_MEMBERS, "--seeds"))
-    runs = [args.out / f"seed{seed}" for seed in seeds]
-    _check_folders(args.out, runs)
-    if config.epochs is None:
-        _check_runs(config, runs)
-    from qdeploy.training.domains import benchmark_of
-    from qdeploy.training.evaluation import evaluation_sets
-    from qdeploy.training.minibatches import training_images
-    from qdeploy.training.processes import Interrupted
-    from qdeploy.training.quantize_finished import float_run
-    from qdeploy.training.rehearsal import rehearse_export
-    from qdeploy.training.start import check_selectable, check_setting, describe
-    from qdeploy.training.trainer import run
+    count = integer(args.seeds, 1, MAX_MEMBERS, "--seeds")
+    configs = [replace(config, seed=seed) for seed in range(config.seed, config.seed + count)]
+    runs = {args.out / f"seed{one.seed}": one for one in configs}
+    _check_folders(args.out, [*runs])
+    runs, benchmark, fabric = _prepared(runs)
+    fabric.launch()
+    members = _trained(runs, benchmark, fabric, args.export)
+    if not fabric.is_global_zero:
+        raise SystemExit(0)  # of several processes one goes on
+    config = next(iter(runs.values()))
+    made_of_them = _finish(config, benchmark, args.out, [*runs], fabric.device, args.export)
+    summary = {"config": plain(config), "members": members} | made_of_them
+    with atomic_file(args.out / SUMMARY) as file:
+        file.write(json.dumps(summary, indent=1).encode())
+    return summary
 
+
+def _prepared(runs: Runs) -> tuple[Runs, Benchmark, Fabric]:
+    """The settings of the runs, complete, their images, and the devices. What can be known before anything is trained
+    is checked here."""
+    from qdeploy.training.domains import benchmark_of
+    from qdeploy.training.minibatches import training_images
+    from qdeploy.training.quantize_finished import float_run
+    from qdeploy.training.start import check_selectable, check_setting
+
+    config = next(iter(runs.values()))
+    if config.epochs is None:
+        _check_begun(runs)
     if config.float_runs is not None or made(config, "quantization").of_finished_runs:
-        for seed in seeds:
-            float_run(replace(config, seed=seed))
+        for one in runs.values():
+            float_run(one)
     fabric = fabric_of(config)
     benchmark = benchmark_of(config, check=lambda outline: check_setting(config, outline))
     if config.epochs is not None:
-        config = with_updates(config, *training_images(config, benchmark))
-        check_selectable(config)
-        _check_runs(config, runs)
-    sets = evaluation_sets(config, benchmark)  # raises where something is missing, before anything is trained
-    fabric.launch()
+        shown = training_images(config, benchmark)
+        runs = {run: with_updates(one, *shown) for run, one in runs.items()}
+        check_selectable(next(iter(runs.values())))
+        _check_begun(runs)
+    return runs, benchmark, fabric
+
+
+def _trained(runs: Runs, benchmark: Benchmark, fabric: Fabric, exports: bool) -> list[dict[str, Any]]:
+    """Makes or continues the runs; what their selected networks got right."""
+    from qdeploy.training.evaluation import evaluation_sets
+    from qdeploy.training.processes import Interrupted
+    from qdeploy.training.rehearsal import rehearse_export
+    from qdeploy.training.start import describe
+    from qdeploy.training.trainer import run
+
+    first = next(iter(runs.values()))
+    sets = evaluation_sets(first, benchmark)  # raises where something is missing
     said: list[str] = []
 
     def before_updates(begun: bool) -> None:
         if said:  # for an earlier seed
             return
-        said.extend(describe(config, benchmark, sets))
+        said.extend(describe(first, benchmark, sets))
         for line in said:
             note(line)
-        if not begun:
-            rehearse_export(config, benchmark)
+        if exports and not begun:
+            rehearse_export(first, benchmark)
 
     members = []
     try:
-        for seed, directory in zip(seeds, runs, strict=True):
-            record = run(replace(config, seed=seed), benchmark, directory, fabric, before_updates)
-            members.append({"seed": seed, **{key: record[key] for key in ("update", "validation", "test", "tests")}})
+        for directory, config in runs.items():
+            record = run(config, benchmark, directory, fabric, before_updates)
+            kept = {key: record[key] for key in ("update", "validation", "test", "tests")}
+            members.append({"seed": config.seed, **kept})
     except Interrupted as stop:
         note(str(stop))
         raise SystemExit(128 + stop.signum) from None
-    if not fabric.is_global_zero:
-        raise SystemExit(0)  # of several processes one goes on
-    summary = {"config": plain(config), "members": members} | _finish(config, benchmark, args.out, runs, fabric.device)
-    with atomic_file(args.out / SUMMARY) as file:
-        file.write(json.dumps(summary, indent=1).encode())
-    return summary
+    return members
 
 
 def _check_folders(out: Path, runs: Sequence[Path]) -> None:
@@ -149,13 +177,13 @@ def _check_folders(out: Path, runs: Sequence[Path]) -> None:
         check_regular(path)
 
 
-def _check_runs(config: Config, runs: Sequence[Path]) -> None:
-    """Raise InputError unless what was begun in these folders are runs of `config`."""
-    for seed, run in enumerate(runs, config.seed):
+def _check_begun(runs: Runs) -> None:
+    """Raise InputError unless what was begun in these folders are these runs."""
+    for run, config in runs.items():
         if (done := read_done(run)) is not None:
-            check_same_run(done[0], replace(config, seed=seed), run / DONE)
+            check_same_run(done[0], config, run / DONE)
         elif (run / CHECKPOINT).exists():
-            check_same_run(read_state(run / CHECKPOINT)[0], replace(config, seed=seed), run / CHECKPOINT)
+            check_same_run(read_state(run / CHECKPOINT)[0], config, run / CHECKPOINT)
 
 
 def fabric_of(config: Config) -> Fabric:
@@ -186,7 +214,9 @@ def show(summary: dict) -> None:
     return show_results(summary)
 
 
-def _finish(config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path], device: torch.device) -> dict:
+def _finish(
+    config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path], device: torch.device, exports: bool
+) -> dict:
     """Accuracy of the ensemble on what is held out, and, where the networks are quantized, the model file."""
     from qdeploy.training.attached_quantizers import quantizers
     from qdeploy.training.finished_runs import finish
@@ -196,4 +226,5 @@ def _finish(config: Config, benchmark: Benchmark, out: Path, runs: Sequence[Path
     quantized = any(quantizers(net) for net in nets)
     if len(nets) == 1 and not quantized:
         return {}
-    return finish(nets, config, benchmark, device, out / FILES[len(nets) > 1] if quantized else None)
+    path = out / FILES[len(nets) > 1] if quantized and exports else None
+    return finish(nets, config, benchmark, device, path)

@@ -56,7 +56,7 @@ class Config:
     step: Choice = _axis("how its gradients are made")
     quantization: Choice = _axis("how the weights come onto a grid of integers")
     average: Choice = _axis("which networks of the run are averaged")
-    bits: int | dict[str, int | None] = _option(None, "bits of the weights, 2 to 8; {pattern: bits} by layer")
+    bits: int | dict[str, int | None] | None = _option(None, "bits of the weights, 2 to 8; {pattern: bits} by layer")
     activation_bits: int | dict[str, int | None] | None = _option(
         None, "bits of the layers' inputs in training, 2 to 8; {pattern: bits} by layer"
     )
@@ -94,11 +94,6 @@ class Config:
     def targets(self) -> list[str]:
         """The domains that are held out of training; none where a share of each is."""
         return [] if self.test_domain == IN_DOMAIN else self.test_domain.split(",")
-
-    @property
-    def frozen_batch_norm(self) -> bool:
-        """Whether the statistics of BatchNorm stay those of pretraining (its gains and shifts train)."""
-        return self.batch_norm == "frozen"
 
 
 AXES_OF_CONFIG = (*AXES, "model")
@@ -157,7 +152,7 @@ def _layered(config: Config) -> Config:
     layers: dict[str, Any] = {**_DEFAULTS, "batch_norm": "frozen" if config.weights else "trained", **preset}
     if config.epochs is not None:  # they wait for `with_updates`
         layers = {key: value for key, value in layers.items() if key not in ("updates", "quantize_at", "eval_every")}
-    layers |= row.settings | {axis: getattr(row, axis) for axis in AXES if hasattr(row, axis)}
+    layers |= {**row.settings, **{axis: getattr(row, axis) for axis in AXES if hasattr(row, axis)}}
     found: dict[str, Any] = {}
     for key, lower in layers.items():
         given = getattr(config, key)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdeploy.errors import InputError
+from qdeploy.terminal import note
 from qdeploy.training import fingerprint
 from qdeploy.training.config import MACHINE, Config, differences
 from qdeploy.training.run_files import DONE, Done, read_done, sound
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 Runs = Mapping[Path, Done]  # by their folders
 
 # What members of one ensemble, or one average, have to share beside the images. Dropout changes no tensor.
-_SHARED, _MAY_DIFFER = frozenset({"test_domain", "split_seed", "image_size", "model"}), frozenset({"model.dropout"})
+_SHARED = frozenset({"test_domain", "split_seed", "image_size", "model", "selection"})
+_MAY_DIFFER = frozenset({"model.dropout"})
 
 
 def all_seeds(folders: Sequence[Path]) -> list[Path]:
@@ -39,7 +41,7 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, Done]:
     """What the runs in `folders` say of themselves.
 
     Raises InputError where a run is not finished, stands there twice, or does not go with the first: other images or
-    classes, another network, held-out domain or split.
+    classes, another network, held-out domain, split or selection.
     """
     runs: dict[Path, Done] = {}
     for folder in folders:
@@ -63,7 +65,7 @@ def _check_goes_with(runs: Runs, folder: Path) -> None:
         raise InputError(f"expected the images of {first}, got {found} - at {folder}")
     for key, (was, now) in differences(runs[first].config, runs[folder].config).items():
         if key.partition(".")[0] in _SHARED and key not in _MAY_DIFFER:
-            expected = "runs of one network, split and held-out domain"
+            expected = "runs of one network, split, held-out domain and selection"
             raise InputError(f"expected {expected}, {key}={was!r}, got {key}={now!r} - at {folder}")
 
 
@@ -110,10 +112,25 @@ def export_networks(
 
     shown = calibration_images(config, benchmark, images)
     options: dict[str, Any] = {"calibration": shown.split(64), "observer": observer, **file_options(benchmark)}
-    options["fallback_bits"] = fallback_bits
+    options["fallback_bits"] = fallback_bits if fallback_bits is not None else fallback_for(nets[0], config)
     if len(nets) == 1:
         return qdeploy.export(nets[0], shown[:2], path, **options)
     return qdeploy.export_ensemble(nets, shown[:2], path, combine=combine, **options)
+
+
+def fallback_for(net: nn.Module, config: Config) -> dict[str, int] | None:
+    """8 bits for the layers of a quantized network that `bits` leaves float by name, which is said; an engine of
+    integers has no float. None where the export's own rule does (the classifier alone may lack a quantizer)."""
+    from qdeploy.networks.quantizable import classifier, quantizable_layers
+    from qdeploy.training.attached_quantizers import quantizers, weight_quantizer
+
+    left = [name for name, layer in quantizable_layers(net).items() if weight_quantizer(layer) is None]
+    head = classifier(net)
+    others = [name for name in left if name != head]
+    if not others or not quantizers(net) or not isinstance(config.bits, Mapping):
+        return None
+    note(f"weights that trained in float have 8 bits in the file: {', '.join(others)}")
+    return dict.fromkeys(left, 8)
 
 
 def file_options(benchmark: Benchmark) -> dict[str, Any]:

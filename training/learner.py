@@ -9,8 +9,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from qdeploy.training.batch_norm import freeze_, synchronize_
 from qdeploy.training.config import Config, made
-from qdeploy.training.methods.objectives import Minibatches
+from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.seeds import seed_hash
 
 
@@ -30,6 +31,8 @@ class Learner:
         self.step = made(config, "step", net=self.net, backward=fabric.backward)
         self.quantization = made(config, "quantization")
         self.average = made(config, "average")
+        if config.batch_norm == "synchronized":
+            synchronize_(self.net)
         self._wrap()
 
     def _wrap(self) -> None:
@@ -41,6 +44,8 @@ class Learner:
     def update(self, t: int, minibatches: Minibatches) -> Tensor:
         """Makes update `t` (from 0) and returns its loss, that of this process."""
         self._update = t
+        if t == 0:
+            self.average.begin(self.net)
         if t == self.quantization.start:
             whole = [(self._of_all_devices(images), classes) for images, classes in minibatches]
             self._switch(lambda: self.quantization.attach(self.net, self.optimizer, whole))
@@ -70,11 +75,8 @@ class Learner:
     def train_mode(self) -> None:
         """As an update has it."""
         self._model.train()
-        if self.config.frozen_batch_norm:
-            # Fine-tuning keeps the statistics of pretraining; gains and shifts still train (DomainBed's freeze_bn).
-            for module in self.net.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        if self.config.batch_norm == "frozen":
+            freeze_(self.net)
 
     def candidate(self, t: int) -> nn.Module:
         """The network that the evaluation after update `t` judges: the average of those so far, where there is one."""

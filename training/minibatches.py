@@ -17,7 +17,7 @@ from qdeploy.training.config import Config
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain
 from qdeploy.training.loader import Keys, WorkerLost, load
-from qdeploy.training.methods.objectives import Minibatches
+from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.processes import raise_in_all
 from qdeploy.training.seeds import seed_hash
 

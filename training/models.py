@@ -1,7 +1,9 @@
-"""Convolutional networks with the state-dict names of torchvision, so that its published weights load, and NiN.
+"""Convolutional networks with the state-dict names of torchvision, so that its published weights load, and small ones.
 
-Every constructor takes (classes, in_channels). Sources: ResNet arXiv 1512.03385, ResNeXt 1611.05431, MobileNetV2
-1801.04381, VGG 1409.1556, DenseNet 1608.06993, NiN as in the robust-generalization-measures study 2010.11924.
+Every constructor takes (classes, in_channels), and by keyword `dropout`, the share of features that is dropped in front
+of the classifier (0: there is no such module; DomainBed's ResNet has one). Sources: ResNet arXiv 1512.03385, ResNeXt
+1611.05431, MobileNetV2 1801.04381, VGG 1409.1556, DenseNet 1608.06993. Small ones: NiN as in the study of
+generalization measures 2010.11924, VGG-19 and MobileNetV1 (1704.04861) as they are usually shortened for 32 px.
 """
 
 from __future__ import annotations
@@ -12,6 +14,18 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from qdeploy.errors import InputError
+
+
+def _share(dropout: float) -> float:
+    if not 0 <= dropout < 1:
+        raise InputError(f"expected a share to drop from 0 to below 1, got {dropout} - at dropout")
+    return dropout
+
+
+def _dropout(share: float) -> nn.Module | None:
+    return nn.Dropout(share) if _share(share) else None
 
 
 def _conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
@@ -63,6 +77,7 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """ResNet and, with groups, ResNeXt: `layers` blocks in each of four stages."""
 
+    stages = ("layer1", "layer2", "layer3", "layer4")
     layer1: nn.Module
     layer2: nn.Module
     layer3: nn.Module
@@ -72,10 +87,12 @@ class ResNet(nn.Module):
         self,
         block: type[BasicBlock] | type[Bottleneck],
         layers: tuple[int, int, int, int],
+        groups: int,
+        group_width: int,
         classes: int,
         in_channels: int = 3,
-        groups: int = 1,
-        group_width: int = 64,
+        *,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
@@ -90,13 +107,15 @@ class ResNet(nn.Module):
                 c_in = planes * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = _dropout(dropout)
         self.fc = nn.Linear(c_in, classes)
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        x = torch.flatten(self.avgpool(x), 1)
+        return self.fc(x if self.dropout is None else self.dropout(x))
 
 
 class InvertedResidual(nn.Module):
@@ -122,7 +141,7 @@ class MobileNetV2(nn.Module):
     # expansion, channels, blocks, stride of the first (Table 2 of the paper)
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
-    def __init__(self, classes: int, in_channels: int = 3):
+    def __init__(self, classes: int, in_channels: int = 3, *, dropout: float = 0.2):
         super().__init__()
         features: list[nn.Module] = [nn.Sequential(*_conv_bn(in_channels, 32, 3, 2), nn.ReLU6(inplace=True))]
         c_in = 32
@@ -132,7 +151,7 @@ class MobileNetV2(nn.Module):
                 c_in = c_out
         features.append(nn.Sequential(*_conv_bn(c_in, 1280, 1), nn.ReLU6(inplace=True)))
         self.features = nn.Sequential(*features)
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, classes))
+        self.classifier = nn.Sequential(nn.Dropout(_share(dropout)), nn.Linear(1280, classes))
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,27 +159,69 @@ class MobileNetV2(nn.Module):
         return self.classifier(torch.flatten(x, 1))
 
 
+def _vgg_features(in_channels: int, stages: tuple[tuple[int, int], ...]) -> nn.Sequential:
+    """`stages`: channels, and convolutions before each pooling."""
+    features: list[nn.Module] = []
+    for c_out, count in stages:
+        for _ in range(count):
+            features += [nn.Conv2d(in_channels, c_out, 3, 1, 1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+            in_channels = c_out
+        features.append(nn.MaxPool2d(2, 2))
+    return nn.Sequential(*features)
+
+
 class VGG16BN(nn.Module):
     """Configuration D with BatchNorm; 224 x 224 inputs."""
 
-    STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions before each pooling
-
-    def __init__(self, classes: int, in_channels: int = 3):
+    def __init__(self, classes: int, in_channels: int = 3, *, dropout: float = 0.5):
         super().__init__()
-        features: list[nn.Module] = []
-        for c_out, count in self.STAGES:
-            for _ in range(count):
-                features += [nn.Conv2d(in_channels, c_out, 3, 1, 1), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
-                in_channels = c_out
-            features.append(nn.MaxPool2d(2, 2))
-        self.features = nn.Sequential(*features)
+        self.features = _vgg_features(in_channels, ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)))
         self.avgpool = nn.AdaptiveAvgPool2d(7)
-        hidden = [nn.Linear(512 * 7 * 7, 4096), nn.ReLU(True), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(True)]
-        self.classifier = nn.Sequential(*hidden, nn.Dropout(), nn.Linear(4096, classes))
+        hidden = [nn.Linear(512 * 7 * 7, 4096), nn.ReLU(True), nn.Dropout(_share(dropout))]
+        hidden += [nn.Linear(4096, 4096), nn.ReLU(True), nn.Dropout(dropout)]
+        self.classifier = nn.Sequential(*hidden, nn.Linear(4096, classes))
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+class SmallVGG19BN(nn.Module):
+    """Configuration E with BatchNorm; five poolings leave one position of 32 x 32, and one linear layer classifies."""
+
+    def __init__(self, classes: int, in_channels: int = 3, *, dropout: float = 0.0):
+        super().__init__()
+        self.features = _vgg_features(in_channels, ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)))
+        self.dropout = _dropout(dropout)
+        self.classifier = nn.Linear(512, classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).mean((2, 3))
+        return self.classifier(x if self.dropout is None else self.dropout(x))
+
+
+class SmallMobileNetV1(nn.Module):
+    """Width 1.0, Table 1 of the paper; the first convolution has no stride, so that 32 x 32 ends as 2 x 2."""
+
+    # channels of a block and its stride
+    BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+
+    def __init__(self, classes: int, in_channels: int = 3, *, dropout: float = 0.0):
+        super().__init__()
+        features, c_in = [*_conv_bn(in_channels, 32, 3), nn.ReLU(inplace=True)], 32
+        for c_out, stride in self.BLOCKS:
+            features += [*_conv_bn(c_in, c_in, 3, stride, c_in), nn.ReLU(inplace=True)]
+            features += [*_conv_bn(c_in, c_out, 1), nn.ReLU(inplace=True)]
+            c_in = c_out
+        self.features = nn.Sequential(*features)
+        self.dropout = _dropout(dropout)
+        self.classifier = nn.Linear(c_in, classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(x).mean((2, 3))
+        return self.classifier(x if self.dropout is None else self.dropout(x))
 
 
 class DenseLayer(nn.Module):
@@ -195,7 +256,7 @@ class DenseBlock(nn.Module):
 class DenseNet121(nn.Module):
     """Growth 32, blocks of 6, 12, 24 and 16 layers."""
 
-    def __init__(self, classes: int, in_channels: int = 3):
+    def __init__(self, classes: int, in_channels: int = 3, *, dropout: float = 0.0):
         super().__init__()
         features: OrderedDict[str, nn.Module] = OrderedDict(
             conv0=nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False),
@@ -215,26 +276,32 @@ class DenseNet121(nn.Module):
                 channels //= 2
         features["norm5"] = nn.BatchNorm2d(channels)
         self.features = nn.Sequential(features)
+        self.dropout = _dropout(dropout)
         self.classifier = nn.Linear(channels, classes)
         _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.relu(self.features(x), inplace=True)
-        return self.classifier(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+        x = torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
+        return self.classifier(x if self.dropout is None else self.dropout(x))
 
 
 class NiN(nn.Module):
     """Network in network: `depth` blocks of a strided 3x3 and two 1x1 convolutions, 25*width channels, then a 1x1
     convolution to the classes and global average pooling. Every block halves the image. There is no linear layer."""
 
-    def __init__(self, classes: int, in_channels: int = 3, depth: int = 2, width: int = 2):
+    def __init__(self, classes: int, in_channels: int = 3, *, depth: int = 2, width: int = 2, dropout: float = 0.0):
+        if depth < 1 or width < 1:
+            raise InputError(f"expected depth and width of 1 or more, got {depth} and {width} - at NiN")
         super().__init__()
+        self.stages = tuple(f"features.{3 * i + 2}" for i in range(depth))
         channels, layers = 25 * width, []
         for _ in range(depth):
             for kernel, stride in ((3, 2), (1, 1), (1, 1)):
                 layers.append(self._unit(in_channels, channels, kernel, stride))
                 in_channels = channels
         self.features = nn.Sequential(*layers)
+        self.dropout = _dropout(dropout)
         self.classifier = self._unit(channels, classes, 1, 1)
         _initialize(self)
 
@@ -244,7 +311,8 @@ class NiN(nn.Module):
         return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(c_out), relu=nn.ReLU(inplace=True)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x)).mean((2, 3))
+        x = self.features(x)
+        return self.classifier(x if self.dropout is None else self.dropout(x)).mean((2, 3))
 
 
 def _initialize(net: nn.Module) -> None:
@@ -256,11 +324,13 @@ def _initialize(net: nn.Module) -> None:
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
-    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
-    "resnext50_32x4d": partial(ResNet, Bottleneck, (3, 4, 6, 3), groups=32, group_width=4),
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2), 1, 64),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3), 1, 64),
+    "resnext50_32x4d": partial(ResNet, Bottleneck, (3, 4, 6, 3), 32, 4),
     "mobilenet_v2": MobileNetV2,
     "vgg16_bn": VGG16BN,
     "densenet121": DenseNet121,
     "nin": NiN,
+    "vgg19_bn_32px": SmallVGG19BN,
+    "mobilenet_v1_32px": SmallMobileNetV1,
 }

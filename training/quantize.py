@@ -5,18 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdeploy.calibration import batches, doubt
 from qdeploy.errors import InputError, one_line
-from qdeploy.networks.quantizable import checked_bits, float_only_layers, quantizable_layers
+from qdeploy.networks.quantizable import float_only_layers, quantizable_layers
 from qdeploy.networks.wrappers import plain_names
 from qdeploy.training.attached_quantizers import (
     attach,
     attach_input,
     identity,
+    input_quantizer,
     quantizers,
     step_parameters,
     weight_before,
@@ -24,7 +26,7 @@ from qdeploy.training.attached_quantizers import (
 )
 from qdeploy.training.initial_steps import initial_step, training_scale
 from qdeploy.training.one_launch import quantize_together
-from qdeploy.training.quantize_checks import check_weight, checked_network, select
+from qdeploy.training.quantize_checks import Layers, check_input, check_weight, checked_network, select
 from qdeploy.training.quantizer import Quantizer
 from qdeploy.training.ranges import observe
 from qdeploy.training.untouched import all_or_nothing, evaluating, undisturbed
@@ -35,14 +37,15 @@ CALIBRATION_BATCHES = 4
 
 def quantize_(
     net: nn.Module,
-    weight_bits: int | Mapping[str, int] = 7,
-    activation_bits: int | None = None,
+    weight_bits: int | Mapping[str, int | None] = 7,
+    activation_bits: int | Mapping[str, int | None] | None = None,
     *,
     per_channel: bool = True,
     init: str = "lsq",
     grad_scale: str = "tensor",
     skip: Iterable[str] | None = None,
     calibration: object = None,
+    allow_float: Iterable[str] = (),
 ) -> list[nn.Parameter]:
     """Quantizes the weights, and on request the inputs, of the convolutions and linear layers of any network, in place.
 
@@ -52,44 +55,49 @@ def quantize_(
     Args:
         net: the network, or one in torch.compile, DataParallel, AveragedModel or Fabric. Its Parameter objects stay the
             same; shared modules and tied weights share one quantizer. Quantize before DistributedDataParallel.
-        weight_bits: 2 to 8 bits, signed, for every layer; or bits by layer name, and then only those layers.
-        activation_bits: 2 to 8 bits for the input of each of these layers, or None. A tensor has one step size, which
-            all layers that read it share. Its range is unsigned where calibration saw no negative value, else signed.
+        weight_bits: 2 to 8 bits, signed, for every layer; or bits by layer, and then only those layers. A key is a
+            name or a pattern (`layer1.*`, `*.conv1`), the last one that matches counts, and None is float. Patterns
+            leave the classifier out, or what `skip` names; the exact name takes it.
+        activation_bits: 2 to 8 bits for the inputs of the layers whose weights are quantized; or bits by layer, of any
+            layers; or None. A tensor has one step size, which all layers that read it share. Its range is unsigned
+            where calibration saw no negative value, else signed.
         per_channel: one step size per output channel of a weight (QT-DoG appendix B), or one per weight.
         init: the first step sizes: "lsq" 2*mean|v|/sqrt(qmax), "mse" (least squared error), "minmax" (nothing clipped).
         grad_scale: "tensor" 1/sqrt(numel(weight)*qmax), "channel" with the elements of one channel, "none" 1.
         skip: names of layers to leave alone. None leaves the classifier: the quantizable layer registered last.
-        calibration: inputs in any form that `export` takes; required with `activation_bits`. The first 4 batches are
-            used (of an array, 128 images), converted to the type of the network's first parameter.
+        calibration: inputs in any form that `export` takes; required where inputs are quantized. The first 4 batches
+            are used (of an array, 128 images), converted to the type of the network's first parameter.
+        allow_float: names or patterns (`*.in_proj_weight`) of matrices outside of these layers that may stay float.
+            Any other is refused, so that none does in silence; see `qdeploy.training.float_matrices`.
 
     Returns:
         The trainable step sizes, in order; `step_group` makes an optimizer group of them.
 
     Raises:
         InputError: bits out of range, an unknown layer or option, nothing to quantize, a layer quantized before, a
-            weight that is no Parameter, not float or not finite, missing or bad calibration data, or
-            DistributedDataParallel around the network.
+            weight that is no Parameter, not float or not finite, a matrix outside of the layers, missing or bad
+            calibration data, different bits for layers that read one tensor, or DistributedDataParallel around the
+            network.
     """
     net = checked_network(net)
-    targets = select(net, weight_bits, skip)
+    weights, inputs = select(net, weight_bits, activation_bits, skip, allow_float)
     for value, choices, name in ((init, INITS, "init"), (grad_scale, GRAD_SCALES, "grad_scale")):
         if value not in choices:
             known = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise InputError(f"expected {name} {known}, got {value!r} - at quantize_")
-    if activation_bits is not None:
-        activation_bits = checked_bits(activation_bits, "activation_bits")
-        if calibration is None:
-            got = "none (a saved state needs none: quantize_like_)"
-            raise InputError(f"expected calibration batches for quantized activations, got {got} - at quantize_")
-    made = _weight_quantizers(net, targets, per_channel, init, grad_scale)
-    images = [] if activation_bits is None else _first_batches(net, calibration)
+    if inputs and calibration is None:
+        got = "none (a saved state needs none: quantize_like_)"
+        raise InputError(f"expected calibration batches for quantized activations, got {got} - at quantize_")
+    made = _weight_quantizers(net, weights, per_channel, init, grad_scale)
+    for name, (layer, _) in inputs.items():
+        check_input(layer, f"layer `{name}`")
+    images = _first_batches(net, calibration) if inputs else []
     with all_or_nothing(net):
-        for name, (layer, _) in targets.items():
+        for name, (layer, _) in weights.items():
             attach(layer, made[name])
         quantize_together(net)
-        if activation_bits is not None:
-            layers = {name: layer for name, (layer, _) in targets.items()}
-            _attach_input_quantizers(net, layers, activation_bits, init, grad_scale, images)
+        if inputs:
+            _attach_input_quantizers(net, inputs, init, grad_scale, images)
         if reason := _refusal_of_export(net, images[:1]):
             expected = "a network that qdeploy.export can write (this one only trains)"
             warnings.warn(f"expected {expected}, got {reason} - at quantize_", stacklevel=2)
@@ -120,7 +128,7 @@ def _refusal_of_export(net: nn.Module, images: list[Tensor]) -> str:
 
 @torch.no_grad()
 def _weight_quantizers(
-    net: nn.Module, targets: dict[str, tuple[nn.Module, int]], per_channel: bool, init: str, grad_scale: str
+    net: nn.Module, targets: Layers, per_channel: bool, init: str, grad_scale: str
 ) -> dict[str, Quantizer]:
     """A quantizer for the weight of each layer, or that of the layer with which it shares the weight."""
     made: dict[str, Quantizer] = {}
@@ -153,24 +161,17 @@ def _rows(value: Tensor, axis: int) -> Tensor:
     return value.reshape(1, -1) if axis == -1 else value.flatten(1)
 
 
-def _attach_input_quantizers(
-    net: nn.Module,
-    layers: dict[str, nn.Module],
-    bits: int,
-    init: str,
-    grad_scale: str,
-    images: list[Tensor],
-) -> None:
-    observed, bundle_of = observe(net, layers, images)
-    made: dict[str, Quantizer] = {}
-    numbers = [quantizer.bundle for quantizer in quantizers(net).values()]
-    silent = [f"`{name}`" for name in layers if not any(part.any() for part in observed[bundle_of[name]].samples)]
+def _attach_input_quantizers(net: nn.Module, targets: Layers, init: str, grad_scale: str, images: list[Tensor]) -> None:
+    observed, bundle_of = observe(net, {name: layer for name, (layer, _) in targets.items()}, images)
+    made: dict[str, tuple[str, Quantizer]] = {}
+    numbers = [0, *(quantizer.bundle for quantizer in quantizers(net).values())]
+    silent = [f"`{name}`" for name in targets if not any(part.any() for part in observed[bundle_of[name]].samples)]
     if silent:
         expected = "inputs in calibration that are not all zero (the first step sizes would be 1e-8)"
         warnings.warn(f"expected {expected}, got zeros - at layer {', '.join(silent)}", stacklevel=3)
     elif len({batch.shape[1:] for batch in images}) == 1 and (found := doubt(torch.cat(images).float().numpy())):
         warnings.warn(f"{found} - at the calibration data", stacklevel=3)
-    for name, layer in layers.items():
+    for name, (layer, bits) in targets.items():
         bundle = bundle_of[name]
         if bundle not in made:
             seen = observed[bundle]
@@ -179,20 +180,25 @@ def _attach_input_quantizers(
             step = initial_step(values[None], qmin, qmax, init)[0]
             # Features of one sample, not of the batch (LSQ section 2.2): the scale does not change with the batch.
             scale = training_scale(seen.features, seen.features, qmax, grad_scale)
-            made[bundle] = Quantizer(step, qmin, qmax, scale, max(numbers) + 1 + len(made))
-        attach_input(layer, made[bundle])
+            made[bundle] = name, Quantizer(step, qmin, qmax, scale, max(numbers) + 1 + len(made))
+        other, quantizer = made[bundle]
+        if quantizer.bits != bits:
+            got = f"{quantizer.bits} for `{other}` and {bits}"
+            raise InputError(f"expected the same bits for layers that read one tensor, got {got} - at layer `{name}`")
+        attach_input(layer, quantizer)
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One quantized weight. Step sizes are medians over its channels; `error` is rms(w - Q(w)) / rms(w)."""
+    """One layer of which something is quantized. None and 0 stand for what a weight in float or an input in float has
+    not. Step sizes are medians over channels; `error` is rms(w - Q(w)) / rms(w)."""
 
     name: str
     shape: tuple[int, ...]
-    bits: int
-    input_bits: int | None
-    step: float
-    mse_step: float  # what init="mse" would choose for the weights as they are
+    bits: int | None  # None: the weight is in float
+    input_bits: int | None  # None: the input is in float
+    step: float | None
+    mse_step: float | None  # what init="mse" would choose for the weights as they are
     error: float
     clipped: float  # share of weights outside the range
 
@@ -203,23 +209,27 @@ def summary(net: nn.Module) -> list[LayerSummary]:
     rows = []
     names = plain_names(net)
     for path, layer in net.named_modules():
-        quantizer = weight_quantizer(layer)
-        if quantizer is None:
-            continue
-        weight = weight_before(layer, quantizer).float()
-        rest = weight / quantizer.step.reshape(-1, *[1] * (weight.dim() - 1))
-        best = initial_step(_rows(weight, quantizer.axis), quantizer.qmin, quantizer.qmax, "mse")
-        inputs = getattr(layer, "input_quantizer", None)
-        rows.append(
-            LayerSummary(
-                name=names[path],
-                shape=tuple(weight.shape),
-                bits=quantizer.bits,
-                input_bits=inputs.bits if inputs else None,
-                step=quantizer.step.median().item(),
-                mse_step=best.median().item(),
-                error=((quantizer(weight) - weight).norm() / weight.norm().clamp(min=1e-30)).item(),
-                clipped=((rest < quantizer.qmin) | (rest > quantizer.qmax)).float().mean().item(),
-            )
-        )
+        quantizer, inputs = weight_quantizer(layer), input_quantizer(layer)
+        input_bits = inputs.bits if inputs is not None else None
+        if quantizer is not None:
+            rows.append(_summary_of_weight(names[path], layer, quantizer, input_bits))
+        elif inputs is not None:
+            weight: Any = layer.weight
+            rows.append(LayerSummary(names[path], tuple(weight.shape), None, input_bits, None, None, 0.0, 0.0))
     return rows
+
+
+def _summary_of_weight(name: str, layer: nn.Module, quantizer: Quantizer, input_bits: int | None) -> LayerSummary:
+    weight = weight_before(layer, quantizer).float()
+    rest = weight / quantizer.step.reshape(-1, *[1] * (weight.dim() - 1))
+    best = initial_step(_rows(weight, quantizer.axis), quantizer.qmin, quantizer.qmax, "mse")
+    return LayerSummary(
+        name=name,
+        shape=tuple(weight.shape),
+        bits=quantizer.bits,
+        input_bits=input_bits,
+        step=quantizer.step.median().item(),
+        mse_step=best.median().item(),
+        error=((quantizer(weight) - weight).norm() / weight.norm().clamp(min=1e-30)).item(),
+        clipped=((rest < quantizer.qmin) | (rest > quantizer.qmax)).float().mean().item(),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.networks.quantizable import checked_bits, classifier, quantizable_layers
 from qdeploy.networks.wrappers import unwrapped
-from qdeploy.training.attached_quantizers import weight_quantizer
+from qdeploy.training.attached_quantizers import input_quantizer, weight_quantizer
+from qdeploy.training.float_matrices import check_matrices
 from qdeploy.training.untouched import is_computed
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,28 +27,66 @@ COMPUTED = {
 }
 
 
+Layers = dict[str, tuple[nn.Module, int]]  # by name, with their bits
+
+
 def select(
-    net: nn.Module, weight_bits: int | Mapping[str, int], skip: Iterable[str] | None
-) -> dict[str, tuple[nn.Module, int]]:
-    """The layers to quantize: {name: (layer, bits)}."""
+    net: nn.Module,
+    weight_bits: int | Mapping[str, int | None],
+    activation_bits: int | Mapping[str, int | None] | None = None,
+    skip: Iterable[str] | None = None,
+    allow_float: Iterable[str] = (),
+) -> tuple[Layers, Layers]:
+    """The layers whose weights, and those whose inputs are to be quantized; arguments and errors as of `quantize_`."""
     layers = quantizable_layers(net)
     if not layers:
         raise InputError(f"expected a network with convolutions or linear layers, got none - at {type(net).__name__}")
-    given: Any = weight_bits
-    if not isinstance(weight_bits, Mapping):
-        given = classifier(net) if skip is None else skip
-        given = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
-    elif skip is not None:
+    if isinstance(weight_bits, Mapping) and skip is not None:
         raise InputError("expected bits by layer or names to skip, got both - at quantize_")
-    if unknown := [str(name) for name in given if not (isinstance(name, str) and name in layers)]:
-        got = ", ".join(unknown)
-        raise InputError(f"expected names of convolutions or linear layers, got {got} - at quantize_")
-    wanted = weight_bits if isinstance(weight_bits, Mapping) else dict.fromkeys(layers.keys() - given, weight_bits)
-    chosen = {name: bits for name in layers if (bits := wanted.get(name)) is not None}
-    if not chosen:
+    alone = _listed(classifier(net) if skip is None else skip)
+    if unknown := [name for name in alone if not (isinstance(name, str) and name in layers)]:
+        raise _unknown(unknown, layers)
+    weights = _bits_by_layer(weight_bits, layers, alone)
+    if activation_bits is None or isinstance(activation_bits, Mapping):
+        inputs = _bits_by_layer(activation_bits or {}, layers, alone)
+    else:
+        inputs = dict.fromkeys(weights, checked_bits(activation_bits, "activation_bits"))
+    if not weights and not inputs:
         got = f"none but what is left alone ({', '.join(layers)})"
         raise InputError(f"expected a convolution or linear layer to quantize, got {got} - at quantize_")
-    return {name: (layers[name], checked_bits(bits, f"layer `{name}`")) for name, bits in chosen.items()}
+    check_matrices(net, _listed(allow_float))
+    return (
+        {name: (layers[name], checked_bits(bits, f"layer `{name}`")) for name, bits in weights.items()},
+        {name: (layers[name], checked_bits(bits, f"the input of layer `{name}`")) for name, bits in inputs.items()},
+    )
+
+
+def _listed(names: Any) -> list[Any]:
+    return [names] if isinstance(names, str) or not isinstance(names, Iterable) else [*names]
+
+
+def _bits_by_layer(bits: Any, layers: Mapping[str, nn.Module], alone: list[str]) -> dict[str, Any]:
+    """The bits of each layer that gets some, in order of registration."""
+    others = [name for name in layers if name not in alone]
+    if not isinstance(bits, Mapping):
+        return {} if bits is None else dict.fromkeys(others, bits)
+    taken = {key: [key] if key in layers else [name for name in others if _matches(name, key)] for key in bits}
+    if unknown := [key for key, names in taken.items() if not names]:
+        raise _unknown(unknown, layers, alone)
+    found = {name: width for key, width in bits.items() for name in taken[key]}  # the last key that matches counts
+    return {name: width for name in layers if (width := found.get(name)) is not None}
+
+
+def _matches(name: str, key: Any) -> bool:
+    return isinstance(key, str) and fnmatchcase(name, key)
+
+
+def _unknown(names: list[Any], layers: Mapping[str, nn.Module], alone: Iterable[str] = ()) -> InputError:
+    some = ", ".join([*layers][:3]) + (", ..." if len(layers) > 3 else "")
+    got = ", ".join(map(str, names))
+    if only := [name for name in alone if any(_matches(name, key) for key in names)]:
+        got += f", which matches `{only[0]}` alone: a pattern leaves that out, its name takes it"
+    return InputError(f"expected names of convolutions or linear layers, got {got} - at quantize_ (there are {some})")
 
 
 def _check_not_distributed(net: nn.Module) -> None:
@@ -77,8 +117,7 @@ def checked_network(net: nn.Module) -> nn.Module:
 
 def check_weight(layer: nn.Module, at: str) -> Tensor:
     """The weight that a quantizer of the layer will round; raises InputError unless it has one that can train."""
-    if weight_quantizer(layer) is not None:
-        raise InputError(f"expected a layer without quantizer, got one quantized before - at {at}")
+    _check_first(weight_quantizer(layer), at)
     stored = layer._parameters.get("weight", layer._buffers.get("weight"))
     if stored is None and not is_computed(layer):
         how = next((text for name, text in COMPUTED.items() if hasattr(layer, name)), "computed elsewhere")
@@ -92,3 +131,13 @@ def check_weight(layer: nn.Module, at: str) -> Tensor:
     if not weight.isfinite().all():
         raise InputError(f"expected finite weights, got NaN or infinity - at {at}")
     return weight
+
+
+def check_input(layer: nn.Module, at: str) -> None:
+    """Raises InputError where the input is quantized already."""
+    _check_first(input_quantizer(layer), at)
+
+
+def _check_first(quantizer: nn.Module | None, at: str) -> None:
+    if quantizer is not None:
+        raise InputError(f"expected a layer without quantizer, got one quantized before - at {at}")

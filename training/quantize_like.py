@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
+from qdeploy.networks.quantizable import WEIGHT_TYPES
 from qdeploy.networks.wrappers import WRAPPERS
 from qdeploy.training.attached_quantizers import (
     attach,
@@ -17,7 +19,7 @@ from qdeploy.training.attached_quantizers import (
     step_parameters,
 )
 from qdeploy.training.one_launch import quantize_together
-from qdeploy.training.quantize_checks import check_weight, checked_network
+from qdeploy.training.quantize_checks import check_input, check_weight, checked_network
 from qdeploy.training.quantizer import Quantizer, checked_state
 from qdeploy.training.untouched import all_or_nothing, is_computed
 
@@ -41,6 +43,8 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
         weights: dict[tuple[int, ...], Quantizer] = {}
         inputs: dict[int, Quantizer] = {}
         for path, layer in [*net.named_modules()]:
+            if not isinstance(layer, WEIGHT_TYPES):
+                continue
             prefix = f"{path}." if path else ""
             if (found := _saved(state, f"{prefix}parametrizations.weight.{_depth(layer)}.")) is not None:
                 weight = check_weight(layer, f"layer `{path}`")
@@ -48,8 +52,10 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
                     expected = f"one step size, or one for each of {len(weight)} channels"
                     raise InputError(f"expected {expected}, got shape {list(found.step.shape)} - at layer `{path}`")
                 attach(layer, weights.setdefault(identity(layer), found.to(weight.device)))
-                if (found := _saved(state, f"{prefix}input_quantizer.")) is not None:
-                    attach_input(layer, inputs.setdefault(found.bundle, found.to(weight.device)))
+            if (found := _saved(state, f"{prefix}input_quantizer.")) is not None:
+                check_input(layer, f"layer `{path}`")
+                device = next(chain(layer.parameters(), layer.buffers())).device
+                attach_input(layer, inputs.setdefault(found.bundle, found.to(device)))
         quantize_together(net)
         if not quantizers(net):
             raise InputError("expected the state of a quantized network, got no quantizers in it - at quantize_like_")

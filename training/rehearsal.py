@@ -14,7 +14,7 @@ def rehearse_export(config: Config, benchmark: Benchmark) -> None:
     """Raise what the switch, and the export after the training, would; nothing is written. A method whose networks stay
     float has its switch tried alone."""
     from qdeploy.exporter import rehearse
-    from qdeploy.training.finished_runs import file_options
+    from qdeploy.training.finished_runs import fallback_for, file_options
     from qdeploy.training.selected_network import calibration_images
 
     quantization = made(config, "quantization")
@@ -27,4 +27,7 @@ def rehearse_export(config: Config, benchmark: Benchmark) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     quantization.attach(net, optimizer, [(shown, torch.zeros(len(shown), dtype=torch.long))])
     if quantizers(net):
-        rehearse(net.eval(), shown[:2], shown, **file_options(benchmark))
+        # Weights that come onto their grids later are float yet.
+        complete = quantization.eligible(quantization.start)
+        fallback = fallback_for(net, config) if complete else 8
+        rehearse(net.eval(), shown[:2], shown, fallback_bits=fallback, **file_options(benchmark))

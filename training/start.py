@@ -55,7 +55,7 @@ def check_setting(config: Config, outline: Outline) -> None:
     shape, images = outline.input_shape, config.batch_size * len(sources)
     bytes_each = 4 + 1 + PREFETCH * config.workers  # as floats, and those loaded ahead
     check_memory(bytes_each * images * math.prod(shape), f"{images} images", "--batch-size")
-    net = build_network(config, outline).to("meta").train(not config.frozen_batch_norm)
+    net = build_network(config, outline).to("meta").train(config.batch_norm != "frozen")
     try:
         net(torch.empty(images // config.devices, *shape, device="meta"))
     except (RuntimeError, ValueError) as error:
@@ -64,7 +64,11 @@ def check_setting(config: Config, outline: Outline) -> None:
 
 
 def check_selectable(config: Config) -> None:
-    """Raise InputError unless the network of an evaluation is one that the method makes."""
+    """Raise InputError for what the choices on the axes refuse, and unless the network of an evaluation is one that the
+    method makes."""
+    made(config, "objective", progress=lambda: 0.0)
+    made(config, "step", net=nn.Identity())
+    made(config, "schedule")
     quantization, average = made(config, "quantization"), made(config, "average")
     times = range(0, config.updates, config.eval_every)
     if not any(quantization.eligible(t) and average.eligible(t) for t in times):
@@ -123,8 +127,10 @@ def _mode(config: Config, net: nn.Module) -> str:
     """How the network is quantized, in words."""
     if config.bits is None:
         return "in float"
-    inputs = f", {config.activation_bits}-bit inputs" if config.activation_bits else ""
     switch = "" if config.quantize_at is None else f" from update {config.quantize_at} on"
+    if isinstance(config.bits, Mapping) or isinstance(config.activation_bits, Mapping):
+        return f"bits of weights {config.bits}, of inputs {config.activation_bits}{switch}"
+    inputs = f", {config.activation_bits}-bit inputs" if config.activation_bits else ""
     layers = f"{config.bits}-bit weights{inputs} in {len(quantizable_layers(net)) - 1} layers{switch}"
     return f"{layers}; `{classifier(net)}` in float"
 

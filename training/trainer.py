@@ -28,7 +28,8 @@ from qdeploy.training.evaluation import Evaluator, evaluation_sets, select
 from qdeploy.training.fingerprint import network_hash, with_any_size
 from qdeploy.training.learner import Learner
 from qdeploy.training.loader import WorkerLost
-from qdeploy.training.methods.objectives import Minibatches
+from qdeploy.training.methods import scales
+from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.minibatches import RunImages
 from qdeploy.training.processes import Interrupted, alone_of_all, by_first, reduced, signals_received
 from qdeploy.training.progress import Progress, progress_of_run
@@ -160,6 +161,8 @@ class _Run:
         by_first(self.fabric, lambda: before_updates(state.update > 0))
         if self.fabric.is_global_zero:
             write_log(self.directory, state.records)
+            if self.learner.step.has_windows:
+                scales.begin(self.directory, state.update)
         sets, owes = evaluation_sets(config, self.benchmark), state.owes_evaluation(config)
         evaluations = self.learner.evaluations
         images = RunImages(config, self.benchmark, self.fabric, sets, state.update, owes, evaluations)
@@ -201,6 +204,8 @@ class _Run:
         loss = reduced(self.learner.update(update, batches), "mean", self.fabric)
         if not math.isfinite(loss):
             raise InputError(f"expected a finite loss, got {loss}: lower --lr - at update {update}")
+        if self.fabric.is_global_zero and (window := self.learner.step.window) is not None:
+            scales.append(self.directory, update, self.learner.net, window)
         self.state.losses.append(loss)
         self.state.update = update + 1
 

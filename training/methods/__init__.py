@@ -21,6 +21,7 @@ AXES: dict[str, dict[str, str]] = {
         "mixstyle": f"{_HERE}.objectives:MixStyle",
         "self-distillation": f"{_HERE}.objectives:SelfDistillation",
         "bins": f"{_HERE}.objectives:Bins",
+        "clipood": f"{_HERE}.clipood:CLIPood",
     },
     "step": {
         "plain": f"{_HERE}.steps:Plain",
@@ -41,6 +42,7 @@ AXES: dict[str, dict[str, str]] = {
         "sma": f"{_HERE}.averages:SMA",
         "swa": f"{_HERE}.averages:SWA",
         "swad": f"{_HERE}.averages:SWAD",
+        "beta": f"{_HERE}.clipood:BetaAverage",
     },
     "optimizer": {
         "adam": "torch.optim:Adam",
@@ -77,6 +79,7 @@ _LSQ_LAYER = {"name": "lsq", "per_channel": False}
 _QT_DOG, _GAQAT = "QT-DoG (ICML 2025)", "GAQAT (arXiv 2412.05551)"
 _OF_FLOAT_RUNS = "of finished float runs: --float-runs OUT of `--method erm`"
 _ADAMW = {"optimizer": "adamw"}
+_DEIT = {"model": "timm:deit_small_patch16_224", **_ADAMW}
 
 METHODS: dict[str, Method] = {
     "erm": Method("Gulrajani and Lopez-Paz (ICLR 2021)"),
@@ -100,6 +103,8 @@ METHODS: dict[str, Method] = {
     "obc": Method(
         f"{_QT_DOG}, table 4; Frantar and Alistarh (arXiv 2208.11580)", quantization="obc", note=_OF_FLOAT_RUNS
     ),
+    "sd-vit": Method("Sultana et al. (arXiv 2207.12392)", objective="self-distillation", settings=_DEIT),
+    "sd-vit+qt-dog": Method(f"{_QT_DOG}, table 5", objective="self-distillation", quantization="lsq", settings=_DEIT),
     "lsq": Method("QGen (arXiv 2404.11769), one step size a layer", quantization=_LSQ_LAYER),
     "vvtq": Method("QGen; Huang et al. (arXiv 2307.00331)", objective="bins", quantization=_LSQ_LAYER, settings=_ADAMW),
     "lsq-4/4": Method(f"{_GAQAT}, table 2", quantization=_LSQ_TENSOR, settings={"bits": 4, "activation_bits": 4}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -29,11 +29,14 @@ class SharedWeight:
         return self.parameter.detach()  # the same memory
 
 
-def shared_weights(net: nn.Module, bits: int | Mapping[str, int]) -> dict[str, SharedWeight]:
+def shared_weights(
+    net: nn.Module, bits: int | Mapping[str, int | None], allow_float: Iterable[str] = ()
+) -> dict[str, SharedWeight]:
     """The weights that `quantize_` would quantize, each by the name of the first layer that has it."""
+    layers, _ = select(checked_network(net), bits, allow_float=allow_float)
     found: dict[str, SharedWeight] = {}
     names: dict[tuple[int, ...], str] = {}
-    for name, (layer, width) in select(checked_network(net), bits, None).items():
+    for name, (layer, width) in layers.items():
         check_weight(layer, f"layer `{name}`")
         if is_computed(layer):
             got = "one that parametrizations compute"

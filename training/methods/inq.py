@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from qdeploy.errors import ExportError, InputError
 from qdeploy.training.initial_steps import MIN_STEP
+from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.methods.fixed import SharedWeight, attach_fixed, code_range, shared_weights
-from qdeploy.training.methods.quantizations import Minibatches, Quantization
+from qdeploy.training.methods.quantizations import Quantization
 from qdeploy.training.quantize_checks import select
 from qdeploy.training.quantizer import Quantizer
 
@@ -27,25 +28,32 @@ class INQ(Quantization):
 
     FRACTIONS = (0.5, 0.75, 0.875, 1.0)
 
-    def __init__(self, start: int, updates: int, bits: int | Mapping[str, int] = 7, powers_of_two: bool = False):
+    def __init__(
+        self,
+        start: int,
+        updates: int,
+        bits: int | Mapping[str, int | None] = 7,
+        powers_of_two: bool = False,
+        allow_float: tuple[str, ...] = (),
+    ):
         """`updates`: of the whole run."""
         if start >= updates:
             raise InputError(f"expected a switch before the last of {updates} updates, got {start} - at INQ")
-        self.start, self.bits = start, bits
+        self.start, self.bits, self.allow_float = start, bits, allow_float
         self.grid = PowersOfTwo if powers_of_two else UniformGrid
         self.times = [start + (updates - start) * quarter // 4 for quarter in range(4)]
         self.parts: dict[str, Part] = {}
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
         self._attach(net, lambda weight: max(weight.values.abs().max().item(), MIN_STEP))
-        self._fix(self.start)
+        self._fix(self.times[0])
 
     def reattach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
         self._attach(net, lambda weight: 1.0)  # the step sizes are in `state`
         net.load_state_dict(state)
 
     def _attach(self, net: nn.Module, scale_of: Callable[[SharedWeight], float]) -> None:
-        weights = shared_weights(net, self.bits)
+        weights = shared_weights(net, self.bits, self.allow_float)
         self.parts = {name: Part(one, self.grid(scale_of(one), one.bits)) for name, one in weights.items()}
         made = {name: part.quantizer for name, part in self.parts.items() if part.quantizer is not None}
         attach_fixed(net, weights, made)
@@ -66,7 +74,8 @@ class INQ(Quantization):
         return t >= self.times[-1]
 
     def check_export(self, net: nn.Module) -> None:
-        for name, (_, bits) in select(net, self.bits, None).items():
+        layers, _ = select(net, self.bits, allow_float=self.allow_float)
+        for name, (_, bits) in layers.items():
             if self.grid(1.0, bits).code_bits > 8:
                 expected = "powers of two of 4 bits or less (their codes are 0, +-1, +-2, +-4, +-8)"
                 got = f"{bits} bits, whose codes reach 2^{2 ** (bits - 2) - 1}"

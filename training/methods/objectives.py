@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qdeploy.errors import InputError
+from qdeploy.networks.wrappers import unwrapped
 from qdeploy.training.attached_quantizers import weight_before, weight_quantizer
+from qdeploy.training.methods.batches import Minibatches, joined
 from qdeploy.training.methods.features import changed_output, module_of, of_all_devices, pooled, tap, tap_features
 from qdeploy.training.quantizer import Quantizer
-
-Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [B, C, H, W] and classes int64 [B] of each source domain
 
 
 class Objective(Protocol):
@@ -46,12 +46,6 @@ class Objective(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
         return None
-
-
-def joined(minibatches: Minibatches) -> tuple[Tensor, Tensor]:
-    """Images and classes of all domains, one after the other."""
-    images, classes = zip(*minibatches, strict=True)
-    return torch.cat(images), torch.cat(classes)
 
 
 class ERM(Objective):
@@ -114,7 +108,8 @@ class MixStyle(Around):
 
     Args:
         inner: the objective of the network with mixed styles.
-        places: names of modules that give maps [N, C, H, W].
+        places: names of modules that give maps [N, C, H, W]; by default all `stages` of the network but the last, of a
+            ResNet layer1 to layer3, as in the paper.
         partners: "random", a permutation of all images, or "crossdomain", one of the next domain's for each image.
 
     Raises InputError for an option out of range, domains of unequal sizes or maps of one position.
@@ -123,7 +118,7 @@ class MixStyle(Around):
     def __init__(
         self,
         inner: Objective | None = None,
-        places: Sequence[str] = ("layer1", "layer2", "layer3"),
+        places: Sequence[str] | None = None,
         partners: str = "random",
         p: float = 0.5,
         alpha: float = 0.1,
@@ -138,11 +133,20 @@ class MixStyle(Around):
     def loss(self, net: nn.Module, minibatches: Minibatches, rng: torch.Generator) -> Tensor:
         sizes = [len(classes) for _, classes in minibatches]
         with ExitStack() as places:
-            for name in self.places if net.training else ():
+            for name in self._places(net) if net.training else ():
                 if torch.rand((), generator=rng) < self.p:
                     shares, partners = self._draw(sizes, rng)
                     places.enter_context(changed_output(net, name, partial(self._mix, shares, partners, name)))
             return self.inner.loss(net, minibatches, rng)
+
+    def _places(self, net: nn.Module) -> Sequence[str]:
+        if self.places is not None:
+            return self.places
+        stages = getattr(unwrapped(net), "stages", None)
+        if stages is None:
+            got = f"a {type(unwrapped(net)).__name__}: name them with --objective.places"
+            raise InputError(f"expected a network that names its stages, got {got} - at MixStyle")
+        return stages[:-1]
 
     def _draw(self, sizes: list[int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Lambda [N, 1, 1, 1] and the partner [N] of each image."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.training.attached_quantizers import attach, originals, project_steps_, quantizers, step_group
 from qdeploy.training.initial_steps import initial_step
+from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.methods.fixed import attach_fixed, code_range, reattach_fixed, shared_weights
 from qdeploy.training.methods.obc import hessians, quantize_rows
 from qdeploy.training.quantize import quantize_
@@ -24,17 +25,16 @@ from qdeploy.training.quantize_like import quantize_like_
 from qdeploy.training.quantizer import Quantizer
 from qdeploy.training.seeds import seed_hash
 
-Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [n, C, H, W] and classes int64 [n] of each source domain
-
 
 class Quantization(Protocol):
     """When and how a run quantizes its network."""
 
     start: int | None = None  # the update at whose start `attach` is called
-    of_finished_runs = False  # instead, it is called with the selected network of a run in float
+    of_finished_runs: bool = False  # instead, it is called with the selected network of a run in float
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
-        """Changes `net` in place. `batches` are those of all devices; the optimizer gets what trains anew."""
+        """Changes `net` in place. `batches` are those of all devices; the optimizer gets what trains anew, and is None
+        where nothing will train."""
 
     def reattach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
         """Gives the float network of a run that goes on, or is finished, the form whose `state_dict` is `state`, and
@@ -73,8 +73,8 @@ class LSQ(Quantization):
     def __init__(
         self,
         start: int,
-        bits: int | Mapping[str, int] = 7,
-        activation_bits: int | None = None,
+        bits: int | Mapping[str, int | None] = 7,
+        activation_bits: int | Mapping[str, int | None] | None = None,
         *,
         per_channel: bool = True,
         init: str = "lsq",
@@ -82,9 +82,11 @@ class LSQ(Quantization):
         scope: str = "all",
         lr_step_size: float = 1e-5,
         reset_optimizer: bool = False,
+        allow_float: tuple[str, ...] = (),
     ):
         self.start, self.bits, self.activation_bits = start, bits, activation_bits
         self.options: dict[str, Any] = {"per_channel": per_channel, "init": init, "grad_scale": grad_scale}
+        self.options["allow_float"] = allow_float
         self.scope, self.lr_step_size, self.reset_optimizer = scope, lr_step_size, reset_optimizer
         self.net: nn.Module | None = None
 
@@ -96,7 +98,7 @@ class LSQ(Quantization):
         quantize_like_(net, state)
         self._train(net, optimizer)
 
-    def _train(self, net: nn.Module, optimizer: Any) -> None:
+    def _train(self, net: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
         self.net = net
         for name, quantizer in quantizers(net).items():
             quantizer.step.requires_grad_(self.scope == "all")
@@ -104,8 +106,8 @@ class LSQ(Quantization):
             if self.scope == "bn_head" and kind == "weight":
                 for weight in originals(net.get_submodule(layer)):
                     weight.requires_grad_(False).grad = None  # or the optimizer would make a step with the last one
-        if optimizer is None:  # the network is finished
-            return
+        if optimizer is None:
+            return  # of a finished network
         if self.reset_optimizer:
             optimizer.state.clear()
         if self.scope == "all":
@@ -125,15 +127,21 @@ class UniformNoise(Quantization):
     from its number and the seed, and are the same on all devices of a run.
     """
 
-    def __init__(self, amplitude: float | None = None, bits: int | Mapping[str, int] = 7, seed: int = 0):
+    def __init__(
+        self,
+        amplitude: float | None = None,
+        bits: int | Mapping[str, int | None] = 7,
+        seed: int = 0,
+        allow_float: tuple[str, ...] = (),
+    ):
         if amplitude is not None and not 0 < amplitude < math.inf:
             raise InputError(f"expected an amplitude greater than 0, got {amplitude} - at UniformNoise")
         self.start = 0
-        self.amplitude, self.bits, self.seed = amplitude, bits, seed
+        self.amplitude, self.bits, self.seed, self.allow_float = amplitude, bits, seed, allow_float
         self.update, self.generator = 0, torch.Generator()
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
-        weights = shared_weights(net, self.bits)
+        weights = shared_weights(net, self.bits, self.allow_float)
         self.generator = torch.Generator(next(iter(weights.values())).values.device)
         self._seed()
         for weight in weights.values():
@@ -183,11 +191,19 @@ class RTN(Quantization):
 
     of_finished_runs = True
 
-    def __init__(self, bits: int | Mapping[str, int] = 7, *, per_channel: bool = True, init: str = "mse"):
-        self.bits, self.per_channel, self.init = bits, per_channel, init
+    def __init__(
+        self,
+        bits: int | Mapping[str, int | None] = 7,
+        *,
+        per_channel: bool = True,
+        init: str = "mse",
+        allow_float: tuple[str, ...] = (),
+    ):
+        self.bits = bits
+        self.options: dict[str, Any] = {"per_channel": per_channel, "init": init, "allow_float": allow_float}
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
-        for step in quantize_(net, self.bits, per_channel=self.per_channel, init=self.init):
+        for step in quantize_(net, self.bits, **self.options):
             step.requires_grad_(False)
 
     def reattach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
@@ -205,12 +221,17 @@ class OBC(Quantization):
 
     of_finished_runs = True
 
-    def __init__(self, bits: int | Mapping[str, int] = 7, max_columns: int = 1200):
-        self.bits, self.max_columns = bits, max_columns
+    def __init__(
+        self,
+        bits: int | Mapping[str, int | None] = 7,
+        max_columns: int = 1200,
+        allow_float: tuple[str, ...] = (),
+    ):
+        self.bits, self.max_columns, self.allow_float = bits, max_columns, allow_float
         self.natural_order: list[str] = []
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
-        weights = shared_weights(net, self.bits)
+        weights = shared_weights(net, self.bits, self.allow_float)
         device = next(iter(weights.values())).values.device
         images = (part.to(device) for images, _ in batches for part in images.split(32))
         found = hessians(net, {name: weight.layers for name, weight in weights.items()}, images)

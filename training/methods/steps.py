@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qdeploy.errors import InputError
 from qdeploy.training.attached_quantizers import step_parameters
+from qdeploy.training.methods.freezing import Freezing, Window
 
 Closure = Callable[[], Tensor]  # the loss of this update's minibatch, with the same random draws at every call
 Backward = Callable[[Tensor], Any]
@@ -24,6 +25,9 @@ Backward = Callable[[Tensor], Any]
 
 class Step(Protocol):
     """How the gradients of an update are made."""
+
+    has_windows: bool = False  # whether there is something to record after some updates
+    window: Window | None = None  # what there is after this one
 
     def gradients(self, closure: Closure) -> Tensor:
         """Leaves them in `.grad` and returns the loss at the weights as they are, detached, shape []."""
@@ -103,93 +107,54 @@ class GAQAT(SAGM):
     SAGM, but the step size s of a quantizer gets ((1 - frozen) g_task + g_smooth) / 2. Of the gradients, g_task is the
     one at w and g_smooth the one uphill. A step size is frozen where g_task seldom changed its sign: where its
     disorder over the last K updates was below r. Where there is one step size a channel, each has its own mask.
+    After an update that ends K of them `window` holds what the figures of the paper show.
 
     Args:
-        r: the disorder below which a step size is frozen, 0 to 1.
+        r: the disorder below which a step size is frozen, 0 to 1; the defaults are the paper's for PACS at 4 bits.
         K: updates between two decisions, 2 or more. Update 0 is the first with step sizes; K makes the first decision.
         reverse: freezes where the disorder is r or more.
         no_unfreeze: what is frozen stays so.
-        sagm: rho, alpha and backward of `SAGM`.
+        rho, alpha: those of `SAGM`.
 
     Raises InputError for r, K, rho or alpha out of range.
     """
 
+    has_windows = True
+
     def __init__(
-        self, net: nn.Module, r: float, K: int, *, reverse: bool = False, no_unfreeze: bool = False, **sagm: Any
+        self,
+        net: nn.Module,
+        r: float = 0.3,
+        K: int = 350,
+        rho: float = 0.05,
+        alpha: float = 1e-3,
+        *,
+        reverse: bool = False,
+        no_unfreeze: bool = False,
+        backward: Backward = Tensor.backward,
     ):
-        super().__init__(net, **sagm)
-        if not 0 <= r <= 1:
-            raise InputError(f"expected r from 0 to 1, got {r} - at GAQAT")
-        self.r, self.reverse, self.no_unfreeze = r, reverse, no_unfreeze
-        self.disorder = Disorder(K)
-        self.frozen: Tensor | None = None  # bool [S]: of all step sizes of the network, one after the other
+        super().__init__(net, rho, alpha, backward=backward)
+        self.freezing = Freezing(r, K, reverse, no_unfreeze)
 
     def gradients(self, closure: Closure) -> Tensor:
-        scales = step_parameters(self.net)
+        self.window, scales = None, step_parameters(self.net)
         if not scales:
             return super().gradients(closure)
         loss = Plain.gradients(self, closure)
-        task = _taken(scales)
+        task = _gradients_of(scales)
+        for scale in scales:
+            scale.grad = None
         self._average_with_uphill(closure)
-        self._add_task(scales, task)
-        self._decide(self.disorder.add(task))
+        smooth = _gradients_of(scales)  # half of it
+        _set_gradients(scales, self.freezing.kept(task) / 2 + smooth)
+        self.window = self.freezing.add(task, 2 * smooth, scales)
         return loss
 
-    def _add_task(self, scales: list[nn.Parameter], task: Tensor) -> None:
-        kept = task if self.frozen is None else task.masked_fill(self.frozen, 0)
-        for scale, part in zip(scales, (kept / 2).split([scale.numel() for scale in scales]), strict=True):
-            part = part.view_as(scale)
-            scale.grad = part if scale.grad is None else scale.grad + part
-
-    def _decide(self, disorder: Tensor | None) -> None:
-        if disorder is None:
-            return
-        frozen = disorder >= self.r if self.reverse else disorder < self.r
-        self.frozen = frozen | self.frozen if self.no_unfreeze and self.frozen is not None else frozen
-
     def state_dict(self) -> dict[str, Any]:
-        return {"frozen": self.frozen, **self.disorder.state_dict()}
+        return self.freezing.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = next(self.net.parameters()).device
-        state = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-        self.frozen = state.pop("frozen")
-        self.disorder.load_state_dict(state)
-
-
-class Disorder:
-    """Gradient disorder (arXiv 2412.05551, definition 3.1): how often the signs of gradients change.
-
-    Of K updates in a row the share 1/K sum_j [sgn g_j != sgn g_(j+1)], (K - 1)/K at most. The sign 0 differs from both
-    others. Windows are the updates 1 to K, K + 1 to 2K and so on, update 0 before them; the change from one window to
-    the next counts in neither. Raises InputError for a K below 2.
-    """
-
-    def __init__(self, K: int):
-        if K < 2:
-            raise InputError(f"expected K of 2 updates or more, got {K} - at GAQAT")
-        self.K, self.updates = K, 0
-        self.signs: Tensor | None = None
-        self.changes: Tensor | None = None
-
-    def add(self, gradient: Tensor) -> Tensor | None:
-        """Counts one update's gradients [S]; returns the disorder, float64 [S], where they end a window."""
-        signs, place = gradient.sign(), self.updates % self.K
-        if self.changes is None or self.signs is None or place == 1:  # the first of a window
-            self.changes = torch.zeros_like(signs, dtype=torch.int64)
-        else:
-            self.changes = self.changes + (signs != self.signs)
-        self.signs = signs
-        self.updates += 1
-        return self.changes.double() / self.K if place == 0 and self.updates > 1 else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The counts so far."""
-        return {"updates": self.updates, "signs": self.signs, "changes": self.changes}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from `state_dict`."""
-        self.updates, self.signs, self.changes = state["updates"], state["signs"], state["changes"]
+        self.freezing.load_state_dict(state, next(self.net.parameters()).device)
 
 
 @contextmanager
@@ -218,12 +183,14 @@ def _move_uphill(weights: list[Tensor], rho: float, alpha: float) -> None:
     torch._foreach_add_(weights, gradients, alpha=rho / (norm + 1e-12) - alpha)
 
 
-def _taken(scales: list[nn.Parameter]) -> Tensor:
-    """The gradients of all step sizes in one vector [S]; takes them off. One without a gradient counts as 0."""
-    parts = [torch.zeros_like(scale) if scale.grad is None else scale.grad for scale in scales]
-    for scale in scales:
-        scale.grad = None
-    return torch.cat([part.flatten() for part in parts])
+def _gradients_of(scales: list[nn.Parameter]) -> Tensor:
+    """Of all step sizes in one vector [S]. One without a gradient counts as 0."""
+    return torch.cat([(torch.zeros_like(s) if s.grad is None else s.grad).flatten() for s in scales])
+
+
+def _set_gradients(scales: list[nn.Parameter], gradients: Tensor) -> None:
+    for scale, part in zip(scales, gradients.split([scale.numel() for scale in scales]), strict=True):
+        scale.grad = part.view_as(scale)
 
 
 def _not_negative(value: float, name: str) -> float:
