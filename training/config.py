@@ -141,6 +141,10 @@ def _typed(config: Config) -> Config:
         is_axis = setting.name in AXES_OF_CONFIG
         at = flag(setting.name)
         found[setting.name] = Choice.of(value, at) if is_axis else converted(value, hints[setting.name], at)
+    if "model" in found:  # whose constructors say less of their types than the classes on the axes
+        model = found["model"]
+        options = {key: converted(value, Any, "--model") for key, value in model.options.items()}
+        found["model"] = Choice(model.name, options)
     return replace(config, **found)
 
 

@@ -18,7 +18,7 @@ from qdeploy.terminal import columns
 from qdeploy.training.config import IN_DOMAIN, Config, made
 from qdeploy.training.domains import Benchmark, Outline
 from qdeploy.training.loader import PREFETCH
-from qdeploy.training.models import MODELS
+from qdeploy.training.networks_by_name import build
 from qdeploy.training.presets import NAMED, preset_of
 from qdeploy.training.pretrained import load_pretrained
 from qdeploy.training.seeds import seed_hash
@@ -28,11 +28,9 @@ def build_network(
     config: Config, benchmark: Benchmark | Outline, said: Callable[[str], object] = lambda text: None
 ) -> nn.Module:
     """The network of a run at its start: seeded random weights, or the pretrained ones, of which `said` hears."""
-    name = config.model.name
-    if name not in MODELS:
-        raise InputError(f"expected one of {', '.join(MODELS)}, got {name!r} - at --model")
     torch.manual_seed(seed_hash(config.seed, "weights"))
-    net = MODELS[name](len(benchmark.classes), in_channels=benchmark.input_shape[0], **config.model.options)
+    channels = benchmark.input_shape[0]
+    net = build(config.model.name, len(benchmark.classes), channels, **config.model.options)
     if config.weights is not None:
         said(load_pretrained(net, Path(config.weights)))
     return net
