@@ -388,6 +388,20 @@ def _show_train(report: Report) -> None:
     command.show(report)
 
 
+def combine(args: argparse.Namespace) -> Report:
+    """Judge the ensemble or the average of finished training runs, and write its model file."""
+    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
+    from qdeploy.training import combine_command
+
+    return combine_command.main(args)
+
+
+def _show_combine(report: Report) -> None:
+    from qdeploy.training import combine_command
+
+    combine_command.show(report)
+
+
 def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file; two or more make an ensemble."""
     from qdeploy.training import finished_runs  # imports no torch
@@ -531,11 +545,12 @@ def _parser() -> argparse.ArgumentParser:
     added = command(verify, _show_verify, file=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=2)
     added.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
-    from qdeploy.training import command as train_command  # these two import no torch
-    from qdeploy.training import data_command
+    from qdeploy.training import combine_command, data_command  # these three import no torch
+    from qdeploy.training import command as train_command
 
     data_command.add_arguments(command(data, _show_data))
     train_command.add_arguments(command(train, _show_train))
+    combine_command.add_arguments(command(combine, _show_combine))
     command(doctor, _show_doctor)
     return parser
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import typing
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -17,7 +16,7 @@ from qdeploy.errors import InputError
 from qdeploy.files import atomic_file, check_regular
 from qdeploy.graph import MAX_MEMBERS
 from qdeploy.terminal import note, write
-from qdeploy.training.config import AXES_OF_CONFIG, IN_DOMAIN, Config, flag, made, plain, resolve, with_updates
+from qdeploy.training.config import AXES_OF_CONFIG, Config, flag, made, plain, resolve, with_updates
 from qdeploy.training.methods import AXES
 from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
 from qdeploy.training.settings_files import dotted, over, read_settings, written
@@ -130,7 +129,7 @@ def _prepared(runs: Runs) -> tuple[Runs, Benchmark, Fabric]:
     if config.float_runs is not None or made(config, "quantization").of_finished_runs:
         for one in runs.values():
             float_run(one)
-    fabric = _fabric(config)
+    fabric = fabric_of(config)
     benchmark = benchmark_of(config, check=lambda outline: check_setting(config, outline))
     if config.epochs is not None:
         shown = training_images(config, benchmark)
@@ -193,7 +192,7 @@ def _check_begun(runs: Runs) -> None:
             check_same_run(read_state(run / CHECKPOINT)[0], config, run / CHECKPOINT)
 
 
-def _fabric(config: Config) -> Fabric:
+def fabric_of(config: Config) -> Fabric:
     from lightning_fabric import Fabric
     from lightning_fabric.accelerators.cpu import CPUAccelerator
     from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -217,35 +216,9 @@ def show(summary: dict) -> None:
         return show_methods(summary)
     if "settings" in summary:
         return write(summary["settings"].rstrip())
-    test, members = summary["config"]["test_domain"], summary["members"]
-    if test == IN_DOMAIN:
-        measured = "20% of each domain"
-    else:
-        measured = f"the held-out domain{'s' if len(members[0]['tests']) > 1 else ''} {test}"
-    write(f"Accuracy on {measured}, at {_CHOSEN[summary['config']['selection']]}")
-    rows = [_columns(member["tests"], member["test"]) for member in members]
-    write(f"{'seed':>8} {'update':>6} {'validation':>11}" + "".join(f" {name:>11}" for name in rows[0]))
-    for member, row in zip(members, rows, strict=True):
-        write(f"{member['seed']:>8} {member['update']:>6} {member['validation']:>11.2%}" + _cells(row))
-    if len(members) > 1:
-        means = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
-        error = statistics.stdev(member["test"] for member in members) / len(members) ** 0.5
-        write(f"{'mean':>8} {'':>6} {'':>11}{_cells(means)} +- {error:.2%} (standard error)")
-        for rule, accuracy in summary["ensemble"].items():
-            write(f"ensemble, {rule:<17}" + _cells(_columns(summary["ensemble_tests"][rule], accuracy)))
-    if "file" in summary:
-        file = summary["file"]
-        write(f"{file['path']}: {file['bytes']:,} bytes")
-        write(f"int8 engine {file['test']:.2%}, the same class as the trained network in {file['agreement']:.2%}")
-
-
-def _columns(tests: dict[str, float], mean: float) -> dict[str, float]:
-    """The accuracy of each domain, and their mean where there are several."""
-    return tests if len(tests) == 1 else {**tests, "mean": mean}
-
-
-def _cells(row: dict[str, float]) -> str:
-    return "".join(f" {accuracy:>{max(11, len(name))}.2%}" for name, accuracy in row.items())
+        for one in runs.values():
+            float_run(one)
+    fabric = fabric_of(config)
 
 
 def _finish(

@@ -29,11 +29,10 @@ _SHARED, _MAY_DIFFER = frozenset({"test_domain", "split_seed", "image_size", "mo
 
 def all_seeds(folders: Sequence[Path]) -> list[Path]:
     """The folders of runs, with those of all seeds, in order, in place of the folder OUT of `qdeploy train`."""
-    found = []
+    found: list[Path] = []
     for folder in folders:
-        numbers = [] if (folder / DONE).exists() else [path.name[4:] for path in folder.glob("seed*")]
-        seeds = sorted(int(number) for number in numbers if number.isdecimal())
-        found += [folder / f"seed{seed}" for seed in seeds] or [folder]
+        seeds = [] if (folder / DONE).exists() else [path for path in folder.glob("seed*") if path.name[4:].isdecimal()]
+        found += sorted(seeds, key=lambda path: int(path.name[4:])) or [folder]
     return found
 
 

@@ -149,11 +149,16 @@ def read_state(path: Path) -> tuple[Config, dict[str, Any]]:
 
 
 def write_state(path: Path, config: Config, state: dict[str, Any]) -> None:
-    """Write CHECKPOINT or MODEL. In memory first: on a full disk torch hides the error behind one of its own."""
+    """Write CHECKPOINT or MODEL."""
+    save_tensors(path, {**settings_of(config), **state})
+
+
+def save_tensors(path: Path, content: dict[str, Any]) -> None:
+    """As torch.save; in memory first, because on a full disk torch hides the error behind one of its own."""
     import torch
 
     buffer = io.BytesIO()
-    torch.save({**settings_of(config), **state}, buffer)
+    torch.save(content, buffer)
     with atomic_file(path) as file:
         file.write(buffer.getbuffer())
 
