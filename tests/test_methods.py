@@ -452,3 +452,20 @@ def test_gaqat_writes_what_its_step_sizes_do(tmp_path):
     assert rows[0] == "step,scale,s,sum_task,sum_smooth,disorder_task,disorder_smooth,frozen"
     # Step sizes come with update 3, windows of 2 end with 5 and 7; 6 layers, each with a weight and an input.
     assert [row.partition(",")[0] for row in rows[1:]] == ["5"] * 12 + ["7"] * 12
+
+
+def test_a_linear_probe_trains_the_head_alone_and_runs_begin_with_it(tmp_path):
+    """As DiWA asks for: the networks that are averaged began as one, its head included."""
+    config = settings("erm", train_only="classifier.*", batch_norm="frozen")
+    trainer.run(config, BENCHMARK, tmp_path / "probe", fabric())
+    before = build_network(config, BENCHMARK).state_dict()
+    probed = load_trained(tmp_path / "probe", BENCHMARK).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], probed[name])}
+    assert moved == {f"classifier.{name}" for name in ("conv.weight", "conv.bias", "bn.weight", "bn.bias")}
+    later = settings("erm", weights=str(tmp_path / "probe" / "model.pt"), seed=1)
+    begun = build_network(later, BENCHMARK).state_dict()
+    assert all(torch.equal(begun[name], probed[name]) for name in probed)
+    with pytest.raises(
+        InputError, match=r"expected a pattern of parameters \(features.0.conv.weight, .*got 'fc.*train-o"
+    ):
+        learner_of(settings("erm", train_only="fc.*"))

@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 
 Runs = dict[Path, Config]  # by folder
 
-_CHOSEN = {
-    "validation": "the evaluation chosen by training-domain validation",
-    "oracle": "the evaluation chosen by the held-out images themselves (oracle)",
-    "last": "the last evaluation",
-    "lowest-train-loss": "the evaluation with the lowest training loss",
-}
 SUMMARY, FILES = "summary.json", ("model.safetensors", "eoq.safetensors")  # FILES: of one network, of an ensemble
 
 
@@ -211,14 +205,13 @@ def fabric_of(config: Config) -> Fabric:
 def show(summary: dict) -> None:
     """Prints the summary of `main` as a table; accuracies in percent."""
     from qdeploy.training.methods_table import show_methods
+    from qdeploy.training.results_table import show_results
 
     if "methods" in summary:
         return show_methods(summary)
     if "settings" in summary:
         return write(summary["settings"].rstrip())
-        for one in runs.values():
-            float_run(one)
-    fabric = fabric_of(config)
+    return show_results(summary)
 
 
 def _finish(

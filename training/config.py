@@ -65,6 +65,7 @@ class Config:
 
     model: Choice = _axis("network: one of qdeploy.training.MODELS, timm:NAME, transformers:CLASS or module:FUNCTION")
     weights: str | None = _option(None, "pretrained weights to start from: a state dict, .pth or .safetensors")
+    train_only: str | None = _option(None, "train only the parameters whose names match, e.g. 'fc.*', a linear probe")
     from_scratch: bool = _option(False, "images of a folder: begin with random weights instead of --weights")
     batch_norm: str = _option(
         None, "its statistics; frozen is the default with --weights, trained without", choices=BATCH_NORMS

@@ -13,7 +13,7 @@ from torch import nn
 from qdeploy.errors import InputError
 from qdeploy.training.attached_quantizers import quantizers
 from qdeploy.training.config import Config
-from qdeploy.training.methods.averages import Mean, averaged_tensors
+from qdeploy.training.methods.mean import Mean, averaged_tensors
 
 Named = tuple[str, nn.Module]
 
@@ -86,6 +86,6 @@ def _tensors(name: str, net: nn.Module, mean: Mean) -> dict:
         raise InputError(f"expected a network in float, which DiWA averages, got a quantized one - at {name}")
     tensors = averaged_tensors(net)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    if mean.count and shapes != {key: tensor.shape for key, tensor in mean.tensors.items()}:
+    if mean.tensors and shapes != {key: tensor.shape for key, tensor in mean.tensors.items()}:
         raise InputError(f"expected the tensors of the networks before it, got others - at {name}")
     return tensors

@@ -8,6 +8,13 @@ from typing import Any
 from qdeploy.terminal import write
 from qdeploy.training.config import IN_DOMAIN
 
+_CHOSEN = {
+    "validation": "the evaluation chosen by training-domain validation",
+    "oracle": "the evaluation chosen by images of these domains (oracle)",
+    "last": "the last evaluation",
+    "lowest-train-loss": "the evaluation with the lowest training loss",
+}
+
 
 def show_results(summary: dict[str, Any]) -> None:
     """Prints, in percent, each of "members" and their mean, what there is of "ensemble" by its rules, "average" and
@@ -17,7 +24,7 @@ def show_results(summary: dict[str, Any]) -> None:
         measured = "20% of each domain"
     else:
         measured = f"the held-out domain{'s' if len(members[0]['tests']) > 1 else ''} {test}"
-    write(f"Accuracy on {measured}, at the evaluation chosen by training-domain validation")
+    write(f"Accuracy on {measured}, at {_CHOSEN[summary['config']['selection']]}")
     rows = [_columns(member["tests"], member["test"]) for member in members]
     write(f"{'seed':>8} {'update':>6} {'validation':>11}" + "".join(f" {name:>11}" for name in rows[0]))
     for member, row in zip(members, rows, strict=True):

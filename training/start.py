@@ -17,6 +17,7 @@ from qdeploy.networks.quantizable import classifier, quantizable_layers
 from qdeploy.terminal import columns
 from qdeploy.training.config import IN_DOMAIN, Config, made
 from qdeploy.training.domains import Benchmark, Outline
+from qdeploy.training.learner import train_only_
 from qdeploy.training.loader import PREFETCH
 from qdeploy.training.networks_by_name import build
 from qdeploy.training.presets import NAMED, preset_of
@@ -53,7 +54,9 @@ def check_setting(config: Config, outline: Outline) -> None:
     shape, images = outline.input_shape, config.batch_size * len(sources)
     bytes_each = 4 + 1 + PREFETCH * config.workers  # as floats, and those loaded ahead
     check_memory(bytes_each * images * math.prod(shape), f"{images} images", "--batch-size")
-    net = build_network(config, outline).to("meta").train(config.batch_norm != "frozen")
+    net = build_network(config, outline)
+    train_only_(net, config.train_only)
+    net = net.to("meta").train(config.batch_norm != "frozen")
     try:
         net(torch.empty(images // config.devices, *shape, device="meta"))
     except (RuntimeError, ValueError) as error:
