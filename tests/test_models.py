@@ -110,7 +110,7 @@ def test_options_reach_the_constructor():
         ("nin", {"deepth": 3, "width": 1}, "options among depth, width, dropout, got deepth - at --model nin"),
         ("resnet18", {"groups": 2}, "options among dropout, got groups - at --model resnet18"),
         ("nin", {"depth": 0}, "expected depth and width of 1 or more, got 0 and 2 - at NiN"),
-        ("nin", {"width": "2"}, "options with which the network can be made, got TypeError: .* - at --model nin"),
+        ("nin", {"width": "2"}, "options that make a network, got TypeError: .* - at --model nin"),
         ("resnet50", {"dropout": 1.0}, "expected a share to drop from 0 to below 1, got 1.0 - at dropout"),
         ("mobilenet_v2", {"dropout": -1}, "expected a share to drop"),
         ("vgg16_bn", {"dropout": float("nan")}, "expected a share to drop"),
@@ -321,7 +321,7 @@ def test_self_distillation_of_transformers(transformers, name, body):
         ("ViTForImageClassification", {"hidden": 3}, "options among hidden_size, .*, got hidden - at --model transf"),
         ("ViTForImageClassification", {"num_channels": 3}, "got num_channels - at --model transf"),
         ("ViTForImageClassification", {"num_labels": 3}, "got num_labels - at --model transf"),
-        ("ViTForImageClassification", {"hidden_size": "x"}, "options with which the network can be made, got "),
+        ("ViTForImageClassification", {"hidden_size": "x"}, "expected options that make a network, got "),
     ],
 )  # fmt: skip
 def test_wrong_networks_of_transformers_are_one_line(transformers, name, options, text):
