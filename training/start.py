@@ -19,6 +19,7 @@ from qdeploy.training.config import IN_DOMAIN, Config, made
 from qdeploy.training.domains import Benchmark, Outline
 from qdeploy.training.learner import train_only_
 from qdeploy.training.loader import PREFETCH
+from qdeploy.training.methods.clipood import TextHead, read_text_features
 from qdeploy.training.networks_by_name import build
 from qdeploy.training.presets import NAMED, preset_of
 from qdeploy.training.pretrained import load_pretrained
@@ -31,10 +32,14 @@ def build_network(
     """The network of a run at its start: seeded random weights, or the pretrained ones, of which `said` hears."""
     torch.manual_seed(seed_hash(config.seed, "weights"))
     channels = benchmark.input_shape[0]
-    net = build(config.model.name, len(benchmark.classes), channels, **config.model.options)
+    classes, text = len(benchmark.classes), None
+    if config.text_features is not None:
+        text = read_text_features(Path(config.text_features), classes)
+    outputs = classes if text is None else text.shape[1]
+    net = build(config.model.name, outputs, channels, **config.model.options)
     if config.weights is not None:
         said(load_pretrained(net, Path(config.weights)))
-    return net
+    return net if text is None else TextHead(net, text)
 
 
 def check_setting(config: Config, outline: Outline) -> None:
