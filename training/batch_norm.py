@@ -73,7 +73,7 @@ def synchronize_(net: nn.Module) -> None:
     for _, layer in layers:
         on_cpu = all(tensor.device.type == "cpu" for tensor in (*layer.parameters(), *layer.buffers()))
         layer.__class__ = SynchronizedOnCPU if on_cpu else nn.SyncBatchNorm  # as it is but for its forward pass
-        layer.process_group = None  # which torch's asks for: all devices
+        vars(layer)["process_group"] = None  # which torch's asks for: all devices
 
 
 class SynchronizedOnCPU(_BatchNorm):
