@@ -142,9 +142,11 @@ def test_lsq_on_a_cpu(benchmark, results, rounds, shape):
 class Updates:
     """Updates of a network of its own on one minibatch: images that are no use, but as many as a run has."""
 
-    def __init__(self, net: str, step: Callable[[torch.nn.Module], Step], average: Average, quantized: bool = False):
+    def __init__(
+        self, net: str, size: int, step: Callable[[torch.nn.Module], Step], average: Average, quantized: bool = False
+    ):
         torch.manual_seed(0)
-        shape = (128, 1, 16, 16) if net == "nin" else (16, 3, 64, 64)
+        shape = (size, 1, 16, 16) if net == "nin" else (size, 3, 64, 64)
         self.images, self.classes = torch.rand(shape), torch.randint(7, shape[:1])
         options = {"depth": 2, "width": 2} if net == "nin" else {}
         self.net = MODELS[net](7, shape[1], **options).train()
@@ -178,13 +180,14 @@ def keep_freed_memory() -> None:
 def test_updates(benchmark, results, rounds, progress, net):
     keep_freed_memory()
     torch.set_num_threads(1)
+    size = 4 if benchmark.disabled else 128 if net == "nin" else 16
     ways = {
-        "plain": Updates(net, Plain, NoAverage()),
-        "lsq": Updates(net, Plain, NoAverage(), quantized=True),
-        "sam": Updates(net, SAM, NoAverage()),
-        "sagm": Updates(net, SAGM, NoAverage()),
-        "gaqat": Updates(net, lambda own: GAQAT(own, r=0.3, K=5), NoAverage(), quantized=True),
-        "sma": Updates(net, Plain, SMA(1)),
+        "plain": Updates(net, size, Plain, NoAverage()),
+        "lsq": Updates(net, size, Plain, NoAverage(), quantized=True),
+        "sam": Updates(net, size, SAM, NoAverage()),
+        "sagm": Updates(net, size, SAGM, NoAverage()),
+        "gaqat": Updates(net, size, lambda own: GAQAT(own, r=0.3, K=5), NoAverage(), quantized=True),
+        "sma": Updates(net, size, Plain, SMA(1)),
     }
     count = 5 if net == "nin" and not benchmark.disabled else 1
     ms: dict[str, list[float]] = {way: [] for way in ways}
