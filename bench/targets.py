@@ -102,6 +102,14 @@ for shape, bound in LSQ_ON_CPU.items():
     weights = f"LSQ of {'x'.join(map(str, shape))} weights per channel on one thread, times faster than autograd"
     TARGETS[f"training/lsq/{shape}"] = Target(weights, bound, "x", True)
 
+# What an update costs beside the plain one of the same network: how its gradients are made, and its average.
+UPDATES = {"sam": 2.1, "sagm": 2.1, "gaqat": 2.1, "sma": 1.03}
+UPDATED = {"nin": "NiN 2x2, 4 x 32 digits of 16 x 16", "resnet50": "ResNet-50, 16 images of 64 x 64"}
+for net, name in UPDATED.items():
+    for way, bound in UPDATES.items():
+        same = "LSQ's" if way == "gaqat" else "the plain one"
+        TARGETS[f"training/update/{net}/{way}"] = Target(f"an update with {way.upper()} / {same}, {name}", bound)
+
 
 # ---- On a GPU: the cases of gpu_cases.py -----------------------------------------------------------------------------
 

@@ -69,6 +69,14 @@ class TinyViT(nn.Module):
         return self.head(self.norm(x)[:, 0])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def text_features(tmp_path_factory):
+    """Of four classes, 8 numbers each."""
+    global TEXT_FEATURES
+    TEXT_FEATURES = tmp_path_factory.mktemp("text") / "features.npy"
+    np.save(TEXT_FEATURES, np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32))
+
+
 @pytest.fixture(autouse=True)
 def tiny_vit(monkeypatch):
     monkeypatch.setitem(MODELS, "tiny-vit", TinyViT)
@@ -77,8 +85,10 @@ def tiny_vit(monkeypatch):
 def settings(name: str, **given: object) -> Config:
     """Of a row, with a small network of its kind and its options for a run of nine updates."""
     row = METHODS[name]
-    network = "tiny-vit" if "self-distillation" in str(row.objective) else {"name": "nin", "depth": 2, "width": 1}
+    network = {"name": "nin", "depth": 2, "width": 1} if name in CONVOLUTIONAL else "tiny-vit"
     options: dict[str, object] = {"model": network}
+    if "clip" in name:
+        options["text_features"] = str(TEXT_FEATURES)
     if "quantize_at" not in given and takes_switch(name):
         options["quantize_at"] = 3
     if row.step == "gaqat":
@@ -92,8 +102,8 @@ def takes_switch(name: str) -> bool:
     return str(METHODS[name].quantization) not in ("none", "uniform-noise", "rtn", "obc")
 
 
+CONVOLUTIONAL = [name for name in METHODS if "vit" not in name and "clip" not in name]
 OF_UPDATES = [name for name, row in METHODS.items() if row.quantization not in ("rtn", "obc")]
-CONVOLUTIONAL = [name for name in METHODS if "vit" not in name]
 
 
 def fabric() -> Fabric:
@@ -269,7 +279,7 @@ def test_an_objective_of_ones_own_by_its_place(tmp_path, capsys):
 @pytest.mark.parametrize("name", METHODS)
 def test_settings_are_printed_as_they_are_read(name, tmp_path, capsys):
     words = ["train", "--method", name, "--data", "debug", "--test-domain", "debug1"]
-    if "vit" in name:
+    if name not in CONVOLUTIONAL:
         words += ["--model", "tiny-vit"]
     assert cli.main([*words, "--seed", "3", "--print-config"]) == 0
     printed = capsys.readouterr().out
@@ -452,3 +462,48 @@ def test_gaqat_writes_what_its_step_sizes_do(tmp_path):
     assert rows[0] == "step,scale,s,sum_task,sum_smooth,disorder_task,disorder_smooth,frozen"
     # Step sizes come with update 3, windows of 2 end with 5 and 7; 6 layers, each with a weight and an input.
     assert [row.partition(",")[0] for row in rows[1:]] == ["5"] * 12 + ["7"] * 12
+
+
+def test_a_linear_probe_trains_the_head_alone_and_runs_begin_with_it(tmp_path):
+    """As DiWA asks for: the networks that are averaged began as one, its head included."""
+    config = settings("erm", train_only="classifier.*", batch_norm="frozen")
+    trainer.run(config, BENCHMARK, tmp_path / "probe", fabric())
+    before = build_network(config, BENCHMARK).state_dict()
+    probed = load_trained(tmp_path / "probe", BENCHMARK).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], probed[name])}
+    assert moved == {f"classifier.{name}" for name in ("conv.weight", "conv.bias", "bn.weight", "bn.bias")}
+    later = settings("erm", weights=str(tmp_path / "probe" / "model.pt"), seed=1)
+    begun = build_network(later, BENCHMARK).state_dict()
+    assert all(torch.equal(begun[name], probed[name]) for name in probed)
+    with pytest.raises(
+        InputError, match=r"expected a pattern of parameters \(features.0.conv.weight, .*got 'fc.*train-o"
+    ):
+        learner_of(settings("erm", train_only="fc.*"))
+
+
+def test_networks_that_no_file_can_hold_yet_train_without_one(tmp_path, capsys):
+    words = "train --method sd-vit+qt-dog --model tiny-vit --data debug --test-domain debug1 --accelerator cpu".split()
+    words += "--updates 5 --quantize-at 2 --eval-every 2 --batch-size 4 --seeds 2".split() + ["--out", str(tmp_path)]
+    assert cli.main(words) == 2
+    assert "expected" in capsys.readouterr().err.splitlines()[-1] and not list(tmp_path.glob("seed0/*"))
+    assert cli.main([*words, "--no-export"]) == 0
+    out = capsys.readouterr().out
+    assert "ensemble, logits" in out and "int8" not in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0", "seed1", "summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [("mixstyle+qt-dog", "resnet18"), ("gaqat", "resnet18"), ("gaqat", "mobilenet_v1_32px")],
+)
+def test_other_networks_export_with_the_codes_of_training(name, network, tmp_path):
+    config = settings(name, model=network, updates=4, quantize_at=2, batch_size=2)
+    data = [replace(domain, images=domain.images.repeat(2, 2).repeat(2, 3)) for domain in BENCHMARK.domains]
+    benchmark = replace(BENCHMARK, domains=data)  # 32 x 32
+    trainer.run(config, benchmark, tmp_path / "run", fabric())
+    net = load_trained(tmp_path / "run", benchmark)
+    x = benchmark.normalized(torch.from_numpy(data[1].images[:8]))
+    qdeploy.export(net, x[:2], tmp_path / "m.safetensors", calibration=[x])
+    assert_codes_of_training(net, tmp_path / "m.safetensors", None)
+    model, graph = (load(tmp_path / "m.safetensors") for load in (qdeploy.load_int_model, format.load))
+    assert model(x[:2].numpy()).tobytes() == reference.run(graph, x[:2].numpy()).tobytes()

@@ -106,11 +106,11 @@ def test_options_reach_the_constructor():
     ("name", "options", "text"),
     [
         ("nim", {}, "expected one of resnet18, .*nin, .*or timm:NAME, transformers:ClassName or "
-                    "package.module:callable, got 'nim' - at model"),
-        ("nin", {"deepth": 3, "width": 1}, "options among depth, width, dropout, got deepth - at model nin"),
-        ("resnet18", {"groups": 2}, "options among dropout, got groups - at model resnet18"),
+                    "package.module:callable, got 'nim' - at --model"),
+        ("nin", {"deepth": 3, "width": 1}, "options among depth, width, dropout, got deepth - at --model nin"),
+        ("resnet18", {"groups": 2}, "options among dropout, got groups - at --model resnet18"),
         ("nin", {"depth": 0}, "expected depth and width of 1 or more, got 0 and 2 - at NiN"),
-        ("nin", {"width": "2"}, "options with which the network can be made, got TypeError: .* - at model nin"),
+        ("nin", {"width": "2"}, "options that make a network, got TypeError: .* - at --model nin"),
         ("resnet50", {"dropout": 1.0}, "expected a share to drop from 0 to below 1, got 1.0 - at dropout"),
         ("mobilenet_v2", {"dropout": -1}, "expected a share to drop"),
         ("vgg16_bn", {"dropout": float("nan")}, "expected a share to drop"),
@@ -148,16 +148,16 @@ def test_a_callable_by_its_path(own):
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("no_such.package:f", {}, "expected a module that can be imported, got ModuleNotFoundError: No module named "
-                                  "'no_such' - at model no_such.package:f"),
-        (":f", {}, "expected a module that can be imported, got ValueError"),
-        ("own_networks:small", {}, "expected a callable `small` in own_networks, got none - at model own_net"),
+        ("no_such.package:f", {}, "expected a module to import, got ModuleNotFoundError: No module named "
+                                  "'no_such' - at --model no_such.package:f"),
+        (":f", {}, "expected a module to import, got ValueError"),
+        ("own_networks:small", {}, "expected a callable `small` in own_networks, got none - at --model own_net"),
         ("own_networks:number", {}, "expected a callable `number` in own_networks, got a int"),
-        ("own_networks:tiny", {"width": 1}, "options among hidden, bias, got width - at model own_networks:tiny"),
+        ("own_networks:tiny", {"width": 1}, "options among hidden, bias, got width - at --model own_networks:tiny"),
         ("own_networks:anything", {"width": 1}, "got TypeError: .* unexpected keyword argument 'width'"),
-        ("own_networks:words", {}, "expected a torch.nn.Module, got str - at model own_networks:words"),
-        ("own_networks:words", {"x": 1}, "expected no options, got x - at model own_networks:words"),
-        ("own_networks:broken", {}, "got ZeroDivisionError: division by zero - at model own_networks:broken"),
+        ("own_networks:words", {}, "expected a torch.nn.Module, got str - at --model own_networks:words"),
+        ("own_networks:words", {"x": 1}, "expected no options, got x - at --model own_networks:words"),
+        ("own_networks:broken", {}, "got ZeroDivisionError: division by zero - at --model own_networks:broken"),
     ],
 )  # fmt: skip
 def test_wrong_callables_are_one_line(own, name, options, text):
@@ -201,10 +201,10 @@ def timm(monkeypatch):
 def test_a_network_of_timm_is_never_pretrained(timm):
     net = build("timm:deit_small_patch16_224", 5, 1, depth=2)
     assert (net.stem.weight.shape, net.head.out_features) == ((8, 1, 4, 4), 5)
-    with pytest.raises(InputError, match=r"options among depth, drop_rate, got dropout - at model timm:deit_small"):
+    with pytest.raises(InputError, match=r"options among depth, drop_rate, got dropout - at --model timm:deit_small"):
         build("timm:deit_small_patch16_224", 5, 1, dropout=2)
     with pytest.raises(
-        InputError, match="got TypeError: .*unexpected keyword argument 'dropout' - at model timm:deit_ti"
+        InputError, match="got TypeError: .*unexpected keyword argument 'dropout' - at --model timm:deit_ti"
     ):
         build("timm:deit_tiny_patch16_224", 5, 1, dropout=2)
     with pytest.raises(
@@ -225,7 +225,7 @@ def test_a_package_that_does_not_load_says_why(monkeypatch, tmp_path):
     (tmp_path / "timm.py").write_text("import torchvision_of_another_torch")
     monkeypatch.delitem(sys.modules, "timm", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InputError, match="got No module named 'torchvision_of_another_torch' - at model timm:"):
+    with pytest.raises(InputError, match="got No module named 'torchvision_of_another_torch' - at --model timm:"):
         build("timm:x", 4, 3)
 
 
@@ -316,12 +316,12 @@ def test_self_distillation_of_transformers(transformers, name, body):
     ("name", "options", "text"),
     [
         ("ViTForImageClasification", {}, r"expected a network of transformers \(ViTForImageClassification, .*\), got "
-                                         "'ViTForImageClasification' - at model transformers:ViTForImageClasification"),
+                                         "'ViTForImageClasification' - at --model transformers:"),
         ("ViTConfig", {}, "got 'ViTConfig'"),
-        ("ViTForImageClassification", {"hidden": 3}, "options among hidden_size, .*, got hidden - at model transf"),
-        ("ViTForImageClassification", {"num_channels": 3}, "got num_channels - at model transf"),
-        ("ViTForImageClassification", {"num_labels": 3}, "got num_labels - at model transf"),
-        ("ViTForImageClassification", {"hidden_size": "x"}, "options with which the network can be made, got "),
+        ("ViTForImageClassification", {"hidden": 3}, "options among hidden_size, .*, got hidden - at --model transf"),
+        ("ViTForImageClassification", {"num_channels": 3}, "got num_channels - at --model transf"),
+        ("ViTForImageClassification", {"num_labels": 3}, "got num_labels - at --model transf"),
+        ("ViTForImageClassification", {"hidden_size": "x"}, "expected options that make a network, got "),
     ],
 )  # fmt: skip
 def test_wrong_networks_of_transformers_are_one_line(transformers, name, options, text):

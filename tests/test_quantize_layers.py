@@ -12,7 +12,8 @@ from torch.nn import functional
 import qdeploy
 from qdeploy import export, format, reference
 from qdeploy.errors import ExportError, InputError
-from qdeploy.training import quantize_, quantize_like_, quantizers, summary
+from qdeploy.kernels.lsq import lsq_many
+from qdeploy.training import one_launch, quantize_, quantize_like_, quantizers, summary
 from qdeploy.training.float_matrices import check_matrices
 from qdeploy.training.methods.inq import INQ
 from qdeploy.training.methods.quantizations import LSQ, OBC, RTN, UniformNoise
@@ -154,6 +155,22 @@ def test_steps_of_inputs_alone_learn():
     functional.cross_entropy(net(images()), torch.arange(16) % 5).backward()
     assert all(quantizer.step.grad.abs().sum() > 0 for quantizer in quantizers(net).values())
     assert net.conv1.weight.grad.abs().sum() > 0
+
+
+def test_one_launch_leaves_float_weights_out(monkeypatch):
+    launched = []
+
+    def together(values, *rest):
+        launched.append(len(values))
+        return lsq_many(values, *rest)
+
+    net, only_inputs, x = first_layer_in_float(4), Chain().eval(), images()
+    quantize_(only_inputs, {"*": None}, {"*": 4}, calibration=x)
+    expected, expected_of_inputs = net(x), only_inputs(x)
+    monkeypatch.setattr(one_launch, "on_gpu", lambda value: True)  # the CPU is taken for a GPU
+    monkeypatch.setattr(one_launch, "lsq_many", together)
+    assert torch.equal(net(x), expected) and launched == [len(LAYERS) - 2]
+    assert torch.equal(only_inputs(x), expected_of_inputs) and len(launched) == 1
 
 
 @pytest.mark.parametrize("bits", [3, 4])

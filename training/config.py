@@ -51,6 +51,8 @@ class Config:
     skip_unreadable: str | None = _option(None, "train without the images in this list: --write-list of `qdeploy data`")
     image_size: int = _option(224, "height and width for images of a folder", least=1, most=16_384)
 
+    normalization: str = _option(None, "of the images: as usual for the data, or as CLIP has it", ("data", "clip"))
+
     method: str = _option("qt-dog", "a row of `qdeploy train --methods`: what stands on the axes below")
     objective: Choice = _axis("the loss of an update")
     step: Choice = _axis("how its gradients are made")
@@ -65,6 +67,10 @@ class Config:
 
     model: Choice = _axis("network: one of qdeploy.training.MODELS, timm:NAME, transformers:CLASS or module:FUNCTION")
     weights: str | None = _option(None, "pretrained weights to start from: a state dict, .pth or .safetensors")
+    train_only: str | None = _option(None, "train only the parameters whose names match, e.g. 'fc.*', a linear probe")
+    text_features: str | None = _option(
+        None, "CLIP: a file of the classes' text features, the classifier of --model, which is the image tower"
+    )
     from_scratch: bool = _option(False, "images of a folder: begin with random weights instead of --weights")
     batch_norm: str = _option(
         None, "its statistics; frozen is the default with --weights, trained without", choices=BATCH_NORMS
@@ -101,7 +107,7 @@ MACHINE = frozenset({"accelerator", "devices", "precision", "workers"})
 # What a run may go on with: other machines, more updates, images that lie elsewhere (of the same fingerprint).
 # `from_scratch` only consents, `method` only names what stands on the axes.
 MAY_CHANGE = MACHINE | {"updates", "epochs", "data", "skip_unreadable", "from_scratch", "method"}
-_DEFAULTS = {"optimizer": "adam", "schedule": "constant", "weight_decay": 0.0}
+_DEFAULTS = {"optimizer": "adam", "schedule": "constant", "weight_decay": 0.0, "normalization": "data"}
 
 
 def resolve(config: Config) -> Config:
@@ -141,6 +147,10 @@ def _typed(config: Config) -> Config:
         is_axis = setting.name in AXES_OF_CONFIG
         at = flag(setting.name)
         found[setting.name] = Choice.of(value, at) if is_axis else converted(value, hints[setting.name], at)
+    if "model" in found:  # whose constructors say less of their types than the classes on the axes
+        model = found["model"]
+        options = {key: converted(value, Any, "--model") for key, value in model.options.items()}
+        found["model"] = Choice(model.name, options)
     return replace(config, **found)
 
 

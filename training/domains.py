@@ -20,7 +20,7 @@ from qdeploy.training.file_lists import read_list, tree_without
 from qdeploy.training.fingerprint import fingerprint
 from qdeploy.training.image_sets import SETS
 from qdeploy.training.image_tree import ImageFile
-from qdeploy.training.images import IMAGENET_MEAN, IMAGENET_STD, Draw, load_image
+from qdeploy.training.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Draw, load_image
 
 if TYPE_CHECKING:
     from qdeploy.training.config import Config
@@ -191,7 +191,13 @@ def load_benchmark(
 def benchmark_of(config: Config, check: Callable[[Outline], None] = lambda outline: None) -> Benchmark:
     """The data of a run; arguments and errors as for `load_benchmark`."""
     names = config.domains.split(",") if config.domains is not None else None
-    return load_benchmark(config.data, names, config.image_size, check, config.skip_unreadable)
+    found = load_benchmark(config.data, names, config.image_size, check, config.skip_unreadable)
+    if config.normalization == "data":
+        return found
+    if found.input_shape[0] != 3:
+        got = f"images of {found.input_shape[0]} channel(s)"
+        raise InputError(f"expected images in color, got {got} - at --normalization {config.normalization}")
+    return replace(found, mean=CLIP_MEAN, std=CLIP_STD)
 
 
 def _load_set(data: str, domains: Sequence[str] | None, check: Callable[[Outline], None]) -> Benchmark:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from qdeploy.errors import InputError
 from qdeploy.training.batch_norm import freeze_, synchronize_
 from qdeploy.training.config import Config, made
 from qdeploy.training.methods.batches import Minibatches
@@ -23,6 +25,7 @@ class Learner:
 
     def __init__(self, net: nn.Module, config: Config, fabric: Fabric):
         self.net, self.config, self.fabric = net.to(fabric.device), config, fabric
+        train_only_(self.net, config.train_only)
         self.quantized = False
         self._update = 0
         self.optimizer: torch.optim.Optimizer = made(config, "optimizer", params=self.net.parameters())
@@ -120,3 +123,14 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         for axis, choice in self._stateful().items():
             choice.load_state_dict(state[axis])
+
+
+def train_only_(net: nn.Module, pattern: str | None) -> None:
+    """Freezes all other parameters. Raises InputError where none is left."""
+    if pattern is None:
+        return
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(fnmatchcase(name, pattern))
+    if not any(parameter.requires_grad for parameter in net.parameters()):
+        some = ", ".join([name for name, _ in net.named_parameters()][:3])
+        raise InputError(f"expected a pattern of parameters ({some}, ...), got {pattern!r} - at --train-only")

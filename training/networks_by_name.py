@@ -35,7 +35,7 @@ def build(name: str, classes: int, in_channels: int, **options: Any) -> nn.Modul
     """
     source, colon, inner = name.partition(":")
     if not colon and name not in MODELS:
-        raise InputError(f"expected one of {', '.join(MODELS)}, or {FORMS}, got {name!r} - at model")
+        raise InputError(f"expected one of {', '.join(MODELS)}, or {FORMS}, got {name!r} - at --model")
     try:
         if colon and source in SOURCES:
             net = SOURCES[source](inner, classes, in_channels, options)
@@ -48,16 +48,16 @@ def build(name: str, classes: int, in_channels: int, **options: Any) -> nn.Modul
         raise
     except Exception as error:  # of others' code
         got = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise InputError(f"expected options with which the network can be made, got {got} - at model {name}") from error
+        raise InputError(f"expected options that make a network, got {got} - at --model {name}") from error
     if not isinstance(net, nn.Module):
-        raise InputError(f"expected a torch.nn.Module, got {type(net).__name__} - at model {name}")
+        raise InputError(f"expected a torch.nn.Module, got {type(net).__name__} - at --model {name}")
     return net
 
 
 def _check_options(options: Iterable[str], known: Iterable[str], name: str) -> None:
     if unknown := [option for option in options if option not in known]:
         expected = f"options among {', '.join(known)}" if known else "no options"
-        raise InputError(f"expected {expected}, got {', '.join(unknown)} - at model {name}")
+        raise InputError(f"expected {expected}, got {', '.join(unknown)} - at --model {name}")
 
 
 def _keywords(make: Callable[..., Any], options: Iterable[str], given: Iterable[str]) -> list[str]:
@@ -74,11 +74,11 @@ def _imported(path: str, attribute: str) -> Callable[..., Any]:
         module = import_module(path)
     except Exception as error:  # whatever the module does
         got = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"expected a module that can be imported, got {got} - at model {path}:{attribute}") from error
+        raise InputError(f"expected a module to import, got {got} - at --model {path}:{attribute}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         got = "none" if found is None else f"a {type(found).__name__}"
-        raise InputError(f"expected a callable `{attribute}` in {path}, got {got} - at model {path}:{attribute}")
+        raise InputError(f"expected a callable `{attribute}` in {path}, got {got} - at --model {path}:{attribute}")
     return found
 
 
@@ -88,13 +88,13 @@ def _package(name: str) -> Any:
     except Exception as error:  # timm imports torchvision, which fails beside another version of torch
         got = "none" if isinstance(error, ModuleNotFoundError) and error.name == name else one_line(error)
         expected = f'the package {name} (pip install "qdeploy[models]")'
-        raise InputError(f"expected {expected}, got {got} - at model {name}:...") from error
+        raise InputError(f"expected {expected}, got {got} - at --model {name}:...") from error
 
 
 def _unknown(name: str, known: Iterable[str], source: str) -> InputError:
     near = get_close_matches(name, list(known), 5, 0.5)
     expected = f"a network of {source}" + (f" ({', '.join(near)}, ...)" if near else "")
-    return InputError(f"expected {expected}, got {name!r} - at model {source}:{name}")
+    return InputError(f"expected {expected}, got {name!r} - at --model {source}:{name}")
 
 
 def _timm(name: str, classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
@@ -130,7 +130,7 @@ def _logits(net: nn.Module, args: tuple, output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         got = f"{type(output).__name__} of {type(net).__name__}"
-        raise InputError(f"expected an output with logits (of a ...ForImageClassification), got {got} - at model")
+        raise InputError(f"expected an output with logits (of a ...ForImageClassification), got {got} - at --model")
     return logits
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.networks.quantizable import classifier
 
-WRAPPERS = ("state_dict", "model")  # keys of checkpoints that hold the weights beside an optimizer, say
+WRAPPERS = ("state_dict", "model", "net")  # keys of files that hold more than weights; "net" of our own runs
 COUNTER = "num_batches_tracked"
 PREFIXES = ("module.encoder_q.", "module.")  # of MoCo's query encoder, and of (Distributed)DataParallel
 

@@ -86,6 +86,6 @@ def _tensors(name: str, net: nn.Module, mean: Mean) -> dict:
         raise InputError(f"expected a network in float, which DiWA averages, got a quantized one - at {name}")
     tensors = averaged_tensors(net)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    if mean.total and shapes != {key: tensor.shape for key, tensor in mean.tensors.items()}:
+    if mean.tensors and shapes != {key: tensor.shape for key, tensor in mean.tensors.items()}:
         raise InputError(f"expected the tensors of the networks before it, got others - at {name}")
     return tensors

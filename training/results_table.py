@@ -10,7 +10,7 @@ from qdeploy.training.config import IN_DOMAIN
 
 _CHOSEN = {
     "validation": "the evaluation chosen by training-domain validation",
-    "oracle": "the evaluation chosen by the held-out images themselves (oracle)",
+    "oracle": "the evaluation chosen by images of these domains (oracle)",
     "last": "the last evaluation",
     "lowest-train-loss": "the evaluation with the lowest training loss",
 }

@@ -17,8 +17,10 @@ from qdeploy.networks.quantizable import classifier, quantizable_layers
 from qdeploy.terminal import columns
 from qdeploy.training.config import IN_DOMAIN, Config, made
 from qdeploy.training.domains import Benchmark, Outline
+from qdeploy.training.learner import train_only_
 from qdeploy.training.loader import PREFETCH
-from qdeploy.training.models import MODELS
+from qdeploy.training.methods.clipood import TextHead, read_text_features
+from qdeploy.training.networks_by_name import build
 from qdeploy.training.presets import NAMED, preset_of
 from qdeploy.training.pretrained import load_pretrained
 from qdeploy.training.seeds import seed_hash
@@ -28,14 +30,16 @@ def build_network(
     config: Config, benchmark: Benchmark | Outline, said: Callable[[str], object] = lambda text: None
 ) -> nn.Module:
     """The network of a run at its start: seeded random weights, or the pretrained ones, of which `said` hears."""
-    name = config.model.name
-    if name not in MODELS:
-        raise InputError(f"expected one of {', '.join(MODELS)}, got {name!r} - at --model")
     torch.manual_seed(seed_hash(config.seed, "weights"))
-    net = MODELS[name](len(benchmark.classes), in_channels=benchmark.input_shape[0], **config.model.options)
+    channels = benchmark.input_shape[0]
+    classes, text = len(benchmark.classes), None
+    if config.text_features is not None:
+        text = read_text_features(Path(config.text_features), classes)
+    outputs = classes if text is None else text.shape[1]
+    net = build(config.model.name, outputs, channels, **config.model.options)
     if config.weights is not None:
         said(load_pretrained(net, Path(config.weights)))
-    return net
+    return net if text is None else TextHead(net, text)
 
 
 def check_setting(config: Config, outline: Outline) -> None:
@@ -55,7 +59,9 @@ def check_setting(config: Config, outline: Outline) -> None:
     shape, images = outline.input_shape, config.batch_size * len(sources)
     bytes_each = 4 + 1 + PREFETCH * config.workers  # as floats, and those loaded ahead
     check_memory(bytes_each * images * math.prod(shape), f"{images} images", "--batch-size")
-    net = build_network(config, outline).to("meta").train(config.batch_norm != "frozen")
+    net = build_network(config, outline)
+    train_only_(net, config.train_only)
+    net = net.to("meta").train(config.batch_norm != "frozen")
     try:
         net(torch.empty(images // config.devices, *shape, device="meta"))
     except (RuntimeError, ValueError) as error:

@@ -80,6 +80,11 @@ _QT_DOG, _GAQAT = "QT-DoG (ICML 2025)", "GAQAT (arXiv 2412.05551)"
 _OF_FLOAT_RUNS = "of finished float runs: --float-runs OUT of `--method erm`"
 _ADAMW = {"optimizer": "adamw"}
 _DEIT = {"model": "timm:deit_small_patch16_224", **_ADAMW}
+_CLIP: dict[str, Any] = {
+    **{"model": "timm:vit_base_patch16_clip_224", "normalization": "clip", "batch_size": 12},
+    **{"optimizer": "adamw", "lr": 5e-6, "weight_decay": 0.1, "schedule": "cosine"},
+}
+_TEXT = "with --text-features"
 
 METHODS: dict[str, Method] = {
     "erm": Method("Gulrajani and Lopez-Paz (ICLR 2021)"),
@@ -105,6 +110,8 @@ METHODS: dict[str, Method] = {
     ),
     "sd-vit": Method("Sultana et al. (arXiv 2207.12392)", objective="self-distillation", settings=_DEIT),
     "sd-vit+qt-dog": Method(f"{_QT_DOG}, table 5", objective="self-distillation", quantization="lsq", settings=_DEIT),
+    "clip+qt-dog": Method(f"{_QT_DOG}, table 6", quantization="lsq", settings=_CLIP, note=_TEXT),
+    "clipood": Method("Shu et al. (arXiv 2302.00864)", objective="clipood", average="beta", settings=_CLIP, note=_TEXT),
     "lsq": Method("QGen (arXiv 2404.11769), one step size a layer", quantization=_LSQ_LAYER),
     "vvtq": Method("QGen; Huang et al. (arXiv 2307.00331)", objective="bins", quantization=_LSQ_LAYER, settings=_ADAMW),
     "lsq-4/4": Method(f"{_GAQAT}, table 2", quantization=_LSQ_TENSOR, settings={"bits": 4, "activation_bits": 4}),

@@ -81,9 +81,8 @@ class SMA(OneMean):
         self.first = first
 
     def update(self, net: nn.Module, t: int) -> None:
-        if t + 1 < self.first:
-            self.mean.clear()
-        self.mean.add(averaged_tensors(net))
+        if t + 1 >= self.first - 1:  # before it a_t is the network itself
+            self.mean.add(averaged_tensors(net))
 
 
 class SWA(OneMean):
