@@ -200,7 +200,7 @@ def test_devices_are_refused_before_the_reference_runs(models, monkeypatch):
 
 
 SUMMARY = {
-    "config": {"test_domain": EVIL},
+    "config": {"test_domain": EVIL, "selection": "validation"},
     "members": [{"seed": 0, "update": 1, "validation": 0.5, "test": 0.25, "tests": {EVIL: 0.25}}],
     "file": {"path": EVIL, "bytes": 100, "test": 0.5, "agreement": 1.0},
 }

@@ -442,6 +442,12 @@ def test_words_that_are_none(capsys, words, text):
     assert stop.value.code == 2 and said.startswith(f"qdeploy: error: {text}") and said.count("\n") == 1
 
 
+def test_bits_of_a_file_that_nobody_asked_for_are_refused(root, refused):
+    assert (
+        refused(root / "erm", "--fallback-bits", "8") == "expected the file to write, got none - at --fallback-bits 8"
+    )
+
+
 def test_a_device_that_is_not_here(root, capsys):
     assert cli.main(["combine", str(root / "erm"), "--accelerator", "tpu"]) == 2
     assert capsys.readouterr().err.endswith(" - at --accelerator\n")

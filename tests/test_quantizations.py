@@ -239,7 +239,7 @@ def test_the_scope_says_what_trains(scope, weights, steps):
 
 
 def test_steps_stay_positive():
-    net = trained(LSQ(4, 4, lr=10.0))
+    net = trained(LSQ(4, 4, lr_step_size=10.0))
     assert all((quantizer.step >= 1e-8).all() for quantizer in quantizers(net).values())
 
 

@@ -215,6 +215,7 @@ GOOD_WEIGHTS = {
     "a state dict": STATE,
     "state_dict": {"epoch": 3, "state_dict": STATE},
     "model": {"model": STATE, "optimizer": {"state": {}}},
+    "of a run": {"config": {}, "net": STATE, "selected": {"update": 3}},
     "of DataParallel": {"state_dict": {f"module.{key}": value for key, value in STATE.items()}},
     "of MoCo": {"arch": "nin", "state_dict": MOCO},
     "of before num_batches_tracked": {key: value for key, value in STATE.items() if "num_batches" not in key},
@@ -274,7 +275,7 @@ BAD_WEIGHTS = {
     ),
     "a list": (saved([STATE]), r"weights by name \(a state dict\), got a list"),
     "a tensor": (saved(torch.zeros(3)), r"weights by name \(a state dict\), got a Tensor"),
-    "an optimizer": (saved({"net": STATE}), r"weights by name \(a state dict\), got a OrderedDict for `net`"),
+    "an optimizer": (saved({"body": STATE}), r"weights by name \(a state dict\), got a OrderedDict for `body`"),
     "no names": (saved({0: torch.zeros(1)}), r"weights by name \(a state dict\), got a Tensor for `0`"),
     "numbers": (saved({"lr": 0.1}), r"weights by name \(a state dict\), got a float for `lr`"),
     "nothing": (

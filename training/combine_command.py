@@ -91,6 +91,8 @@ def _check(args: argparse.Namespace, runs: Runs) -> None:
     for path in (args.out, args.state):
         if path is not None:
             check_path(path)
+    if args.fallback_bits is not None and args.out is None:
+        raise InputError(f"expected the file to write, got none - at --fallback-bits {args.fallback_bits}")
 
 
 def _needs_bits(what: str) -> InputError:
