@@ -12,12 +12,12 @@ import math
 import numpy as np
 from builder import Builder, Quantization
 from hypothesis import strategies as st
+from versions import ENGINE
 
 from qdeploy.graph import COMBINE, Graph
 from qdeploy.ops import OPS
 from qdeploy.ops.op import channels_of, known_dtypes, rows_of
 
-ENGINE = 2
 MAX_MACS = 3_000_000  # of one drawn node and image
 CHANNELS = st.one_of(st.sampled_from([1, 2, 3, 4, 8, 16, 31, 32, 33, 63, 64, 65]), st.integers(1, 70))
 SIZES = st.one_of(st.sampled_from([1, 2, 7, 8]), st.integers(1, 17))
