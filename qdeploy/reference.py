@@ -142,14 +142,18 @@ def run_member(member: Member, x: np.ndarray) -> dict[int, np.ndarray]:
         values = {0: quantize(x, member.tensors[0])}
     for node in member.nodes:
         inputs = [member.tensors[i] for i in node.inputs]
-        output = member.tensors[node.output]
-        result = OPS[node.op](node, [values[i] for i in node.inputs], inputs, output)
-        if result.dtype == np.float32 and output.dtype != "f32":
-            clamp = node.attributes.get("clamp", (-32767, 32767))
-            result = np.clip(np.rint(result), *clamp).astype(NUMPY[output.dtype])
-        is_flat = len(output.shape) == 1  # f32 [C, 1, 1] may be declared [C]
-        values[node.output] = result.reshape(len(x), *output.shape) if is_flat else result
+        values[node.output] = run_node(node, [values[i] for i in node.inputs], inputs, member.tensors[node.output])
     return values
+
+
+def run_node(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    """What the node writes for a batch of its `inputs` with these values."""
+    result = OPS[node.op](node, values, inputs, output)
+    if result.dtype == np.float32 and output.dtype != "f32":
+        clamp = node.attributes.get("clamp", (-32767, 32767))
+        result = np.clip(np.rint(result), *clamp).astype(NUMPY[output.dtype])
+    is_flat = len(output.shape) == 1  # f32 [C, 1, 1] may be declared [C]
+    return result.reshape(len(result), *output.shape) if is_flat else result
 
 
 def quantize(x: np.ndarray, activation: Activation) -> np.ndarray:
