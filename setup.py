@@ -43,11 +43,10 @@ class CMakeBuild(build_ext):
         subprocess.run([run_cmake, "--install", build, "--prefix", destination], check=True)
 
 
+ROOMS = ("exporter", "gpu", "kernels", "networks", "ops", "training", "training.methods")
+
 setup(
-    packages=[
-        "qdeploy",
-        *(f"qdeploy.{room}" for room in ("exporter", "gpu", "kernels", "networks", "training", "training.methods")),
-    ],
+    packages=["qdeploy", *(f"qdeploy.{room}" for room in ROOMS)],
     package_dir={"qdeploy": "qdeploy", "qdeploy.kernels": "kernels", "qdeploy.training": "training"},
     package_data={"qdeploy": ["_engine.pyi", "py.typed", "demo_data/*"]},
     ext_modules=[

@@ -15,13 +15,18 @@ import numpy as np
 from qdeploy.errors import ModelError
 
 MAX_NAME_BYTES = 512
-_FILE_DTYPES = {"float32": "F32", "uint8": "U8", "int8": "I8"}  # as safetensors calls them
+_FILE_DTYPES = {"float32": "F32", "uint8": "U8", "int8": "I8", "int32": "I32"}  # as safetensors calls them
 
 
 class Facts:
-    """What was computed of arrays, for the next node that shares them: a file may name one tensor 65,536 times."""
+    """What is known of a file: its version, its vocabulary where it reads text, and what was computed of arrays.
 
-    def __init__(self) -> None:
+    The next node that shares an array finds that again: a file may name one tensor 65,536 times.
+    """
+
+    def __init__(self, version: int, vocabulary: int | None = None) -> None:
+        self.version = version
+        self.vocabulary = vocabulary
         self._known: dict[tuple[Any, ...], tuple[Any, tuple[np.ndarray, ...]]] = {}
 
     def of(self, compute: Callable[..., Any], *arrays: np.ndarray) -> Any:
@@ -53,6 +58,11 @@ def quoted(name: str) -> str:
 def shape_text(shape: Sequence[int]) -> str:
     """[64, 3, 7, 7]; -1 is any size."""
     return f"[{', '.join('any' if d == -1 else str(d) for d in shape)}]"
+
+
+def alternatives(texts: Sequence[str]) -> str:
+    """a, b or c."""
+    return " or ".join([text for text in (", ".join(texts[:-1]), texts[-1]) if text])
 
 
 def kind(value: object) -> str:

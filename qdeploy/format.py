@@ -14,6 +14,7 @@ import numpy as np
 from qdeploy.arguments import path_text
 from qdeploy.checks import (
     Facts,
+    alternatives,
     array,
     check_keys,
     check_name,
@@ -27,25 +28,29 @@ from qdeploy.checks import (
 )
 from qdeploy.errors import ModelError
 from qdeploy.files import AnyPath, atomic_file
-from qdeploy.graph import MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Activation, Graph, Member, Node, Shape
+from qdeploy.graph import DTYPES, MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Activation, Graph, Member, Node, Shape
 from qdeploy.ops import OPS
 from qdeploy.validate import (
+    INPUT_AT,
     MemberCheck,
+    absent_constants,
     check_member_name,
     check_members,
     check_outputs,
     check_preprocess,
     check_results,
+    check_text,
     validate,
 )
 
-RELEASES = {1: "0.1.0", 2: "0.1.0"}  # of each format version: the first qdeploy that reads it
+RELEASES = {1: "0.1.0", 2: "0.1.0", 3: "0.1.0"}  # of each format version: the first qdeploy that reads it
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_DEPTH = 16
 MAX_RANK = 8
 LARGEST = float(np.finfo(np.float64).max)
 Json = dict[str, Any]
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+_SINCE = {"U8": 1, "F32": 1, "I32": 3}  # the first format version with such constants
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -96,29 +101,37 @@ def dump(graph: Graph) -> bytes:
     tensors: dict[str, np.ndarray] = {}
     members = [_member_json(index, member, tensors) for index, member in enumerate(graph.members)]
     preprocess = graph.preprocess and {key: [_number(v) for v in graph.preprocess[key]] for key in ("mean", "std")}
+    text = {"dtype": "i32", "vocabulary": graph.vocabulary, "variable": graph.variable} if graph.vocabulary else {}
     document = {
-        "input": {"shape": [int(d) for d in graph.input_shape], "preprocess": preprocess},
+        "input": {"shape": [int(d) for d in graph.input_shape], **text, "preprocess": preprocess},
         "combine": graph.combine,
         "classes": graph.classes,
         "members": members,
     }
-    ordered = sorted(tensors.items(), key=lambda item: item[1].dtype != np.float32)  # stable: F32 first
+    order = ("F32", "I32", "U8")  # what is aligned to 4 bytes first
+    ordered = sorted(tensors.items(), key=lambda item: order.index(_dtype_name(item[1])))
     header: dict[str, object] = {"__metadata__": _version_keys(lowest_version(graph)) | {"graph": _dump(document)}}
     begin = 0
     for name, value in ordered:
-        dtype = "F32" if value.dtype == np.float32 else "U8"
-        header[name] = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [begin, begin + value.nbytes]}
+        header[name] = {
+            "dtype": _dtype_name(value),
+            "shape": list(value.shape),
+            "data_offsets": [begin, begin + value.nbytes],
+        }
         begin += value.nbytes
-    text = _dump(header).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise ModelError(f"expected at most {MAX_HEADER_BYTES} bytes of header, got {len(text)} - at the graph")
-    return b"".join([len(text).to_bytes(8, "little"), text, *(_bytes(value) for _, value in ordered)])
+    data = _dump(header).encode()
+    data += b" " * (-len(data) % 8)
+    if len(data) > MAX_HEADER_BYTES:
+        raise ModelError(f"expected at most {MAX_HEADER_BYTES} bytes of header, got {len(data)} - at the graph")
+    return b"".join([len(data).to_bytes(8, "little"), data, *(_bytes(value) for _, value in ordered)])
 
 
 def lowest_version(graph: Graph) -> int:
-    """The lowest format version that holds the ops of `graph`."""
-    return max(OPS[node.op].version for member in graph.members for node in member.nodes)
+    """The lowest format version that holds the ops, dtypes and shapes of `graph`."""
+    tensors = [tensor for member in graph.members for tensor in member.tensors]
+    operands = [(node, [member.tensors[i] for i in node.inputs]) for member in graph.members for node in member.nodes]
+    versions = [OPS[node.op].since(inputs) for node, inputs in operands]
+    return max(*versions, *(max(DTYPES[tensor.dtype], 3 if len(tensor.shape) == 2 else 1) for tensor in tensors))
 
 
 def _version_keys(version: int) -> dict[str, str]:
@@ -166,8 +179,12 @@ def _number(value: float) -> float:
     return float(np.float32(value))
 
 
+def _dtype_name(value: np.ndarray) -> str:
+    return {"f": "F32", "i": "I32", "u": "U8"}[value.dtype.kind]
+
+
 def _bytes(value: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(value, _DTYPES["F32"] if value.dtype == np.float32 else np.uint8).data.cast("B")
+    return np.ascontiguousarray(value, _DTYPES[_dtype_name(value)]).data.cast("B")
 
 
 def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> Json:
@@ -185,6 +202,7 @@ def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> 
                 result[key] = {"codes": codes, "shape": list(value.shape), "bits": int(node.bits)}
             else:
                 result[key] = constant(f"{node.name}/{key}", value)
+        result |= dict.fromkeys(absent_constants(node))
         types = OPS[node.op].attribute_types(node, member.tensors[node.output])
         return result | {key: _attribute_json(value, types[key]) for key, value in node.attributes.items()}
 
@@ -207,6 +225,8 @@ def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> 
 
 
 def _attribute_json(value: Any, kind: type) -> Any:
+    if value is None or kind is str:
+        return value
     convert = _number if kind is float else int
     return convert(value) if np.ndim(value) == 0 else [convert(v) for v in value]
 
@@ -246,7 +266,7 @@ def _parse(data: bytes) -> Graph:
     for key, value in sorted(metadata.items()):
         expect(isinstance(value, str), "a string", kind(value), key_of(key, "__metadata__"))
     version, text = _version(metadata), _field(metadata, "graph", "__metadata__")
-    tensors = _container(header, memoryview(data)[8 + length :])
+    tensors = _container(header, memoryview(data)[8 + length :], version)
     return _Reader(tensors, version).graph(_json(text.encode(), "the graph"))
 
 
@@ -325,13 +345,14 @@ def _list(document: Json, key: str, most: int, at: str) -> list[Any]:
     return values
 
 
-def _container(header: Json, data: memoryview) -> dict[str, np.ndarray]:
+def _container(header: Json, data: memoryview, version: int) -> dict[str, np.ndarray]:
     """The arrays of the container, by name, as views of `data`."""
     tensors, spans = {}, []
+    known = [dtype for dtype in _DTYPES if _SINCE[dtype] <= version]
     for name, entry in sorted(header.items()):  # which fault is named first is up to no order in the file
         at = f"tensor {quoted(name)}"
         dtype_name = _field(_object(entry, at), "dtype", at)
-        expect(dtype_name in _DTYPES, "dtype U8 or F32", quoted(dtype_name), at)
+        expect(dtype_name in known, f"dtype {alternatives(known)}", quoted(dtype_name), at)
         dtype = _DTYPES[dtype_name]
         expect("shape" in entry, "the key `shape`", "none", at)
         shape = integers(entry["shape"], 0, MAX_RANK, 0, 2**40, key_of("shape", at))
@@ -342,7 +363,7 @@ def _container(header: Json, data: memoryview) -> dict[str, np.ndarray]:
         size = math.prod(shape) * dtype.itemsize
         fits = begin <= end <= len(data) and end - begin == size
         expect(fits, f"{size} bytes inside {len(data)}", f"[{begin}, {end})", at)
-        expect(begin % dtype.itemsize == 0, "F32 data aligned to 4 bytes", f"offset {begin}", at)
+        expect(begin % dtype.itemsize == 0, f"{dtype_name} data aligned to 4 bytes", f"offset {begin}", at)
         tensors[name] = np.frombuffer(data[begin:end], dtype).reshape(shape)
         spans.append((begin, end))
     position = 0
@@ -374,33 +395,47 @@ class _Reader:
 
     def __init__(self, tensors: dict[str, np.ndarray], version: int) -> None:
         self.tensors = tensors
-        self.version = version
-        self.facts = Facts()
+        self.facts = Facts(version)
         self.weights: dict[tuple[str, int, tuple[int, ...]], np.ndarray] = {}  # by name, bits and shape
 
     def graph(self, document: Json) -> Graph:
         at = "the graph"
         check_keys(document, ("input", "combine", "classes", "members"), at)
-        entry, input_at = _object(document["input"], key_of("input", at)), key_of("input", at)
-        check_keys(entry, ("shape", "preprocess"), input_at)
-        shape = tuple(integers(entry["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", input_at)))
-        preprocess = entry["preprocess"]
-        check_preprocess(preprocess, shape)
-        graph = Graph([], document["combine"], preprocess, document["classes"])
+        graph, shape = self.input(document["input"])
+        graph.combine, graph.classes = document["combine"], document["classes"]
         for i, member in enumerate(_list(document, "members", MAX_MEMBERS, at)):
-            graph.members.append(self.member(member, f"member {i}", shape, preprocess is not None))
+            graph.members.append(self.member(member, f"member {i}", shape, graph))
             check_members(graph)
         check_members(graph)
-        lowest = lowest_version(graph)
-        expect(lowest == self.version, f"format version {lowest}, the lowest that holds the ops", self.version, at)
+        lowest, version = lowest_version(graph), self.facts.version
+        expect(lowest == version, f"format version {lowest}, the lowest that holds the ops", version, at)
         check_outputs(graph)
         check_results(graph, self.facts)
         return graph
 
-    def member(self, document: Json, unnamed_at: str, input_shape: Shape, has_preprocess: bool) -> Member:
+    def input(self, document: Any) -> tuple[Graph, Shape]:
+        """What the graph says of its input, as a graph without members, and the shape."""
+        entry = _object(document, INPUT_AT)
+        is_text = "dtype" in entry and self.facts.version >= 3
+        text_keys = ("dtype", "vocabulary", "variable") if is_text else ()
+        check_keys(entry, ("shape", *text_keys, "preprocess"), INPUT_AT)
+        shape = tuple(integers(entry["shape"], 1, 3, 1, MAX_ELEMENTS, key_of("shape", INPUT_AT)))
+        graph = Graph([], preprocess=entry["preprocess"])
+        if is_text:
+            dtype = _field(entry, "dtype", INPUT_AT)
+            expect(dtype == "i32", "dtype i32 of token ids", quoted(dtype), INPUT_AT)
+            expect(entry["vocabulary"] is not None, "an integer", "null", key_of("vocabulary", INPUT_AT))
+            check_text(entry["vocabulary"], entry["variable"])
+            graph.vocabulary, graph.variable = entry["vocabulary"], entry["variable"]
+            self.facts.vocabulary = graph.vocabulary
+        check_preprocess(graph.preprocess, shape)
+        return graph, shape
+
+    def member(self, document: Json, unnamed_at: str, input_shape: Shape, graph: Graph) -> Member:
         name = _name(document, unnamed_at)
         check_member_name(name, key_of("name", unnamed_at))
-        check = MemberCheck(name, input_shape, has_preprocess, self.version, self.facts)
+        has_preprocess = graph.preprocess is not None
+        check = MemberCheck(name, input_shape, has_preprocess, graph.variable, self.facts)
         check_keys(document, ("name", "preprocess_table", "tensors", "nodes"), check.at)
         for i, entry in enumerate(_list(document, "tensors", MAX_NODES + 1, check.at)):
             check.tensor(_activation(entry, f"tensor {i} of {check.at}", check.at))
@@ -428,9 +463,9 @@ class _Reader:
         for key in own:
             if key == "weight":
                 node.constants[key], node.bits = self.weight(document[key], key_of(key, at))
-            elif key in OPS[op].constants:
+            elif key in OPS[op].constants and not (document[key] is None and key in OPS[op].nullable):
                 node.constants[key] = self.constant(document, key, at)
-            else:
+            elif key not in OPS[op].constants:
                 node.attributes[key] = document[key]
         check.node(node)
         return node

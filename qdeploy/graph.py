@@ -1,6 +1,6 @@
 """The integer graph in memory: what docs/format.md section 3 describes, as plain dataclasses around numpy arrays.
 
-qdeploy/ops.py has the facts of every op, qdeploy/validate.py says which graphs the engine accepts.
+qdeploy/ops/ has the facts of every op, qdeploy/validate.py says which graphs the engine accepts.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ MAX_ELEMENTS = 2**28  # of one image of one activation
 MAX_MEMBERS = 256
 MAX_NODES = 65_536  # of all members together
 COMBINE = ("logits", "probs")  # the rules of an ensemble
+DTYPES = {"u8": 1, "f32": 1, "s16": 3, "i32": 3}  # of activations, and the first format version that has them
+CODES = ("u8", "s16")  # those that stand for real numbers on a grid
 
 Shape = tuple[int, ...]
 
 
 @dataclass
 class Activation:
-    """What a node writes, or the input: the u8 code q means the real number `scale * (q - zero_point)`."""
+    """What a node writes, or the input: the code q means the real number `scale * (q - zero_point)`.
+
+    Codes are u8, 0..255, or s16, -32767..32767 with the zero point 0. i32 are the token ids of an input.
+    """
 
     name: str
-    shape: Shape  # (C, H, W) or (F,), without the batch
-    dtype: str = "u8"  # "u8" or "f32"
+    shape: Shape  # (C, H, W), (T, D) or (F,), without the batch
+    dtype: str = "u8"  # one of DTYPES
     scale: float = 1.0
     zero_point: int = 0
 
@@ -38,7 +43,7 @@ class Node:
     inputs: list[int]
     output: int
     attributes: dict[str, Any] = field(default_factory=dict)  # stride, padding, clamp, residual_multiplier...
-    constants: dict[str, np.ndarray] = field(default_factory=dict)  # weight, multiplier, bias, table
+    constants: dict[str, np.ndarray] = field(default_factory=dict)  # weight, multiplier, bias, table, index...
     bits: int | None = None  # where there is a weight
 
 
@@ -64,6 +69,8 @@ class Graph:
     combine: str | None = None  # None, or one of COMBINE
     preprocess: dict[str, list[float]] | None = None  # {"mean": [...], "std": [...]}
     classes: list[str] | None = None
+    vocabulary: int | None = None  # of token ids, which are then the input
+    variable: bool = False  # texts may be shorter than the input shape says
 
     @property
     def input_shape(self) -> Shape:

@@ -1,30 +1,39 @@
 """The arithmetic of docs/format.md section 4 in numpy: the oracle that every kernel equals bit for bit.
 
-Everything here is either exact in integers or one correctly rounded f32 operation at a time. Arrays are NCHW.
+Everything here is either exact in integers or one correctly rounded f32 operation at a time. Arrays are [N, C, H, W],
+[N, T, D] or [N, F].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from qdeploy.errors import InputError
+from qdeploy.f32 import Numbers, fma32, power_weights, softmax, to_f32
 from qdeploy.graph import Activation, Graph, Member, Node
+from qdeploy.ops import rows_of_texts
 
-Numbers = np.ndarray | np.float32
+NUMPY: dict[str, type] = {"u8": np.uint8, "s16": np.int16, "i32": np.int32, "f32": np.float32}  # of activations
 
 
-def run(graph: Graph, x: np.ndarray, taps: Sequence[str] = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+def run(
+    graph: Graph, x: np.ndarray, taps: Sequence[str] = (), mask: np.ndarray | None = None
+) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
     """The output of `graph` for a batch, computed the plain way.
 
-    x: f32 [N, C, H, W] or [N, F], or, where the graph has `preprocess`, u8 [N, H, W, C]. N may be 0.
-    Returns f32 or the codes u8, [N, K] or [N, C, H, W]; of an ensemble the combined probabilities, f32 [N, K].
+    x: f32 [N, C, H, W], [N, T, D] or [N, F]; where the graph has `preprocess` also u8 [N, H, W, C]; where it has a
+        vocabulary token ids, int32 or int64 [N, T]. N may be 0.
+    mask: 0 or 1 [N, T] for texts of any length: ones, at least one, and then zeros. None: all are as long as x.
+    Returns f32 or the codes u8 or s16, in the shape of the graph's output after N; of an ensemble the combined
+    probabilities, f32 [N, K]. Rows at and beyond a text's length are 0.
     With `taps` (names of nodes, in an ensemble "member/node") returns (output, {name: array}) with their outputs.
-    Raises InputError for an x that does not fit and for an unknown tap.
+    Raises InputError for an x or a mask that does not fit and for an unknown tap.
     """
-    output, _, tapped = run_all(graph, x)
+    output, _, tapped = run_all(graph, x, mask)
     if not len(taps):
         return output
     unknown = [name for name in taps if name not in tapped]
@@ -33,17 +42,23 @@ def run(graph: Graph, x: np.ndarray, taps: Sequence[str] = ()) -> np.ndarray | t
     return output, {name: tapped[name] for name in taps}
 
 
-def predict(graph: Graph, x: np.ndarray) -> np.ndarray:
-    """The class of each image, int64 [N]: the first largest score. x as for `run`; the output must be [N, K]."""
-    return run_all(graph, x)[1].argmax(axis=1)
+def predict(graph: Graph, x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """The class of each image or text, int64 [N]: the first largest score. As for `run`; the output must be [N, K]."""
+    return run_all(graph, x, mask)[1].argmax(axis=1)
 
 
-def run_all(graph: Graph, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+def run_all(
+    graph: Graph, x: np.ndarray, mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """The output, the scores whose first largest is the class, and the output of every node by its tap name."""
-    check_input(graph, x)
+    lengths = None
+    if graph.vocabulary is None:
+        check_input(graph, x)
+    else:
+        lengths = text_lengths(graph, x, mask)
     outputs, tapped = [], {}
     for member in graph.members:
-        values = run_member(member, x)
+        values = run_member(member, x) if lengths is None else run_texts(member, x, lengths)
         outputs.append(values[member.nodes[-1].output])
         prefix = f"{member.name}/" if graph.combine else ""
         tapped.update({prefix + node.name: values[node.output] for node in member.nodes})
@@ -65,40 +80,80 @@ def check_input(graph: Graph, x: np.ndarray) -> None:
         raise InputError("expected finite numbers, got NaN or infinity - at the input")
 
 
+def text_lengths(graph: Graph, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
+    """The number of tokens of each text, [N]; None where all have as many as the graph says.
+
+    Raises InputError unless `run` takes ids and mask.
+    """
+    if ids.dtype not in (np.int32, np.int64):
+        raise InputError(f"expected dtype int32 or int64, got {ids.dtype} - at the input")
+    longest, fewest = graph.input_shape[0], 1 if graph.variable else graph.input_shape[0]
+    if ids.ndim != 2 or not fewest <= ids.shape[1] <= longest:
+        sizes = f"[N, T] with T from 1 to {longest}" if graph.variable else f"[N, {longest}]"
+        raise InputError(f"expected shape {sizes}, got {list(ids.shape)} - at the input")
+    if mask is not None and not graph.variable:
+        raise InputError("expected no mask for texts of one length, got one - at the mask")
+    lengths = np.full(len(ids), ids.shape[1]) if mask is None else _prefix_lengths(mask, ids.shape)
+    exists = np.arange(ids.shape[1]) < lengths[:, None]
+    wrong = ids[exists & ((ids < 0) | (ids >= (graph.vocabulary or 0)))]
+    if wrong.size:
+        raise InputError(f"expected token ids from 0 to {(graph.vocabulary or 0) - 1}, got {wrong[0]} - at the input")
+    return lengths if graph.variable else None
+
+
+def _prefix_lengths(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if mask.shape != shape:
+        raise InputError(f"expected a mask of shape {list(shape)}, got {list(mask.shape)} - at the mask")
+    lengths = (mask == 1).sum(axis=1)
+    fits = (mask == (np.arange(shape[1]) < lengths[:, None])).all(axis=1) & (lengths > 0)
+    if not fits.all():
+        raise InputError(
+            f"expected ones, at least one, and then zeros, got others - at text {fits.argmin()} of the mask"
+        )
+    return lengths
+
+
+def run_texts(member: Member, ids: np.ndarray, lengths: np.ndarray) -> dict[int, np.ndarray]:
+    """As `run_member`, each text at its own length: the rows beyond it do not exist, and are 0 in what this returns."""
+    rows = rows_of_texts(member)
+    values = {}
+    for i, (more, tensor) in enumerate(zip(rows, member.tensors, strict=True)):
+        shape = tensor.shape if more is None else (ids.shape[1] + more, *tensor.shape[1:])
+        values[i] = np.zeros((len(ids), *shape), NUMPY[tensor.dtype])
+    for length in np.unique(lengths):
+        texts = lengths == length
+        for i, value in run_member(member, ids[texts, :length]).items():
+            more = rows[i]
+            if more is None:
+                values[i][texts] = value
+            else:
+                values[i][texts, : length + more] = value
+    return values
+
+
 def run_member(member: Member, x: np.ndarray) -> dict[int, np.ndarray]:
     """Every activation of the member, by tensor id."""
     table = member.preprocess_table
-    if x.dtype == np.uint8 and table is not None:
+    if member.tensors[0].dtype == "i32":
+        values = {0: x.astype(np.int32)}
+    elif x.dtype == np.uint8 and table is not None:
         values = {0: np.stack([row[x[..., c]] for c, row in enumerate(table)], axis=1)}
     else:
         values = {0: quantize(x, member.tensors[0])}
     for node in member.nodes:
         inputs = [member.tensors[i] for i in node.inputs]
-        output = member.tensors[node.output]
-        result = OPS[node.op](node, [values[i] for i in node.inputs], inputs, output)
-        if "clamp" in node.attributes:
-            result = np.clip(np.rint(result), *node.attributes["clamp"]).astype(np.uint8)
-        values[node.output] = result.reshape(len(x), *output.shape)  # f32 [C, 1, 1] may be declared [C]
+        values[node.output] = run_node(node, [values[i] for i in node.inputs], inputs, member.tensors[node.output])
     return values
 
 
-def fma32(a: Numbers, b: Numbers, c: Numbers) -> np.ndarray:
-    """a*b + c in f32 with ONE rounding, for f32 arrays (or f32 scalars) that broadcast.
-
-    The product of two f32 is exact in f64. The f64 sum is rounded to odd: where it is inexact (its error `e` is exact
-    by Knuth's TwoSum) and its last bit is even, it moves one step towards the true sum. An f64 rounded to odd has more
-    than 24 + 2 bits, so rounding it to f32 gives what rounding the true sum would give, ties and subnormals included.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        c64 = np.asarray(c, np.float64)
-        p = np.asarray(a, np.float64) * np.asarray(b, np.float64)
-        s = np.asarray(p + c64)
-        t = s - p
-        e = (p - (s - t)) + (c64 - t)
-        bits = s.view(np.int64)
-        step = np.where((e > 0) == (s > 0), 1, -1)
-        odd = np.where((np.abs(e) > 0) & (bits & 1 == 0), bits + step, bits)
-        return odd.view(np.float64).astype(np.float32)
+def run_node(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    """What the node writes for a batch of its `inputs` with these values."""
+    result = OPS[node.op](node, values, inputs, output)
+    if result.dtype == np.float32 and output.dtype != "f32":
+        clamp = node.attributes.get("clamp", (-32767, 32767))
+        result = np.clip(np.rint(result), *clamp).astype(NUMPY[output.dtype])
+    is_flat = len(output.shape) == 1  # f32 [C, 1, 1] may be declared [C]
+    return result.reshape(len(result), *output.shape) if is_flat else result
 
 
 def quantize(x: np.ndarray, activation: Activation) -> np.ndarray:
@@ -124,18 +179,13 @@ def windows(x: np.ndarray, node: Node, kernel: tuple[int, int], dilation: tuple[
 
 
 def requantize(acc: np.ndarray, node: Node, residual: list[np.ndarray]) -> np.ndarray:
-    """r = fma(float(acc), m, b), then with a residual r = fma(float(residual), m_res, r). Channels are axis 1."""
-    shape = (-1, *[1] * (acc.ndim - 2))
+    """r = fma(float(acc), m, b), then with a residual r = fma(float(residual), m_res, r)."""
+    shape = (-1, 1, 1) if acc.ndim == 4 else (-1,)  # of an image channels are axis 1, else the last
     m, b = (node.constants[key].reshape(shape) for key in ("multiplier", "bias"))
     r = fma32(to_f32(acc), m, b)
     for q in residual:  # one or none
         r = fma32(q.reshape(acc.shape).astype(np.float32), np.float32(node.attributes["residual_multiplier"]), r)
     return r
-
-
-def to_f32(acc: np.ndarray) -> np.ndarray:
-    """Integers held in f64 to f32, half to even; by way of int64, because f64 products can leave a -0."""
-    return acc.astype(np.int64).astype(np.float32)
 
 
 # Sums of codes are taken in f64, because BLAS is fast there. They are exact in any order: every partial sum is an
@@ -168,7 +218,12 @@ def add(node: Node, values: list[np.ndarray], inputs: list[Activation], output: 
 def mul(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     a, b = (v.astype(np.int64) - activation.zero_point for v, activation in zip(values, inputs, strict=True))
     multiplier, bias = (np.float32(node.attributes[key]) for key in ("multiplier", "bias"))
-    return fma32(to_f32(a * b), multiplier, bias)  # a gate [C, 1, 1] is the same for all pixels
+    return fma32(to_f32(a * b), multiplier, bias)  # a gate is the same for all pixels, tokens or channels
+
+
+def rescale(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    multiplier, bias = (np.float32(node.attributes[key]) for key in ("multiplier", "bias"))
+    return fma32(values[0].astype(np.float32), multiplier, bias)
 
 
 def avg_pool2d(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
@@ -189,8 +244,106 @@ def table(node: Node, values: list[np.ndarray], inputs: list[Activation], output
     return node.constants["table"][values[0]]
 
 
+def resize(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    x = values[0].astype(np.float64) - inputs[0].zero_point
+    acc = _bands(node, "row", x.shape[2]) @ x @ _bands(node, "column", x.shape[3]).T
+    multiplier, bias = (np.float32(node.attributes[key]) for key in ("multiplier", "bias"))
+    return fma32(to_f32(acc), multiplier, bias)
+
+
+def _bands(node: Node, axis: str, size: int) -> np.ndarray:
+    """The matrix [rows of the output, `size` rows of the input] of one axis."""
+    start, weight = node.constants[f"{axis}_start"], node.constants[f"{axis}_weight"]
+    matrix = np.zeros((len(start), size))
+    matrix[np.arange(len(start))[:, None], start[:, None] + np.arange(weight.shape[1])] = weight
+    return matrix
+
+
 def concat(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
-    return np.concatenate(values, axis=1)
+    return np.concatenate(values, axis=2 if node.attributes.get("axis") == "channels" else 1)
+
+
+def by_rows(x: np.ndarray) -> np.ndarray:
+    """[N, rows, channels]: pixels or tokens; a vector is one row."""
+    if x.ndim == 4:
+        return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3]).swapaxes(1, 2)
+    return x if x.ndim == 3 else x[:, None]
+
+
+def from_rows(x: np.ndarray, output: Activation) -> np.ndarray:
+    """[N, rows, channels] as a tensor of the output's number of dimensions."""
+    if len(output.shape) == 3:
+        return x.swapaxes(1, 2).reshape(len(x), *output.shape)
+    return x if len(output.shape) == 2 else x[:, 0]
+
+
+def gather(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    x, axis = by_rows(values[0]), 1 if node.attributes["axis"] == "rows" else 2
+    padded = np.insert(x, x.shape[axis], inputs[0].zero_point, axis=axis)  # the last one is what -1 reads
+    return from_rows(padded.take(node.constants["index"], axis=axis), output)
+
+
+def tokens(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    return from_rows(by_rows(values[0]), output)
+
+
+def position(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    prefix, n = node.attributes["prefix"], len(values[0])
+    rows = node.constants["rows"][: prefix + values[0].shape[1]]
+    tokens = fma32(values[0].astype(np.float32), np.float32(node.attributes["multiplier"]), rows[prefix:])
+    return np.concatenate([np.repeat(rows[None, :prefix], n, axis=0), tokens], axis=1)
+
+
+def embedding(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    ids, multiplier = values[0], node.constants["multiplier"]
+    m = multiplier[ids][..., None] if multiplier.size > 1 else multiplier
+    return fma32(node.constants["weight"][ids].astype(np.float32), m, node.constants["rows"][: ids.shape[1]])
+
+
+def mean(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    acc = (values[0].astype(np.int64) - inputs[0].zero_point).sum(axis=1)
+    m = node.constants["multiplier"][values[0].shape[1] - 1]
+    return fma32(to_f32(acc), m, np.float32(node.attributes["bias"]))
+
+
+def norm(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    """Of each row, or of each group of channels over all rows: t = (N*q - S) / sqrt(N*sum q^2 - S^2 + E)."""
+    rows, groups = by_rows(values[0]).astype(np.int64), node.attributes["groups"]
+    q = rows.reshape(*rows.shape[:2], groups or 1, rows.shape[2] // (groups or 1))
+    axes: tuple[int, ...] = (1, 3) if groups else (3,)
+    count = math.prod(q.shape[axis] for axis in axes)
+    total = q.sum(axis=axes, keepdims=True)
+    variance = count * (q * q).sum(axis=axes, keepdims=True) - total * total
+    width = np.sqrt(variance.astype(np.float32) + np.float32(node.attributes["epsilon"]))
+    t = (count * q - total).astype(np.float32) * (np.float32(1) / width)
+    r = fma32(t.reshape(rows.shape), node.constants["multiplier"], node.constants["bias"])
+    return from_rows(r, output)
+
+
+def attention(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
+    """Sums in f64 are exact: products of codes stay below 2^31, and so do those of weights and codes."""
+    block, heads = node.attributes["block"], node.attributes["heads"]
+
+    def split(x: np.ndarray) -> np.ndarray:
+        """[N or N*blocks, heads, rows, channels of a head]."""
+        n, rows, channels = x.shape
+        return x.reshape(n * (rows // (block or rows)), block or rows, heads, channels // heads).swapaxes(1, 2)
+
+    q, k, v = (split(x.astype(np.float64) - t.zero_point) for x, t in zip(values, inputs, strict=True))
+    logit_bias: Numbers = np.float32(0)
+    if "logit_bias" in node.constants:
+        logit_bias = node.constants["logit_bias"][:, : q.shape[2], : k.shape[2]]
+    logits = fma32(to_f32(q @ k.swapaxes(2, 3)), np.float32(node.attributes["logit_multiplier"]), logit_bias)
+    if "regions" in node.constants:
+        regions = np.tile(node.constants["regions"].reshape(-1, 1, q.shape[2]), (len(values[0]), 1, 1))
+        apart = regions[..., :, None] != regions[..., None, :]
+        logits = np.where(apart, -np.inf, logits)
+    weights = power_weights(logits - logits.max(axis=3, keepdims=True), node.attributes["peak"])
+    if "regions" in node.constants:
+        weights = np.where(apart, 0, weights)
+    multiplier = np.float32(node.attributes["multiplier"]) / to_f32(weights.sum(axis=3, keepdims=True))
+    r = fma32(to_f32(weights @ v), multiplier, np.float32(node.attributes["bias"]))
+    return r.swapaxes(1, 2).reshape(*values[0].shape[:2], output.shape[1])
 
 
 def reshape(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
@@ -207,6 +360,16 @@ OPS: dict[str, Callable[[Node, list[np.ndarray], list[Activation], Activation], 
     "table": table,
     "concat": concat,
     "reshape": reshape,
+    "rescale": rescale,
+    "resize": resize,
+    "gather": gather,
+    "tokens": tokens,
+    "image": tokens,
+    "position": position,
+    "embedding": embedding,
+    "mean": mean,
+    "norm": norm,
+    "attention": attention,
 }
 
 
@@ -220,22 +383,3 @@ def combine(logits: list[np.ndarray], rule: str | None) -> tuple[np.ndarray, np.
         total = total + term
     mean = total * (np.float32(1) / np.float32(len(logits)))
     return (softmax(mean) if rule == "logits" else mean), mean
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis, f32 to f32. The sum is one of integers, so that no order of summation changes a bit."""
-    e = exp32(x - x.max(axis=-1, keepdims=True)) * np.float32(2**30)
-    total = np.rint(e).astype(np.int64).sum(axis=-1, keepdims=True)
-    return e / total.astype(np.float32)
-
-
-def exp32(d: np.ndarray) -> np.ndarray:
-    """exp(d) of f32 d <= 0 by range reduction d = n*ln 2 + f and a polynomial of degree 6; 0 below -87."""
-    log2_e, ln2_high, ln2_low = np.array([0x3FB8AA3B, 0x3F317200, 0x35BFBE8E], np.uint32).view(np.float32)
-    in_range = np.maximum(d, np.float32(-87))
-    n = np.rint(in_range * log2_e)
-    f = fma32(n, -ln2_low, fma32(n, -ln2_high, in_range))
-    result: Numbers = np.float32(1 / 720)
-    for coefficient in (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1, 1):
-        result = fma32(result, f, np.float32(coefficient))
-    return np.where(d < -87, np.float32(0), np.ldexp(result, n.astype(np.int32)))

@@ -9,6 +9,7 @@ import numpy as np
 
 from qdeploy.checks import (
     Facts,
+    alternatives,
     array,
     check_keys,
     check_name,
@@ -23,23 +24,36 @@ from qdeploy.checks import (
     shape_text,
 )
 from qdeploy.errors import ModelError
-from qdeploy.graph import COMBINE, MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Activation, Graph, Node, Shape
-from qdeploy.ops import OPS, check_weighted_bound
+from qdeploy.graph import (
+    COMBINE,
+    DTYPES,
+    MAX_ELEMENTS,
+    MAX_MEMBERS,
+    MAX_NODES,
+    Activation,
+    Graph,
+    Node,
+    Shape,
+)
+from qdeploy.ops import OPS
+from qdeploy.ops.op import Rows, known_dtypes
 
 MIN_SCALE, MAX_SCALE = 2.0**-126, 2.0**126  # so that 1/scale is a normal f32 as well
 NEWEST = max(op.version for op in OPS.values())
+INPUT_AT = key_of("input", "the graph")
 
 
 def validate(graph: Graph) -> None:
     """Raise ModelError, naming member and node, unless `graph` is a valid model of docs/format.md section 3."""
-    facts = Facts()
+    check_text(graph.vocabulary, graph.variable)
+    facts = Facts(NEWEST, graph.vocabulary)
     check_members(graph)
     input_shape = graph.members[0].tensors[0].shape if graph.members[0].tensors else ()
     check_preprocess(graph.preprocess, input_shape)
     for i, member in enumerate(graph.members):
         check_name(member.name, key_of("name", f"member {i}"))
         check_member_name(member.name, key_of("name", f"member {i}"))
-        check = MemberCheck(member.name, input_shape, graph.preprocess is not None, NEWEST, facts)
+        check = MemberCheck(member.name, input_shape, graph.preprocess is not None, graph.variable, facts)
         for j, tensor in enumerate(member.tensors):
             check_name(tensor.name, key_of("name", f"tensor {j} of {check.at}"))
             check.tensor(tensor)
@@ -47,11 +61,17 @@ def validate(graph: Graph) -> None:
         check.preprocess_table(member.preprocess_table)
         for j, node in enumerate(member.nodes):
             check_name(node.name, key_of("name", f"node {j} of {check.at}"))
-            check.operands(node, [*node.attributes, *node.constants])
+            check.operands(node, [*node.attributes, *node.constants, *absent_constants(node)])
             check.node(node)
         check.end()
     check_outputs(graph)
     check_results(graph, facts)
+
+
+def absent_constants(node: Node) -> list[str]:
+    """Those of the node's op that are null in a file."""
+    op = OPS.get(node.op) if isinstance(node.op, str) else None
+    return [key for key in op.nullable if key in op.constants and key not in node.constants] if op else []
 
 
 def check_members(graph: Graph) -> None:
@@ -67,10 +87,18 @@ def check_member_name(name: str, at: str) -> None:
     expect("/" not in name, "a name without `/`", quoted(name), at)
 
 
+def check_text(vocabulary: Any, variable: Any) -> None:
+    """The keys of an input of token ids."""
+    if vocabulary is not None:
+        integer(vocabulary, 1, MAX_ELEMENTS, key_of("vocabulary", INPUT_AT))
+    expect(isinstance(variable, bool), "a boolean", kind(variable), key_of("variable", INPUT_AT))
+    expect(vocabulary is not None or not variable, "token ids for texts of any length", "no vocabulary", INPUT_AT)
+
+
 def check_preprocess(preprocess: Any, input_shape: Shape) -> None:
     if preprocess is None:
         return
-    at = key_of("preprocess", key_of("input", "the graph"))
+    at = key_of("preprocess", INPUT_AT)
     expect(len(input_shape) == 3, "an input of shape [C, H, W]", shape_text(input_shape), at)
     expect(isinstance(preprocess, dict), "an object", kind(preprocess), at)
     check_keys(preprocess, ("mean", "std"), at)
@@ -90,8 +118,9 @@ def check_results(graph: Graph, facts: Facts) -> None:
     """The bounds on nodes with weights; those come last because the engine finds them when it packs the weights."""
     for member in graph.members:
         for node in member.nodes:
-            if OPS[node.op].has_weight:
-                check_weighted_bound(node, member.tensors[node.output], node_at(node, member_at(member.name)), facts)
+            check, inputs = OPS[node.op].bound, [member.tensors[i] for i in node.inputs]
+            if check:
+                check(node, inputs, member.tensors[node.output], node_at(node, member_at(member.name)), facts)
 
 
 def _check_ensemble(graph: Graph) -> None:
@@ -134,36 +163,43 @@ class MemberCheck:
     So that a graph that is being read is checked as it grows: of several faults every reader names the first.
     """
 
-    def __init__(self, name: str, input_shape: Shape, has_preprocess: bool, version: int, facts: Facts) -> None:
+    def __init__(self, name: str, input_shape: Shape, has_preprocess: bool, variable: bool, facts: Facts) -> None:
         self.at = member_at(name)
         self.input_shape = input_shape
         self.has_preprocess = has_preprocess
-        self.version = version
         self.facts = facts
         self.tensors: list[Activation] = []
-        self.written = {0}  # ids of tensors
+        self.written: dict[int, Rows] = {0: 0 if variable else None}  # by tensor id
         self.names: set[str] = set()  # of nodes
         self.output = 0  # of the last node
 
     def tensor(self, tensor: Activation) -> None:
         at = f"tensor {quoted(tensor.name)} of {self.at}"
         dtype = quoted(tensor.dtype) if isinstance(tensor.dtype, str) else kind(tensor.dtype)
-        expect(tensor.dtype in ("u8", "f32"), "dtype u8 or f32", dtype, at)
+        known = known_dtypes(list(DTYPES), self.facts.version)
+        expect(tensor.dtype in known, f"dtype {alternatives(known)}", dtype, at)
         shape = integers(tensor.shape, 1, 3, 1, MAX_ELEMENTS, key_of("shape", at))
-        expect(len(shape) != 2, "shape [C, H, W] or [F]", shape_text(shape), at)
+        expect(len(shape) != 2 or self.facts.version >= 3, "shape [C, H, W] or [F]", shape_text(shape), at)
         expect(math.prod(shape) < MAX_ELEMENTS, "fewer than 2^28 elements", shape_text(shape), at)
         scale = number(tensor.scale, key_of("scale", at))
         expect(MIN_SCALE <= scale <= MAX_SCALE, "a scale in [2^-126, 2^126]", f"{scale:.3g}", at)
         zero_point = integer(tensor.zero_point, 0, 255, key_of("zero_point", at))
-        plain = tensor.dtype == "u8" or (scale == 1 and zero_point == 0)
-        expect(plain, "scale 1 and zero point 0 of an f32 tensor", "others", at)
+        if tensor.dtype == "s16":
+            expect(zero_point == 0, "zero point 0 of an s16 tensor", zero_point, at)
+        elif tensor.dtype != "u8":
+            plain = scale == 1 and zero_point == 0
+            expect(plain, f"scale 1 and zero point 0 of an {tensor.dtype} tensor", "others", at)
         self.tensors.append(tensor)
 
     def input(self) -> None:
         expect(len(self.tensors) >= 1, "at least one tensor", "none", self.at)
-        first = self.tensors[0]
-        fits = first.dtype == "u8" and first.shape == self.input_shape
-        expect(fits, f"a u8 input of shape {shape_text(self.input_shape)}", shape_text(first.shape), self.at)
+        first, shape = self.tensors[0], shape_text(self.input_shape)
+        if self.facts.vocabulary is None:
+            fits = first.dtype == "u8" and first.shape == self.input_shape
+            expect(fits, f"a u8 input of shape {shape}", shape_text(first.shape), self.at)
+        else:
+            fits = first.dtype == "i32" and first.shape == self.input_shape and len(first.shape) == 1
+            expect(fits, "an i32 input of one dimension, that of the graph", shape_text(first.shape), self.at)
 
     def preprocess_table(self, table: np.ndarray | None) -> None:
         if self.has_preprocess:
@@ -176,14 +212,16 @@ class MemberCheck:
         at = node_at(node, self.at)
         name = quoted(node.op) if isinstance(node.op, str) else kind(node.op)
         expect(isinstance(node.op, str) and node.op in OPS, "an op that this engine has", name, at)
-        op, last = OPS[node.op], len(self.tensors) - 1
-        expect(op.version <= self.version, f"format version {op.version} for the op {name}", self.version, at)
-        for i in integers(node.inputs, *op.inputs, 0, last, key_of("inputs", at)):
+        op, last, version = OPS[node.op], len(self.tensors) - 1, self.facts.version
+        expect(op.version <= version, f"format version {op.version} for the op {name}", version, at)
+        for index, i in enumerate(integers(node.inputs, *op.inputs, 0, last, key_of("inputs", at))):
             expect(i in self.written, "inputs written by an earlier node", f"tensor {i}", at)
-            expect(self.tensors[i].dtype == "u8", "u8 inputs", f"f32 tensor {i}", at)
+            dtype, known = self.tensors[i].dtype, known_dtypes(op.may_read(index), version)
+            expect(dtype in known, f"{alternatives(known)} inputs", f"{dtype} tensor {i}", at)
         output = integer(node.output, 0, last, key_of("output", at))
         expect(output not in self.written, "an output that nothing wrote before", f"tensor {output}", at)
-        expect(self.tensors[output].dtype == "u8" or op.may_be_f32, "a u8 output", "f32", at)
+        dtype, known = self.tensors[output].dtype, known_dtypes(op.writes, version)
+        expect(dtype in known, f"a {alternatives(known)} output", dtype, at)
         check_keys(keys, (*op.attribute_types(node, self.tensors[output]), *op.constants), at)
 
     def node(self, node: Node) -> None:
@@ -199,14 +237,16 @@ class MemberCheck:
             self._same_grid(node, inputs, output)
         expect(node.name not in self.names, "unique names", f"{quoted(node.name)} twice", f"the nodes of {self.at}")
         self.names.add(node.name)
-        self.written.add(node.output)
+        self.written[node.output] = op.rows(node, inputs, [self.written[i] for i in node.inputs], at)
         self.output = node.output
 
     def _same_grid(self, node: Node, inputs: list[Activation], output: Activation) -> None:
         grid = (np.float32(output.scale), output.zero_point)
+        place = node_at(node, self.at)
         for i, tensor in zip(node.inputs, inputs, strict=True):
+            dtypes = f"{tensor.dtype} tensor {i} and {output.dtype} output"
+            expect(tensor.dtype == output.dtype, "the output's dtype on every input", dtypes, place)
             same = (np.float32(tensor.scale), tensor.zero_point) == grid
-            place = node_at(node, self.at)
             expect(same, "the output's scale and zero point on every input", f"others on tensor {i}", place)
 
     def end(self) -> None:
@@ -214,5 +254,5 @@ class MemberCheck:
         count = len(self.tensors)
         expect(count == len(self.names) + 1, "one tensor more than nodes", count, self.at)
         for i, tensor in enumerate(self.tensors):
-            fits = tensor.dtype == "u8" or i == self.output
+            fits = tensor.dtype != "f32" or i == self.output
             expect(fits, "f32 for the output only", f"tensor {i}", self.at)

@@ -13,6 +13,7 @@ import numpy as np
 from qdeploy import reference
 from qdeploy.graph import Activation, Graph, Member, Node
 from qdeploy.ops import OPS
+from qdeploy.ops.op import channels_of
 
 Quantization = tuple[float, int]  # scale and zero point
 
@@ -20,9 +21,13 @@ Quantization = tuple[float, int]  # scale and zero point
 class Builder:
     """Builds one member, node by node; every method returns the id of the tensor that it adds."""
 
-    def __init__(self, rng: np.random.Generator, input_shape: tuple[int, ...], quantization: Quantization) -> None:
+    def __init__(
+        self, rng: np.random.Generator, input_shape: tuple[int, ...], quantization: Quantization | None
+    ) -> None:
+        """Without a quantization the input is token ids."""
         self.rng = rng
-        self.tensors = [Activation("input", input_shape, "u8", *quantization)]
+        codes = quantization and Activation("input", input_shape, "u8", *quantization)
+        self.tensors = [codes or Activation("input", input_shape, "i32")]
         self.nodes: list[Node] = []
 
     def member(self, name: str = "net", preprocess: dict | None = None) -> Member:
@@ -50,16 +55,30 @@ class Builder:
         return self._weighted("conv2d", x, (out_channels, self.shape(x)[0] // groups, *kernel), attributes, **common)
 
     def linear(self, x: int, features: int, **common: object) -> int:
-        return self._weighted("linear", x, (features, self.shape(x)[0]), {}, **common)
+        return self._weighted("linear", x, (features, self.shape(x)[-1]), {}, **common)
 
     def add(self, a: int, b: int, dtype: str = "u8", clamp: tuple[int, int] = (0, 255), exact: bool = False) -> int:
-        ma, mb = self._factor(75.0, 2, exact)
-        return self._node("add", [a, b], {"multipliers": (ma, mb), "bias": self._offset(1, exact)[0]}, {}, dtype, clamp)
+        ma, mb = self._factor(np.array([self._typical(i, dtype) for i in (a, b)]), 2, exact)
+        attributes = {"multipliers": (ma, mb), "bias": self._offset(1, exact)[0]}
+        return self._node("add", [a, b], attributes, {}, dtype, clamp)
 
     def mul(self, a: int, b: int, dtype: str = "u8", clamp: tuple[int, int] = (0, 255), exact: bool = False) -> int:
         typical = math.prod(max(75, abs(128 - self.tensors[i].zero_point)) for i in (a, b))
         attributes = {"multiplier": self._factor(typical, 1, exact)[0], "bias": self._offset(1, exact)[0]}
         return self._node("mul", [a, b], attributes, {}, dtype, clamp)
+
+    def rescale(self, x: int, dtype: str = "u8", clamp: tuple[int, int] = (0, 255), exact: bool = False) -> int:
+        return self._node("rescale", [x], self._affine(self._typical(x, dtype), exact), {}, dtype, clamp)
+
+    def resize(
+        self, x: int, size: tuple[int, int], taps: tuple[int, int], dtype: str = "u8", clamp: tuple[int, int] = (0, 255)
+    ) -> int:
+        """Windows anywhere, random weights of both signs, whose sums are about 100 for an axis."""
+        constants = {}
+        for axis, outputs, inputs, k in zip(("row", "column"), size, self.shape(x)[1:], taps, strict=True):
+            constants[f"{axis}_start"] = self.rng.integers(0, inputs - k + 1, outputs).astype(np.int32)
+            constants[f"{axis}_weight"] = self.rng.integers(-20, 200 // k + 1, (outputs, k)).astype(np.int32)
+        return self._node("resize", [x], self._affine(75.0 * 100 * 100, False), constants, dtype, clamp)
 
     def max_pool2d(self, x: int, kernel, stride, padding, dilation=(1, 1)) -> int:
         attributes = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
@@ -69,7 +88,7 @@ class Builder:
         self, x: int, kernel, stride, padding, per_count=True, dtype="u8", clamp=(0, 255), exact=False, flat=False
     ) -> int:
         counts = np.arange(1, math.prod(kernel) + 1) if per_count else np.array([math.prod(kernel)])
-        multiplier = self._factor(40.0 * counts, counts.size, exact)
+        multiplier = self._factor(self._typical(x, dtype) / 2 * counts, counts.size, exact)
         attributes = {"kernel": kernel, "stride": stride, "padding": padding, "bias": self._offset(1, exact)[0]}
         return self._node("avg_pool2d", [x], attributes, {"multiplier": multiplier}, dtype, clamp, flat=flat)
 
@@ -79,11 +98,110 @@ class Builder:
             values = (self.rng.standard_normal(256) * 10).astype(np.float32)
         return self._node("table", [x], {}, {"table": values}, dtype, quantization=quantization)
 
-    def concat(self, inputs: list[int]) -> int:
-        return self._node("concat", inputs, {}, {}, quantization=self.quantization(inputs[0]))
+    def concat(self, inputs: list[int], axis: str | None = None) -> int:
+        """`axis` is for tokens, and only for them."""
+        return self._move("concat", inputs, {"axis": axis} if axis else {}, {})
 
     def reshape(self, x: int, shape: tuple[int, ...]) -> int:
-        return self._node("reshape", [x], {}, {}, quantization=self.quantization(x), shape=shape)
+        return self._move("reshape", [x], {}, {}, shape)
+
+    def gather(self, x: int, axis: str, index: object, shape: tuple[int, ...] | None = None) -> int:
+        """`shape` of rows as an image."""
+        constants = {"index": np.asarray(index, np.int32)}
+        if axis == "rows" and shape is None:
+            shape = (constants["index"].size, channels_of(self.shape(x)))
+        return self._move("gather", [x], {"axis": axis}, constants, shape)
+
+    def tokens(self, x: int) -> int:
+        return self._move("tokens", [x], {}, {})
+
+    def image(self, x: int, height: int) -> int:
+        rows, channels = self.shape(x)
+        return self._move("image", [x], {}, {}, (channels, height, rows // height))
+
+    def position(self, x: int, prefix: int = 0, dtype: str = "s16", exact: bool = False) -> int:
+        rows, channels = self.shape(x)
+        table = self._factor(1 / self._gain(dtype), (prefix + rows) * channels, exact).reshape(-1, channels) / 2
+        attributes = {"multiplier": self._factor(self._typical(x, dtype), 1, exact)[0], "prefix": prefix}
+        return self._node("position", [x], attributes, {"rows": table}, dtype, (0, 255))
+
+    def embedding(self, vocabulary: int, channels: int, bits: int = 8, per_row: bool = True, dtype: str = "s16") -> int:
+        typical = 2 ** (bits - 2) / self._gain(dtype)
+        constants = {
+            "weight": self._codes((vocabulary, channels), bits, "uniform"),
+            "multiplier": self._factor(typical, vocabulary if per_row else 1, False),
+            "rows": self._factor(1 / self._gain(dtype), self.shape(0)[0] * channels, False).reshape(-1, channels) / 2,
+        }
+        return self._node("embedding", [0], {}, constants, dtype, (0, 255), bits=bits)
+
+    def mean(self, x: int, dtype: str = "u8", clamp: tuple[int, int] = (0, 255)) -> int:
+        counts = np.arange(1, self.shape(x)[0] + 1)
+        multiplier = self._factor(self._typical(x, dtype) / 4 * counts, counts.size, False)
+        return self._node("mean", [x], {"bias": self._offset(1, False)[0]}, {"multiplier": multiplier}, dtype, clamp)
+
+    def norm(
+        self, x: int, groups: int | None = None, dtype: str = "u8", clamp: tuple[int, int] = (0, 255), epsilon=1e-5
+    ) -> int:
+        """`epsilon` as in the real network, whose scale is that of the input."""
+        shape = self.shape(x)
+        channels = channels_of(shape)
+        count = channels if groups is None else math.prod(shape) // groups
+        exact_epsilon = max(2.0**-60, count**2 * epsilon / self.tensors[x].scale ** 2)
+        attributes = {"groups": groups, "epsilon": float(np.float32(exact_epsilon))}
+        multiplier = self._factor(2 / self._gain(dtype), channels, False)
+        constants = {"multiplier": multiplier, "bias": self._offset(channels, False)}
+        return self._node("norm", [x], attributes, constants, dtype, clamp)
+
+    def attention(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        heads: int,
+        block: int | None = None,
+        logit_bias: bool = False,
+        regions: int | None = None,
+        clamp: tuple[int, int] = (0, 255),
+        spread: float = 4.0,
+    ) -> int:
+        """`regions` is their number, `spread` about the standard deviation of the logits."""
+        queries, keys = block or self.shape(q)[0], block or self.shape(k)[0]
+        typical = 75.0 * 75.0 * math.sqrt(self.shape(q)[1] // heads)
+        attributes = {
+            "heads": heads,
+            "block": block,
+            "peak": min(32767, (2**31 - 1) // (255 * keys)),
+            "logit_multiplier": float(np.float32(self.rng.choice([-1, 1]) * spread / typical)),
+            "multiplier": self._factor(75.0, 1, False)[0],
+            "bias": self._offset(1, False)[0],
+        }
+        constants = {}
+        if logit_bias:
+            constants["logit_bias"] = (self.rng.standard_normal((heads, queries, keys)) * spread).astype(np.float32)
+        if regions:
+            constants["regions"] = self.rng.integers(0, regions, self.shape(k)[0]).astype(np.int32)
+        return self._node("attention", [q, k, v], attributes, constants, "u8", clamp)
+
+    def _typical(self, x: int, dtype: str) -> float:
+        """Size of a code of x for a result of about 100, which is 100 times as much where the output is s16."""
+        return (75.0 if self.tensors[x].dtype == "u8" else 10_000.0) / self._gain(dtype)
+
+    def _gain(self, dtype: str) -> float:
+        return 100.0 if dtype == "s16" else 1.0
+
+    def _affine(self, typical: float, exact: bool) -> dict:
+        return {"multiplier": self._factor(typical, 1, exact)[0], "bias": self._offset(1, exact)[0]}
+
+    def _move(
+        self,
+        op: str,
+        inputs: list[int],
+        attributes: dict,
+        constants: dict[str, np.ndarray],
+        shape: tuple[int, ...] | None = None,
+    ) -> int:
+        first = self.tensors[inputs[0]]
+        return self._node(op, inputs, attributes, constants, first.dtype, None, (first.scale, first.zero_point), shape)
 
     def _weighted(
         self,
@@ -105,14 +223,15 @@ class Builder:
         """`size` multiplies the constants of an f32 output; `flat` declares its shape [C, 1, 1] as [C]."""
         weight = self._codes(shape, bits, codes)
         typical = 75.0 * np.sqrt((weight.reshape(shape[0], -1).astype(np.float64) ** 2).sum(axis=1)) + 1
-        factor = np.float32(size if dtype == "f32" else 1)
+        factor = np.float32(size if dtype == "f32" else self._gain(dtype))
         constants = {
             "weight": weight,
             "multiplier": self._factor(typical, shape[0], exact) * factor,
             "bias": self._offset(shape[0], exact) * factor,
         }
         if residual is not None:
-            attributes["residual_multiplier"] = float(self._factor(75.0, 1, exact)[0] * factor)
+            typical = self._typical(residual, "u8")
+            attributes["residual_multiplier"] = float(self._factor(typical, 1, exact)[0] * factor)
         inputs = [x] if residual is None else [x, residual]
         return self._node(op, inputs, attributes, constants, dtype, clamp, quantization, bits=bits, flat=flat)
 
@@ -135,8 +254,8 @@ class Builder:
         shape = shape or OPS[op].shape(node, [self.shape(i) for i in inputs])
         shape = shape[:1] if flat else shape
         scale, zero_point = quantization or (float(np.float32(self.rng.uniform(0.001, 0.1))), self._zero_point())
-        tensor = Activation(f"t{len(self.tensors)}", shape, dtype, scale, zero_point)
-        self.tensors.append(tensor if dtype == "u8" else Activation(tensor.name, shape, "f32"))
+        grid = {"u8": (scale, zero_point), "s16": (scale, 0)}.get(dtype, (1.0, 0))
+        self.tensors.append(Activation(f"t{len(self.tensors)}", shape, dtype, *grid))
         self.nodes.append(node)
         return node.output
 
@@ -163,6 +282,16 @@ class Builder:
     def _offset(self, count: int, exact: bool) -> np.ndarray:
         offset = self.rng.uniform(-40, 300, count)
         return (np.round(offset * 2) / 2 if exact else offset).astype(np.float32)
+
+
+def text_batch(graph: Graph, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+    """Token ids and the mask; of texts of one length there is none. Beyond the end of a text stands no token at all."""
+    longest = graph.input_shape[0]
+    ids = rng.integers(0, graph.vocabulary, (n, longest)).astype(np.int64)
+    if not graph.variable:
+        return ids, None
+    mask = (np.arange(longest) < rng.integers(1, longest + 1, n)[:, None]).astype(np.int64)
+    return np.where(mask, ids, -100), mask
 
 
 def batch(graph: Graph, n: int, rng: np.random.Generator, dtype: type = np.float32) -> np.ndarray:
@@ -213,6 +342,44 @@ def small_network() -> Graph:
     h = builder.reshape(g, (math.prod(builder.shape(g)),))
     builder.linear(h, 2, bits=3, dtype="f32")
     return Graph([builder.member(preprocess=entry)], preprocess=entry, classes=["cat", "dog"])
+
+
+def small_vision() -> Graph:
+    """Every op of version 3 but `embedding` and `mean`, in a file that takes images."""
+    net = Builder(np.random.default_rng(77), (3, 12, 12), (0.02, 110))
+    x = net.conv2d(0, 16, (3, 3), (2, 2), (1, 1, 1, 1), bits=5, dtype="s16")
+    x = net.conv2d(net.norm(x, groups=4), 16, residual=x, dtype="s16")
+    y = net.mul(net.rescale(x), net.avg_pool2d(x, (6, 6), (1, 1), (0, 0, 0, 0)))
+    gate = net.conv2d(y, 1, (3, 3), padding=(1, 1, 1, 1))
+    y = net.resize(net.mul(y, gate), (4, 4), (3, 2))
+    y = net.gather(y, "rows", np.clip(np.arange(-1, 5), 0, 3).repeat(6).reshape(6, 6).T.ravel(), (16, 6, 6))
+    x = net.add(x, y, dtype="s16")
+    x = net.position(net.gather(net.tokens(x), "channels", np.arange(15, -1, -1)), prefix=4)
+    y = net.norm(x)
+    q, k, v = (net.linear(y, 16, bits=4) for _ in range(3))
+    y = net.attention(q, k, v, 4, block=20, logit_bias=True, regions=3)
+    x = net.linear(y, 16, bits=6, residual=x, dtype="s16")
+    y = net.norm(net.gather(x, "rows", np.random.default_rng(0).permutation(40)[:36]), dtype="u8")
+    y = net.concat([y, net.table(y, quantization=net.quantization(y))], "channels")
+    y = net.avg_pool2d(net.image(y, 6), (6, 6), (1, 1), (0, 0, 0, 0))
+    net.linear(net.reshape(y, (32,)), 5, bits=3, dtype="f32")
+    return Graph([net.member()])
+
+
+def small_text() -> Graph:
+    """Every op that reads a text of any length; the file takes token ids."""
+    net = Builder(np.random.default_rng(16), (9,), None)
+    x = net.position(net.embedding(11, 12, bits=5), prefix=1, exact=True)
+    y = net.norm(x)
+    q, k, v = (net.linear(y, 12) for _ in range(3))
+    x = net.linear(net.attention(q, k, v, 3, logit_bias=True), 12, bits=3, residual=x, dtype="s16")
+    y = net.norm(net.add(x, y, dtype="s16"))
+    y = net.mul(net.table(y), net.gather(y, "rows", [0]))
+    y = net.concat([y, net.table(y, quantization=net.quantization(y))], "channels")
+    y = net.gather(y, "channels", [3, 1, -1, 15])
+    x = net.mean(y)
+    net.linear(x, 3, bits=7, dtype="f32")
+    return Graph([net.member()], classes=["a", "b", "c"], vocabulary=11, variable=True)
 
 
 def small_ensemble() -> Graph:

@@ -1,7 +1,8 @@
 """Hypothesis strategies for valid graphs. `DRAW` says how a node of each op is drawn.
 
 Shapes and attributes are drawn by hypothesis, so failures shrink; arrays come from a generator with a drawn seed. Half
-of the constants are `exact`: see builder.py.
+of the constants are `exact`: see builder.py. `version` is the newest format version whose ops, dtypes and shapes are
+drawn: ENGINE is what every part of the project runs.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import math
 import numpy as np
 from builder import Builder, Quantization
 from hypothesis import strategies as st
+from versions import ENGINE
 
 from qdeploy.graph import COMBINE, Graph
 from qdeploy.ops import OPS
+from qdeploy.ops.op import channels_of, known_dtypes, rows_of
 
 MAX_MACS = 3_000_000  # of one drawn node and image
 CHANNELS = st.one_of(st.sampled_from([1, 2, 3, 4, 8, 16, 31, 32, 33, 63, 64, 65]), st.integers(1, 70))
@@ -31,21 +34,50 @@ def generators() -> st.SearchStrategy[np.random.Generator]:
 
 
 @st.composite
-def input_shapes(draw: st.DrawFn) -> tuple[int, ...]:
+def input_shapes(draw: st.DrawFn, version: int = ENGINE) -> tuple[int, ...]:
     if draw(st.integers(0, 5)) == 5:
         return (draw(st.integers(1, 100)),)
+    if version >= 3 and draw(st.booleans()):
+        return (draw(st.integers(1, 50)), draw(CHANNELS))
     return (draw(CHANNELS), draw(SIZES), draw(SIZES))
 
 
 @st.composite
-def graphs(draw: st.DrawFn, max_nodes: int = 5) -> Graph:
+def graphs(draw: st.DrawFn, max_nodes: int = 5, version: int = ENGINE) -> Graph:
     """Models of one member."""
-    shape = draw(input_shapes())
+    shape = draw(input_shapes(version))
     preprocess = draw(preprocesses(shape))
     builder = Builder(draw(generators()), shape, draw(quantizations()))
-    x = _grow(draw, builder, draw(st.integers(0, max_nodes - 1)))
-    _last_node(draw, builder, x)
+    x = _grow(draw, builder, draw(st.integers(0, max_nodes - 1)), version)
+    _last_node(draw, builder, x, version)
     return Graph([builder.member(preprocess=preprocess)], preprocess=preprocess)
+
+
+@st.composite
+def texts(draw: st.DrawFn) -> Graph:
+    """Models of token ids: blocks as transformers have them, in any order, and rows or their mean as the output."""
+    longest, vocabulary = draw(st.integers(1, 40)), draw(st.integers(1, 50))
+    variable, heads = draw(st.booleans()), draw(st.integers(1, 4))
+    width = heads * draw(st.integers(1, 20))
+    net = Builder(draw(generators()), (longest,), None)
+    x = net.embedding(vocabulary, width, draw(st.integers(2, 8)), draw(st.booleans()), draw(CODES))
+    if draw(st.booleans()):
+        x = net.position(x, draw(st.integers(0, 3)), draw(CODES), draw(st.booleans()))
+    for _ in range(draw(st.integers(0, 3))):
+        y = net.norm(x)
+        if draw(st.booleans()):
+            q, k, v = (net.linear(y, width) for _ in range(3))
+            y = net.attention(q, k, v, heads, logit_bias=draw(st.booleans()), spread=draw(SPREADS), clamp=_clamp(draw))
+        x = net.linear(net.table(y), width, residual=x, dtype=draw(CODES), bits=draw(st.integers(2, 8)))
+    last = draw(st.sampled_from(["rows", "mean", "first"]))
+    if last == "mean":
+        x = net.mean(x, clamp=_clamp(draw))
+    elif last == "first":
+        x = net.reshape(net.gather(net.norm(x), "rows", [0]), (width,))
+    else:
+        x = net.norm(x)
+    net.linear(x, draw(st.integers(1, 10)), dtype="f32")
+    return Graph([net.member()], vocabulary=vocabulary, variable=variable)
 
 
 @st.composite
@@ -82,7 +114,7 @@ def ensembles(draw: st.DrawFn, max_nodes: int = 3) -> Graph:
     members = []
     for i in range(draw(st.integers(2, 4))):
         builder = Builder(draw(generators()), shape, draw(quantizations()))
-        x = _grow(draw, builder, draw(st.integers(0, max_nodes)))
+        x = _grow(draw, builder, draw(st.integers(0, max_nodes)), ENGINE)
         if len(builder.shape(x)) == 3:
             x = builder.reshape(x, (math.prod(builder.shape(x)),))
         if draw(st.booleans()):
@@ -96,33 +128,40 @@ def ensembles(draw: st.DrawFn, max_nodes: int = 3) -> Graph:
 
 @st.composite
 def preprocesses(draw: st.DrawFn, shape: tuple[int, ...]) -> dict | None:
-    if len(shape) == 1 or draw(st.booleans()):
+    if len(shape) < 3 or draw(st.booleans()):
         return None
     numbers = st.floats(0.125, 1.0, width=32)
     return {key: draw(st.lists(numbers, min_size=shape[0], max_size=shape[0])) for key in ("mean", "std")}
 
 
-def _grow(draw: st.DrawFn, builder: Builder, nodes: int) -> int:
+def _grow(draw: st.DrawFn, builder: Builder, nodes: int, version: int) -> int:
     """Adds about `nodes` nodes and returns the tensor to go on from; branches may stay unread."""
     for _ in range(nodes):
         last = len(builder.tensors) - 1
         x = draw(st.sampled_from([last, last, last, *range(last + 1)]))
-        ops = _ops_for(builder.shape(x))
+        ops = _ops_for(builder, x, version)
         weighted = [op for op in ops if OPS[op].has_weight]  # twice as often as the others
-        DRAW[draw(st.sampled_from([*weighted, *ops]))](draw, builder, x)
+        op = draw(st.sampled_from([*weighted, *ops]))
+        dtypes = [dtype for dtype in known_dtypes(OPS[op].writes, version) if dtype != "f32"]
+        if len(dtypes) > 1 and OPS[op].requantized:
+            DRAW[op](draw, builder, x, draw(st.sampled_from(dtypes)))
+        else:
+            DRAW[op](draw, builder, x)
     return len(builder.tensors) - 1
 
 
-def _last_node(draw: st.DrawFn, builder: Builder, x: int) -> None:
+def _last_node(draw: st.DrawFn, builder: Builder, x: int, version: int) -> None:
     dtype = draw(st.sampled_from(["u8", "f32"]))
-    ops = [op for op in _ops_for(builder.shape(x)) if OPS[op].may_be_f32]
+    ops = [op for op in _ops_for(builder, x, version) if OPS[op].may_be_f32]
     DRAW[draw(st.sampled_from(ops))](draw, builder, x, dtype)
 
 
-def _ops_for(shape: tuple[int, ...]) -> list[str]:
-    """Those that take an input of this shape."""
-    other = {"linear"} if len(shape) == 3 else {"conv2d", "max_pool2d", "avg_pool2d"}
-    return [op for op in DRAW if op not in other]
+def _ops_for(builder: Builder, x: int, version: int) -> list[str]:
+    """Those that take an input of this shape and dtype."""
+    tensor = builder.tensors[x]
+    other = {1: IMAGES | TOKENS, 2: IMAGES, 3: TOKENS | {"linear"}}[len(tensor.shape)]
+    ops = [op for op in DRAW if op not in other and OPS[op].version <= version]
+    return [op for op in ops if tensor.dtype in OPS[op].reads]
 
 
 def _clamp(draw: st.DrawFn) -> tuple[int, int]:
@@ -155,7 +194,7 @@ def _conv2d(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int
     if draw(st.booleans()):
         conv["residual"] = builder.conv2d(x, **{**conv, "dtype": "u8", "bits": 8})
         last = builder.nodes[-1]
-        candidates = [i for i, t in enumerate(builder.tensors) if t.shape == builder.shape(last.output)]
+        candidates = _alike(builder, builder.shape(last.output))
         conv["residual"] = draw(st.sampled_from(candidates))
     if dtype == "f32":
         conv["size"] = draw(st.sampled_from([1.0, 2.0**-140, 2.0**80]))
@@ -164,23 +203,24 @@ def _conv2d(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int
 
 def _linear(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
     features = draw(CHANNELS)
-    candidates = [i for i, t in enumerate(builder.tensors) if t.shape == (features,)]
+    candidates = _alike(builder, (*builder.shape(x)[:-1], features))
     residual = draw(st.sampled_from(candidates)) if candidates else None
     return builder.linear(x, features, residual=residual, **_common(draw, dtype))
 
 
 def _add(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
-    candidates = [i for i, t in enumerate(builder.tensors) if t.shape == builder.shape(x)]
-    other = draw(st.sampled_from(candidates))
+    other = draw(st.sampled_from(_alike(builder, builder.shape(x))))
     return builder.add(x, other, dtype, _clamp(draw), draw(st.booleans()))
 
 
 def _mul(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
     shape = builder.shape(x)
-    gate = (shape[0], 1, 1) if len(shape) == 3 else shape
-    others = [i for i, t in enumerate(builder.tensors) if t.shape in (shape, gate)]
-    if shape != gate and draw(st.booleans()):
+    gates = {3: [(shape[0], 1, 1)], 2: [(1, shape[-1])]}.get(len(shape), [])
+    others = [i for i, t in enumerate(builder.tensors) if t.shape in (shape, *gates) and t.dtype == "u8"]
+    if len(shape) == 3 and shape not in gates and draw(st.booleans()):
         others = [builder.avg_pool2d(x, shape[1:], (1, 1), (0, 0, 0, 0))]
+    if len(shape) == 2 and draw(st.booleans()):
+        others = [builder.gather(x, "rows", [draw(st.integers(-1, shape[0] - 1))])]
     return builder.mul(x, draw(st.sampled_from(others)), dtype, _clamp(draw), draw(st.booleans()))
 
 
@@ -188,15 +228,22 @@ def _table(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
     return builder.table(x, dtype)
 
 
+def _alike(builder: Builder, shape: tuple[int, ...]) -> list[int]:
+    """Tensors of this shape."""
+    return [i for i, tensor in enumerate(builder.tensors) if tensor.shape == shape]
+
+
 def _concat(draw: st.DrawFn, builder: Builder, x: int) -> int:
-    other = draw(st.sampled_from([x, builder.table(x, quantization=builder.quantization(x))]))
+    other = x
+    if builder.tensors[x].dtype == "u8":
+        other = draw(st.sampled_from([x, builder.table(x, quantization=builder.quantization(x))]))
     inputs = draw(st.sampled_from([[x, other], [other, x], [x, other, x]]))
-    return builder.concat(inputs)
+    return builder.concat(inputs, draw(AXES) if len(builder.shape(x)) == 2 else None)
 
 
 def _reshape(draw: st.DrawFn, builder: Builder, x: int) -> int:
     elements = math.prod(builder.shape(x))
-    if len(builder.shape(x)) == 3 and draw(st.booleans()):
+    if len(builder.shape(x)) > 1 and draw(st.booleans()):
         return builder.reshape(x, (elements,))
     width = draw(st.sampled_from([d for d in range(1, 71) if elements % d == 0]))
     return builder.reshape(x, (elements // width, 1, width))
@@ -228,6 +275,73 @@ def _avg_pool2d(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") ->
     return builder.avg_pool2d(x, **window, per_count=draw(st.booleans()), dtype=dtype, clamp=_clamp(draw))
 
 
+def _rescale(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
+    return builder.rescale(x, dtype, _clamp(draw), draw(st.booleans()))
+
+
+def _resize(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
+    taps = tuple(draw(st.integers(1, min(5, size))) for size in builder.shape(x)[1:])
+    return builder.resize(x, (draw(SIZES), draw(SIZES)), taps, dtype, _clamp(draw))
+
+
+def _gather(draw: st.DrawFn, builder: Builder, x: int) -> int:
+    shape = builder.shape(x)
+    axis = draw(AXES) if len(shape) > 1 else "channels"
+    count = rows_of(shape) if axis == "rows" else channels_of(shape)
+    index = builder.rng.integers(-1, count, draw(st.integers(1, 60)))
+    size = (channels_of(shape), 1, index.size) if axis == "rows" and draw(st.booleans()) else None
+    return builder.gather(x, axis, index, size)
+
+
+def _tokens(draw: st.DrawFn, builder: Builder, x: int) -> int:
+    return builder.tokens(x)
+
+
+def _image(draw: st.DrawFn, builder: Builder, x: int) -> int:
+    rows = builder.shape(x)[0]
+    return builder.image(x, draw(st.sampled_from([h for h in range(1, rows + 1) if rows % h == 0])))
+
+
+def _position(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
+    return builder.position(x, draw(st.integers(0, 3)), dtype, draw(st.booleans()))
+
+
+def _mean(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
+    return builder.mean(x, dtype, _clamp(draw))
+
+
+def _norm(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
+    channels = channels_of(builder.shape(x))
+    groups = draw(st.sampled_from([None, *[g for g in range(1, channels + 1) if channels % g == 0]]))
+    epsilon = draw(st.sampled_from([1e-5, 1e-12, 0.5]))
+    return builder.norm(x, groups, dtype, _clamp(draw), epsilon)
+
+
+def _attention(draw: st.DrawFn, builder: Builder, x: int) -> int:
+    """The keys are x, the queries and values other tensors of its shape where there are any."""
+    rows, channels = builder.shape(x)
+    others = [i for i in _alike(builder, (rows, channels)) if builder.tensors[i].dtype == "u8"]
+    q, v = draw(st.sampled_from(others)), draw(st.sampled_from(others))
+    return builder.attention(
+        q,
+        x,
+        v,
+        heads=draw(st.sampled_from([h for h in range(1, channels + 1) if channels % h == 0])),
+        block=draw(st.sampled_from([None, *[b for b in range(1, rows + 1) if rows % b == 0]])),
+        logit_bias=draw(st.booleans()),
+        regions=draw(st.sampled_from([None, 1, 3])),
+        clamp=_clamp(draw),
+        spread=draw(SPREADS),
+    )
+
+
+AXES = st.sampled_from(["rows", "channels"])
+CODES = st.sampled_from(["u8", "s16"])
+SPREADS = st.sampled_from([0.0, 0.1, 4.0, 100.0])  # of logits: from equal weights to a single one
+IMAGES = {"conv2d", "max_pool2d", "avg_pool2d", "resize", "tokens"}
+TOKENS = {"position", "mean", "attention", "image"}
+ONLY_TEXTS = {"embedding"}  # which `texts` draws
+
 # By op: draws its parameters and adds a node that reads the tensor x; takes a dtype where the output may be f32.
 DRAW = {
     "conv2d": _conv2d,
@@ -239,4 +353,13 @@ DRAW = {
     "table": _table,
     "concat": _concat,
     "reshape": _reshape,
+    "rescale": _rescale,
+    "resize": _resize,
+    "gather": _gather,
+    "tokens": _tokens,
+    "image": _image,
+    "position": _position,
+    "mean": _mean,
+    "norm": _norm,
+    "attention": _attention,
 }

@@ -226,7 +226,7 @@ BAD_GRAPHS = [
         256,
         "an integer in [0, 255], got 256 - at key `zero_point` of tensor `t1` of",
     ),
-    ("tensors.1.shape", (4, 6), "shape [C, H, W] or [F], got [4, 6] - at tensor `t1` of member `net`"),
+    ("tensors.1.shape", (4, 6), "an output of shape [4, 6, 5], got [4, 6] - at node `conv2d.0` of member `net`"),
     (
         "tensors.1.shape",
         (2**14, 2**7, 2**7),

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from builder import Builder, batch
+from exact import exact_fma, round_to_f32
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_graphs import ensembles, generators, graphs
@@ -19,21 +20,6 @@ from qdeploy.graph import Activation, Graph
 LARGEST = float(np.finfo(np.float32).max)
 LEAST = 2.0**-149
 F32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
-
-
-def round_to_f32(exact: Fraction) -> float:
-    """The f32 nearest to an exact number, half to even, by integer arithmetic alone."""
-    if exact == 0:
-        return 0.0
-    exponent = exact.numerator.bit_length() - exact.denominator.bit_length()
-    exponent -= abs(exact) < Fraction(2) ** exponent
-    quantum = Fraction(2) ** max(exponent - 23, -149)
-    rounded = round(exact / quantum) * quantum
-    return math.copysign(math.inf, exact) if abs(rounded) >= 2**128 else float(rounded)
-
-
-def exact_fma(a: float, b: float, c: float) -> float:
-    return round_to_f32(Fraction(a) * Fraction(b) + Fraction(c))
 
 
 def fma(a: float, b: float, c: float) -> float:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+from versions import as_the_engine, too_new
 
 import qdeploy
 from qdeploy import _engine, reference
@@ -40,8 +41,9 @@ def check(path: Path, isa: str, threads: int) -> str:
     other, bytes_said = verdict(lambda path: split_model(path, isa, threads), path)
     if bytes_said != engine_said:
         raise Disagreement(f"of the path the engine says {engine_said!r}, of the bytes {bytes_said!r}")
-    if NEEDS.match(engine_said):
+    if NEEDS.match(engine_said) or too_new(engine_said):
         return engine_said
+    said = as_the_engine(said)
     faults = [JSON_FAULT.fullmatch(text) for text in (said, engine_said)]
     if said != engine_said and not (faults[0] and faults[1] and faults[0][2] == faults[1][2]):
         raise Disagreement(f"qdeploy.format says {said or 'a model'!r}, the engine {engine_said or 'a model'!r}")
