@@ -49,17 +49,20 @@ QD_INLINE void transpose(__m256i (&x)[8]) {
 void attention_keys(const AttentionPack* params) {
   const AttentionPack& p = *params;
   const int32_t pairs = (p.n + 7) / 8 * 4;
-  for (int32_t first = 0; first < (p.rows + p.nr - 1) / p.nr * p.nr; first += 8) {
-    int16_t* panel = p.c + 2 * (static_cast<ptrdiff_t>(first / p.nr) * pairs * p.nr + first % p.nr);
-    for (int32_t pair = 0; pair < pairs; pair += 8) {
-      __m256i x[8];
-      QD_UNROLL for (int j = 0; j < 8; ++j) {
-        x[j] = first + j < p.rows ? centred(p, first + j, 2 * pair) : _mm256_setzero_si256();
-      }
-      transpose(x);
-      const int32_t left = pairs - pair;
-      QD_UNROLL for (int j = 0; j < 8; ++j) {
-        if (j < left) store_i16(x[j], panel + 2 * (pair + j) * p.nr);
+  int16_t* panel = p.c;
+  for (int32_t first = 0; first < p.rows; first += p.nr, panel += 2 * pairs * p.nr) {
+    for (int32_t i = 0; i < p.nr; i += 8) {
+      for (int32_t pair = 0; pair < pairs; pair += 8) {
+        __m256i x[8];
+        QD_UNROLL for (int j = 0; j < 8; ++j) {
+          const int32_t key = first + i + j;
+          x[j] = key < p.rows ? centred(p, key, 2 * pair) : _mm256_setzero_si256();
+        }
+        transpose(x);
+        const int32_t left = pairs - pair;
+        QD_UNROLL for (int j = 0; j < 8; ++j) {
+          if (j < left) store_i16(x[j], panel + 2 * ((pair + j) * p.nr + i));
+        }
       }
     }
   }
@@ -68,15 +71,19 @@ void attention_keys(const AttentionPack* params) {
 void attention_values(const AttentionPack* params) {
   const AttentionPack& p = *params;
   const int32_t keys = (p.rows + 7) / 8 * 8;
-  for (int32_t key = 0; key < keys; key += 2) {
-    for (int32_t i = 0; i < (p.n + p.nr - 1) / p.nr * p.nr; i += 16) {
-      const __m256i zero = _mm256_setzero_si256();
-      const __m256i a = i < p.n && key < p.rows ? centred(p, key, i) : zero;
-      const __m256i b = i < p.n && key + 1 < p.rows ? centred(p, key + 1, i) : zero;
-      const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-      int16_t* c = p.c + static_cast<ptrdiff_t>(i / p.nr) * keys * p.nr + key * p.nr + 2 * (i % p.nr);
-      store_i16(_mm256_permute2x128_si256(low, high, 0x20), c);
-      store_i16(_mm256_permute2x128_si256(low, high, 0x31), c + 16);
+  int16_t* panel = p.c;
+  for (int32_t first = 0; first < p.n; first += p.nr, panel += keys * p.nr) {
+    for (int32_t key = 0; key < keys; key += 2) {
+      for (int32_t i = 0; i < p.nr; i += 16) {
+        const int32_t channel = first + i;
+        const __m256i zero = _mm256_setzero_si256();
+        const __m256i a = channel < p.n && key < p.rows ? centred(p, key, channel) : zero;
+        const __m256i b = channel < p.n && key + 1 < p.rows ? centred(p, key + 1, channel) : zero;
+        const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+        int16_t* c = panel + key * p.nr + 2 * i;
+        store_i16(_mm256_permute2x128_si256(low, high, 0x20), c);
+        store_i16(_mm256_permute2x128_si256(low, high, 0x31), c + 16);
+      }
     }
   }
 }

@@ -38,10 +38,7 @@ struct Avx2Lanes {
 
   static QD_INLINE F32 to_f32(I32 x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
   static QD_INLINE I32 rint_i32(F32 x) { return {_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high)}; }
-  static QD_INLINE F32 rint(F32 x) {
-    constexpr int kHalfEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return {_mm256_round_ps(x.low, kHalfEven), _mm256_round_ps(x.high, kHalfEven)};
-  }
+  static QD_INLINE F32 add(F32 x, F32 y) { return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)}; }
   static QD_INLINE F32 sub(F32 x, F32 y) { return {_mm256_sub_ps(x.low, y.low), _mm256_sub_ps(x.high, y.high)}; }
   static QD_INLINE F32 mul(F32 x, F32 y) { return {_mm256_mul_ps(x.low, y.low), _mm256_mul_ps(x.high, y.high)}; }
   static QD_INLINE F32 max(F32 x, F32 y) { return {_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)}; }
@@ -54,11 +51,13 @@ struct Avx2Lanes {
     return {_mm256_mullo_epi32(x.low, y.low), _mm256_mullo_epi32(x.high, y.high)};
   }
 
-  // x * 2^n, where neither is subnormal.
-  static QD_INLINE F32 times_power(F32 x, F32 n) {
-    const I32 exponent = rint_i32(n);
-    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.low), _mm256_slli_epi32(exponent.low, 23))),
-            _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.high), _mm256_slli_epi32(exponent.high, 23)))};
+  // x * 2^n, n being the low bits of `shifted`; neither x nor the result is subnormal.
+  static QD_INLINE __m256 add_exponent(__m256 x, __m256 shifted) {
+    const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n));
+  }
+  static QD_INLINE F32 add_exponent(F32 x, F32 shifted) {
+    return {add_exponent(x.low, shifted.low), add_exponent(x.high, shifted.high)};
   }
 
   // The first n lanes of x, then those of y.

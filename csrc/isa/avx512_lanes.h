@@ -28,7 +28,7 @@ struct Avx512Lanes {
 
   static QD_INLINE F32 to_f32(I32 x) { return _mm512_cvtepi32_ps(x); }
   static QD_INLINE I32 rint_i32(F32 x) { return _mm512_cvtps_epi32(x); }
-  static QD_INLINE F32 rint(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static QD_INLINE F32 add(F32 x, F32 y) { return _mm512_add_ps(x, y); }
   static QD_INLINE F32 sub(F32 x, F32 y) { return _mm512_sub_ps(x, y); }
   static QD_INLINE F32 mul(F32 x, F32 y) { return _mm512_mul_ps(x, y); }
   static QD_INLINE F32 max(F32 x, F32 y) { return _mm512_max_ps(x, y); }
@@ -36,7 +36,12 @@ struct Avx512Lanes {
   static QD_INLINE I32 add(I32 x, I32 y) { return _mm512_add_epi32(x, y); }
   static QD_INLINE I32 sub(I32 x, I32 y) { return _mm512_sub_epi32(x, y); }
   static QD_INLINE I32 mul(I32 x, I32 y) { return _mm512_mullo_epi32(x, y); }
-  static QD_INLINE F32 times_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
+
+  // x * 2^n, n being the low bits of `shifted`; neither x nor the result is subnormal.
+  static QD_INLINE F32 add_exponent(F32 x, F32 shifted) {
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), n));
+  }
 
   // The first n lanes of x, then those of y.
   static QD_INLINE F32 first(F32 x, int n, F32 y) { return _mm512_mask_blend_ps(mask(static_cast<size_t>(n)), y, x); }
