@@ -7,6 +7,7 @@
 #include "arena.h"
 #include "cpu.h"
 #include "errors.h"
+#include "kernel_bindings.h"
 #include "lsq.h"
 #include "ops/conv.h"
 #include "peak.h"
@@ -250,6 +251,7 @@ PYBIND11_MODULE(_engine, m) {
   m.def("lsq_errors", &lsq_errors_of, py::arg("value").noconvert(), py::arg("step").noconvert(), py::arg("qmin"),
         py::arg("qmax"), py::arg("errors").noconvert(), py::arg("threads"), py::arg("isa") = "",
         "The sum of the squared errors of each row of `value`, float64.");
+  bind_kernels(m);
   py::class_<Session>(m, "Session")
       .def(py::init(&open_path), py::arg("path"), py::arg("threads"), py::arg("isa"),
            py::arg("macs_per_thread") = kMacsPerThread, py::arg("conv_form") = "")

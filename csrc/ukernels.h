@@ -245,6 +245,128 @@ struct QuantizeParams {
 };
 using QuantizeFn = bool (*)(const QuantizeParams* params);
 
+// ---- Rows of codes --------------------------------------------------------------------------------------------------
+//
+// Tokens and residual streams. A row holds n elements; codes are u8, s16 (-32767..32767) or, of weights, s8. An output
+// is c = clamp(rint(r), qmin, qmax) as u8, clamp(rint(r), -32767, 32767) as s16, or r itself as f32; for codes |r| is
+// below 2^30. Strides are in elements.
+enum class Type : int32_t { u8, s16, s8, f32 };
+
+// r = fma(float(a), multiplier_a, x), where x is `bias`; with codes b, u8 or s16, fma(float(b), multiplier_b, bias);
+// with floats b, b itself. c may be a or b where the types agree. s8 goes with floats.
+struct ScaleAddParams {
+  size_t n;
+  const void* a;
+  const void* b;  // null: none
+  Type a_type, b_type, c_type;
+  float multiplier_a, multiplier_b, bias;
+  uint8_t qmin, qmax;
+  void* c;
+};
+using ScaleAddFn = void (*)(const ScaleAddParams* params);
+
+// acc = sum of a over the rows - offset, a of u8 or s16; r = fma(float(acc), multiplier, bias).
+struct MeanParams {
+  size_t rows, n;
+  const void* a;
+  ptrdiff_t a_stride;
+  Type a_type, c_type;
+  int32_t offset;
+  float multiplier, bias;
+  uint8_t qmin, qmax;
+  void* c;
+};
+using MeanFn = void (*)(const MeanParams* params);
+
+// ---- Norm -----------------------------------------------------------------------------------------------------------
+//
+// The sums of codes and of their squares, of each row; or of each channel, added to what is there. A sum fits int32.
+struct NormSumsParams {
+  size_t rows, n;
+  const void* a;
+  ptrdiff_t a_stride;
+  Type a_type;       // u8 or s16
+  int32_t* sums;     // [rows] or [n]
+  int64_t* squares;  // likewise
+};
+using NormSumsFn = void (*)(const NormSumsParams* params);
+
+// t = float(count*a - sum) * scale, r = fma(t, multiplier[i], bias[i]), with sum and scale of the row or of the channel.
+// count*a - sum fits int32. c may be a where the types agree.
+struct NormParams {
+  size_t rows, n;
+  const void* a;
+  ptrdiff_t a_stride;
+  Type a_type, c_type;
+  bool by_channel;  // sums and scales: [n] instead of [rows]
+  int32_t count;
+  const int32_t* sums;
+  const float* scales;
+  const float* multiplier;
+  const float* bias;
+  uint8_t qmin, qmax;
+  void* c;
+  ptrdiff_t c_stride;
+};
+using NormFn = void (*)(const NormParams* params);
+
+// ---- Attention ------------------------------------------------------------------------------------------------------
+//
+// One head (csrc/attention.cc). Both products are WinogradKernel::products of F(4x4): rows take the place of patches,
+// panels that of positions. What they multiply is s16, codes minus their zero point:
+//     q, and the weights p      int16 [chunk][row][kWinogradChunk]
+//     keys                      int16 [panel][channels/pair][nr keys][pair]
+//     values                    int16 [panel][keys/pair][nr channels][pair]
+// with channels and keys along which sums run rounded up to a multiple of 8, zeros beyond.
+struct AttentionPack {
+  int32_t rows, n;  // n channels of each row
+  const uint8_t* a;
+  ptrdiff_t a_stride;
+  uint8_t zero_point;
+  int32_t nr, pair;        // of keys and values
+  ptrdiff_t chunk_stride;  // of q
+  int16_t* c;              // 64-byte aligned
+};
+using AttentionPackFn = void (*)(const AttentionPack* params);
+
+// Of each row, over its keys j:
+//     t = fma(float(logit), logit_multiplier, bias[j] or 0)       -infinity where key_regions[j] != row_regions[row]
+//     d = max(t - max t, -32);   n = rint(d);   f = d - n
+//     y = fma(fma(fma(fma(c4, f, c3), f, c2), f, c1), f, 1)
+//     p = rint((y * peak) * 2^n)                                  kWeightBits holds c1..c4
+// and the sum of p. At least one key of a row is in its region. p is written up to a multiple of 16 keys, 0 beyond.
+struct AttentionWeights {
+  int32_t rows, keys;
+  int32_t* logits;  // [panel][row][nr]; afterwards anything; 64-byte aligned
+  ptrdiff_t panel_stride;
+  int32_t nr;
+  float logit_multiplier;
+  const float* bias;  // of the first row; null: none
+  ptrdiff_t bias_stride;
+  const int32_t* row_regions;  // null: all keys are seen
+  const int32_t* key_regions;
+  float peak;
+  int16_t* p;  // 64-byte aligned
+  ptrdiff_t chunk_stride;
+  int32_t* sums;
+};
+using AttentionWeightsFn = void (*)(const AttentionWeights* params);
+constexpr uint32_t kWeightBits[4] = {0x3f317096, 0x3e7601bc, 0x3d64fe23, 0x3c1d0166};  // relative error 2.8e-6
+
+// r = fma(float(acc), scales[row], bias), to u8.
+struct AttentionOutput {
+  int32_t rows, n;
+  const int32_t* acc;  // [panel][row][nr]; 64-byte aligned
+  ptrdiff_t panel_stride;
+  int32_t nr;
+  const float* scales;
+  float bias;
+  uint8_t qmin, qmax;
+  uint8_t* c;
+  ptrdiff_t c_stride;
+};
+using AttentionOutputFn = void (*)(const AttentionOutput* params);
+
 // ---- LSQ, for training ----------------------------------------------------------------------------------------------
 //
 // x = value / step, r = rint(min(max(x, qmin), qmax)), NaN staying NaN. Forward: c = r * step. Backward: c = grad where
@@ -278,6 +400,13 @@ struct Kernels {
   MulF32Fn mul_f32;
   TableFn table;
   QuantizeFn quantize;
+  ScaleAddFn scale_add;
+  MeanFn mean;
+  NormSumsFn norm_row_sums, norm_channel_sums;
+  NormFn norm;
+  AttentionPackFn attention_q, attention_keys, attention_values;
+  AttentionWeightsFn attention_weights;
+  AttentionOutputFn attention_output;
   LsqForwardFn lsq_forward;
   LsqBackwardFn lsq_backward;
   LsqErrorFn lsq_error;

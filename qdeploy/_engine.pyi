@@ -27,6 +27,38 @@ def lsq_backward(
 def lsq_errors(
     value: np.ndarray, step: np.ndarray, qmin: int, qmax: int, errors: np.ndarray, threads: int, isa: str = ""
 ) -> None: ...
+def norm(
+    a: np.ndarray,
+    groups: int,
+    multiplier: np.ndarray,
+    bias: np.ndarray,
+    epsilon: float,
+    qmin: int,
+    qmax: int,
+    result: np.ndarray,
+    threads: int,
+    isa: str = "",
+) -> None: ...
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    zero_points: tuple[int, int, int],
+    heads: int,
+    logit_multiplier: float,
+    multiplier: float,
+    bias: float,
+    qmin: int,
+    qmax: int,
+    peak: int,
+    most_keys: int,
+    block: int,
+    logit_bias: np.ndarray | None,
+    regions: np.ndarray | None,
+    result: np.ndarray,
+    threads: int,
+    isa: str = "",
+) -> None: ...
 
 class Session:
     threads: int

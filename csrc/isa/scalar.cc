@@ -22,6 +22,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "scalar_rows.h"
 #include "ukernels.h"
 
 namespace qdeploy {
@@ -30,14 +31,6 @@ namespace {
 constexpr int kMr = 7;
 constexpr int kStrips = 2;
 constexpr int kNr = 16;
-
-// The clamp comes first, in float, where it equals clamp(rint(r)) because the bounds are integers: any r, even one that
-// no integer type holds, has a defined result. The form of the comparisons sends NaN to qmin, as vmaxps does.
-uint8_t quantize_u8(float r, uint8_t qmin, uint8_t qmax) {
-  const float low = r > static_cast<float>(qmin) ? r : static_cast<float>(qmin);
-  const float high = low < static_cast<float>(qmax) ? low : static_cast<float>(qmax);
-  return static_cast<uint8_t>(nearbyintf(high));
-}
 
 void store(float r, uint8_t qmin, uint8_t qmax, uint8_t* c) { *c = quantize_u8(r, qmin, qmax); }
 void store(float r, uint8_t, uint8_t, float* c) { *c = r; }
@@ -326,6 +319,16 @@ void init_scalar(Kernels* kernels) {
   kernels->mul_f32 = mul<float>;
   kernels->table = table;
   kernels->quantize = quantize;
+  kernels->scale_add = scale_add;
+  kernels->mean = mean;
+  kernels->norm_row_sums = norm_row_sums;
+  kernels->norm_channel_sums = norm_channel_sums;
+  kernels->norm = norm;
+  kernels->attention_q = attention_q;
+  kernels->attention_keys = attention_keys;
+  kernels->attention_values = attention_values;
+  kernels->attention_weights = attention_weights;
+  kernels->attention_output = attention_output;
   kernels->lsq_forward = lsq_forward;
   kernels->lsq_backward = lsq_backward;
   kernels->lsq_error = lsq_error;

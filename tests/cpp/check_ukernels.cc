@@ -11,7 +11,8 @@
 //   g++ $F -mavx2 -mfma -DQDEPLOY_AVXVNNI_AS_EVEX -c csrc/isa/avxvnni.cc -o avxvnni_as_evex.o
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -c csrc/isa/avx512.cc
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -c csrc/isa/avx512vnni.cc
-//   g++ $F tests/cpp/check_{ukernels,conv,winograd,depthwise,pool,elementwise,input,lsq}.cc csrc/cpu.cc *.o -o check_ukernels
+//   g++ $F -c csrc/{cpu,norm,attention}.cc
+//   g++ $F tests/cpp/check_{ukernels,conv,winograd,depthwise,pool,elementwise,input,lsq,rows,norm,attention}.cc *.o
 // On aarch64, instead of the avx files: csrc/isa/neon.cc, and csrc/isa/neondot.cc with -march=armv8.2-a+dotprod.
 #include "check_ukernels.h"
 #include "cpu.h"
@@ -28,7 +29,8 @@ using namespace qdeploy;
 namespace {
 
 const Family* const kFamilies[] = {&kConvFamily,        &kWinogradFamily, &kDepthwiseFamily, &kPoolFamily,
-                                   &kElementwiseFamily, &kInputFamily,    &kLsqFamily};
+                                   &kElementwiseFamily, &kInputFamily,    &kLsqFamily,       &kRowsFamily,
+                                   &kNormFamily,        &kAttentionFamily};
 
 void report_crash(int signal) {  // not async-signal-safe, but nothing of value can be lost here
   printf("CRASHED (signal %d)\n  %s\n", signal, current_case);

@@ -25,7 +25,7 @@ struct Family {
   void (*bench)(const Kernels& kernels);                         // prints one line or more
 };
 extern const Family kConvFamily, kWinogradFamily, kDepthwiseFamily, kPoolFamily, kElementwiseFamily, kInputFamily,
-    kLsqFamily;
+    kLsqFamily, kRowsFamily, kNormFamily, kAttentionFamily;
 
 // Cases of the seeds 1..2000, until one differs.
 template <class Check>
@@ -82,6 +82,17 @@ inline int fill_value(Fill fill, int lo, int hi, Random& random) {
 
 inline void fill_u8(uint8_t* a, size_t n, Fill fill, Random& random) {
   for (size_t i = 0; i < n; ++i) a[i] = static_cast<uint8_t>(fill_value(fill, 0, 255, random));
+}
+
+inline size_t size_of(Type type) { return type == Type::f32 ? 4 : type == Type::s16 ? 2 : 1; }
+
+// n codes of any type.
+inline void fill_codes(void* a, Type type, size_t n, Fill fill, Random& random) {
+  for (size_t i = 0; i < n; ++i) {
+    if (type == Type::u8) static_cast<uint8_t*>(a)[i] = static_cast<uint8_t>(fill_value(fill, 0, 255, random));
+    if (type == Type::s8) static_cast<int8_t*>(a)[i] = static_cast<int8_t>(fill_value(fill, -128, 127, random));
+    if (type == Type::s16) static_cast<int16_t*>(a)[i] = static_cast<int16_t>(fill_value(fill, -32767, 32767, random));
+  }
 }
 
 // Multipliers of either sign that spread sums of this size over the codes; every third one makes exact ties of rint.
@@ -216,16 +227,14 @@ double rate(double count, Run run) {
 template <class T>
 class Aligned {
  public:
-  explicit Aligned(size_t count, T value = 0) : bytes_(count * sizeof(T) + 4 * kOverread) {
-    std::fill_n(data(), count, value);
-  }
+  explicit Aligned(size_t count, T value = 0) : values_(count + 4 * kOverread, value) {}
   T* data() {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(bytes_.data()) + 2 * kOverread;
+    const uintptr_t at = reinterpret_cast<uintptr_t>(values_.data()) + 2 * kOverread;
     return reinterpret_cast<T*>(at - at % kOverread);
   }
 
  private:
-  std::vector<uint8_t> bytes_;
+  std::vector<T> values_;
 };
 
 }  // namespace qdeploy
