@@ -474,9 +474,8 @@ def test_command_trains_an_ensemble(tmp_path, capsys):
     assert "ensemble, logits" in out and "standard error" in out
     assert sum(line.startswith("seed ") for line in err.splitlines()) == 9 and "seed 2 update 2 float loss" in err
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    started = time.perf_counter()
     assert command.main(args) == summary
-    assert time.perf_counter() - started < 5 and not capsys.readouterr().err
+    assert not capsys.readouterr().err  # nothing is trained again
 
 
 def test_command_writes_an_ensemble_that_the_engine_runs(tmp_path, capsys):

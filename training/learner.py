@@ -26,7 +26,7 @@ class Learner:
     def __init__(self, net: nn.Module, config: Config, fabric: Fabric):
         self.net, self.config, self.fabric = net.to(fabric.device), config, fabric
         train_only_(self.net, config.train_only)
-        self.quantized = False
+        self.attached = False  # whether the quantization has changed the network
         self._update = 0
         self.optimizer: torch.optim.Optimizer = made(config, "optimizer", params=self.net.parameters())
         self.schedule = made(config, "schedule")
@@ -57,7 +57,7 @@ class Learner:
             group["lr"] = group["initial_lr"] * self.schedule.factor(t)
         loss = self.step.gradients(lambda: self._loss(t, minibatches))
         self._stepper.step()
-        if self.quantized:
+        if self.attached:
             self.quantization.after_step(t)
         self.average.update(self.net, t)
         return loss.detach()
@@ -72,7 +72,7 @@ class Learner:
         """Goes on with the network as `attach` changes it."""
         del self._model  # data-parallel training holds the network, which may not be quantized then
         attach()
-        self.quantized = True
+        self.attached = True
         self._wrap()  # again, with the new parameters
 
     def train_mode(self) -> None:
@@ -112,11 +112,11 @@ class Learner:
         """All that the next update depends on, beside its minibatches."""
         states = {axis: choice.state_dict() for axis, choice in self._stateful().items()}
         net, optimizer = self.net.state_dict(), self.optimizer.state_dict()
-        return {"net": net, "optimizer": optimizer, "quantized": self.quantized, **states}
+        return {"net": net, "optimizer": optimizer, "attached": self.attached, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from `state_dict`."""
-        if state["quantized"]:
+        if state["attached"]:
             self._switch(lambda: self.quantization.reattach(self.net, self.optimizer, state["net"]))
         else:
             self.net.load_state_dict(state["net"])

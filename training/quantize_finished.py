@@ -36,8 +36,8 @@ def float_run(config: Config) -> Path:
     if done is None:
         raise InputError(f"expected a finished run in float, got no {DONE} - at {folder}")
     found, selected, *_ = done
-    if selected["quantized"]:
-        raise InputError(f"expected a finished run in float, got a quantized one - at {folder}")
+    if selected["attached"]:
+        raise InputError(f"expected a finished run in float, got one of {found.quantization.name} - at {folder}")
     alike = ("test_domain", "domains", "image_size", "model", "seed", "split_seed")
     for key, (was, now) in differences(found, config).items():
         if key.partition(".")[0] in alike:
@@ -54,7 +54,7 @@ def quantize_finished(config: Config, benchmark: Benchmark, directory: Path, fab
     shown = training_sample(config, benchmark)
     made(config, "quantization").attach(net, None, [(shown, torch.zeros(len(shown), dtype=torch.long))])
     assert quantizers(net)  # or it would be float still
-    record = {**state["selected"], **evaluated(config, benchmark, fabric, net), "quantized": True}
+    record = {**state["selected"], **evaluated(config, benchmark, fabric, net), "quantized": True, "attached": True}
     if fabric.is_global_zero:
         tensors = {key: value.detach().cpu() for key, value in net.state_dict().items()}
         write_log(directory, [])

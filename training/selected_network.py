@@ -39,13 +39,14 @@ def load_trained(directory: Path, benchmark: Benchmark) -> nn.Module:
     config, state = read_state(directory / MODEL)
     check_same_images(state.get("images"), benchmark.fingerprint, directory / MODEL, config.data)
     with sound(directory / MODEL):
-        return rebuilt(config, benchmark, state["net"], state["selected"]["quantized"])
+        return rebuilt(config, benchmark, state["net"], state["selected"]["attached"])
 
 
-def rebuilt(config: Config, benchmark: Benchmark, state: dict[str, Tensor], quantized: bool) -> nn.Module:
-    """The network of a run with the tensors `state`, in eval mode on the CPU."""
+def rebuilt(config: Config, benchmark: Benchmark, state: dict[str, Tensor], attached: bool) -> nn.Module:
+    """The network of a run with the tensors `state`, in eval mode on the CPU; `attached`: whether its quantization had
+    changed it."""
     net = build_network(replace(config, weights=None), benchmark)
-    if quantized:
+    if attached:
         made(config, "quantization").reattach(net, None, state)
     else:
         net.load_state_dict(state)
@@ -57,7 +58,7 @@ def reestimated(
 ) -> tuple[dict, dict[str, Tensor]]:
     """Record and tensors of the selected network with the statistics of BatchNorm of 200 minibatches anew, the mean of
     all of them, in place of an average that fades while weights train."""
-    net = rebuilt(config, benchmark, state, selected["quantized"]).to(fabric.device)
+    net = rebuilt(config, benchmark, state, selected["attached"]).to(fabric.device)
     reestimate_(net, _images_after(config, benchmark, fabric))
     judged = {**selected, **evaluated(config, benchmark, fabric, net)}
     return judged, {key: value.detach().clone() for key, value in net.state_dict().items()}

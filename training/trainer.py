@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qdeploy.errors import InputError
 from qdeploy.terminal import note
+from qdeploy.training.attached_quantizers import quantizers
 from qdeploy.training.config import Config, differences, made, resolve
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import Benchmark
@@ -231,7 +232,8 @@ class _Run:
     def _add_record(self, net: nn.Module, found: dict, seconds: float, progress: Progress) -> None:
         t = self.state.update - 1
         learner, loss = self.learner, statistics.fmean(self.state.losses)
-        record: dict[str, Any] = {"update": t, "quantized": learner.quantized, "eligible": learner.eligible(t)}
+        record: dict[str, Any] = {"update": t, "quantized": bool(quantizers(net)), "attached": learner.attached}
+        record["eligible"] = learner.eligible(t)
         record |= {"loss": loss, **found, "seconds": round(seconds, 3)}
         self.state.add(record, self.config, net)
         if self.fabric.is_global_zero:

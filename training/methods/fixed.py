@@ -15,6 +15,8 @@ from qdeploy.training.quantize_like import quantize_like_
 from qdeploy.training.quantizer import Quantizer
 from qdeploy.training.untouched import is_computed
 
+Bits = int | Mapping[str, int | None]  # of all layers, or by name or pattern
+
 
 @dataclass(frozen=True)
 class SharedWeight:
@@ -29,9 +31,7 @@ class SharedWeight:
         return self.parameter.detach()  # the same memory
 
 
-def shared_weights(
-    net: nn.Module, bits: int | Mapping[str, int | None], allow_float: Iterable[str] = ()
-) -> dict[str, SharedWeight]:
+def shared_weights(net: nn.Module, bits: Bits, allow_float: Iterable[str] = ()) -> dict[str, SharedWeight]:
     """The weights that `quantize_` would quantize, each by the name of the first layer that has it."""
     layers, _ = select(checked_network(net), bits, allow_float=allow_float)
     found: dict[str, SharedWeight] = {}

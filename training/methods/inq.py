@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from qdeploy.errors import ExportError, InputError
 from qdeploy.training.initial_steps import MIN_STEP
 from qdeploy.training.methods.batches import Minibatches
-from qdeploy.training.methods.fixed import SharedWeight, attach_fixed, code_range, shared_weights
+from qdeploy.training.methods.fixed import Bits, SharedWeight, attach_fixed, code_range, shared_weights
 from qdeploy.training.methods.quantizations import Quantization
 from qdeploy.training.quantize_checks import select
 from qdeploy.training.quantizer import Quantizer
+
+FRACTIONS = (0.5, 0.75, 0.875, 1.0)  # of each layer that are on their grids, one quarter of the updates after the other
 
 
 class INQ(Quantization):
@@ -23,20 +25,13 @@ class INQ(Quantization):
 
     Before the updates `start` + {0, 1/4, 1/2, 3/4} of those left, {1/2, 3/4, 7/8, 1} of each layer are on its grid. An
     optimizer moves weights without gradients too, by its moments and by weight decay: after each step those on the grid
-    are put back. Powers of two of 5 bits and more have no integer codes of 8 bits: such weights stay float.
+    are put back. `updates` are those of the whole run.
+    Powers of two of 5 bits and more have no integer codes of 8 bits: such weights stay float.
     """
 
-    FRACTIONS = (0.5, 0.75, 0.875, 1.0)
-
     def __init__(
-        self,
-        start: int,
-        updates: int,
-        bits: int | Mapping[str, int | None] = 7,
-        powers_of_two: bool = False,
-        allow_float: tuple[str, ...] = (),
+        self, start: int, updates: int, bits: Bits = 7, powers_of_two: bool = False, allow_float: tuple[str, ...] = ()
     ):
-        """`updates`: of the whole run."""
         if start >= updates:
             raise InputError(f"expected a switch before the last of {updates} updates, got {start} - at INQ")
         self.start, self.bits, self.allow_float = start, bits, allow_float
@@ -66,7 +61,7 @@ class INQ(Quantization):
 
     def _fix(self, t: int) -> None:
         """Puts onto the grids what is due at the start of update `t`."""
-        due = max(part for time, part in zip(self.times, self.FRACTIONS, strict=True) if time <= t)
+        due = max(part for time, part in zip(self.times, FRACTIONS, strict=True) if time <= t)
         for part in self.parts.values():
             part.fix(due)
 
@@ -76,10 +71,7 @@ class INQ(Quantization):
     def check_export(self, net: nn.Module) -> None:
         layers, _ = select(net, self.bits, allow_float=self.allow_float)
         for name, (_, bits) in layers.items():
-            if self.grid(1.0, bits).code_bits > 8:
-                expected = "powers of two of 4 bits or less (their codes are 0, +-1, +-2, +-4, +-8)"
-                got = f"{bits} bits, whose codes reach 2^{2 ** (bits - 2) - 1}"
-                raise ExportError(f"expected {expected}, got {got} - at layer `{name}`")
+            check_codes(self.grid(1.0, bits), bits, name)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: (part.grid.scale, part.level.clone()) for name, part in self.parts.items()}
@@ -88,6 +80,14 @@ class INQ(Quantization):
         for name, part in self.parts.items():
             scale, level = state[name]
             part.go_on(self.grid(scale, part.weight.bits), level)
+
+
+def check_codes(grid: UniformGrid | PowersOfTwo, bits: int, name: str) -> None:
+    """Raises ExportError where the codes of a layer on a grid of so many bits do not fit 8 bits."""
+    if grid.code_bits > 8:
+        expected = "powers of two of 4 bits or less (their codes are 0, +-1, +-2, +-4, +-8)"
+        got = f"{bits} bits, whose codes reach 2^{2 ** (bits - 2) - 1}"
+        raise ExportError(f"expected {expected}, got {got} - at layer `{name}`")
 
 
 class UniformGrid:

@@ -133,20 +133,11 @@ class MixStyle(Around):
     def loss(self, net: nn.Module, minibatches: Minibatches, rng: torch.Generator) -> Tensor:
         sizes = [len(classes) for _, classes in minibatches]
         with ExitStack() as places:
-            for name in self._places(net) if net.training else ():
+            for name in (self.places or stages_before_last(net)) if net.training else ():
                 if torch.rand((), generator=rng) < self.p:
                     shares, partners = self._draw(sizes, rng)
-                    places.enter_context(changed_output(net, name, partial(self._mix, shares, partners, name)))
+                    places.enter_context(changed_output(net, name, partial(mix_styles, shares, partners, name)))
             return self.inner.loss(net, minibatches, rng)
-
-    def _places(self, net: nn.Module) -> Sequence[str]:
-        if self.places is not None:
-            return self.places
-        stages = getattr(unwrapped(net), "stages", None)
-        if stages is None:
-            got = f"a {type(unwrapped(net)).__name__}: name them with --objective.places"
-            raise InputError(f"expected a network that names its stages, got {got} - at MixStyle")
-        return stages[:-1]
 
     def _draw(self, sizes: list[int], rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Lambda [N, 1, 1, 1] and the partner [N] of each image."""
@@ -160,14 +151,25 @@ class MixStyle(Around):
         own = [part[torch.randperm(len(part), generator=rng)] for part in torch.arange(sum(sizes)).split(sizes)]
         return torch.from_numpy(shares), torch.cat([*own[1:], own[0]])
 
-    def _mix(self, shares: Tensor, partners: Tensor, name: str, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[2] * x.shape[3] < 2:
-            raise InputError(f"expected maps [N, C, H, W] of 2 positions or more, got {[*x.shape]} - at `{name}`")
-        variance, mu = (part.detach() for part in torch.var_mean(x, (2, 3), keepdim=True))
-        sigma = (variance + 1e-6).sqrt()
-        own, partners = shares.to(x), partners.to(x.device)
-        sigma_mix, mu_mix = (own * one + (1 - own) * one[partners] for one in (sigma, mu))
-        return (x - mu) / sigma * sigma_mix + mu_mix
+
+def stages_before_last(net: nn.Module) -> Sequence[str]:
+    """The names of all stages of a network but the last; raises InputError where it does not name its stages."""
+    stages = getattr(unwrapped(net), "stages", None)
+    if stages is None:
+        got = f"a {type(unwrapped(net)).__name__}: name them with --objective.places"
+        raise InputError(f"expected a network that names its stages, got {got} - at MixStyle")
+    return stages[:-1]
+
+
+def mix_styles(shares: Tensor, partners: Tensor, name: str, x: Tensor) -> Tensor:
+    """The maps [N, C, H, W] of module `name` with the styles that `MixStyle` describes; shares [N, 1, 1, 1]."""
+    if x.dim() != 4 or x.shape[2] * x.shape[3] < 2:
+        raise InputError(f"expected maps [N, C, H, W] of 2 positions or more, got {[*x.shape]} - at `{name}`")
+    variance, mu = (part.detach() for part in torch.var_mean(x, (2, 3), keepdim=True))
+    sigma = (variance + 1e-6).sqrt()
+    own, partners = shares.to(x), partners.to(x.device)
+    sigma_mix, mu_mix = (own * one + (1 - own) * one[partners] for one in (sigma, mu))
+    return (x - mu) / sigma * sigma_mix + mu_mix
 
 
 class SelfDistillation(Objective):

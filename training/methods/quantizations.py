@@ -18,7 +18,7 @@ from qdeploy.errors import InputError
 from qdeploy.training.attached_quantizers import attach, originals, project_steps_, quantizers, step_group
 from qdeploy.training.initial_steps import initial_step
 from qdeploy.training.methods.batches import Minibatches
-from qdeploy.training.methods.fixed import attach_fixed, code_range, reattach_fixed, shared_weights
+from qdeploy.training.methods.fixed import Bits, attach_fixed, code_range, reattach_fixed, shared_weights
 from qdeploy.training.methods.obc import hessians, quantize_rows
 from qdeploy.training.quantize import quantize_
 from qdeploy.training.quantize_like import quantize_like_
@@ -73,8 +73,8 @@ class LSQ(Quantization):
     def __init__(
         self,
         start: int,
-        bits: int | Mapping[str, int | None] = 7,
-        activation_bits: int | Mapping[str, int | None] | None = None,
+        bits: Bits = 7,
+        activation_bits: Bits | None = None,
         *,
         per_channel: bool = True,
         init: str = "lsq",
@@ -130,7 +130,7 @@ class UniformNoise(Quantization):
     def __init__(
         self,
         amplitude: float | None = None,
-        bits: int | Mapping[str, int | None] = 7,
+        bits: Bits = 7,
         seed: int = 0,
         allow_float: tuple[str, ...] = (),
     ):
@@ -193,7 +193,7 @@ class RTN(Quantization):
 
     def __init__(
         self,
-        bits: int | Mapping[str, int | None] = 7,
+        bits: Bits = 7,
         *,
         per_channel: bool = True,
         init: str = "mse",
@@ -223,7 +223,7 @@ class OBC(Quantization):
 
     def __init__(
         self,
-        bits: int | Mapping[str, int | None] = 7,
+        bits: Bits = 7,
         max_columns: int = 1200,
         allow_float: tuple[str, ...] = (),
     ):
