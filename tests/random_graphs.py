@@ -142,6 +142,9 @@ def _grow(draw: st.DrawFn, builder: Builder, nodes: int, version: int) -> int:
         ops = _ops_for(builder, x, version)
         weighted = [op for op in ops if OPS[op].has_weight]  # twice as often as the others
         op = draw(st.sampled_from([*weighted, *ops]))
+        if op == "mul" and version >= 3 and len(builder.shape(x)) == 3 and draw(st.booleans()):
+            builder.mul(x, builder.conv2d(x, 1), clamp=_clamp(draw))  # one gate for all channels
+            continue
         dtypes = [dtype for dtype in known_dtypes(OPS[op].writes, version) if dtype != "f32"]
         if len(dtypes) > 1 and OPS[op].requantized:
             DRAW[op](draw, builder, x, draw(st.sampled_from(dtypes)))

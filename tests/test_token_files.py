@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from test_format import assert_equal, header_of
 from test_hostile_files import CHANGES, changed, check_message, edited, mutate_bytes, mutate_json, paths
 
 import qdeploy
-from qdeploy import reference
+from qdeploy import cli, reference
 from qdeploy.errors import ModelError
 from qdeploy.format import dump, load, lowest_version, parse, save
 from qdeploy.graph import Activation, Graph, Node
@@ -42,6 +43,17 @@ def test_bits_do_not_change_on_the_way_through_a_file(tmp_path, name):
     rng = np.random.default_rng(0)
     x, mask = text_batch(graph, 3, rng) if graph.vocabulary else (batch(graph, 3, rng), None)
     assert reference.run(loaded, x, mask=mask).tobytes() == reference.run(graph, x, mask=mask).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"),
+    [("vision", 36 * (432 + 256) + 36 * 144 + 40 * 4 * 256 + 160), ("text", 10 * 4 * 144 + 12)],
+)
+def test_info_counts_what_the_file_holds(tmp_path, name, macs):
+    """Every weight once for each pixel or token; none for the embedding."""
+    save(FILES[name](), tmp_path / "m.safetensors")
+    report = cli.info(argparse.Namespace(file=tmp_path / "m.safetensors"))
+    assert report["members"][0]["macs"] == macs
 
 
 @pytest.mark.parametrize("name", FILES)
