@@ -73,7 +73,7 @@ def texts(draw: st.DrawFn) -> Graph:
     if last == "mean":
         x = net.mean(x, clamp=_clamp(draw))
     elif last == "first":
-        x = net.reshape(net.gather(net.norm(x), "rows", [0]), (width,))
+        x = net.norm(net.gather(x, "rows", [0], (width,)))
     else:
         x = net.norm(x)
     net.linear(x, draw(st.integers(1, 10)), dtype="f32")
@@ -289,10 +289,11 @@ def _resize(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int
 
 def _gather(draw: st.DrawFn, builder: Builder, x: int) -> int:
     shape = builder.shape(x)
-    axis = draw(AXES) if len(shape) > 1 else "channels"
+    axis, size = draw(AXES), None
     count = rows_of(shape) if axis == "rows" else channels_of(shape)
     index = builder.rng.integers(-1, count, draw(st.integers(1, 60)))
-    size = (channels_of(shape), 1, index.size) if axis == "rows" and draw(st.booleans()) else None
+    if axis == "rows" and draw(st.booleans()):
+        size = (channels_of(shape),) if index.size == 1 else (channels_of(shape), 1, index.size)
     return builder.gather(x, axis, index, size)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,6 +16,7 @@ from random_graphs import generators, texts
 
 from qdeploy import reference
 from qdeploy.errors import InputError
+from qdeploy.format import dump, parse
 from qdeploy.graph import Activation, Graph, Node
 from qdeploy.ops import OPS
 
@@ -422,8 +424,10 @@ def test_gather_of_rows_and_channels(dtype):
     assert np.array_equal(y, np.stack([x[:, 4], np.full((2, 3), zero_point), x[:, 0], x[:, 0]], axis=1))
     y = moved(x, [2, -1], (5, 2), "channels", zero_point)
     assert np.array_equal(y, np.stack([x[:, :, 2], np.full((2, 5), zero_point)], axis=2))
+    assert np.array_equal(moved(x, [3], (3,)), x[:, 3])  # one row as a vector
     x = codes(rng, (2, 6), dtype)
     assert np.array_equal(moved(x, [5, 1], (2,), "channels"), x[:, [5, 1]])
+    assert np.array_equal(moved(x, [0, 0], (2, 6)), np.stack([x, x], axis=1))
 
 
 def test_what_networks_do_with_images_is_a_gather():
@@ -551,6 +555,17 @@ def test_a_text_does_not_depend_on_padding_and_neighbours(graph, rng):
             assert not together[i, rows:].any()
     empty = reference.run(graph, ids[:0], mask=None if mask is None else mask[:0])
     assert (empty.shape, empty.dtype) == ((0, *output.shape[1:]), output.dtype)
+
+
+def test_an_ensemble_of_texts():
+    members = [small_text().members[0], replace(small_text().members[0], name="other")]
+    members[1].nodes[-1] = replace(members[1].nodes[-1], constants=dict(members[1].nodes[-1].constants))
+    members[1].nodes[-1].constants["bias"] = members[1].nodes[-1].constants["bias"] + np.float32(400)
+    graph = parse(dump(Graph(members, "logits", vocabulary=11, variable=True)), "m")
+    ids, mask = text_batch(graph, 5, np.random.default_rng(0))
+    output, taps = reference.run(graph, ids, ["net/linear.17", "other/linear.17"], mask)
+    assert np.array_equal(output, reference.combine(list(taps.values()), "logits")[0])
+    assert not np.array_equal(*taps.values())
 
 
 def test_the_class_of_a_text():
