@@ -26,9 +26,10 @@ import qdeploy
 from qdeploy.arguments import integer
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.files import check_regular
-from qdeploy.graph import COMBINE, Member
+from qdeploy.graph import COMBINE, Member, Node
 from qdeploy.memory import check_memory
 from qdeploy.model import MAX_ROUNDS
+from qdeploy.ops.op import rows_of
 from qdeploy.terminal import columns, note, percent, printable, status, write
 
 if TYPE_CHECKING:
@@ -150,16 +151,18 @@ def info(args: argparse.Namespace) -> Report:
 
 def _describe(member: Member) -> Report:
     weighted = [node for node in member.nodes if "weight" in node.constants]
-    macs = {node.name: node.constants["weight"].size * _pixels(member, node.output) for node in weighted}
+    macs = {node.name: _macs(member, node) for node in weighted}
     total = sum(macs.values())
     layers = []
     for bits in sorted({node.bits for node in weighted if node.bits is not None}):
         nodes = [node for node in weighted if node.bits == bits]
         weights = sum(node.constants["weight"].size for node in nodes)
-        share = sum(macs[node.name] for node in nodes) / total  # weights have MACs
+        share = sum(macs[node.name] for node in nodes) / max(1, total)
         layers.append({"bits": bits, "layers": len(nodes), "weights": weights, "share_of_macs": share})
     ops = [node.op for node in member.nodes]
-    parameters = sum(node.constants[key].size for node in weighted for key in ("weight", "bias"))
+    parameters = sum(
+        node.constants[key].size for node in weighted for key in ("weight", "bias") if key in node.constants
+    )
     return {
         "name": member.name,
         "output": list(member.output.shape),
@@ -170,8 +173,9 @@ def _describe(member: Member) -> Report:
     }
 
 
-def _pixels(member: Member, tensor: int) -> int:
-    return math.prod(member.tensors[tensor].shape[1:])
+def _macs(member: Member, node: Node) -> int:
+    """Every weight once for each row of the output; an embedding looks its weights up."""
+    return 0 if node.op == "embedding" else node.constants["weight"].size * rows_of(member.tensors[node.output].shape)
 
 
 def _show_info(report: Report) -> None:

@@ -106,7 +106,7 @@ class Builder:
         return self._move("reshape", [x], {}, {}, shape)
 
     def gather(self, x: int, axis: str, index: object, shape: tuple[int, ...] | None = None) -> int:
-        """`shape` of rows as an image."""
+        """`shape` of rows that are no tokens."""
         constants = {"index": np.asarray(index, np.int32)}
         if axis == "rows" and shape is None:
             shape = (constants["index"].size, channels_of(self.shape(x)))

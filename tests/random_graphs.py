@@ -73,7 +73,7 @@ def texts(draw: st.DrawFn) -> Graph:
     if last == "mean":
         x = net.mean(x, clamp=_clamp(draw))
     elif last == "first":
-        x = net.reshape(net.gather(net.norm(x), "rows", [0]), (width,))
+        x = net.norm(net.gather(x, "rows", [0], (width,)))
     else:
         x = net.norm(x)
     net.linear(x, draw(st.integers(1, 10)), dtype="f32")
@@ -142,6 +142,9 @@ def _grow(draw: st.DrawFn, builder: Builder, nodes: int, version: int) -> int:
         ops = _ops_for(builder, x, version)
         weighted = [op for op in ops if OPS[op].has_weight]  # twice as often as the others
         op = draw(st.sampled_from([*weighted, *ops]))
+        if op == "mul" and version >= 3 and len(builder.shape(x)) == 3 and draw(st.booleans()):
+            builder.mul(x, builder.conv2d(x, 1), clamp=_clamp(draw))  # one gate for all channels
+            continue
         dtypes = [dtype for dtype in known_dtypes(OPS[op].writes, version) if dtype != "f32"]
         if len(dtypes) > 1 and OPS[op].requantized:
             DRAW[op](draw, builder, x, draw(st.sampled_from(dtypes)))
@@ -286,10 +289,11 @@ def _resize(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int
 
 def _gather(draw: st.DrawFn, builder: Builder, x: int) -> int:
     shape = builder.shape(x)
-    axis = draw(AXES) if len(shape) > 1 else "channels"
+    axis, size = draw(AXES), None
     count = rows_of(shape) if axis == "rows" else channels_of(shape)
     index = builder.rng.integers(-1, count, draw(st.integers(1, 60)))
-    size = (channels_of(shape), 1, index.size) if axis == "rows" and draw(st.booleans()) else None
+    if axis == "rows" and draw(st.booleans()):
+        size = (channels_of(shape),) if index.size == 1 else (channels_of(shape), 1, index.size)
     return builder.gather(x, axis, index, size)
 
 

@@ -27,14 +27,10 @@ def _check_add(node: Node, inputs: Sequence[Activation], output: Activation, at:
     a, b = inputs
     expect(a.shape == b.shape, f"a second input of shape {shape_text(a.shape)}", shape_text(b.shape), at)
     check_shape(output, a.shape, at)
-    ma, mb = (abs(m) for m in numbers(*_pair(node, "multipliers", at)))
+    value, place = attribute(node, "multipliers", at)
+    ma, mb = (abs(m) for m in numbers(value, 2, place))
     bias = abs(number_of(node, "bias", at))
     check_bound(most(a) * ma + most(b) * mb + bias, output, at)
-
-
-def _pair(node: Node, key: str, at: str) -> tuple[object, int, str]:
-    value, place = attribute(node, key, at)
-    return value, 2, place
 
 
 def _gates(a: Shape, version: int) -> list[Shape]:

@@ -76,8 +76,7 @@ def _check_gather(node: Node, inputs: Sequence[Activation], output: Activation, 
         assert shape is not None
         check_shape(output, shape, at)
         return
-    expect(len(x) > 1, "an input of shape [T, D] or [C, H, W]", shape_text(x), at)
-    fits = len(output.shape) > 1 and (rows_of(output.shape), channels_of(output.shape)) == (index.size, channels_of(x))
+    fits = (rows_of(output.shape), channels_of(output.shape)) == (index.size, channels_of(x))
     expect(fits, f"an output of {index.size} rows of {channels_of(x)} channels", shape_text(output.shape), at)
 
 

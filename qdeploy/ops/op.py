@@ -154,6 +154,11 @@ def largest(value: np.ndarray) -> float:
     return float(np.abs(value.astype(np.float64)).max(initial=0.0))
 
 
+def largest_by_count(multiplier: np.ndarray) -> float:
+    """The largest magnitude of n*multiplier[n-1]."""
+    return float(np.max(np.arange(1, multiplier.size + 1) * np.abs(multiplier.astype(np.float64))))
+
+
 def value_range(value: np.ndarray) -> tuple[int, int]:
     return int(value.min()), int(value.max())
 

@@ -21,6 +21,7 @@ from qdeploy.ops.op import (
     fixed_rows,
     floats,
     largest,
+    largest_by_count,
     like_first,
     most,
     number_of,
@@ -93,12 +94,8 @@ def _check_mean(node: Node, inputs: Sequence[Activation], output: Activation, at
     check_shape(output, x.shape[1:], at)
     expect(x.shape[0] * most(x) < 2**31, "a mean with sums below 2^31", f"{x.shape[0]} rows", at)
     multiplier = floats(node, "multiplier", x.shape[:1], at, facts)
-    bound = most(x) * facts.of(_largest_by_rows, multiplier)
+    bound = most(x) * facts.of(largest_by_count, multiplier)
     check_bound(bound + abs(number_of(node, "bias", at)), output, at)
-
-
-def _largest_by_rows(multiplier: np.ndarray) -> float:
-    return float(np.max(np.arange(1, multiplier.size + 1) * np.abs(multiplier.astype(np.float64))))
 
 
 def _mean_rows(node: Node, inputs: Sequence[Activation], rows: Sequence[Rows], at: str) -> Rows:

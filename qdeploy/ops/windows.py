@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from qdeploy.checks import Facts, expect, integers, shape_text
 from qdeploy.graph import CODES, Activation, Node, Shape
 from qdeploy.ops.op import (
@@ -18,6 +16,7 @@ from qdeploy.ops.op import (
     check_bound,
     check_shape,
     floats,
+    largest_by_count,
     most,
     number_of,
 )
@@ -93,12 +92,8 @@ def _check_avg_pool2d(node: Node, inputs: Sequence[Activation], output: Activati
     expect(window * most(inputs[0]) < 2**31, "a window with sums below 2^31", f"{window} elements", at)
     multiplier = floats(node, "multiplier", (-1,), at, facts)
     expect(multiplier.size in (1, window), f"1 or {window} multipliers", multiplier.size, at)
-    factor = facts.of(_largest_by_count, multiplier) * (window if multiplier.size == 1 else 1)
+    factor = facts.of(largest_by_count, multiplier) * (window if multiplier.size == 1 else 1)
     check_bound(most(inputs[0]) * factor + abs(number_of(node, "bias", at)), output, at)
-
-
-def _largest_by_count(multiplier: np.ndarray) -> float:
-    return float(np.max(np.arange(1, multiplier.size + 1) * np.abs(multiplier.astype(np.float64))))
 
 
 OPS = {
