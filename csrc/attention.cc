@@ -109,8 +109,9 @@ class Walk {
     params.nr = products_.nr;
     params.logit_multiplier = of_.logit_multiplier;
     if (of_.logit_bias) {
-      params.bias = of_.logit_bias + (head * rows_ + row) * keys_;
-      params.bias_stride = keys_;
+      const int64_t most_rows = of_.block ? of_.block : of_.rows, most_keys = of_.block ? of_.block : of_.keys;
+      params.bias = of_.logit_bias + (head * most_rows + row) * most_keys;
+      params.bias_stride = most_keys;
     }
     if (of_.regions) {
       params.key_regions = of_.regions + segment * keys_;

@@ -14,14 +14,14 @@ namespace qdeploy {
 
 struct Attention {
   int32_t heads;
-  int64_t rows, keys;         // at most, over all segments
+  int64_t rows, keys;         // at most
   int64_t channels, outputs;  // of q and k, of v and the result: all heads
   uint8_t q_zero, k_zero, v_zero;
   float logit_multiplier, multiplier, bias;
   uint8_t qmin, qmax;
   int32_t peak;
   int64_t block;            // rows of a segment, which sees its own keys alone; 0: one segment of all rows
-  const float* logit_bias;  // [heads][rows of a segment][its keys]; null: none
+  const float* logit_bias;  // [heads][block or rows][block or keys], a shorter text its beginning; null: none
   const int32_t* regions;   // of each row and the key of its number, which see equal ones alone; null: none
 };
 

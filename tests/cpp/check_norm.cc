@@ -97,16 +97,21 @@ bool check_whole(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   norm.groups = by_group ? random.range(1, 6) : 0;
   const int width = by_group ? random.range(1, std::min(most, 40)) : most;
   norm.channels = by_group ? norm.groups * width : width;
-  const int pixels = by_group ? std::min(most / width, 1000) : random.range(1, most > 1000 ? 2 : 40);
+  const int rows = random.range(1, 3), pixels = by_group ? std::min(most / width, 999) : most > 1000 ? 2 : 40;
+  const int columns = by_group ? std::max(1, pixels / rows) : random.range(1, pixels);
+  const int pad = random.range(0, 1) * random.range(0, 40);
   norm.epsilon = std::ldexp(random.uniform() + 1, random.range(-60, 40));
   random_clamp(&norm.qmin, &norm.qmax, random);
   const Fill fill = random.pick(kFills);
   const bool alike = random.range(0, 3) == 0;
-  describe("%s norm whole channels=%d groups=%d pixels=%d types=%d,%d epsilon=%a fill=%s alike=%d at_end=%d seed=%llu",
-           kernels.isa, static_cast<int>(norm.channels), static_cast<int>(norm.groups), pixels,
-           static_cast<int>(norm.in), static_cast<int>(norm.out), norm.epsilon, fill_name(fill), alike, at_end,
-           static_cast<unsigned long long>(seed));
-  const size_t count = static_cast<size_t>(pixels * norm.channels), size = size_of(norm.in);
+  describe(
+      "%s norm whole channels=%d groups=%d rows=%d columns=%d pad=%d types=%d,%d epsilon=%a fill=%s alike=%d at_end=%d "
+      "seed=%llu",
+      kernels.isa, static_cast<int>(norm.channels), static_cast<int>(norm.groups), rows, columns, pad,
+      static_cast<int>(norm.in), static_cast<int>(norm.out), norm.epsilon, fill_name(fill), alike, at_end,
+      static_cast<unsigned long long>(seed));
+  const int64_t pitch = columns * norm.channels + pad;
+  const size_t count = static_cast<size_t>((rows - 1) * pitch + columns * norm.channels), size = size_of(norm.in);
   uint8_t* a = memory().a.place<uint8_t>(count * size, at_end, random, size);
   fill_codes(a, norm.in, count, fill, random);
   for (size_t i = size; i < count * size && alike; ++i) a[i] = a[i - size];
@@ -118,7 +123,7 @@ bool check_whole(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   norm.multiplier = multiplier.data(), norm.bias = bias.data();
   Aligned<uint8_t> scratch(group_norm_scratch(norm));
   const auto run = [&](const Kernels& of, uint8_t* c) {
-    const NormPixels image = {1, pixels, a, 0, c, 0};
+    const NormPixels image = {rows, columns, a, pitch, c, pitch};
     if (!by_group) return layer_norm(of, norm, image);
     for (int64_t first = 0, end; first < norm.groups; first = end) {  // in two shares
       end = first == 0 ? (norm.groups + 1) / 2 : norm.groups;
