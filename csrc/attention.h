@@ -2,7 +2,8 @@
 // and their sum over the values divided by the sum of the weights. csrc/ukernels.h has the arithmetic.
 //
 // What must hold, with K the most keys of a segment and n the channels of a head: peak * 255 * K < 2^31,
-// n * 255^2 < 2^31, |logit_multiplier| * n * 255^2 + max |logit_bias| < 2^100, 255 * |multiplier| * 1.001 + |bias| < 2^30.
+// n * 255^2 < 2^31, |logit_multiplier| * n * 255^2 + max |logit_bias| < 2^100 and
+// 255 * |multiplier| * 1.001 + |bias| < 2^30. A row with a region sees a key: its own.
 #pragma once
 #include <cstddef>
 #include <cstdint>

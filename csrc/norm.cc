@@ -32,7 +32,7 @@ NormParams params_of(const Norm& norm, int64_t count) {
 
 }  // namespace
 
-// Some pixels at a time, so that the roots and divisions of one do not wait for each other, and the codes are in L1 when
+// Some pixels at a time: the roots and divisions of one do not wait for those of another, and the codes are in L1 when
 // they are read again.
 void layer_norm(const Kernels& kernels, const Norm& norm, const NormPixels& pixels) {
   constexpr int64_t kBlock = 16;

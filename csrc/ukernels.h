@@ -291,8 +291,8 @@ struct NormSumsParams {
 };
 using NormSumsFn = void (*)(const NormSumsParams* params);
 
-// t = float(count*a - sum) * scale, r = fma(t, multiplier[i], bias[i]), with sum and scale of the row or of the channel.
-// count*a - sum fits int32. c may be a where the types agree.
+// t = float(count*a - sum) * scale, r = fma(t, multiplier[i], bias[i]), sum and scale being those of the row or of the
+// channel. count*a - sum fits int32. c may be a where the types agree.
 struct NormParams {
   size_t rows, n;
   const void* a;
