@@ -32,14 +32,14 @@ std::string shape_of(const py::array& array) {
   return text + "]";
 }
 
-Type type_of(const py::array& array, bool is_output, const char* where) {
+Dtype type_of(const py::array& array, bool is_output, const char* where) {
   require_input((array.flags() & py::array::c_style) != 0, "a dense array", "another", where);
-  if (py::isinstance<py::array_t<uint8_t>>(array)) return Type::u8;
-  if (py::isinstance<py::array_t<int16_t>>(array)) return Type::s16;
+  if (py::isinstance<py::array_t<uint8_t>>(array)) return Dtype::u8;
+  if (py::isinstance<py::array_t<int16_t>>(array)) return Dtype::s16;
   const bool is_f32 = is_output && py::isinstance<py::array_t<float>>(array);
   require_input(is_f32, is_output ? "uint8, int16 or float32" : "uint8 or int16",
                 py::cast<std::string>(py::str(py::object(array.dtype()))), where);
-  return Type::f32;
+  return Dtype::f32;
 }
 
 // The array's elements with the slack that kernels may read.

@@ -5,13 +5,13 @@
 namespace qdeploy {
 namespace {
 
-constexpr Type kCodes[] = {Type::u8, Type::s16}, kOutputs[] = {Type::u8, Type::s16, Type::f32};
+constexpr Dtype kCodes[] = {Dtype::u8, Dtype::s16}, kOutputs[] = {Dtype::u8, Dtype::s16, Dtype::f32};
 
-float largest_code(Type type) { return type == Type::u8 ? 255 : type == Type::s16 ? 32767 : 128; }
+float largest_code(Dtype type) { return type == Dtype::u8 ? 255 : type == Dtype::s16 ? 32767 : 128; }
 
 // A multiplier by which codes fill the range of an output about twice, or make ties.
-float random_scale(Type from, Type to, Random& random) {
-  return random_multiplier(largest_code(from), random) * (to == Type::s16 ? 256 : 1);
+float random_scale(Dtype from, Dtype to, Random& random) {
+  return random_multiplier(largest_code(from), random) * (to == Dtype::s16 ? 256 : 1);
 }
 
 bool check_scale_add(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
@@ -21,11 +21,11 @@ bool check_scale_add(const Kernels& scalar, const Kernels& kernels, uint64_t see
   const int addend = random.range(0, 3);  // none, codes, floats, floats for weights
   ScaleAddParams p = {};
   p.n = random.range(1, random.range(0, 3) ? 100 : 3000);
-  p.a_type = addend == 3 ? Type::s8 : random.pick(kCodes);
-  p.b_type = addend == 1 ? random.pick(kCodes) : Type::f32;
+  p.a_type = addend == 3 ? Dtype::s8 : random.pick(kCodes);
+  p.b_type = addend == 1 ? random.pick(kCodes) : Dtype::f32;
   p.c_type = random.pick(kOutputs);
   p.multiplier_a = random_scale(p.a_type, p.c_type, random);
-  p.multiplier_b = random_scale(addend == 1 ? p.b_type : Type::u8, p.c_type, random);
+  p.multiplier_b = random_scale(addend == 1 ? p.b_type : Dtype::u8, p.c_type, random);
   p.bias = random_bias(random);
   random_clamp(&p.qmin, &p.qmax, random);
   const Fill fill = random.pick(kFills);
@@ -63,7 +63,7 @@ bool check_mean(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   p.n = random.range(1, random.range(0, 3) ? 50 : 400);
   p.a_stride = static_cast<ptrdiff_t>(p.n) + random.range(0, 1) * random.range(0, 30);
   p.a_type = random.pick(kCodes), p.c_type = random.pick(kOutputs);
-  p.offset = p.a_type == Type::u8 ? random.range(0, 255) * static_cast<int32_t>(p.rows) : 0;
+  p.offset = p.a_type == Dtype::u8 ? random.range(0, 255) * static_cast<int32_t>(p.rows) : 0;
   p.multiplier = random_scale(p.a_type, p.c_type, random) / static_cast<float>(p.rows);
   p.bias = random_bias(random);
   random_clamp(&p.qmin, &p.qmax, random);
@@ -128,13 +128,13 @@ void bench(const Kernels& kernels) {
   constexpr size_t kN = 1 << 14;
   Aligned<int16_t> a(kN, 7), b(kN, 3), c(kN);
   Aligned<float> floats(kN, 1);
-  ScaleAddParams p = {kN, a.data(), nullptr, Type::s16, Type::s16, Type::s16, 0.5f, 0.5f, 0, 0, 255, c.data()};
+  ScaleAddParams p = {kN, a.data(), nullptr, Dtype::s16, Dtype::s16, Dtype::s16, 0.5f, 0.5f, 0, 0, 255, c.data()};
   const double rescale = rate(kN, [&] { kernels.scale_add(&p); });
   p.b = b.data();
   const double add = rate(kN, [&] { kernels.scale_add(&p); });
-  p.b = floats.data(), p.b_type = Type::f32, p.a_type = Type::u8;
+  p.b = floats.data(), p.b_type = Dtype::f32, p.a_type = Dtype::u8;
   const double position = rate(kN, [&] { kernels.scale_add(&p); });
-  const MeanParams mean = {32, kN / 32, a.data(), kN / 32, Type::s16, Type::u8, 0, 0.01f, 0, 0, 255, c.data()};
+  const MeanParams mean = {32, kN / 32, a.data(), kN / 32, Dtype::s16, Dtype::u8, 0, 0.01f, 0, 0, 255, c.data()};
   std::vector<int32_t> index(116);
   for (int i = 0; i < 116; ++i) index[i] = i % 2 * 58 + i / 2;
   const ChannelGather shuffle(index.data(), 116, 116, 1);
