@@ -2,7 +2,8 @@
 // and their sum over the values divided by the sum of the weights. csrc/ukernels.h has the arithmetic.
 //
 // What must hold, with K the most keys of a segment and n the channels of a head: peak * 255 * K < 2^31,
-// n * 255^2 < 2^31, |logit_multiplier| * n * 255^2 + max |logit_bias| < 2^100, 255 * |multiplier| * 1.001 + |bias| < 2^30.
+// n * 255^2 < 2^31, |logit_multiplier| * n * 255^2 + max |logit_bias| < 2^100 and
+// 255 * |multiplier| * 1.001 + |bias| < 2^30. A row with a region sees a key: its own.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,14 +15,14 @@ namespace qdeploy {
 
 struct Attention {
   int32_t heads;
-  int64_t rows, keys;         // at most, over all segments
+  int64_t rows, keys;         // at most
   int64_t channels, outputs;  // of q and k, of v and the result: all heads
   uint8_t q_zero, k_zero, v_zero;
   float logit_multiplier, multiplier, bias;
   uint8_t qmin, qmax;
   int32_t peak;
   int64_t block;            // rows of a segment, which sees its own keys alone; 0: one segment of all rows
-  const float* logit_bias;  // [heads][rows of a segment][its keys]; null: none
+  const float* logit_bias;  // [heads][block or rows][block or keys], a shorter text its beginning; null: none
   const int32_t* regions;   // of each row and the key of its number, which see equal ones alone; null: none
 };
 

@@ -32,14 +32,14 @@ std::string shape_of(const py::array& array) {
   return text + "]";
 }
 
-Type type_of(const py::array& array, bool is_output, const char* where) {
+Dtype type_of(const py::array& array, bool is_output, const char* where) {
   require_input((array.flags() & py::array::c_style) != 0, "a dense array", "another", where);
-  if (py::isinstance<py::array_t<uint8_t>>(array)) return Type::u8;
-  if (py::isinstance<py::array_t<int16_t>>(array)) return Type::s16;
+  if (py::isinstance<py::array_t<uint8_t>>(array)) return Dtype::u8;
+  if (py::isinstance<py::array_t<int16_t>>(array)) return Dtype::s16;
   const bool is_f32 = is_output && py::isinstance<py::array_t<float>>(array);
   require_input(is_f32, is_output ? "uint8, int16 or float32" : "uint8 or int16",
                 py::cast<std::string>(py::str(py::object(array.dtype()))), where);
-  return Type::f32;
+  return Dtype::f32;
 }
 
 // The array's elements with the slack that kernels may read.
@@ -95,26 +95,27 @@ void norm_of(const py::array& a, int64_t groups, const Floats& multiplier, const
 
 void attention_of(const Bytes& q, const Bytes& k, const Bytes& v, const std::array<uint8_t, 3>& zero_points, int heads,
                   float logit_multiplier, float multiplier, float bias, uint8_t qmin, uint8_t qmax, int peak,
-                  int64_t most_keys, int64_t block, const std::optional<Floats>& logit_bias,
+                  int64_t most_rows, int64_t most_keys, int64_t block, const std::optional<Floats>& logit_bias,
                   const std::optional<Ints>& regions, Bytes result, int threads, const std::string& isa) {
   require_input(q.ndim() == 2 && k.ndim() == 2 && v.ndim() == 2, "q, k and v of two sizes",
                 shape_of(q) + ", " + shape_of(k) + ", " + shape_of(v), "attention");
-  const int64_t rows = q.shape(0), keys = k.shape(0), segment = block ? block : keys;
+  const int64_t rows = q.shape(0), keys = k.shape(0);
   const bool agree = q.shape(1) == k.shape(1) && v.shape(0) == keys && result.ndim() == 2 && result.shape(0) == rows &&
-                     result.shape(1) == v.shape(1) && keys <= most_keys;
+                     result.shape(1) == v.shape(1) && rows <= most_rows && keys <= most_keys;
   require_input(agree, "q, k, v and a result that agree",
                 shape_of(q) + ", " + shape_of(k) + ", " + shape_of(v) + ", " + shape_of(result), "attention");
   require_input(heads > 0 && q.shape(1) % heads == 0 && v.shape(1) % heads == 0, "heads that divide the channels",
                 std::to_string(heads), "attention");
   require_input(block == 0 || (block > 0 && rows % block == 0 && rows == keys), "a block that divides the rows",
                 std::to_string(block), "attention");
-  require_input(!logit_bias || (rows == keys && logit_bias->size() == heads * segment * segment),
-                std::to_string(heads * segment * segment) + " of logit_bias", "another number", "attention");
+  const int64_t biases = heads * (block ? block * block : most_rows * most_keys);
+  require_input(!logit_bias || logit_bias->size() == biases, std::to_string(biases) + " of logit_bias",
+                "another number", "attention");
   require_input(!regions || (rows == keys && regions->size() == rows), std::to_string(rows) + " regions",
                 "another number", "attention");
   Attention of = {};
   of.heads = heads;
-  of.rows = std::max(rows, most_keys), of.keys = most_keys;
+  of.rows = most_rows, of.keys = most_keys;
   of.channels = q.shape(1), of.outputs = v.shape(1);
   of.q_zero = zero_points[0], of.k_zero = zero_points[1], of.v_zero = zero_points[2];
   of.logit_multiplier = logit_multiplier, of.multiplier = multiplier, of.bias = bias;
@@ -144,10 +145,11 @@ void bind_kernels(py::module_& module) {
              "Norm of `a` [rows, channels], each row for itself (groups 0) or all rows by groups of channels.");
   module.def("attention", &attention_of, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
              py::arg("zero_points"), py::arg("heads"), py::arg("logit_multiplier"), py::arg("multiplier"),
-             py::arg("bias"), py::arg("qmin"), py::arg("qmax"), py::arg("peak"), py::arg("most_keys"), py::arg("block"),
-             py::arg("logit_bias").noconvert().none(true), py::arg("regions").noconvert().none(true),
-             py::arg("result").noconvert(), py::arg("threads"), py::arg("isa") = "",
-             "Attention of rows q over keys k and values v, as a model of at most `most_keys` keys runs it.");
+             py::arg("bias"), py::arg("qmin"), py::arg("qmax"), py::arg("peak"), py::arg("most_rows"),
+             py::arg("most_keys"), py::arg("block"), py::arg("logit_bias").noconvert().none(true),
+             py::arg("regions").noconvert().none(true), py::arg("result").noconvert(), py::arg("threads"),
+             py::arg("isa") = "",
+             "Attention of rows q over keys k and values v, as a model of at most so many rows and keys runs it.");
 }
 
 }  // namespace qdeploy

@@ -6,12 +6,12 @@
 namespace qdeploy {
 namespace {
 
-const void* at(const void* a, Type type, int64_t element) {
-  return static_cast<const uint8_t*>(a) + element * (type == Type::s16 ? 2 : 1);
+const void* at(const void* a, Dtype type, int64_t element) {
+  return static_cast<const uint8_t*>(a) + element * (type == Dtype::s16 ? 2 : 1);
 }
 
-void* at(void* c, Type type, int64_t element) {
-  return static_cast<uint8_t*>(c) + element * (type == Type::f32 ? 4 : type == Type::s16 ? 2 : 1);
+void* at(void* c, Dtype type, int64_t element) {
+  return static_cast<uint8_t*>(c) + element * (type == Dtype::f32 ? 4 : type == Dtype::s16 ? 2 : 1);
 }
 
 float scale_of(int64_t count, int64_t sum, int64_t squares, float epsilon) {
@@ -32,7 +32,7 @@ NormParams params_of(const Norm& norm, int64_t count) {
 
 }  // namespace
 
-// Some pixels at a time, so that the roots and divisions of one do not wait for each other, and the codes are in L1 when
+// Some pixels at a time: the roots and divisions of one do not wait for those of another, and the codes are in L1 when
 // they are read again.
 void layer_norm(const Kernels& kernels, const Norm& norm, const NormPixels& pixels) {
   constexpr int64_t kBlock = 16;

@@ -18,7 +18,7 @@ namespace qdeploy {
 struct Norm {
   int64_t channels;
   int64_t groups;  // of channels that share statistics with all pixels of an image; 0: each pixel has its own
-  Type in, out;
+  Dtype in, out;
   const float* multiplier;
   const float* bias;
   float epsilon;

@@ -250,7 +250,7 @@ using QuantizeFn = bool (*)(const QuantizeParams* params);
 // Tokens and residual streams. A row holds n elements; codes are u8, s16 (-32767..32767) or, of weights, s8. An output
 // is c = clamp(rint(r), qmin, qmax) as u8, clamp(rint(r), -32767, 32767) as s16, or r itself as f32; for codes |r| is
 // below 2^30. Strides are in elements.
-enum class Type : int32_t { u8, s16, s8, f32 };
+enum class Dtype : int32_t { u8, s16, s8, f32 };
 
 // r = fma(float(a), multiplier_a, x), where x is `bias`; with codes b, u8 or s16, fma(float(b), multiplier_b, bias);
 // with floats b, b itself. c may be a or b where the types agree. s8 goes with floats.
@@ -258,7 +258,7 @@ struct ScaleAddParams {
   size_t n;
   const void* a;
   const void* b;  // null: none
-  Type a_type, b_type, c_type;
+  Dtype a_type, b_type, c_type;
   float multiplier_a, multiplier_b, bias;
   uint8_t qmin, qmax;
   void* c;
@@ -270,7 +270,7 @@ struct MeanParams {
   size_t rows, n;
   const void* a;
   ptrdiff_t a_stride;
-  Type a_type, c_type;
+  Dtype a_type, c_type;
   int32_t offset;
   float multiplier, bias;
   uint8_t qmin, qmax;
@@ -285,19 +285,19 @@ struct NormSumsParams {
   size_t rows, n;
   const void* a;
   ptrdiff_t a_stride;
-  Type a_type;       // u8 or s16
+  Dtype a_type;      // u8 or s16
   int32_t* sums;     // [rows] or [n]
   int64_t* squares;  // likewise
 };
 using NormSumsFn = void (*)(const NormSumsParams* params);
 
-// t = float(count*a - sum) * scale, r = fma(t, multiplier[i], bias[i]), with sum and scale of the row or of the channel.
-// count*a - sum fits int32. c may be a where the types agree.
+// t = float(count*a - sum) * scale, r = fma(t, multiplier[i], bias[i]), sum and scale being those of the row or of the
+// channel. count*a - sum fits int32. c may be a where the types agree.
 struct NormParams {
   size_t rows, n;
   const void* a;
   ptrdiff_t a_stride;
-  Type a_type, c_type;
+  Dtype a_type, c_type;
   bool by_channel;  // sums and scales: [n] instead of [rows]
   int32_t count;
   const int32_t* sums;

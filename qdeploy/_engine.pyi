@@ -51,6 +51,7 @@ def attention(
     qmin: int,
     qmax: int,
     peak: int,
+    most_rows: int,
     most_keys: int,
     block: int,
     logit_bias: np.ndarray | None,

@@ -60,7 +60,7 @@ def weights(logits, peak):
 def attention(
     q, k, v, zero_points, heads, logit_multiplier, multiplier, bias, clamp, peak, block=0, logit_bias=None, regions=None
 ):
-    """q [T, D], k [S, D], v [S, E], u8; logit_bias [heads, block, block] in powers of two; regions [T]."""
+    """q [T, D], k [S, D], v [S, E], u8; logit_bias [heads, block, block] or [heads, T.., S..]; regions [T]."""
     q, k, v = (
         np.stack(np.split(x.astype(np.int64) - zero_point, heads, axis=1))
         for x, zero_point in zip((q, k, v), zero_points, strict=True)
@@ -68,7 +68,7 @@ def attention(
     rows, keys = q.shape[1], k.shape[1]
     added = np.zeros((heads, rows, keys), f32)
     if logit_bias is not None:
-        added = np.tile(logit_bias, (rows // logit_bias.shape[1], keys // logit_bias.shape[1]))
+        added = np.tile(logit_bias, (rows // block, keys // block)) if block else logit_bias[:, :rows, :keys]
     logits = fma((q @ k.transpose(0, 2, 1)).astype(f32), f32(logit_multiplier), added)
     if block:
         logits[:, np.arange(rows)[:, None] // block != np.arange(keys) // block] = -np.inf

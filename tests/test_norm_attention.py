@@ -117,12 +117,24 @@ def most_peak(keys):
     return min(32767, (2**31 - 1) // (255 * keys))
 
 
-def run(q, k, v, zero_points, heads, constants, clamp, peak, isa, most_keys=None, threads=1, **segments):
+def run(q, k, v, zero_points, heads, constants, clamp, peak, isa, most=None, threads=1, **segments):
     result = np.empty((len(q), v.shape[1]), np.uint8)
     block, logit_bias, regions = (segments.get(key) for key in ("block", "logit_bias", "regions"))
-    most_keys = most_keys or len(k)
     _engine.attention(
-        *(q, k, v, zero_points, heads, *constants, *clamp, peak, most_keys, block or 0, logit_bias, regions),
+        *(
+            q,
+            k,
+            v,
+            zero_points,
+            heads,
+            *constants,
+            *clamp,
+            peak,
+            *(most or (len(q), len(k))),
+            block or 0,
+            logit_bias,
+            regions,
+        ),
         *(result, threads, isa),
     )
     return result
@@ -171,6 +183,17 @@ def test_attention_in_blocks_with_bias_and_regions(isa):
 
 
 @ISAS
+def test_attention_with_bias_of_a_longer_text(isa):
+    rng = np.random.default_rng(5)
+    for i in range(20):
+        rows, keys, more = (int(x) for x in rng.integers(1, (60, 100, 30)))
+        case = attention_case(rng, rows, keys)
+        most = rows + more, keys + more % 7
+        segments = {"logit_bias": rng.normal(0, 3, (case[4], *most)).astype(f32)}
+        assert_attention(case, most_peak(most[1]), isa, segments, most=most, threads=1 + i % 3)
+
+
+@ISAS
 @pytest.mark.parametrize("keys", [257, 258, 1024])
 def test_attention_of_the_most_keys(isa, keys):
     """Equal logits and values of 255 beside a zero point of 0: acc is as large as the loader lets it be."""
@@ -197,7 +220,7 @@ def test_a_shorter_text_has_the_bits_it_has_alone(isa):
     rng = np.random.default_rng(3)
     for length in (1, 5, 31, 32, 33, 64):
         case = attention_case(rng, length, length)
-        assert_attention(case, most_peak(300), isa, most_keys=300, threads=2)
+        assert_attention(case, most_peak(300), isa, most=(300, 300), threads=2)
 
 
 @ISAS

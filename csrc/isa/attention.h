@@ -98,9 +98,10 @@ struct WeightRows {
 template <class L, bool kBias, bool kRegions>
 __attribute__((noinline)) void weigh_rows(const AttentionWeights& p) {
   const Weights<L> weights(p.peak);
-  for (int32_t row = 0; row < p.rows; row += WeightRows<L>::kRows) {
-    const int32_t left = p.rows - row;
-    WeightRows<L> some = {p, row, left < WeightRows<L>::kRows ? left : WeightRows<L>::kRows, {}, {}};
+  const int32_t groups = (p.rows + WeightRows<L>::kRows - 1) / WeightRows<L>::kRows;
+  const int32_t at_once = (p.rows + groups - 1) / groups;  // nearly equal: a row alone waits for itself
+  for (int32_t row = 0; row < p.rows; row += at_once) {
+    WeightRows<L> some = {p, row, p.rows - row < at_once ? p.rows - row : at_once, {}, {}};
     some.template shift<kBias, kRegions>();
     some.weigh(weights);
   }

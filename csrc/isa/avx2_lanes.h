@@ -89,8 +89,11 @@ struct Avx2Lanes {
   static QD_INLINE __m256i pack_i16(I32 x) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(x.low, x.high), 0xd8); }
 
   static QD_INLINE void store(F32 r, uint8_t qmin, uint8_t qmax, size_t n, uint8_t* c) {
-    const __m256i c_i16x16 = pack_i16(rint_i32(r));
-    const __m128i c_u8x16 = _mm_packus_epi16(_mm256_castsi256_si128(c_i16x16), _mm256_extracti128_si256(c_i16x16, 1));
+    const I32 c_i32x16 = rint_i32(r);
+    const __m256i lanes_i16x16 = _mm256_packs_epi32(c_i32x16.low, c_i32x16.high);
+    const __m256i lanes_u8x32 = _mm256_packus_epi16(lanes_i16x16, lanes_i16x16);
+    const __m128i c_u8x16 =
+        _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(lanes_u8x32, _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5)));
     const __m128i low_u8x16 = _mm_max_epu8(c_u8x16, _mm_set1_epi8(static_cast<char>(qmin)));
     const __m128i clamped_u8x16 = _mm_min_epu8(low_u8x16, _mm_set1_epi8(static_cast<char>(qmax)));
     if (n >= 16) {

@@ -25,12 +25,12 @@ struct Tag {
 
 // run(Tag<T>) with the C++ type of codes, and of outputs.
 template <class Run>
-QD_INLINE void with_codes(Type type, const Run& run) {
-  type == Type::u8 ? run(Tag<uint8_t>()) : run(Tag<int16_t>());
+QD_INLINE void with_codes(Dtype type, const Run& run) {
+  type == Dtype::u8 ? run(Tag<uint8_t>()) : run(Tag<int16_t>());
 }
 template <class Run>
-QD_INLINE void with_output(Type type, const Run& run) {
-  type == Type::f32 ? run(Tag<float>()) : with_codes(type, run);
+QD_INLINE void with_output(Dtype type, const Run& run) {
+  type == Dtype::f32 ? run(Tag<float>()) : with_codes(type, run);
 }
 
 // ---- Scale and add --------------------------------------------------------------------------------------------------
@@ -57,13 +57,13 @@ void scale_add(const ScaleAddParams* params) {
   const typename L::F32 multiplier_b = L::splat(p.multiplier_b), bias = L::splat(p.bias);
   const float* floats = static_cast<const float*>(p.b);
   const auto add_floats = [=](size_t i) __attribute__((always_inline)) { return L::load(floats + i); };
-  if (p.a_type == Type::s8) return scale_add_to_output<L, int8_t>(p, add_floats);
+  if (p.a_type == Dtype::s8) return scale_add_to_output<L, int8_t>(p, add_floats);
   with_codes(p.a_type, [&](auto a) {
     using A = typename decltype(a)::type;
     if (!p.b) {
       return scale_add_to_output<L, A>(p, [=](size_t) __attribute__((always_inline)) { return bias; });
     }
-    if (p.b_type == Type::f32) return scale_add_to_output<L, A>(p, add_floats);
+    if (p.b_type == Dtype::f32) return scale_add_to_output<L, A>(p, add_floats);
     with_codes(p.b_type, [&](auto b) {
       const auto* codes = static_cast<const typename decltype(b)::type*>(p.b);
       scale_add_to_output<L, A>(p, [=](size_t i) __attribute__((always_inline)) {

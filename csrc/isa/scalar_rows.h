@@ -16,27 +16,27 @@ uint8_t quantize_u8(float r, uint8_t qmin, uint8_t qmax) {
   return static_cast<uint8_t>(nearbyintf(high));
 }
 
-int32_t code(const void* a, Type type, size_t i) {
-  if (type == Type::u8) return static_cast<const uint8_t*>(a)[i];
-  return type == Type::s16 ? static_cast<const int16_t*>(a)[i] : static_cast<const int8_t*>(a)[i];
+int32_t code(const void* a, Dtype type, size_t i) {
+  if (type == Dtype::u8) return static_cast<const uint8_t*>(a)[i];
+  return type == Dtype::s16 ? static_cast<const int16_t*>(a)[i] : static_cast<const int8_t*>(a)[i];
 }
 
-const void* row_of(const void* a, Type type, ptrdiff_t elements) {
-  return static_cast<const uint8_t*>(a) + elements * (type == Type::s16 ? 2 : 1);
+const void* row_of(const void* a, Dtype type, ptrdiff_t elements) {
+  return static_cast<const uint8_t*>(a) + elements * (type == Dtype::s16 ? 2 : 1);
 }
 
-void store(float r, Type type, uint8_t qmin, uint8_t qmax, void* c, size_t i) {
-  if (type == Type::u8) static_cast<uint8_t*>(c)[i] = quantize_u8(r, qmin, qmax);
-  if (type == Type::s16) static_cast<int16_t*>(c)[i] = static_cast<int16_t>(rintf(fminf(fmaxf(r, -32767), 32767)));
-  if (type == Type::f32) static_cast<float*>(c)[i] = r;
+void store(float r, Dtype type, uint8_t qmin, uint8_t qmax, void* c, size_t i) {
+  if (type == Dtype::u8) static_cast<uint8_t*>(c)[i] = quantize_u8(r, qmin, qmax);
+  if (type == Dtype::s16) static_cast<int16_t*>(c)[i] = static_cast<int16_t>(rintf(fminf(fmaxf(r, -32767), 32767)));
+  if (type == Dtype::f32) static_cast<float*>(c)[i] = r;
 }
 
 void scale_add(const ScaleAddParams* params) {
   const ScaleAddParams& p = *params;
   for (size_t i = 0; i < p.n; ++i) {
     float x = p.bias;
-    if (p.b && p.b_type == Type::f32) x = static_cast<const float*>(p.b)[i];
-    if (p.b && p.b_type != Type::f32) x = fmaf(static_cast<float>(code(p.b, p.b_type, i)), p.multiplier_b, p.bias);
+    if (p.b && p.b_type == Dtype::f32) x = static_cast<const float*>(p.b)[i];
+    if (p.b && p.b_type != Dtype::f32) x = fmaf(static_cast<float>(code(p.b, p.b_type, i)), p.multiplier_b, p.bias);
     store(fmaf(static_cast<float>(code(p.a, p.a_type, i)), p.multiplier_a, x), p.c_type, p.qmin, p.qmax, p.c, i);
   }
 }

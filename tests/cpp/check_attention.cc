@@ -118,10 +118,12 @@ struct Whole {
 };
 
 // In `threads` shares, one after the other.
-void run(const Kernels& kernels, const Whole& whole, int threads) {
-  Aligned<uint8_t> scratch(attention_scratch(kernels, whole.of).bytes, 0xa5);
-  for (int thread = 0; thread < threads; ++thread)
-    run_attention(kernels, whole.of, whole.io, scratch.data(), {thread, threads});
+void run(const Kernels& kernels, const Whole& whole, int threads, bool at_end, Random& random) {
+  const size_t bytes = attention_scratch(kernels, whole.of).bytes;
+  uint8_t* scratch = memory().residual.place<uint8_t>(bytes, at_end, random, 64);
+  for (int thread = 0; thread < threads; ++thread) {
+    run_attention(kernels, whole.of, whole.io, scratch, {thread, threads});
+  }
 }
 
 bool check_whole(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
@@ -147,7 +149,7 @@ bool check_whole(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   of.logit_multiplier = (random.uniform() - 0.3f) * 40 / static_cast<float>(depth * 65025);
   of.multiplier = random.uniform() * 3 - 1, of.bias = static_cast<float>(random.range(0, 255));
   random_clamp(&of.qmin, &of.qmax, random);
-  const bool bias = segments && random.range(0, 1), regions = segments && random.range(0, 1);
+  const bool bias = random.range(0, 1), regions = segments && random.range(0, 1);
   describe(
       "%s attention whole heads=%d depth=%d width=%d rows=%d,%d keys=%d,%d block=%d bias=%d regions=%d "
       "multipliers=%a,%a threads=%d fill=%s at_end=%d seed=%llu",
@@ -166,17 +168,18 @@ bool check_whole(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   io.q = operand(m.a, io.rows, io.q_stride, of.channels);
   io.k = operand(m.b, io.keys, io.k_stride, of.channels);
   io.v = operand(m.w, io.keys, io.v_stride, of.outputs);
-  Aligned<float> logit_bias(heads * of.block * of.block + 1);
-  for (int64_t i = 0; i < heads * of.block * of.block; ++i) logit_bias.data()[i] = random.uniform() * 20 - 10;
+  const int64_t biases = heads * (segments ? of.block * of.block : of.rows * of.keys);
+  Aligned<float> logit_bias(biases);
+  for (int64_t i = 0; i < biases; ++i) logit_bias.data()[i] = random.uniform() * 20 - 10;
   if (bias) of.logit_bias = logit_bias.data();
   Aligned<int32_t> region(of.rows);
   for (int64_t i = 0; i < of.rows; ++i) region.data()[i] = random.range(-1, 2);
   if (regions) of.regions = region.data();
   const Outputs outputs = place_outputs((io.rows - 1) * io.c_stride + of.outputs, 1, at_end, random);
   io.c = outputs.c;
-  run(kernels, w, threads);
+  run(kernels, w, threads, at_end, random);
   io.c = outputs.expected;
-  run(scalar, w, 1);
+  run(scalar, w, 1, at_end, random);
   return same_outputs("attention");
 }
 

@@ -5,7 +5,7 @@
 namespace qdeploy {
 namespace {
 
-constexpr Type kCodes[] = {Type::u8, Type::s16}, kOutputs[] = {Type::u8, Type::s16, Type::f32};
+constexpr Dtype kCodes[] = {Dtype::u8, Dtype::s16}, kOutputs[] = {Dtype::u8, Dtype::s16, Dtype::f32};
 
 bool check_sums(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   Memory& m = memory();
@@ -18,7 +18,7 @@ bool check_sums(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   p.a_type = random.pick(kCodes);
   const Fill fill = random.pick(kFills);
   describe("%s norm sums rows=%zu n=%zu a_stride=%td s16=%d by_channel=%d fill=%s at_end=%d seed=%llu", kernels.isa,
-           p.rows, p.n, p.a_stride, p.a_type == Type::s16, by_channel, fill_name(fill), at_end,
+           p.rows, p.n, p.a_stride, p.a_type == Dtype::s16, by_channel, fill_name(fill), at_end,
            static_cast<unsigned long long>(seed));
   const size_t count = (p.rows - 1) * static_cast<size_t>(p.a_stride) + p.n, size = size_of(p.a_type);
   uint8_t* a = m.a.place<uint8_t>(count * size, at_end, random, size);
@@ -62,17 +62,17 @@ bool check_norm(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   uint8_t* a = m.a.place<uint8_t>(a_count * size, at_end, random, size);
   fill_codes(a, p.a_type, a_count, fill, random);
   const size_t groups = p.by_channel ? p.n : p.rows;
-  const int largest = (p.a_type == Type::s16 ? 32767 : 255) * p.count;
+  const int largest = (p.a_type == Dtype::s16 ? 32767 : 255) * p.count;
   int32_t* sums = m.offsets.place<int32_t>(groups, at_end, random);
   float* scales = m.comp.place<float>(groups, at_end, random);
   for (size_t i = 0; i < groups; ++i) {
-    sums[i] = p.a_type == Type::s16 ? fill_value(fill, -largest, largest, random) : random.range(0, largest);
+    sums[i] = p.a_type == Dtype::s16 ? fill_value(fill, -largest, largest, random) : random.range(0, largest);
     scales[i] = (random.uniform() + 0.1f) / static_cast<float>(largest);
   }
   float* multiplier = m.multiplier.place<float>(p.n, at_end, random);
   float* bias = m.bias.place<float>(p.n, at_end, random);
   for (size_t i = 0; i < p.n; ++i) {
-    multiplier[i] = random_multiplier(1, random) * (p.c_type == Type::s16 ? 100 : 1);
+    multiplier[i] = random_multiplier(1, random) * (p.c_type == Dtype::s16 ? 100 : 1);
     bias[i] = random_bias(random);
   }
   p.a = a, p.sums = sums, p.scales = scales, p.multiplier = multiplier, p.bias = bias;
@@ -97,16 +97,21 @@ bool check_whole(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   norm.groups = by_group ? random.range(1, 6) : 0;
   const int width = by_group ? random.range(1, std::min(most, 40)) : most;
   norm.channels = by_group ? norm.groups * width : width;
-  const int pixels = by_group ? std::min(most / width, 1000) : random.range(1, most > 1000 ? 2 : 40);
+  const int rows = random.range(1, 3), pixels = by_group ? std::min(most / width, 999) : most > 1000 ? 2 : 40;
+  const int columns = by_group ? std::max(1, pixels / rows) : random.range(1, pixels);
+  const int pad = random.range(0, 1) * random.range(0, 40);
   norm.epsilon = std::ldexp(random.uniform() + 1, random.range(-60, 40));
   random_clamp(&norm.qmin, &norm.qmax, random);
   const Fill fill = random.pick(kFills);
   const bool alike = random.range(0, 3) == 0;
-  describe("%s norm whole channels=%d groups=%d pixels=%d types=%d,%d epsilon=%a fill=%s alike=%d at_end=%d seed=%llu",
-           kernels.isa, static_cast<int>(norm.channels), static_cast<int>(norm.groups), pixels,
-           static_cast<int>(norm.in), static_cast<int>(norm.out), norm.epsilon, fill_name(fill), alike, at_end,
-           static_cast<unsigned long long>(seed));
-  const size_t count = static_cast<size_t>(pixels * norm.channels), size = size_of(norm.in);
+  describe(
+      "%s norm whole channels=%d groups=%d rows=%d columns=%d pad=%d types=%d,%d epsilon=%a fill=%s alike=%d at_end=%d "
+      "seed=%llu",
+      kernels.isa, static_cast<int>(norm.channels), static_cast<int>(norm.groups), rows, columns, pad,
+      static_cast<int>(norm.in), static_cast<int>(norm.out), norm.epsilon, fill_name(fill), alike, at_end,
+      static_cast<unsigned long long>(seed));
+  const int64_t pitch = columns * norm.channels + pad;
+  const size_t count = static_cast<size_t>((rows - 1) * pitch + columns * norm.channels), size = size_of(norm.in);
   uint8_t* a = memory().a.place<uint8_t>(count * size, at_end, random, size);
   fill_codes(a, norm.in, count, fill, random);
   for (size_t i = size; i < count * size && alike; ++i) a[i] = a[i - size];
@@ -118,7 +123,7 @@ bool check_whole(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   norm.multiplier = multiplier.data(), norm.bias = bias.data();
   Aligned<uint8_t> scratch(group_norm_scratch(norm));
   const auto run = [&](const Kernels& of, uint8_t* c) {
-    const NormPixels image = {1, pixels, a, 0, c, 0};
+    const NormPixels image = {rows, columns, a, pitch, c, pitch};
     if (!by_group) return layer_norm(of, norm, image);
     for (int64_t first = 0, end; first < norm.groups; first = end) {  // in two shares
       end = first == 0 ? (norm.groups + 1) / 2 : norm.groups;
@@ -145,7 +150,7 @@ void bench(const Kernels& kernels) {
   Random random(1);
   for (size_t i = 0; i < kCount; ++i) a.data()[i] = static_cast<int16_t>(random.range(-9999, 9999));
   Aligned<float> multiplier(kChannels, 40), bias(kChannels, 128);
-  Norm norm = {kChannels, 0, Type::s16, Type::u8, multiplier.data(), bias.data(), 1, 0, 255};
+  Norm norm = {kChannels, 0, Dtype::s16, Dtype::u8, multiplier.data(), bias.data(), 1, 0, 255};
   const NormPixels image = {1, kRows, a.data(), 0, c.data(), 0};
   const double layer = quickest([&] { layer_norm(kernels, norm, image); });
   norm.groups = 32;

@@ -1,16 +1,17 @@
-// Rows of codes of every type: scale_add with each kind of addend, and the mean of rows.
+// Rows of codes of every type: scale_add with each kind of addend, the mean of rows, and gather.
 #include "check_ukernels.h"
+#include "gather.h"
 
 namespace qdeploy {
 namespace {
 
-constexpr Type kCodes[] = {Type::u8, Type::s16}, kOutputs[] = {Type::u8, Type::s16, Type::f32};
+constexpr Dtype kCodes[] = {Dtype::u8, Dtype::s16}, kOutputs[] = {Dtype::u8, Dtype::s16, Dtype::f32};
 
-float largest_code(Type type) { return type == Type::u8 ? 255 : type == Type::s16 ? 32767 : 128; }
+float largest_code(Dtype type) { return type == Dtype::u8 ? 255 : type == Dtype::s16 ? 32767 : 128; }
 
 // A multiplier by which codes fill the range of an output about twice, or make ties.
-float random_scale(Type from, Type to, Random& random) {
-  return random_multiplier(largest_code(from), random) * (to == Type::s16 ? 256 : 1);
+float random_scale(Dtype from, Dtype to, Random& random) {
+  return random_multiplier(largest_code(from), random) * (to == Dtype::s16 ? 256 : 1);
 }
 
 bool check_scale_add(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
@@ -20,11 +21,11 @@ bool check_scale_add(const Kernels& scalar, const Kernels& kernels, uint64_t see
   const int addend = random.range(0, 3);  // none, codes, floats, floats for weights
   ScaleAddParams p = {};
   p.n = random.range(1, random.range(0, 3) ? 100 : 3000);
-  p.a_type = addend == 3 ? Type::s8 : random.pick(kCodes);
-  p.b_type = addend == 1 ? random.pick(kCodes) : Type::f32;
+  p.a_type = addend == 3 ? Dtype::s8 : random.pick(kCodes);
+  p.b_type = addend == 1 ? random.pick(kCodes) : Dtype::f32;
   p.c_type = random.pick(kOutputs);
   p.multiplier_a = random_scale(p.a_type, p.c_type, random);
-  p.multiplier_b = random_scale(addend == 1 ? p.b_type : Type::u8, p.c_type, random);
+  p.multiplier_b = random_scale(addend == 1 ? p.b_type : Dtype::u8, p.c_type, random);
   p.bias = random_bias(random);
   random_clamp(&p.qmin, &p.qmax, random);
   const Fill fill = random.pick(kFills);
@@ -62,7 +63,7 @@ bool check_mean(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   p.n = random.range(1, random.range(0, 3) ? 50 : 400);
   p.a_stride = static_cast<ptrdiff_t>(p.n) + random.range(0, 1) * random.range(0, 30);
   p.a_type = random.pick(kCodes), p.c_type = random.pick(kOutputs);
-  p.offset = p.a_type == Type::u8 ? random.range(0, 255) * static_cast<int32_t>(p.rows) : 0;
+  p.offset = p.a_type == Dtype::u8 ? random.range(0, 255) * static_cast<int32_t>(p.rows) : 0;
   p.multiplier = random_scale(p.a_type, p.c_type, random) / static_cast<float>(p.rows);
   p.bias = random_bias(random);
   random_clamp(&p.qmin, &p.qmax, random);
@@ -83,24 +84,64 @@ bool check_mean(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   return same_outputs("mean");
 }
 
+// Slices, shuffles and zero points, by rows and by channels.
+bool check_gather(const Kernels& kernels, uint64_t seed) {
+  Random random(seed);
+  const bool at_end = random.range(0, 1), by_rows = random.range(0, 1);
+  const int rows = random.range(1, 40), channels = random.range(1, random.range(0, 1) ? 255 : 400);
+  const int bytes = random.range(1, 2), kind = random.range(0, 2), of = by_rows ? rows : channels;
+  const int n = kind == 1 ? of : random.range(1, of);
+  std::vector<int32_t> index(n);
+  for (int i = 0; i < n; ++i) index[i] = kind == 0 ? of - n + i : kind == 1 ? i * 7 % of : random.range(-1, of - 1);
+  const int out_rows = by_rows ? n : rows, out_channels = by_rows ? channels : n;
+  const int a_stride = channels + random.range(0, 1) * 5, c_stride = out_channels + random.range(0, 1) * 3;
+  const int zero_point = bytes == 1 ? random.range(0, 255) : 0;
+  describe("%s gather by_rows=%d rows=%d channels=%d bytes=%d kind=%d n=%d strides=%d,%d at_end=%d seed=%llu",
+           kernels.isa, by_rows, rows, channels, bytes, kind, n, a_stride, c_stride, at_end,
+           static_cast<unsigned long long>(seed));
+  const uint8_t* a = memory().a.place<uint8_t>(((rows - 1) * a_stride + channels) * bytes, at_end, random, bytes);
+  const Outputs outputs = place_outputs(((out_rows - 1) * c_stride + out_channels) * bytes, 1, at_end, random);
+  for (int i = 0; i < out_rows * out_channels; ++i) {
+    const int row = i / out_channels, channel = i % out_channels, from = index[by_rows ? row : channel];
+    const int16_t zero = static_cast<int16_t>(zero_point);
+    const int offset = by_rows ? from * a_stride + channel : row * a_stride + from;
+    const void* element = from < 0 ? static_cast<const void*>(&zero) : a + offset * bytes;
+    memcpy(outputs.expected + (row * c_stride + channel) * bytes, element, bytes);
+  }
+  const GatherRows run = {
+      static_cast<size_t>(bytes), static_cast<int16_t>(zero_point), a, a_stride, outputs.c, c_stride};
+  if (by_rows) {
+    gather_rows(gather_runs(index.data(), n), channels, run);
+  } else {
+    ChannelGather(index.data(), n, channels, bytes).run(kernels, rows, run);
+  }
+  return same_outputs("gather");
+}
+
 bool check(const Kernels& scalar, const Kernels& kernels) {
-  return check_seeds(
-      [&](uint64_t seed) { return check_scale_add(scalar, kernels, seed) && check_mean(scalar, kernels, seed); });
+  return check_seeds([&](uint64_t seed) {
+    return check_scale_add(scalar, kernels, seed) && check_mean(scalar, kernels, seed) && check_gather(kernels, seed);
+  });
 }
 
 void bench(const Kernels& kernels) {
   constexpr size_t kN = 1 << 14;
   Aligned<int16_t> a(kN, 7), b(kN, 3), c(kN);
   Aligned<float> floats(kN, 1);
-  ScaleAddParams p = {kN, a.data(), nullptr, Type::s16, Type::s16, Type::s16, 0.5f, 0.5f, 0, 0, 255, c.data()};
+  ScaleAddParams p = {kN, a.data(), nullptr, Dtype::s16, Dtype::s16, Dtype::s16, 0.5f, 0.5f, 0, 0, 255, c.data()};
   const double rescale = rate(kN, [&] { kernels.scale_add(&p); });
   p.b = b.data();
   const double add = rate(kN, [&] { kernels.scale_add(&p); });
-  p.b = floats.data(), p.b_type = Type::f32, p.a_type = Type::u8;
+  p.b = floats.data(), p.b_type = Dtype::f32, p.a_type = Dtype::u8;
   const double position = rate(kN, [&] { kernels.scale_add(&p); });
-  const MeanParams mean = {32, kN / 32, a.data(), kN / 32, Type::s16, Type::u8, 0, 0.01f, 0, 0, 255, c.data()};
-  printf("%-46s s16 rescale: %.2f, add: %.2f, u8 position: %.2f, mean: %.2f Gelement/s\n", kernels.isa, rescale, add,
-         position, rate(kN, [&] { kernels.mean(&mean); }));
+  const MeanParams mean = {32, kN / 32, a.data(), kN / 32, Dtype::s16, Dtype::u8, 0, 0.01f, 0, 0, 255, c.data()};
+  std::vector<int32_t> index(116);
+  for (int i = 0; i < 116; ++i) index[i] = i % 2 * 58 + i / 2;
+  const ChannelGather shuffle(index.data(), 116, 116, 1);
+  const GatherRows rows = {1, 0, a.data(), 116, c.data(), 116};
+  const double shuffled = rate(116.0 * 256, [&] { shuffle.run(kernels, 256, rows); });
+  printf("%-46s s16 rescale: %.2f, add: %.2f, u8 position: %.2f, mean: %.2f, shuffle: %.2f Gelement/s\n", kernels.isa,
+         rescale, add, position, rate(kN, [&] { kernels.mean(&mean); }), shuffled);
 }
 
 }  // namespace
