@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qdeploy.model import Model
 
 Report = dict
-EXTRAS = ("train", "onnx", "bench")  # "test" is for those who change qdeploy
+EXTRAS = ("train", "models", "onnx", "bench")  # "test" is for those who change qdeploy
 MAX_BATCH = 2**31 - 1
 CPU_FLAGS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8"),
@@ -379,7 +379,7 @@ def _show_data(report: Report) -> None:
 
 
 def train(args: argparse.Namespace) -> Report:
-    """Train one network or an ensemble with learned step sizes on domains but one; for QT-DoG write the model file."""
+    """Train one network or an ensemble on domains but one, by a method of the papers; write the model file."""
     _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
     from qdeploy.training import command
 

@@ -337,6 +337,11 @@ def test_options_come_before_the_file_and_the_file_before_the_method(tmp_path, c
             ["--method", "rtn", "--float-runs", "nowhere"],
             "expected a finished run in float, got no done.json - at nowh",
         ),
+        (["--objective", "os:getcwd"], "expected a class that inherits from Objective (qdeploy.training.methods.objec"),
+        (["--step", "collections:Counter"], "got the class Counter - at --step"),
+        (["--optimizer", "sgd", "--optimizer.momentum", "-1"], "got ValueError: Invalid momentum value: -1"),
+        (["--optimizer.betas", "[1]"], "expected [value, ...], got '[1]' - at --optimizer.betas"),
+        (["--epochs", "2", "--updates", "5"], "expected --updates or --epochs, got both - at --epochs 2"),
         (["--objective", "nowhere:Loss"], "expected a class at nowhere:Loss, got No module named 'nowhere' - at --obj"),
     ],
 )
@@ -354,6 +359,7 @@ def test_files_of_settings_that_are_none_are_named(tmp_path, capsys):
     for content, text in [
         ("a: [", "expected a file of settings in YAML, got another"),
         ("- 3", "expected settings by name, got list"),
+        ("", "expected settings by name, got nothing"),
         ("stepp: sam", "got 'stepp' (did you mean step?)"),
     ]:
         path.write_text(content)

@@ -212,6 +212,14 @@ def test_step_sizes_stay_positive_at_an_absurd_learning_rate(fabric):
         assert all((s > 0).all() for s in step_parameters(learner.net))
 
 
+def test_step_sizes_that_would_move_too_far_are_warned_of_at_the_switch(fabric, capsys):
+    """Adam moves each by about the rate, so the smallest one says it."""
+    for rate, warns in [(1e-5, False), (1e-2, True)]:
+        learner = tiny_learner(fabric, replace(SMALL, quantize_at=0, lr_step_size=rate))
+        learner.update(0, minibatches(0))
+        assert ("warning: --lr-step-size 0.01 is " in capsys.readouterr().err) == warns
+
+
 def test_scopes_freeze_what_they_say(fabric):
     for scope in ("bn_head", "no_s"):
         learner = tiny_learner(fabric, replace(SMALL, quantization={"scope": scope}))

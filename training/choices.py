@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from qdeploy.errors import InputError
-from qdeploy.training.methods import AXES
+from qdeploy.errors import InputError, QdeployError, one_line
+from qdeploy.training.methods import AXES, BASES
 
 # What a run gives a constructor that has parameters of these names, ...
 OF_THE_RUN = frozenset({"params", "net", "backward", "progress", "start", "updates", "every", "seed"})
@@ -77,8 +77,11 @@ def class_of(choice: Choice, axis: str) -> Any:
         known = f"{', '.join(names)} or package.module:Class"
         raise InputError(f"expected one of {known}, got {choice.name!r} - at --{axis}")
     found = loaded(place, f"--{axis}")
-    if not callable(found):
-        raise InputError(f"expected a class, got a {type(found).__name__} - at --{axis} {choice.name}")
+    base = loaded(BASES[axis], f"--{axis}")
+    if not isinstance(found, type) or base not in found.__mro__:  # protocols do not take issubclass
+        module = BASES[axis].partition(":")[0]
+        got = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+        raise InputError(f"expected a class that inherits from {base.__name__} ({module}), got {got} - at --{axis}")
     return found
 
 
@@ -132,7 +135,13 @@ def make(choice: Choice, axis: str, given: Mapping[str, Any]) -> Any:
     options = dict(choice.options)
     if INNER in options:
         options[INNER] = make(Choice.of(options[INNER], axis), axis, given)
-    return class_of(choice, axis)(**of_run, **options)
+    try:
+        return class_of(choice, axis)(**of_run, **options)
+    except QdeployError:
+        raise
+    except (TypeError, ValueError) as error:  # torch's optimizers say so
+        got = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"expected options that {choice.name} takes, got {got} - at --{axis}") from error
 
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}

@@ -72,6 +72,8 @@ def settings(args: argparse.Namespace) -> Config:
             given[setting.name] = over(value, given.get(setting.name)) if setting.name in AXES_OF_CONFIG else value
     for name, value in dotted(args.unknown).items():
         given[name] = over(value, given.get(name))
+    if given.get("epochs") is not None and given.get("updates") is not None:
+        raise InputError(f"expected --updates or --epochs, got both - at --epochs {given['epochs']}")
     return Config(**given)
 
 

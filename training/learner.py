@@ -11,10 +11,15 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
+from qdeploy.terminal import note
+from qdeploy.training.attached_quantizers import step_parameters
 from qdeploy.training.batch_norm import freeze_, synchronize_
 from qdeploy.training.config import Config, made
+from qdeploy.training.initial_steps import MIN_STEP
 from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.seeds import seed_hash
+
+FAST = 1e-2  # of a step size, in one update
 
 
 class Learner:
@@ -52,6 +57,7 @@ class Learner:
         if t == self.quantization.start:
             whole = [(self._of_all_devices(images), classes) for images, classes in minibatches]
             self._switch(lambda: self.quantization.attach(self.net, self.optimizer, whole))
+            self._warn_of_fast_steps()
         self.train_mode()
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.schedule.factor(t)
@@ -74,6 +80,19 @@ class Learner:
         attach()
         self.attached = True
         self._wrap()  # again, with the new parameters
+
+    def _warn_of_fast_steps(self) -> None:
+        """Adam moves a step size by about its learning rate, whatever the gradient: quiet channels lose their grid."""
+        steps, rate = step_parameters(self.net), self.config.lr_step_size
+        if not steps or rate is None or not self.fabric.is_global_zero:
+            return
+        alive = torch.cat([step.detach().flatten() for step in steps])
+        alive = alive[alive > MIN_STEP]  # those of channels that are not all zero
+        if not len(alive):
+            return
+        smallest = alive.min().item()
+        if rate / smallest > FAST:
+            note(f"warning: --lr-step-size {rate} is {rate / smallest:.0%} of the smallest step size, {smallest:.2g}")
 
     def train_mode(self) -> None:
         """As an update has it."""

@@ -30,7 +30,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         got = " ".join(str(error).split())
         raise InputError(f"expected a file of settings in YAML, got another: {got} - at {path}") from error
     if not isinstance(content, Mapping):
-        raise InputError(f"expected settings by name, got {type(content).__name__} - at {path}")
+        got = "nothing" if content is None else type(content).__name__
+        raise InputError(f"expected settings by name, got {got} - at {path}")
     known = [setting.name for setting in fields(Config)]
     found = {str(key).replace("-", "_"): value for key, value in content.items()}
     for name in found.keys() - known:

@@ -75,6 +75,7 @@ def check_selectable(config: Config) -> None:
     made(config, "objective", progress=lambda: 0.0)
     made(config, "step", net=nn.Identity())
     made(config, "schedule")
+    made(config, "optimizer", params=[nn.Parameter(torch.zeros(1))])
     quantization, average = made(config, "quantization"), made(config, "average")
     times = range(0, config.updates, config.eval_every)
     if not any(quantization.eligible(t) and average.eligible(t) for t in times):

@@ -57,6 +57,16 @@ AXES: dict[str, dict[str, str]] = {
     },
 }
 
+# What every class on an axis inherits from.
+BASES = {
+    "objective": f"{_HERE}.objectives:Objective",
+    "step": f"{_HERE}.steps:Step",
+    "quantization": f"{_HERE}.quantizations:Quantization",
+    "average": f"{_HERE}.averages:Average",
+    "optimizer": "torch.optim:Optimizer",
+    "schedule": f"{_HERE}.schedules:Schedule",
+}
+
 
 @dataclass(frozen=True)
 class Method:

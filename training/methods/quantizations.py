@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
+from qdeploy.terminal import note, status
 from qdeploy.training.attached_quantizers import attach, originals, project_steps_, quantizers, step_group
 from qdeploy.training.initial_steps import initial_step
 from qdeploy.training.methods.batches import Minibatches
@@ -240,11 +241,15 @@ class OBC(Quantization):
             raise InputError(f"expected {expected}, got no input - at layer {', '.join(sorted(idle))}")
         wide = [name for name, hessian in found.items() if hessian.shape[-1] > self.max_columns]
         made = {}
-        for name, weight in weights.items():
+        for i, (name, weight) in enumerate(weights.items(), 1):
+            status(f"OBC: {name}, layer {i} of {len(weights)}")
             codes, step = quantize_rows(weight.values, found[name], weight.bits, natural_order=name in wide)
             weight.values.copy_(codes * step.reshape(-1, *[1] * (codes.dim() - 1)))
             made[name] = Quantizer(step, *code_range(weight.bits), 1.0)
+        status()
         self.natural_order = wide
+        if wide:
+            note(f"rounded in natural order, having more than {self.max_columns} columns: {', '.join(wide)}")
         attach_fixed(net, weights, made)
 
     def reattach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
