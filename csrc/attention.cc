@@ -109,8 +109,8 @@ class Walk {
     params.nr = products_.nr;
     params.logit_multiplier = of_.logit_multiplier;
     if (of_.logit_bias) {
-      params.bias = of_.logit_bias + (head * rows_ + row) * keys_;
-      params.bias_stride = keys_;
+      params.bias = of_.logit_bias + (head * of_.bias_rows + row) * of_.bias_keys;
+      params.bias_stride = of_.bias_keys;
     }
     if (of_.regions) {
       params.key_regions = of_.regions + segment * keys_;

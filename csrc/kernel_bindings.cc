@@ -125,6 +125,7 @@ void attention_of(const Bytes& q, const Bytes& k, const Bytes& v, const std::arr
   const AlignedBuffer of_bias = logit_bias ? copy_of(*logit_bias) : AlignedBuffer();
   const AlignedBuffer of_regions = regions ? copy_of(*regions) : AlignedBuffer();
   of.logit_bias = reinterpret_cast<const float*>(of_bias.data());
+  of.bias_rows = of.bias_keys = segment;
   of.regions = reinterpret_cast<const int32_t*>(of_regions.data());
   const AttentionOperands operands = {
       rows,        keys,        of_q.data(), of_k.data(), of_v.data(), result.mutable_data(),

@@ -38,6 +38,7 @@ class Builder {
     add_borders();
     set_pitches();
     share_inputs();
+    if (program_.graph.vocabulary > 0) program_.longest = program_.activations[program_.member_input[0]].h;
     pack_weights(file_, &footprint_, &program_);
     program_.footprint = footprint_.bytes();
     return std::move(program_);
@@ -50,7 +51,9 @@ class Builder {
     for (const Tensor& tensor : member.tensors) {
       Activation activation;
       activation.c = tensor.c, activation.h = tensor.h, activation.w = tensor.w;
-      activation.is_f32 = tensor.is_f32;
+      activation.type = tensor.type;
+      activation.is_tokens = tensor.is_tokens();
+      activation.varies = tensor.varies;
       activation.scale = tensor.scale;
       activation.zero_point = tensor.zero_point;
       program_.activations.push_back(activation);
@@ -122,8 +125,12 @@ class Builder {
 }  // namespace
 
 bool Activation::same_layout(const Activation& other) const {
-  return c == other.c && h == other.h && w == other.w && is_f32 == other.is_f32 &&
+  return c == other.c && h == other.h && w == other.w && type == other.type &&
          std::equal(border, border + 4, other.border);
+}
+
+bool Activation::same_rows(const Activation& other) const {
+  return !has_border() && !other.has_border() && type == other.type && c == other.c && h * w == other.h * other.w;
 }
 
 Program load_program(const ModelFile& file, const Kernels& kernels, int threads, ConvForm form) {

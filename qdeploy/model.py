@@ -15,6 +15,7 @@ from .arguments import integer, path_text
 from .errors import InputError, ModelError
 from .files import AnyPath
 from .terminal import printable
+from .texts import TextInput
 
 if TYPE_CHECKING:
     from .gpu import GpuModel
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 MAX_THREADS = 256
 MAX_MACS = 2**63 - 1  # of a call: the engine counts them in 64 bits
 MAX_ROUNDS = 1_000_000  # of a measurement: all their times are kept
-_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "u8": np.dtype(np.uint8),
+    "s16": np.dtype(np.int16),
+    "i32": np.dtype(np.int32),
+}
 
 
 class _Readable(Protocol):
@@ -141,10 +147,12 @@ class Model:
         self._content = content  # where there may be no file: it was given, or is that of another machine
         self._stamp = None if content is not None else _stamp(path)
         self._activations = session.activations
+        self._varies = [entry.pop("varies") for entry in self._activations]  # rows with the length of a text
         self._output = session.outputs[0]
         self._steps = session.plan(1)
         shape = self._activations[session.input]["shape"]
         self._accepted: dict[np.dtype[Any], tuple[int, ...]] = {np.dtype(np.float32): shape}
+        self._text = TextInput(shape[0], session.vocabulary, session.variable) if session.vocabulary else None
         self._macs = sum(step["macs"] for step in self._steps)
         self._is_ensemble = len(session.members) > 1
         self._memory = _engine.memory_limit()
@@ -156,14 +164,18 @@ class Model:
 
     @property
     def inputs(self) -> list[dict]:
-        """One entry: `shape` (without the batch), `layouts` accepted, and `scale`, `zero_point` of the codes inside."""
+        """One entry: `shape` (without the batch), `dtype`, `layouts` accepted, `scale` and `zero_point` of the codes
+        inside; of token ids also `vocabulary`, and `variable`: whether texts may be shorter than `shape` says."""
         entry = self._activations[self._session.input]
-        layouts = ["f32 NCHW" if len(entry["shape"]) == 3 else "f32 [N, F]"]
+        if self._text is not None:
+            text = {"vocabulary": self._text.vocabulary, "variable": self._text.variable}
+            return [{**entry, **text, "layouts": ["i32 [N, T]", "i64 [N, T]"]}]
+        layouts = [{1: "f32 [N, F]", 2: "f32 [N, T, D]", 3: "f32 NCHW"}[len(entry["shape"])]]
         return [{**entry, "layouts": layouts + (["u8 NHWC"] if self._session.preprocess else [])}]
 
     @property
     def outputs(self) -> list[dict]:
-        """One entry: `shape` (without the batch), `dtype` and, for u8 codes, `scale` and `zero_point`."""
+        """One entry: `shape` (without the batch), `dtype` and, for codes, `scale` and `zero_point`."""
         return [dict(self._activations[self._output])]  # a copy: the sizes of results follow from ours
 
     @property
@@ -201,33 +213,40 @@ class Model:
     # ---- Running --------------------------------------------------------------------------------------------------
 
     @overload
-    def __call__(self, images: np.ndarray) -> np.ndarray: ...
+    def __call__(self, inputs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
     @overload
-    def __call__(self, images: np.ndarray, taps: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
     def __call__(
-        self, images: np.ndarray, taps: Sequence[str] = ()
+        self, inputs: np.ndarray, mask: np.ndarray | None = None, *, taps: Sequence[str]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
+    def __call__(
+        self, inputs: np.ndarray, mask: np.ndarray | None = None, taps: Sequence[str] = ()
     ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
         """Run a batch of any size.
 
-        images: float32 [N, C, H, W] (or [N, F]), or, where the file has `preprocess`, uint8 [N, H, W, C].
+        inputs: float32 [N, C, H, W] (or [N, T, D] or [N, F]), or, where the file has `preprocess`, uint8
+            [N, H, W, C]; of a network that reads text token ids, int32 or int64 [N, T].
+        mask: of texts of any length: [N, T], in each row ones, at least one, and then zeros; None: all are as long as
+            the ids. What stands beyond a text's end, its neighbours and T never change a bit of it.
         taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
-        Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map or
-        in codes gives that ([N, C, H, W], float32 or uint8). With taps also a dict from name to uint8 codes or float32.
-        Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
+        Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map, in
+        tokens or in codes gives that ([N, C, H, W] or [N, T, D], float32, uint8 or int16). Rows of a text at and beyond
+        its length are 0. With taps also a dict from name to codes or float32.
+        Raises InputError for any other dtype or shape, NaN or infinity, ids that the vocabulary does not have, a mask
+        with holes, or an unknown tap.
         """
-        images = self._checked(images)
+        batch = self._checked(inputs, mask)
         if not isinstance(taps, str) and not len(taps):
-            return self._run(images)[0]
+            return self._run(batch)[0]
         ids = self._tap_ids(taps)
-        output, tapped = self._run(images, taps=ids.values())
+        output, tapped = self._run(batch, taps=ids.values())
         return output, {name: array for name, (_, array) in zip(ids, tapped, strict=True)}
 
-    def predict(self, images: np.ndarray) -> np.ndarray:
-        """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
+    def predict(self, inputs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """The class of each image or text, int64 [N]: the first largest logit, for an ensemble by its rule."""
         check_has_classes(self.outputs[0]["shape"])
-        images = self._checked(images)
-        classes = np.empty(len(images), np.int64)
-        self._run(images, classes=classes)
+        batch = self._checked(inputs, mask)
+        classes = np.empty(len(inputs), np.int64)
+        self._run(batch, classes=classes)
         return classes
 
     def plan(self, batch: int = 1) -> list[dict]:
@@ -237,37 +256,46 @@ class Model:
         batch = integer(batch, 1, MAX_MACS // total, "batch")
         return [{**step, "share_of_macs": step["macs"] / (batch * total)} for step in self._session.plan(batch)]
 
-    def profile(self, images: np.ndarray, rounds: int = 10) -> list[dict]:
-        """The plan with `microseconds` per node: the median of `rounds` runs (1 to a million) of `images`, one or
+    def profile(self, inputs: np.ndarray, rounds: int = 10, mask: np.ndarray | None = None) -> list[dict]:
+        """The plan with `microseconds` per node: the median of `rounds` runs (1 to a million) of `inputs`, one or
         more."""
-        images = self._checked(images)
-        plan = self.plan(integer(len(images), 1, MAX_MACS, "the number of images"))
+        batch = self._checked(inputs, mask)
+        plan = self.plan(integer(len(inputs), 1, MAX_MACS, "the number of images"))
         seconds = np.zeros((integer(rounds, 1, MAX_ROUNDS, "rounds"), len(self._steps)))
         for row in seconds:
-            self._run(images, step_seconds=row)
+            self._run(batch, step_seconds=row)
         return [{**step, "microseconds": s * 1e6} for step, s in zip(plan, np.median(seconds, axis=0), strict=True)]
 
     def _run(
         self,
-        images: np.ndarray,
+        batch: tuple[np.ndarray, np.ndarray | None],
         taps: Collection[int] = (),
         classes: np.ndarray | None = None,
         step_seconds: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-        """Output of checked images, and pairs of the activations `taps` and what they hold; fills the other two."""
-        n = len(images)
+        """Output of a `_checked` batch, and pairs of the activations `taps` and what they hold; fills the other two."""
+        inputs, lengths = batch
+        n = len(inputs)
         wanted = n * self._result_bytes[self._output]
         for activation in taps:
             wanted += n * self._result_bytes[activation]
         if wanted > self._memory:
             raise self._beyond_memory(n, wanted)
-        output = self._empty(n, self._output)
-        tapped = [(activation, self._empty(n, activation)) for activation in taps]
+        output = self._empty(inputs, self._output)
+        tapped = [(activation, self._empty(inputs, activation)) for activation in taps]
         if n:
-            self._session.run(images, output, classes, tapped, step_seconds)
+            self._session.run(inputs, output, classes, tapped, step_seconds, lengths)
         return output, tapped
 
-    def _checked(self, images: np.ndarray) -> np.ndarray:
+    def _checked(self, inputs: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """The batch as the engine reads it, and the lengths of texts."""
+        if self._text is not None:
+            return self._text.checked(inputs, mask)
+        if mask is not None:
+            raise InputError("expected no mask for a network that reads no text, got one - at the mask")
+        return self._checked_images(inputs), None
+
+    def _checked_images(self, images: np.ndarray) -> np.ndarray:
         if isinstance(images, np.ndarray) and images.ndim and self._accepted.get(images.dtype) == images.shape[1:]:
             if type(images) is np.ndarray and images.flags.c_contiguous:
                 return images
@@ -285,9 +313,13 @@ class Model:
         fits = f"a batch that fits the {self._memory} bytes of memory"
         return InputError(f"expected {fits}, got {n} images, which need {wanted} bytes more - at the input")
 
-    def _empty(self, n: int, activation: int) -> np.ndarray:
-        entry = self._activations[activation]
-        return np.empty((n, *entry["shape"]), _DTYPES[entry["dtype"]])
+    def _empty(self, inputs: np.ndarray, activation: int) -> np.ndarray:
+        """For what an activation holds; rows that a text does not have stay 0."""
+        entry, dtype = self._activations[activation], _DTYPES[self._activations[activation]["dtype"]]
+        if self._text is None or not self._varies[activation]:
+            return np.empty((len(inputs), *entry["shape"]), dtype)
+        rows = entry["shape"][0] - self._text.longest + inputs.shape[1]
+        return np.zeros((len(inputs), rows, *entry["shape"][1:]), dtype)
 
     def _tap_name(self, step: dict) -> str:
         return f"{step['member']}/{step['name']}" if self._is_ensemble else step["name"]

@@ -29,7 +29,7 @@ class Checksum {  // FNV-1a
 };
 
 int64_t elements(const Activation& a) { return kImages * a.c * a.h * a.w; }
-size_t bytes(const Activation& a) { return static_cast<size_t>(elements(a)) * (a.is_f32 ? 4 : 1); }
+size_t bytes(const Activation& a) { return static_cast<size_t>(elements(a)) * a.bytes(); }
 
 // Real values that reach all codes of the input, and a little beyond.
 std::vector<float> random_images(const Activation& input) {
