@@ -116,6 +116,12 @@ const char* output_name(Output output) {
   return "";
 }
 
+std::vector<std::string> names_of(const Types& types) {
+  std::vector<std::string> names;
+  for (const Type type : types) names.push_back(name_of(type));
+  return names;
+}
+
 py::list ops() {
   py::list list;
   for (const OpInfo& op : all_ops()) {
@@ -125,7 +131,10 @@ py::list ops() {
     entry["inputs"] = py::make_tuple(op.inputs.fewest, op.inputs.most);
     entry["output"] = output_name(op.output);
     entry["residual"] = op.residual();
+    entry["reads"] = names_of(op.reads);
+    entry["writes"] = names_of(op.writes);
     entry["keys"] = std::vector<std::string>(op.keys.begin(), op.keys.end());
+    entry["token_keys"] = std::vector<std::string>(op.token_keys.begin(), op.token_keys.end());
     list.append(entry);
   }
   return list;

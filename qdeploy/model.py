@@ -103,7 +103,8 @@ def _load_on_gpu(name: str, content: bytes | None, device: str, num_threads: int
 def _load(name: str, content: bytes | None, num_threads: int | None, isa: str | None) -> Model:
     path, options = os.fsencode(name), (_threads(num_threads), _isa(isa))
     session = _engine.Session(path, *options) if content is None else _engine.Session(path, content, *options)
-    return Model(session, Path(name), num_threads, isa, content)
+    kind = TextModel if session.vocabulary else Model
+    return kind(session, Path(name), num_threads, isa, content)
 
 
 def _threads(num_threads: int | None) -> int:
@@ -152,7 +153,6 @@ class Model:
         self._steps = session.plan(1)
         shape = self._activations[session.input]["shape"]
         self._accepted: dict[np.dtype[Any], tuple[int, ...]] = {np.dtype(np.float32): shape}
-        self._text = TextInput(shape[0], session.vocabulary, session.variable) if session.vocabulary else None
         self._macs = sum(step["macs"] for step in self._steps)
         self._is_ensemble = len(session.members) > 1
         self._memory = _engine.memory_limit()
@@ -164,12 +164,8 @@ class Model:
 
     @property
     def inputs(self) -> list[dict]:
-        """One entry: `shape` (without the batch), `dtype`, `layouts` accepted, `scale` and `zero_point` of the codes
-        inside; of token ids also `vocabulary`, and `variable`: whether texts may be shorter than `shape` says."""
+        """One entry: `shape` (without the batch), `layouts` accepted, and `scale`, `zero_point` of the codes inside."""
         entry = self._activations[self._session.input]
-        if self._text is not None:
-            text = {"vocabulary": self._text.vocabulary, "variable": self._text.variable}
-            return [{**entry, **text, "layouts": ["i32 [N, T]", "i64 [N, T]"]}]
         layouts = [{1: "f32 [N, F]", 2: "f32 [N, T, D]", 3: "f32 NCHW"}[len(entry["shape"])]]
         return [{**entry, "layouts": layouts + (["u8 NHWC"] if self._session.preprocess else [])}]
 
@@ -213,40 +209,40 @@ class Model:
     # ---- Running --------------------------------------------------------------------------------------------------
 
     @overload
-    def __call__(self, inputs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
+    def __call__(self, images: np.ndarray) -> np.ndarray: ...
     @overload
+    def __call__(self, images: np.ndarray, taps: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
     def __call__(
-        self, inputs: np.ndarray, mask: np.ndarray | None = None, *, taps: Sequence[str]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
-    def __call__(
-        self, inputs: np.ndarray, mask: np.ndarray | None = None, taps: Sequence[str] = ()
+        self, images: np.ndarray, taps: Sequence[str] = ()
     ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
         """Run a batch of any size.
 
-        inputs: float32 [N, C, H, W] (or [N, T, D] or [N, F]), or, where the file has `preprocess`, uint8
-            [N, H, W, C]; of a network that reads text token ids, int32 or int64 [N, T].
-        mask: of texts of any length: [N, T], in each row ones, at least one, and then zeros; None: all are as long as
-            the ids. What stands beyond a text's end, its neighbours and T never change a bit of it.
+        images: float32 [N, C, H, W] (or [N, T, D] or [N, F]), or, where the file has `preprocess`, uint8 [N, H, W, C].
         taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
-        Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map, in
-        tokens or in codes gives that ([N, C, H, W] or [N, T, D], float32, uint8 or int16). Rows of a text at and beyond
-        its length are 0. With taps also a dict from name to codes or float32.
-        Raises InputError for any other dtype or shape, NaN or infinity, ids that the vocabulary does not have, a mask
-        with holes, or an unknown tap.
+        Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map or
+        tokens or in codes gives that ([N, C, H, W] or [N, T, D], float32, uint8 or int16). With taps also a dict from
+        name to codes or float32.
+        Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
         """
-        batch = self._checked(inputs, mask)
+        return self._call(self._checked(images), None, taps)
+
+    def _call(
+        self, inputs: np.ndarray, lengths: np.ndarray | None, taps: Sequence[str]
+    ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
         if not isinstance(taps, str) and not len(taps):
-            return self._run(batch)[0]
+            return self._run(inputs, lengths)[0]
         ids = self._tap_ids(taps)
-        output, tapped = self._run(batch, taps=ids.values())
+        output, tapped = self._run(inputs, lengths, taps=ids.values())
         return output, {name: array for name, (_, array) in zip(ids, tapped, strict=True)}
 
-    def predict(self, inputs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        """The class of each image or text, int64 [N]: the first largest logit, for an ensemble by its rule."""
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
         check_has_classes(self.outputs[0]["shape"])
-        batch = self._checked(inputs, mask)
+        return self._predict(self._checked(images), None)
+
+    def _predict(self, inputs: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
         classes = np.empty(len(inputs), np.int64)
-        self._run(batch, classes=classes)
+        self._run(inputs, lengths, classes=classes)
         return classes
 
     def plan(self, batch: int = 1) -> list[dict]:
@@ -256,25 +252,28 @@ class Model:
         batch = integer(batch, 1, MAX_MACS // total, "batch")
         return [{**step, "share_of_macs": step["macs"] / (batch * total)} for step in self._session.plan(batch)]
 
-    def profile(self, inputs: np.ndarray, rounds: int = 10, mask: np.ndarray | None = None) -> list[dict]:
-        """The plan with `microseconds` per node: the median of `rounds` runs (1 to a million) of `inputs`, one or
+    def profile(self, images: np.ndarray, rounds: int = 10) -> list[dict]:
+        """The plan with `microseconds` per node: the median of `rounds` runs (1 to a million) of `images`, one or
         more."""
-        batch = self._checked(inputs, mask)
+        return self._profile(self._checked(images), None, rounds)
+
+    def _profile(self, inputs: np.ndarray, lengths: np.ndarray | None, rounds: int) -> list[dict]:
         plan = self.plan(integer(len(inputs), 1, MAX_MACS, "the number of images"))
         seconds = np.zeros((integer(rounds, 1, MAX_ROUNDS, "rounds"), len(self._steps)))
         for row in seconds:
-            self._run(batch, step_seconds=row)
+            self._run(inputs, lengths, step_seconds=row)
         return [{**step, "microseconds": s * 1e6} for step, s in zip(plan, np.median(seconds, axis=0), strict=True)]
 
     def _run(
         self,
-        batch: tuple[np.ndarray, np.ndarray | None],
+        inputs: np.ndarray,
+        lengths: np.ndarray | None,
         taps: Collection[int] = (),
         classes: np.ndarray | None = None,
         step_seconds: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-        """Output of a `_checked` batch, and pairs of the activations `taps` and what they hold; fills the other two."""
-        inputs, lengths = batch
+        """Output of checked images, or texts of these lengths, and pairs of the activations `taps` and what they hold;
+        fills the other two."""
         n = len(inputs)
         wanted = n * self._result_bytes[self._output]
         for activation in taps:
@@ -287,15 +286,7 @@ class Model:
             self._session.run(inputs, output, classes, tapped, step_seconds, lengths)
         return output, tapped
 
-    def _checked(self, inputs: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-        """The batch as the engine reads it, and the lengths of texts."""
-        if self._text is not None:
-            return self._text.checked(inputs, mask)
-        if mask is not None:
-            raise InputError("expected no mask for a network that reads no text, got one - at the mask")
-        return self._checked_images(inputs), None
-
-    def _checked_images(self, images: np.ndarray) -> np.ndarray:
+    def _checked(self, images: np.ndarray) -> np.ndarray:
         if isinstance(images, np.ndarray) and images.ndim and self._accepted.get(images.dtype) == images.shape[1:]:
             if type(images) is np.ndarray and images.flags.c_contiguous:
                 return images
@@ -314,12 +305,8 @@ class Model:
         return InputError(f"expected {fits}, got {n} images, which need {wanted} bytes more - at the input")
 
     def _empty(self, inputs: np.ndarray, activation: int) -> np.ndarray:
-        """For what an activation holds; rows that a text does not have stay 0."""
-        entry, dtype = self._activations[activation], _DTYPES[self._activations[activation]["dtype"]]
-        if self._text is None or not self._varies[activation]:
-            return np.empty((len(inputs), *entry["shape"]), dtype)
-        rows = entry["shape"][0] - self._text.longest + inputs.shape[1]
-        return np.zeros((len(inputs), rows, *entry["shape"][1:]), dtype)
+        entry = self._activations[activation]
+        return np.empty((len(inputs), *entry["shape"]), _DTYPES[entry["dtype"]])
 
     def _tap_name(self, step: dict) -> str:
         return f"{step['member']}/{step['name']}" if self._is_ensemble else step["name"]
@@ -340,6 +327,61 @@ class Model:
             raise ModelError(f"expected the file that was loaded, got another or none (load again) - at {self._path}")
         content = self._path.read_bytes() if self._content is None else self._content
         return _load, (str(self._path), content, *self._options)
+
+
+class TextModel(Model):
+    """A model file whose network reads token ids; what `load_int_model` returns for one."""
+
+    def __init__(self, session: _engine.Session, *file_and_options: Any) -> None:
+        super().__init__(session, *file_and_options)
+        longest = self._activations[session.input]["shape"][0]
+        self._text = TextInput(longest, session.vocabulary, session.variable)
+
+    @property
+    def inputs(self) -> list[dict]:
+        """One entry: `shape` of the longest text, `dtype`, `layouts` accepted, `vocabulary` (ids are below it), and
+        `variable`: whether texts may be shorter."""
+        entry = self._activations[self._session.input]
+        text = {"vocabulary": self._text.vocabulary, "variable": self._text.variable}
+        return [{**entry, **text, "layouts": ["i32 [N, T]", "i64 [N, T]"]}]
+
+    @overload  # type: ignore[override]  # a mask goes with ids
+    def __call__(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
+    @overload
+    def __call__(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, *, taps: Sequence[str]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
+    def __call__(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, taps: Sequence[str] = ()
+    ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Run a batch of any size.
+
+        ids: int32 or int64 [N, T]; of a network of texts of any length T is at most that of the file, else exactly.
+        mask: where texts have any length: [N, T], in each row ones, at least one, and then zeros; None: all have T.
+        taps: as of `Model`.
+        Returns what `Model` does. Rows of a text at and beyond its length are 0. What stands in `ids` there, T and the
+        other texts of a batch never change a bit.
+        Raises InputError for any other dtype or shape, an id that the vocabulary does not have, a mask with holes, or
+        an unknown tap.
+        """
+        return self._call(*self._text.checked(ids, mask), taps)
+
+    def predict(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """The class of each text, int64 [N]. Arguments as of a call."""
+        check_has_classes(self.outputs[0]["shape"])
+        return self._predict(*self._text.checked(ids, mask))
+
+    def profile(self, ids: np.ndarray, rounds: int = 10, mask: np.ndarray | None = None) -> list[dict]:
+        """As of `Model`."""
+        return self._profile(*self._text.checked(ids, mask), rounds)
+
+    def _empty(self, inputs: np.ndarray, activation: int) -> np.ndarray:
+        """Rows that a text does not have stay 0."""
+        entry = self._activations[activation]
+        if not self._varies[activation]:
+            return super()._empty(inputs, activation)
+        rows = entry["shape"][0] - self._text.longest + inputs.shape[1]
+        return np.zeros((len(inputs), rows, *entry["shape"][1:]), _DTYPES[entry["dtype"]])
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
