@@ -50,7 +50,7 @@ std::unique_ptr<const OpData> read_conv2d(const NodeSource& node) {
   conv->window = read_window(node);
   conv->window.kernel[0] = shape[2];
   conv->window.kernel[1] = shape[3];
-  const int64_t in = node.input().c, out = node.output.c;
+  const int64_t in = node.input().c, out = node.output.shape[0];  // of tokens, which it cannot be, no c
   require_spatial_output(node, conv->window, out);
   conv->groups = int_member(node.json, "groups", 1, kMaxSize, node.where);
   node.require(in % conv->groups == 0 && out % conv->groups == 0, "groups that divide the channels",
