@@ -26,15 +26,17 @@ import qdeploy
 from qdeploy.arguments import integer
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.files import check_regular
-from qdeploy.graph import COMBINE, Member
+from qdeploy.graph import COMBINE, Graph, Member, Node
 from qdeploy.memory import check_memory
 from qdeploy.model import MAX_ROUNDS
+from qdeploy.ops.op import rows_of
 from qdeploy.terminal import columns, note, percent, printable, status, write
 
 if TYPE_CHECKING:
     from qdeploy.model import Model
 
 Report = dict
+PARAMETERS = ("weight", "bias", "rows")  # of nodes with weights: what float32 networks hold as well
 EXTRAS = ("train", "onnx", "bench")  # "test" is for those who change qdeploy
 MAX_BATCH = 2**31 - 1
 CPU_FLAGS = (
@@ -141,6 +143,8 @@ def info(args: argparse.Namespace) -> Report:
         "bytes": Path(args.file).stat().st_size,
         "float32_bytes": sum(member["float32_bytes"] for member in members),
         "input": list(graph.input_shape),
+        "vocabulary": graph.vocabulary,
+        "variable": graph.variable,
         "preprocess": graph.preprocess,
         "classes": graph.classes,
         "combine": graph.combine,
@@ -150,16 +154,16 @@ def info(args: argparse.Namespace) -> Report:
 
 def _describe(member: Member) -> Report:
     weighted = [node for node in member.nodes if "weight" in node.constants]
-    macs = {node.name: node.constants["weight"].size * _pixels(member, node.output) for node in weighted}
+    macs = {node.name: node.constants["weight"].size * _pixels(member, node) for node in weighted}
     total = sum(macs.values())
     layers = []
     for bits in sorted({node.bits for node in weighted if node.bits is not None}):
         nodes = [node for node in weighted if node.bits == bits]
         weights = sum(node.constants["weight"].size for node in nodes)
-        share = sum(macs[node.name] for node in nodes) / total  # weights have MACs
+        share = sum(macs[node.name] for node in nodes) / (total or 1)  # an embedding has no MACs
         layers.append({"bits": bits, "layers": len(nodes), "weights": weights, "share_of_macs": share})
     ops = [node.op for node in member.nodes]
-    parameters = sum(node.constants[key].size for node in weighted for key in ("weight", "bias"))
+    parameters = sum(node.constants[key].size for node in weighted for key in PARAMETERS if key in node.constants)
     return {
         "name": member.name,
         "output": list(member.output.shape),
@@ -170,8 +174,9 @@ def _describe(member: Member) -> Report:
     }
 
 
-def _pixels(member: Member, tensor: int) -> int:
-    return math.prod(member.tensors[tensor].shape[1:])
+def _pixels(member: Member, node: Node) -> int:
+    """How often a node uses each of its weights: for every pixel or token that it writes; an embedding looks them up."""
+    return 0 if node.op == "embedding" else rows_of(member.tensors[node.output].shape)
 
 
 def _show_info(report: Report) -> None:
@@ -181,7 +186,7 @@ def _show_info(report: Report) -> None:
     write(f"file       {printable(report['file'])}: {size:,} bytes{ratio}")
     if count > 1 and float32:
         write(f"           {size / float32 * count:.3f}x of one float32 member")
-    write(f"input      {report['input']}" + (", or raw u8 images" if report["preprocess"] else ""))
+    write(f"input      {report['input']}" + _input_text(report))
     if report["classes"]:
         write(f"classes    {', '.join(report['classes'])}")
     write(f"members    {count}" + (f", combined by {report['combine']}" if count > 1 else ""))
@@ -191,6 +196,12 @@ def _show_info(report: Report) -> None:
         for row in member["weights"]:
             share = f"{row['share_of_macs']:.1%} of the MACs"
             write(f"  {row['bits']}-bit weights: {row['layers']} layers, {row['weights']:,} weights, {share}")
+
+
+def _input_text(report: Report) -> str:
+    if report["vocabulary"]:
+        return f" token ids below {report['vocabulary']:,}" + (", texts of any length" if report["variable"] else "")
+    return ", or raw u8 images" if report["preprocess"] else ""
 
 
 def plan(args: argparse.Namespace) -> Report:
@@ -285,10 +296,13 @@ def verify(args: argparse.Namespace) -> Report:
     from qdeploy import format, verification
 
     graph = format.load(args.file)
-    inputs = {"f32": _random_input(qdeploy.load_int_model(args.file, isa="scalar"), args.batch)}
+    inputs = {"f32": (_random_input(qdeploy.load_int_model(args.file, isa="scalar"), args.batch),)}
+    if graph.vocabulary is not None:
+        inputs = {"ids": _random_texts(graph, *inputs["f32"])}
     if graph.preprocess is not None:
         channels, height, width = graph.input_shape
-        inputs["u8"] = np.random.default_rng(0).integers(0, 256, (args.batch, height, width, channels), np.uint8)
+        raw = np.random.default_rng(0).integers(0, 256, (args.batch, height, width, channels), np.uint8)
+        inputs["u8"] = (raw,)
     rows = verification.verify(args.file, inputs, args.device, status)
     return {"file": str(args.file), "equal": all(row["different"] == 0 for row in rows), "runs": rows}
 
@@ -436,13 +450,29 @@ def _show_demo(report: Report) -> None:
 
 
 def _random_input(model: Model, batch: int) -> np.ndarray:
-    """f32 inputs that cover the whole range of input codes and a little beyond, so that both ends saturate."""
-    return _input(model, np.random.default_rng(0).uniform(-20, 275, _checked_shape(model, batch)))
+    """f32 inputs that cover the whole range of input codes and a little beyond, so that both ends saturate; or token
+    ids of the longest texts."""
+    rng, shape = np.random.default_rng(0), _checked_shape(model, batch)
+    if "vocabulary" in model.inputs[0]:
+        return rng.integers(0, model.inputs[0]["vocabulary"], shape)
+    return _input(model, rng.uniform(-20, 275, shape))
+
+
+def _random_texts(graph: Graph, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The ids, and where texts have any length a mask: of the first one token, of the second all."""
+    if not graph.variable:
+        return (ids,)
+    longest = ids.shape[1]
+    lengths = np.random.default_rng(0).integers(1, longest + 1, len(ids))
+    lengths[:2] = (1, longest)[: len(ids)]
+    return ids, (np.arange(longest) < lengths[:, None]).astype(np.int64)
 
 
 def _image_like_input(model: Model, batch: int) -> np.ndarray:
     """Normal noise with four deviations on either side inside the input's range: float32 peers, which do not saturate,
-    then compute the same."""
+    then compute the same. Token ids as of `_random_input`."""
+    if "vocabulary" in model.inputs[0]:
+        return _random_input(model, batch)
     return _input(model, np.random.default_rng(0).normal(127.5, 32, _checked_shape(model, batch)))
 
 
