@@ -119,7 +119,11 @@ void lower(const Layer& layer, const Kernels& kernels, ConvForm form) {
   conv->kernel = grouped ? &kernels.grouped : &kernels.conv[layer.data.used_bits];
   if (grouped) conv->lanes = grouped_lanes(layer, conv->kernel->nr);
   set_panels(layer);
-  if (conv->through_f32) return;
+  if (conv->through_f32) {
+    const bool has_form = winograd_for(layer.data, layer.in, layer.out, *conv->kernel, kernels, form) != nullptr;
+    conv->why_direct = layer.data.groups > 1 ? "no grouped kernel for s16" : has_form ? "no Winograd for s16" : "";
+    return;
+  }
   conv->winograd = winograd_for(layer.data, layer.in, layer.out, *conv->kernel, kernels, form);
 }
 
@@ -445,7 +449,7 @@ auto key_of_weights(const Layer& layer) {
   const ConvData& data = layer.data;
   return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, layer.depth(), data.window.kernel[0],
                          data.window.kernel[1], merges_rows(layer), layer.conv->is_depthwise, layer.conv->repeat,
-                         layer.conv->lanes.empty(), layer.conv->winograd);
+                         layer.conv->lanes.empty(), layer.conv->winograd, layer.conv->through_f32);
 }
 
 // The layers of a program, lowered, in the order of their first nodes, and which of them each step has.

@@ -12,14 +12,6 @@ namespace {
 // Limits of one image, so that offsets inside a batch chunk fit 32 bits.
 constexpr int64_t kMaxImage = int64_t{1} << 29;
 
-// Multiply-accumulates of one image.
-int64_t macs_of(const Member& member, const Node& node) {
-  const ConvData* conv = conv_of(node);
-  if (!conv) return 0;
-  const Tensor &in = member.tensors[node.inputs[0]], &out = member.tensors[node.output];
-  return out.c * out.h * out.w * (in.c / conv->groups) * conv->window.kernel[0] * conv->window.kernel[1];
-}
-
 bool same_table(const SharedBytes& a, const SharedBytes& b) { return a == b || (a && b && *a == *b); }
 
 // Lays out all activations and lists the steps of the members one after another.
@@ -64,7 +56,7 @@ class Builder {
       step.member = m;
       for (const int input : node.inputs) step.inputs.push_back(first + input);
       step.output = first + node.output;
-      step.macs = macs_of(member, node);
+      if (node.op->macs) step.macs = node.op->macs(member, node);
       program_.steps.push_back(std::move(step));
     }
     program_.member_input.push_back(first);

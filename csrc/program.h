@@ -46,7 +46,7 @@ struct PackedConv {
   int64_t depthwise_stride = 0;        // bytes from one cell of a depthwise convolution to the next
   const ConvKernel* kernel = nullptr;  // null for depthwise and Winograd
   const WinogradKernel* winograd = nullptr;
-  const char* why_direct = "";       // what kept a layer from its Winograd form
+  const char* why_direct = "";       // what kept a layer from its Winograd form or grouped kernel
   std::vector<int32_t> cell_offset;  // from the first cell; relative to the window's top left pixel
   int32_t k = 0;                     // bytes per cell; of Winograd: channels
   int64_t panels = 1;

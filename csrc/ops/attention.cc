@@ -87,6 +87,12 @@ Rows rows_of_attention(const NodeSource& node, const std::vector<Rows>& inputs) 
   return inputs[0];
 }
 
+int64_t attention_macs(const Member& member, const Node& node) {
+  const Attention& of = static_cast<const AttentionData&>(*node.data).of;
+  const int64_t keys = of.block ? of.block : of.keys;  // that a row sees
+  return member.tensors[node.output].h * keys * (of.channels + of.outputs);
+}
+
 size_t scratch_of_attention(const Program& program, const Step& step, const Activations&, int64_t) {
   return attention_scratch(*program.kernels, static_cast<const AttentionData&>(*step.node->data).of).bytes;
 }
@@ -114,7 +120,7 @@ void run_attention(const StepRun& run) {
 
 std::vector<OpInfo> attention_ops() {
   return {
-      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch
+      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch, macs
       {"attention",
        3,
        {3, 3},
@@ -126,7 +132,8 @@ std::vector<OpInfo> attention_ops() {
        {"heads", "logit_multiplier", "peak", "multiplier", "bias", "block", "logit_bias", "regions"},
        read_attention,
        run_attention,
-       scratch_of_attention},
+       scratch_of_attention,
+       attention_macs},
   };
 }
 

@@ -227,6 +227,12 @@ void run_depthwise(const StepRun& run) {
   }
 }
 
+int64_t conv_macs(const Member& member, const Node& node) {
+  const ConvData& conv = *conv_of(node);
+  const Tensor &in = member.tensors[node.inputs[0]], &out = member.tensors[node.output];
+  return out.c * out.h * out.w * (in.c / conv.groups) * conv.window.kernel[0] * conv.window.kernel[1];
+}
+
 size_t conv_scratch(const Program&, const Step& step, const Activations& activations, int64_t images) {
   if (step.conv->through_f32) return bytes_through_f32(*step.conv->kernel);
   if (!step.conv->winograd) return 0;
@@ -266,7 +272,7 @@ const ConvData* conv_of(const Node& node) { return dynamic_cast<const ConvData*>
 std::vector<OpInfo> conv_ops() {
   const std::set<std::string> keys = {"weight", "multiplier", "bias", "stride", "padding", "dilation", "groups"};
   return {
-      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch
+      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch, macs
       {"conv2d",
        1,
        {1, 2},
@@ -278,7 +284,8 @@ std::vector<OpInfo> conv_ops() {
        keys,
        read_conv2d,
        run_conv,
-       conv_scratch},
+       conv_scratch,
+       conv_macs},
       {"linear",
        1,
        {1, 2},
@@ -290,7 +297,8 @@ std::vector<OpInfo> conv_ops() {
        {"weight", "multiplier", "bias"},
        read_linear,
        run_conv,
-       conv_scratch},
+       conv_scratch,
+       conv_macs},
   };
 }
 

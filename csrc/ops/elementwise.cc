@@ -214,7 +214,7 @@ void run_table(const StepRun& run) {
 
 std::vector<OpInfo> elementwise_ops() {
   return {
-      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch, token keys, version of
+      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch, macs, token keys, version of
       {"add",
        1,
        {2, 2},
@@ -238,6 +238,7 @@ std::vector<OpInfo> elementwise_ops() {
        read_mul,
        run_mul,
        mul_scratch,
+       nullptr,
        {},
        version_of_mul},
       {"rescale",

@@ -229,7 +229,7 @@ void run_rows(const StepRun& run) {
 
 std::vector<OpInfo> move_ops() {
   return {
-      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch, token keys
+      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch, macs, token keys
       {"concat",
        1,
        {2, kMaxNodes},
@@ -241,6 +241,7 @@ std::vector<OpInfo> move_ops() {
        {},
        read_concat,
        run_concat,
+       nullptr,
        nullptr,
        {"axis"}},
       {"reshape", 1, {1, 1}, Output::same_grid, InPlace::never, kU8, kU8, fixed_rows, {}, read_reshape, run_reshape},

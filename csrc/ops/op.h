@@ -110,6 +110,7 @@ struct OpInfo {
   void (*run)(const StepRun& run);
   // Bytes of each thread's own memory; null: none.
   size_t (*scratch)(const Program& program, const Step& step, const Activations& activations, int64_t images) = nullptr;
+  int64_t (*macs)(const Member& member, const Node& node) = nullptr;      // of one image; null: none
   std::set<std::string> token_keys = {};                                  // only where the output is [T, D]
   int (*version_of)(const std::vector<const Tensor*>& inputs) = nullptr;  // where shapes bring a version of their own
 
