@@ -175,7 +175,7 @@ def _describe(member: Member) -> Report:
 
 
 def _pixels(member: Member, node: Node) -> int:
-    """How often a node uses each of its weights: for every pixel or token that it writes; an embedding looks them up."""
+    """How often a node uses each weight: for every pixel or token that it writes; an embedding looks them up."""
     return 0 if node.op == "embedding" else rows_of(member.tensors[node.output].shape)
 
 

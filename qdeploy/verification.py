@@ -21,7 +21,8 @@ def verify(
 ) -> list[dict]:
     """One row for each of `inputs` and each instruction set and thread count, or the one GPU, `device`.
 
-    `inputs`, by kind, are what a model is called with: images, or token ids with or without their mask. A row counts what was compared and what was different, and names the first node that was.
+    `inputs`, by kind, are what a model is called with: images, or token ids with or without their mask.
+    A row counts what was compared and what was different, and names the first node that was.
     """
     graph = format.load(path)
     nodes = [(f"{m.name}/" if graph.combine else "") + node.name for m in graph.members for node in m.nodes]

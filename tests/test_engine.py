@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builder import Builder, batch, small_text, text_batch
+from builder import Builder, batch, text_batch
 from forms import FORMS, WINOGRAD, conv_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -67,7 +67,9 @@ def assert_equals_reference(
                 assert_same(output, expected[:n], (isa, num_threads, n))
                 assert_same(model(*inputs), expected[:n], (isa, num_threads, n, "without taps"))
             if classes is not None:
-                assert_same(model.predict(x) if mask is None else model.predict(x, mask), classes, (isa, num_threads, "classes"))
+                assert_same(
+                    model.predict(x) if mask is None else model.predict(x, mask), classes, (isa, num_threads, "classes")
+                )
 
 
 @settings(max_examples=120, deadline=None)

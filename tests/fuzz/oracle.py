@@ -93,8 +93,10 @@ def check_model(graph: Graph, path: Path, models: list[Model]) -> None:
             wrong = [name for name in taps if not same(tapped[name], values[name])]
             if wrong or not same(got, output):
                 raise Disagreement(f"other results than the reference at {wrong or 'the output'} of {model!r}")
-            if output.ndim == 2 and output.shape[1] > 1 and not same(
-                model.predict(*batch), reference.predict(graph, x, mask)
+            if (
+                output.ndim == 2
+                and output.shape[1] > 1
+                and not same(model.predict(*batch), reference.predict(graph, x, mask))
             ):
                 raise Disagreement("other classes than the reference")
 
