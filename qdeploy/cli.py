@@ -296,9 +296,10 @@ def verify(args: argparse.Namespace) -> Report:
     from qdeploy import format, verification
 
     graph = format.load(args.file)
-    inputs = {"f32": (_random_input(qdeploy.load_int_model(args.file, isa="scalar"), args.batch),)}
+    x = _random_input(qdeploy.load_int_model(args.file, isa="scalar"), args.batch)
+    inputs: dict[str, tuple[np.ndarray, ...]] = {"f32": (x,)}
     if graph.vocabulary is not None:
-        inputs = {"ids": _random_texts(graph, *inputs["f32"])}
+        inputs = {"ids": _random_texts(graph, x)}
     if graph.preprocess is not None:
         channels, height, width = graph.input_shape
         raw = np.random.default_rng(0).integers(0, 256, (args.batch, height, width, channels), np.uint8)
