@@ -302,7 +302,10 @@ def insert_node(draft: Draft, rng: Random) -> bool:
     nodes, tensors = member.get("nodes"), member.get("tensors")
     at = rng.randrange(len(nodes))
     written = [0, *(node.get("output") for node in nodes[:at])]
-    source = rng.choice([i for i in written if tensors[i].get("dtype") == "u8"])
+    sources = [i for i in written if tensors[i].get("dtype") == "u8"]
+    if not sources:
+        return False
+    source = rng.choice(sources)
     shape = tuple(tensors[source].get("shape"))
     name = f"inserted {len(tensors)}"
     if len(tensors) > 40 or f"{name}/table" in draft.header:
@@ -320,9 +323,10 @@ def insert_node(draft: Draft, rng: Random) -> bool:
     tensor.set("shape", list(output))
     tensors.append(tensor)
     nodes.insert(at, node)
-    if OPS[op].version == 2:
-        draft.header.get("__metadata__").set("format_version", "2")
-        draft.header.get("__metadata__").set("requires", "0.1.0")
+    metadata = draft.header.get("__metadata__")
+    if OPS[op].version == 2 and metadata.get("format_version") == "1":
+        metadata.set("format_version", "2")
+        metadata.set("requires", "0.1.0")
     return True
 
 
@@ -419,11 +423,12 @@ def other_shape(draft: Draft, rng: Random) -> bool:
 def at_the_bound(draft: Draft, rng: Random) -> bool:
     """Constants of a node whose largest result is just below, at or above 2^30, of an f32 output 2^100."""
     member = rng.choice(members(draft))
-    nodes = [node for node in member.get("nodes") if OPS[node.get("op")].requantized]
+    has_bias = {op for op, row in OPS.items() if "bias" in row.attributes or op in ("conv2d", "linear")}
+    nodes = [node for node in member.get("nodes") if node.get("op") in has_bias]
     if not nodes:
         return False
     node = rng.choice(nodes)
-    limit = 2.0**30 if member.get("tensors")[node.get("output")].get("dtype") == "u8" else 2.0**100
+    limit = 2.0**30 if member.get("tensors")[node.get("output")].get("dtype") != "f32" else 2.0**100
     below = float(np.nextafter(np.float32(limit), np.float32(0)))
     value = rng.choice([limit, below, below, -below, -limit, limit - 1e-30 * limit])
     op = node.get("op")
@@ -439,7 +444,7 @@ def at_the_bound(draft: Draft, rng: Random) -> bool:
         return True
     node.set("bias", value)
     for key, zero in (("multipliers", [0, 0.0]), ("multiplier", 0.0)):
-        if key in node and op != "avg_pool2d":
+        if key in OPS[op].attributes:
             node.set(key, zero)
     if rng.random() < 0.3 and op in ("add", "mul"):
         factor = rng.choice([below, limit]) / (255 if op == "add" else 65_025)
