@@ -110,9 +110,8 @@ class Walk {
     params.nr = products_.nr;
     params.logit_multiplier = of_.logit_multiplier;
     if (of_.logit_bias) {
-      const int64_t most_rows = of_.block ? of_.block : of_.rows, most_keys = of_.block ? of_.block : of_.keys;
-      params.bias = of_.logit_bias + (head * most_rows + row) * most_keys;
-      params.bias_stride = most_keys;
+      params.bias = of_.logit_bias + (head * of_.bias_rows + row) * of_.bias_keys;
+      params.bias_stride = of_.bias_keys;
     }
     if (of_.regions) {
       params.key_regions = of_.regions + segment * keys_;

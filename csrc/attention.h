@@ -22,8 +22,9 @@ struct Attention {
   uint8_t qmin, qmax;
   int32_t peak;
   int64_t block;            // rows of a segment, which sees its own keys alone; 0: one segment of all rows
-  const float* logit_bias;  // [heads][block or rows][block or keys], a shorter text its beginning; null: none
-  const int32_t* regions;   // of each row and the key of its number, which see equal ones alone; null: none
+  const float* logit_bias;  // [heads][bias_rows][bias_keys], read from its beginning; null: none
+  int64_t bias_rows, bias_keys;
+  const int32_t* regions;  // of each row and the key of its number, which see equal ones alone; null: none
 };
 
 // Strides in bytes from a row to the next.

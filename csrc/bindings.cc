@@ -58,12 +58,17 @@ bool is_dense(const py::array& array, char kind, py::ssize_t size) {
 }
 
 void run(Session& session, const py::array& images, py::array output, std::optional<py::array_t<int64_t>> classes,
-         std::vector<std::pair<int, py::array>> taps, std::optional<py::array_t<double>> step_seconds) {
+         std::vector<std::pair<int, py::array>> taps, std::optional<py::array_t<double>> step_seconds,
+         std::optional<py::array_t<int64_t, py::array::c_style>> lengths) {
   // By kind, size and order of bytes: an array that was pickled has a dtype object of its own.
-  const bool is_u8 = is_dense(images, 'u', 1);
-  if (!is_u8 && !is_dense(images, 'f', 4))
-    throw InputError("expected dense uint8 or float32, got others - at the input");
-  const Images in = {images.data(), is_u8, images.shape(0)};
+  const bool is_text = session.program().longest > 0, is_u8 = !is_text && is_dense(images, 'u', 1);
+  if (!is_u8 && !is_dense(images, is_text ? 'i' : 'f', 4)) {
+    throw InputError(std::string("expected dense ") + (is_text ? "int32" : "uint8 or float32") +
+                     ", got others - at the input");
+  }
+  Images in = {images.data(), is_u8, images.shape(0)};
+  if (is_text) in.width = images.shape(1);
+  if (lengths) in.lengths = lengths->data();
   Results results;
   results.output = output.mutable_data();
   if (classes) results.classes = classes->mutable_data();
@@ -81,7 +86,8 @@ py::list activations(const Session& session) {
       py::dict entry;
       entry["name"] = tensor.name;
       entry["shape"] = py::tuple(py::cast(tensor.shape));
-      entry["dtype"] = tensor.is_f32 ? "f32" : "u8";
+      entry["dtype"] = name_of(tensor.type);
+      entry["varies"] = tensor.varies;
       entry["scale"] = tensor.scale;
       entry["zero_point"] = tensor.zero_point;
       list.append(entry);
@@ -110,6 +116,12 @@ const char* output_name(Output output) {
   return "";
 }
 
+std::vector<std::string> names_of(const Types& types) {
+  std::vector<std::string> names;
+  for (const Dtype type : types) names.push_back(name_of(type));
+  return names;
+}
+
 py::list ops() {
   py::list list;
   for (const OpInfo& op : all_ops()) {
@@ -118,8 +130,11 @@ py::list ops() {
     entry["version"] = op.version;
     entry["inputs"] = py::make_tuple(op.inputs.fewest, op.inputs.most);
     entry["output"] = output_name(op.output);
-    entry["residual"] = op.residual;
+    entry["residual"] = op.residual();
+    entry["reads"] = names_of(op.reads);
+    entry["writes"] = names_of(op.writes);
     entry["keys"] = std::vector<std::string>(op.keys.begin(), op.keys.end());
+    entry["token_keys"] = std::vector<std::string>(op.token_keys.begin(), op.token_keys.end());
     list.append(entry);
   }
   return list;
@@ -143,7 +158,7 @@ std::string tile_of(const Step& step) {
 py::list plan(Session& session, int64_t batch) {
   if (batch < 1) throw InputError("expected at least 1 image, got " + std::to_string(batch) + " - at batch");
   const Program& program = session.program();
-  const std::shared_ptr<const Plan> plan = session.plan(session.images_per_chunk(batch, false), false);
+  const std::shared_ptr<const Plan> plan = session.plan(session.images_per_chunk(batch, false), program.longest, false);
   const int threads = session.threads_for(plan->batch);
   py::list list;
   for (size_t s = 0; s < program.steps.size(); ++s) {
@@ -258,7 +273,7 @@ PYBIND11_MODULE(_engine, m) {
       .def(py::init(&open_bytes), py::arg("name"), py::arg("content"), py::arg("threads"), py::arg("isa"),
            py::arg("macs_per_thread") = kMacsPerThread, py::arg("conv_form") = "")
       .def("run", &run, py::arg("images"), py::arg("output"), py::arg("classes"), py::arg("taps"),
-           py::arg("step_seconds"))
+           py::arg("step_seconds"), py::arg("lengths"))
       .def("plan", &plan, py::arg("batch"))
       .def_property_readonly("activations", &activations)
       .def_property_readonly("threads", &Session::threads)
@@ -273,6 +288,8 @@ PYBIND11_MODULE(_engine, m) {
                              })
       .def_property_readonly("classes", [](const Session& s) { return s.program().graph.classes; })
       .def_property_readonly("preprocess", [](const Session& s) { return s.program().graph.preprocess; })
+      .def_property_readonly("vocabulary", [](const Session& s) { return s.program().graph.vocabulary; })
+      .def_property_readonly("variable", [](const Session& s) { return s.program().graph.variable; })
       .def_property_readonly("input", [](const Session& s) { return s.program().member_input[0]; })
       .def_property_readonly("outputs", [](const Session& s) { return s.program().member_output; });
 }

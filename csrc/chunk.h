@@ -9,7 +9,7 @@
 
 namespace qdeploy {
 
-// Where `images` images from `first` on lie.
+// Where `images` images from `first` on lie. A text is an image, too.
 struct Chunk {
   const Program& program;
   const Plan& plan;
@@ -17,24 +17,32 @@ struct Chunk {
   int64_t first, images;
 
   // An activation of the first of these images.
-  uint8_t* u8_at(int activation) const {
-    const Activation& a = program.activations[activation];
-    const int64_t skipped = plan.for_all[activation] ? first * a.image_pitch * (a.is_f32 ? 4 : 1) : 0;
+  uint8_t* at(int activation) const {
+    const Activation& a = plan.activations[activation];
+    const int64_t skipped = plan.for_all[activation] ? first * a.image_pitch * a.bytes() : 0;
     return arena + plan.offset[activation] + skipped;
   }
   // What this thread alone writes and reads.
   uint8_t* scratch(int thread) const { return arena + plan.scratch + thread * plan.scratch_bytes; }
-  float* f32_at(int activation) const { return reinterpret_cast<float*>(u8_at(activation)); }
 };
 
-// Quantizes `images` (f32 NCHW or u8 NHWC, already at this chunk's first image) into an input activation. Returns false
-// if this share holds NaN or infinity.
-bool run_input(const Chunk& chunk, int activation, const uint8_t* preprocess_table, const void* images, bool is_u8,
+// An array of the caller, of which the chunk has some images.
+struct Caller {
+  void* data;            // of the first image of the chunk, or, with `order`, of image 0
+  const int64_t* order;  // the numbers of the chunk's images in the array; null: they follow each other
+  int64_t pitch;         // from one to the next, in elements
+  int64_t image(int64_t i) const { return (order ? order[i] : i) * pitch; }
+};
+
+// Quantizes images (f32 NCHW or u8 NHWC) into an input activation, or copies token ids. Returns false if this share
+// holds NaN or infinity.
+bool run_input(const Chunk& chunk, int activation, const uint8_t* preprocess_table, const Caller& images, bool is_u8,
                Share share);
 
 void run_step(const Chunk& chunk, size_t step, Share share);
 
-// Copies an activation to a dense array, channels first.
-void copy_out(const Chunk& chunk, int activation, void* to);
+// Copies an activation to an array: images channels first, tokens as they are. Rows that a text does not have stay as
+// they were.
+void copy_out(const Chunk& chunk, int activation, const Caller& to);
 
 }  // namespace qdeploy

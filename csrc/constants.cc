@@ -2,10 +2,25 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 
+#include "codes.h"
 #include "errors.h"
 
 namespace qdeploy {
+namespace {
+
+// Of the magnitudes of `width` neighbours.
+int64_t largest_sum(const Array<int32_t>& values, int64_t width) {
+  int64_t largest = 0, sum = 0, i = 0;
+  for (const int32_t value : values) {
+    sum += std::abs(int64_t{value});
+    if (++i % width == 0) largest = std::max(largest, sum), sum = 0;
+  }
+  return largest;
+}
+
+}  // namespace
 
 SharedFloats Constants::floats(const std::string& name, const std::vector<int64_t>& shape, const std::string& where) {
   const FileTensor& tensor = file_.tensor(name, DType::f32, shape, where);
@@ -13,14 +28,31 @@ SharedFloats Constants::floats(const std::string& name, const std::vector<int64_
   if (kept) return kept;
   footprint_.add(tensor.bytes);
   auto floats = std::make_shared<Floats>();
-  floats->values.resize(tensor.bytes / 4);
+  floats->values = Array<float>(tensor.bytes / 4);
   file_.read(tensor.offset, tensor.bytes, floats->values.data());
   double count = 0;
   for (const float v : floats->values) {
     if (!std::isfinite(v)) fail("finite constants", number_text(v), where);
-    floats->largest_by_count = std::max(floats->largest_by_count, ++count * std::fabs(static_cast<double>(v)));
+    const double magnitude = std::fabs(static_cast<double>(v));
+    floats->largest = std::max(floats->largest, magnitude);
+    floats->largest_by_count = std::max(floats->largest_by_count, ++count * magnitude);
   }
   return kept = std::move(floats);
+}
+
+SharedInts Constants::ints(const std::string& name, const std::vector<int64_t>& shape, const std::string& where) {
+  const FileTensor& tensor = file_.tensor(name, DType::i32, shape, where);
+  require(tensor.bytes > 0, "at least one integer", "none", where);
+  SharedInts& kept = ints_[&tensor];
+  if (kept) return kept;
+  footprint_.add(tensor.bytes);
+  auto ints = std::make_shared<Ints>();
+  ints->values = Array<int32_t>(tensor.bytes / 4);
+  file_.read(tensor.offset, tensor.bytes, ints->values.data());
+  const auto range = std::minmax_element(ints->values.begin(), ints->values.end());
+  ints->low = *range.first, ints->high = *range.second;
+  ints->largest_sum = largest_sum(ints->values, tensor.shape.empty() ? 1 : tensor.shape.back());
+  return kept = std::move(ints);
 }
 
 SharedBytes Constants::bytes(const std::string& name, const std::vector<int64_t>& shape, const std::string& where) {
@@ -31,6 +63,17 @@ SharedBytes Constants::bytes(const std::string& name, const std::vector<int64_t>
   auto bytes = std::make_shared<std::vector<uint8_t>>(tensor.bytes);
   file_.read(tensor.offset, tensor.bytes, bytes->data());
   return kept = std::move(bytes);
+}
+
+SharedCodes Constants::codes(const FileTensor& tensor, int bits, int64_t count) {
+  SharedCodes& kept = codes_[{&tensor, bits}];
+  if (kept && kept->size() >= static_cast<size_t>(count)) return kept;
+  footprint_.add(static_cast<uint64_t>(count));
+  std::vector<uint8_t> packed(tensor.bytes + 2 * kCodesPerBlock);
+  file_.read(tensor.offset, tensor.bytes, packed.data());
+  auto codes = std::make_shared<Array<int8_t>>((count + kCodesPerBlock - 1) / kCodesPerBlock * kCodesPerBlock);
+  unpack_codes(packed.data(), bits, 0, count, codes->data());
+  return kept = std::move(codes);
 }
 
 int Constants::used_bits(const FileTensor& codes) {

@@ -36,4 +36,10 @@ std::string number_text(double number) {
   return text;
 }
 
+std::string alternatives(const std::vector<std::string>& texts) {
+  std::string text;
+  for (size_t i = 0; i < texts.size(); ++i) text += (i == 0 ? "" : i + 1 < texts.size() ? ", " : " or ") + texts[i];
+  return text;
+}
+
 }  // namespace qdeploy

@@ -33,6 +33,9 @@ std::string shape_text(const std::vector<int64_t>& shape);
 // At most 60 printable characters of a name out of a file, in backquotes.
 std::string name_text(const std::string& name);
 
+// "a, b or c"
+std::string alternatives(const std::vector<std::string>& texts);
+
 // Three digits: "0.5", "5.36e+12".
 std::string number_text(double number);
 

@@ -15,11 +15,32 @@ constexpr float kMinScale = 0x1p-126f, kMaxScale = 0x1p126f;  // 1/scale is a no
 
 std::string graph_place(const ModelFile& file) { return "the graph in " + file.path(); }
 
+bool has_clamp(const Node& node, const Tensor& output) {
+  return node.op->output == Output::requantized && output.type == Dtype::u8;
+}
+
+constexpr Dtype kTypes[] = {Dtype::u8, Dtype::f32, Dtype::s16, Dtype::i32};  // of activations
+
+int version_of(Dtype type) { return type == Dtype::s16 || type == Dtype::i32 ? 3 : 1; }
+
+// Those of them that files of this version know, in words.
+template <class TypeList>
+std::string known_types(const TypeList& types, int version) {
+  std::vector<std::string> names;
+  for (const Dtype type : types) {
+    if (version_of(type) <= version) names.push_back(name_of(type));
+  }
+  return alternatives(names);
+}
+
+bool holds(const Types& types, Dtype type) { return std::find(types.begin(), types.end(), type) != types.end(); }
+
 // The keys that a node has: those of its op, clamp where it rounds to u8, residual_multiplier where it has a residual.
-std::set<std::string> keys_of(const Node& node, bool is_f32) {
+std::set<std::string> keys_of(const Node& node, const Tensor& output) {
   std::set<std::string> keys = node.op->keys;
   keys.insert({"op", "name", "inputs", "output"});
-  if (node.op->output == Output::requantized && !is_f32) keys.insert("clamp");
+  if (output.is_tokens()) keys.insert(node.op->token_keys.begin(), node.op->token_keys.end());
+  if (has_clamp(node, output)) keys.insert("clamp");
   if (node.has_residual) keys.insert("residual_multiplier");
   return keys;
 }
@@ -27,9 +48,10 @@ std::set<std::string> keys_of(const Node& node, bool is_f32) {
 // Reads one member; holds what every check needs for its error text.
 class MemberReader {
  public:
+  // `graph` has no members that matter, but all that it says of the input.
   MemberReader(const ModelFile& file, Constants* constants, const Json& json, const std::vector<int64_t>& input_shape,
-               bool preprocess)
-      : file_(file), constants_(*constants), json_(json), input_shape_(input_shape), preprocess_(preprocess) {}
+               const Graph& graph)
+      : file_(file), constants_(*constants), json_(json), input_shape_(input_shape), graph_(graph) {}
 
   // `index` of the member in the file.
   Member read(size_t index);
@@ -47,10 +69,12 @@ class MemberReader {
   Constants& constants_;
   const Json& json_;
   const std::vector<int64_t>& input_shape_;
-  const bool preprocess_;
+  const Graph& graph_;
   Member member_;
-  std::vector<bool> written_;  // of each tensor
-  std::string where_;          // the member
+  std::vector<bool> written_;    // of each tensor
+  std::vector<Rows> rows_;       // likewise
+  std::set<std::string> names_;  // of nodes
+  std::string where_;            // the member
 };
 
 Member MemberReader::read(size_t index) {
@@ -66,12 +90,12 @@ Member MemberReader::read(size_t index) {
   read_input();
   written_.assign(member_.tensors.size(), false);
   written_[0] = true;
-  std::set<std::string> names;
+  rows_.resize(member_.tensors.size());
+  if (graph_.variable) rows_[0] = 0;
   for (const Json& entry : array_member(json_, "nodes", kMaxNodes, where_)) {
     member_.nodes.push_back(read_node(entry));
-    const std::string& name = member_.nodes.back().name;
-    require(names.insert(name).second, "unique names", name_text(name) + " twice", "the nodes of " + where_);
   }
+  for (size_t i = 0; i < rows_.size(); ++i) member_.tensors[i].varies = rows_[i].has_value();
   require_complete();
   return std::move(member_);
 }
@@ -80,10 +104,15 @@ Member MemberReader::read(size_t index) {
 void MemberReader::read_input() {
   require(!member_.tensors.empty(), "at least one tensor", "none", where_);
   const Tensor& in = member_.tensors[0];
-  require(!in.is_f32 && in.shape == input_shape_, "a u8 input of shape " + shape_text(input_shape_),
-          shape_text(in.shape), where_);
+  if (graph_.vocabulary > 0) {
+    require(in.type == Dtype::i32 && in.shape == input_shape_ && in.shape.size() == 1,
+            "an i32 input of one dimension, that of the graph", shape_text(in.shape), where_);
+  } else {
+    require(in.type == Dtype::u8 && in.shape == input_shape_, "a u8 input of shape " + shape_text(input_shape_),
+            shape_text(in.shape), where_);
+  }
   const Json& table = member(json_, "preprocess_table", where_);
-  if (!preprocess_) return require(table.is_null(), "no preprocess_table", "one", where_);
+  if (!graph_.preprocess) return require(table.is_null(), "no preprocess_table", "one", where_);
   const std::string place = key_of("preprocess_table", where_);
   require(!table.is_null(), tensor_text(DType::u8, {in.c, 256}), "null", place);
   const std::string& name = string_member(json_, "preprocess_table", where_);
@@ -96,7 +125,7 @@ void MemberReader::require_complete() const {
           std::to_string(member_.tensors.size()), where_);
   for (size_t i = 0; i < written_.size(); ++i) {
     require(written_[i], "every tensor written by a node", "none for tensor " + std::to_string(i), where_);
-    require(!member_.tensors[i].is_f32 || static_cast<int>(i) == member_.output(), "f32 for the output only",
+    require(!member_.tensors[i].is_f32() || static_cast<int>(i) == member_.output(), "f32 for the output only",
             "tensor " + std::to_string(i), where_);
   }
 }
@@ -108,13 +137,19 @@ Tensor MemberReader::read_tensor(const Json& json) const {
   where = place_of(tensor, member_, file_);
   require_keys(json, {"name", "dtype", "shape", "scale", "zero_point"}, where);
   const std::string& dtype = string_member(json, "dtype", where);
-  require(dtype == "u8" || dtype == "f32", "dtype u8 or f32", name_text(dtype), where);
-  tensor.is_f32 = dtype == "f32";
+  const auto found = std::find_if(std::begin(kTypes), std::end(kTypes), [&](Dtype type) {
+    return version_of(type) <= file_.version() && dtype == name_of(type);
+  });
+  require(found != std::end(kTypes), "dtype " + known_types(kTypes, file_.version()), name_text(dtype), where);
+  tensor.type = *found;
   tensor.shape = int_array(json, "shape", 1, 3, 1, kMaxElements, where);
-  require(tensor.shape.size() != 2, "shape [C, H, W] or [F]", shape_text(tensor.shape), where);
+  require(!tensor.is_tokens() || file_.version() >= 3, "shape [C, H, W] or [F]", shape_text(tensor.shape), where);
+  const bool is_image = tensor.shape.size() == 3;
   tensor.c = tensor.shape[0];
-  tensor.h = tensor.shape.size() == 3 ? tensor.shape[1] : 1;
-  tensor.w = tensor.shape.size() == 3 ? tensor.shape[2] : 1;
+  tensor.h = is_image ? tensor.shape[1] : 1;
+  tensor.w = is_image ? tensor.shape[2] : 1;
+  if (tensor.is_tokens()) tensor.c = tensor.shape[1], tensor.h = tensor.shape[0];
+  if (tensor.type == Dtype::i32 && tensor.shape.size() == 1) std::swap(tensor.c, tensor.h);
   // each factor is at most 2^28, so the first product cannot overflow
   const bool fits = tensor.c * tensor.h < kMaxElements && tensor.c * tensor.h * tensor.w < kMaxElements;
   require(fits, "fewer than 2^28 elements", shape_text(tensor.shape), where);
@@ -122,8 +157,12 @@ Tensor MemberReader::read_tensor(const Json& json) const {
   require(tensor.scale >= kMinScale && tensor.scale <= kMaxScale, "a scale in [2^-126, 2^126]",
           number_text(tensor.scale), where);
   tensor.zero_point = static_cast<uint8_t>(int_member(json, "zero_point", 0, 255, where));
-  require(!tensor.is_f32 || (tensor.scale == 1.0f && tensor.zero_point == 0),
-          "scale 1 and zero point 0 of an f32 tensor", "others", where);
+  if (tensor.type == Dtype::s16) {
+    require(tensor.zero_point == 0, "zero point 0 of an s16 tensor", std::to_string(tensor.zero_point), where);
+  } else if (tensor.type != Dtype::u8) {
+    require(tensor.scale == 1.0f && tensor.zero_point == 0, "scale 1 and zero point 0 of an " + dtype + " tensor",
+            "others", where);
+  }
   return tensor;
 }
 
@@ -141,12 +180,16 @@ Node MemberReader::read_node(const Json& json) {
           std::to_string(file_.version()), where);
   read_operands(json, where, &node);
   const Tensor& output = member_.tensors[node.output];
-  require_keys(json, keys_of(node, output.is_f32), where);
-  NodeSource source = {*node.op, json, file_, constants_, where, {}, output, node.has_residual};
+  require_keys(json, keys_of(node, output), where);
+  NodeSource source = {*node.op, json, file_, constants_, where, {}, output, node.has_residual, graph_.vocabulary};
   for (const int input : node.inputs) source.inputs.push_back(&member_.tensors[input]);
   node.data = node.op->read(source);
-  if (node.op->output == Output::requantized && !output.is_f32) read_clamp(json, where, &node);
+  if (has_clamp(node, output)) read_clamp(json, where, &node);
   if (node.op->output == Output::same_grid) require_same_grid(node, where);
+  require(names_.insert(node.name).second, "unique names", name_text(node.name) + " twice", "the nodes of " + where_);
+  std::vector<Rows> rows;
+  for (const int input : node.inputs) rows.push_back(rows_[input]);
+  rows_[node.output] = node.op->rows(source, rows);
   written_[node.output] = true;
   return node;
 }
@@ -156,15 +199,20 @@ void MemberReader::read_operands(const Json& json, const std::string& where, Nod
   const Inputs& count = node->op->inputs;
   for (const int64_t id : int_array(json, "inputs", count.fewest, count.most, 0, last, where)) {
     require(written_[id], "inputs written by an earlier node", "tensor " + std::to_string(id), where);
-    require(!member_.tensors[id].is_f32, "u8 inputs", "f32 tensor " + std::to_string(id), where);
+    const Dtype type = member_.tensors[id].type;
+    const bool is_residual = node->op->residual() && node->inputs.size() + 1 == count.most;
+    const Types& reads = is_residual ? kCodes : node->op->reads;
+    require(holds(reads, type), known_types(reads, file_.version()) + " inputs",
+            std::string(name_of(type)) + " tensor " + std::to_string(id), where);
     node->inputs.push_back(static_cast<int>(id));
   }
-  node->has_residual = node->op->residual && node->inputs.size() == count.most;
+  node->has_residual = node->op->residual() && node->inputs.size() == count.most;
   node->output = static_cast<int>(int_member(json, "output", 0, last, where));
   require(!written_[node->output], "an output that nothing wrote before", "tensor " + std::to_string(node->output),
           where);
-  const bool may_be_f32 = node->op->output != Output::same_grid;
-  require(may_be_f32 || !member_.tensors[node->output].is_f32, "a u8 output", "f32", where);
+  const Dtype type = member_.tensors[node->output].type;
+  require(holds(node->op->writes, type), "a " + known_types(node->op->writes, file_.version()) + " output",
+          name_of(type), where);
 }
 
 void MemberReader::read_clamp(const Json& json, const std::string& where, Node* node) const {
@@ -178,12 +226,27 @@ void MemberReader::require_same_grid(const Node& node, const std::string& where)
   const Tensor& output = member_.tensors[node.output];
   for (const int id : node.inputs) {
     const Tensor& input = member_.tensors[id];
+    require(
+        input.type == output.type, "the output's dtype on every input",
+        std::string(name_of(input.type)) + " tensor " + std::to_string(id) + " and " + name_of(output.type) + " output",
+        where);
     require(input.scale == output.scale && input.zero_point == output.zero_point,
             "the output's scale and zero point on every input", "others on tensor " + std::to_string(id), where);
   }
 }
 
 // ---- The graph around the members ---------------------------------------------------------------------------------
+
+// What goes with token ids.
+void read_text(const Json& input, const std::string& where, Graph* graph) {
+  const std::string& dtype = string_member(input, "dtype", where);
+  require(dtype == "i32", "dtype i32 of token ids", name_text(dtype), where);
+  require(!member(input, "vocabulary", where).is_null(), "an integer", "null", key_of("vocabulary", where));
+  graph->vocabulary = int_member(input, "vocabulary", 1, kMaxElements, where);
+  const Json& variable = member(input, "variable", where);
+  require(variable.is_boolean(), "a boolean", variable.type_name(), key_of("variable", where));
+  graph->variable = variable.get<bool>();
+}
 
 // Whether the file takes images that are to be preprocessed.
 bool read_preprocess(const Json& input, const std::vector<int64_t>& input_shape, const std::string& input_where) {
@@ -205,7 +268,7 @@ void read_members(const ModelFile& file, Constants* constants, const Json& json,
   const std::string where = graph_place(file);
   size_t nodes = 0;
   for (const Json& entry : array_member(json, "members", kMaxMembers, where)) {
-    MemberReader reader(file, constants, entry, input_shape, graph->preprocess);
+    MemberReader reader(file, constants, entry, input_shape, *graph);
     graph->members.push_back(reader.read(graph->members.size()));
     nodes += graph->members.back().nodes.size();
     require(nodes <= kMaxNodes, "at most 65536 nodes in all members", std::to_string(nodes), where);
@@ -213,11 +276,22 @@ void read_members(const ModelFile& file, Constants* constants, const Json& json,
   require(!graph->members.empty(), "at least one member", "none", where);
 }
 
-// A file carries the lowest format version that holds its ops.
+// The first format version that has the op of a node for its inputs.
+int version_of(const Member& member, const Node& node) {
+  if (!node.op->version_of) return node.op->version;
+  std::vector<const Tensor*> inputs;
+  for (const int input : node.inputs) inputs.push_back(&member.tensors[input]);
+  return std::max(node.op->version, node.op->version_of(inputs));
+}
+
+// A file carries the lowest format version that holds its ops, and the types and shapes of its tensors.
 void require_lowest_version(const ModelFile& file, const Graph& graph) {
   int lowest = 1;
   for (const Member& member : graph.members) {
-    for (const Node& node : member.nodes) lowest = std::max(lowest, node.op->version);
+    for (const Node& node : member.nodes) lowest = std::max(lowest, version_of(member, node));
+    for (const Tensor& tensor : member.tensors) {
+      lowest = std::max({lowest, version_of(tensor.type), tensor.is_tokens() ? 3 : 1});
+    }
   }
   require(file.version() == lowest, "format version " + std::to_string(lowest) + ", the lowest that holds the ops",
           std::to_string(file.version()), graph_place(file));
@@ -236,7 +310,7 @@ Combine read_combine(const ModelFile& file, const Json& json, const Graph& graph
   std::set<std::string> names;
   for (const Member& m : graph.members) {
     const Tensor& out = m.tensors[m.output()];
-    require(out.is_f32 && out.shape.size() == 1 && out.shape == first.shape, "members that end in one f32 shape [K]",
+    require(out.is_f32() && out.shape.size() == 1 && out.shape == first.shape, "members that end in one f32 shape [K]",
             shape_text(out.shape), place_of(m, file));
     require(names.insert(m.name).second, "unique names", name_text(m.name) + " twice", "the members of " + where);
   }
@@ -264,6 +338,24 @@ std::vector<std::string> read_classes(const ModelFile& file, const Json& json, c
 
 }  // namespace
 
+const char* name_of(Dtype type) {
+  switch (type) {
+    case Dtype::u8:
+      return "u8";
+    case Dtype::s16:
+      return "s16";
+    case Dtype::s8:
+      return "s8";
+    case Dtype::f32:
+      return "f32";
+    case Dtype::i32:
+      return "i32";
+  }
+  return "";
+}
+
+int64_t bytes_of(Dtype type) { return type == Dtype::u8 || type == Dtype::s8 ? 1 : type == Dtype::s16 ? 2 : 4; }
+
 std::string place_of(const Member& member, const ModelFile& file) {
   return "member " + name_text(member.name) + " in " + file.path();
 }
@@ -283,10 +375,13 @@ Graph read_graph(const ModelFile& file, Footprint* footprint) {
   require_keys(json, {"input", "combine", "classes", "members"}, where);
   const Json& input = member(json, "input", where);
   const std::string input_where = key_of("input", where);
-  require_keys(input, {"shape", "preprocess"}, input_where);
+  const bool is_text = file.version() >= 3 && input.is_object() && input.contains("dtype");
+  const std::set<std::string> text_keys = {"shape", "dtype", "vocabulary", "variable", "preprocess"};
+  require_keys(input, is_text ? text_keys : std::set<std::string>{"shape", "preprocess"}, input_where);
   const std::vector<int64_t> input_shape = int_array(input, "shape", 1, 3, 1, kMaxElements, input_where);
 
   Graph graph;
+  if (is_text) read_text(input, input_where, &graph);
   Constants constants(file, footprint);
   graph.preprocess = read_preprocess(input, input_shape, input_where);
   read_members(file, &constants, json, input_shape, &graph);

@@ -10,6 +10,7 @@
 
 #include "constants.h"
 #include "model_file.h"
+#include "ukernels.h"
 
 namespace qdeploy {
 
@@ -18,13 +19,23 @@ constexpr size_t kMaxNodes = 65536;                 // of all members together
 
 struct OpInfo;  // ops/op.h
 
+// "u8", "s16", "f32" or "i32": an activation's type as files call it; and the bytes of an element.
+const char* name_of(Dtype type);
+int64_t bytes_of(Dtype type);
+
 struct Tensor {
   std::string name;
-  std::vector<int64_t> shape;  // [C, H, W] or [F], as in the file
-  int64_t c, h, w;             // [F] is F x 1 x 1
-  bool is_f32;
+  std::vector<int64_t> shape;  // [C, H, W], [T, D] or [F], as in the file
+  int64_t c, h, w;             // [T, D] is D x T x 1, [F] is F x 1 x 1, and token ids [T] are 1 x T x 1
+  Dtype type;
   float scale;
   uint8_t zero_point;
+  bool varies = false;  // the number of rows with the length of a text: h is that of the longest
+
+  bool is_f32() const { return type == Dtype::f32; }
+  bool is_tokens() const { return shape.size() == 2; }
+  // The largest magnitude of its codes, with or without the zero point.
+  double most() const { return type == Dtype::s16 ? 32767 : 255; }
 };
 
 // What one op keeps of a node. An op that has keys of its own derives a struct that only its family in ops/ knows, but
@@ -57,6 +68,8 @@ struct Graph {
   std::vector<Member> members;
   Combine combine = Combine::none;
   bool preprocess = false;
+  int64_t vocabulary = 0;  // of token ids; 0: the input is numbers
+  bool variable = false;   // texts may be shorter than the input shape says
   std::vector<std::string> classes;
 };
 

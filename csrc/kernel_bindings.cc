@@ -108,7 +108,8 @@ void attention_of(const Bytes& q, const Bytes& k, const Bytes& v, const std::arr
                 std::to_string(heads), "attention");
   require_input(block == 0 || (block > 0 && rows % block == 0 && rows == keys), "a block that divides the rows",
                 std::to_string(block), "attention");
-  const int64_t biases = heads * (block ? block * block : most_rows * most_keys);
+  const int64_t bias_rows = block ? block : most_rows, bias_keys = block ? block : most_keys;
+  const int64_t biases = heads * bias_rows * bias_keys;
   require_input(!logit_bias || logit_bias->size() == biases, std::to_string(biases) + " of logit_bias",
                 "another number", "attention");
   require_input(!regions || (rows == keys && regions->size() == rows), std::to_string(rows) + " regions",
@@ -126,6 +127,7 @@ void attention_of(const Bytes& q, const Bytes& k, const Bytes& v, const std::arr
   const AlignedBuffer of_bias = logit_bias ? copy_of(*logit_bias) : AlignedBuffer();
   const AlignedBuffer of_regions = regions ? copy_of(*regions) : AlignedBuffer();
   of.logit_bias = reinterpret_cast<const float*>(of_bias.data());
+  of.bias_rows = bias_rows, of.bias_keys = bias_keys;
   of.regions = reinterpret_cast<const int32_t*>(of_regions.data());
   const AttentionOperands operands = {
       rows,        keys,        of_q.data(), of_k.data(), of_v.data(), result.mutable_data(),

@@ -19,7 +19,7 @@ using FileTensors = std::map<std::string, FileTensor>;
 
 constexpr uint64_t kMaxHeader = 100000000;
 constexpr uint64_t kMemoryPerHeaderByte = 32;  // as `{"a":1},` of 8 bytes takes 176 once parsed
-constexpr int kFormatVersion = 2;              // the newest that this engine reads
+constexpr int kFormatVersion = 3;              // the newest that this engine reads
 constexpr size_t kMaxRank = 8;
 constexpr uint64_t kMaxElements = uint64_t{1} << 48;  // of a tensor of the container, sizes of 0 counted as 1
 
@@ -28,6 +28,8 @@ uint64_t little_endian_u64(const uint8_t* bytes) {
   for (int i = 7; i >= 0; --i) value = value << 8 | bytes[i];
   return value;
 }
+
+const char* name_of(DType dtype) { return dtype == DType::u8 ? "U8" : dtype == DType::f32 ? "F32" : "I32"; }
 
 bool has_only(const std::string& text, const char* characters) {
   return text.find_first_not_of(characters) == std::string::npos;
@@ -45,11 +47,14 @@ uint64_t checked_bytes(const FileTensor& tensor, const std::string& where) {
 }
 
 // An entry of the header; its bytes lie inside the data, which goes from data_begin to the end of the file.
-FileTensor read_tensor(const Json& json, uint64_t data_begin, uint64_t file_bytes, const std::string& where) {
+FileTensor read_tensor(const Json& json, int version, uint64_t data_begin, uint64_t file_bytes,
+                       const std::string& where) {
   const std::string& dtype = string_member(json, "dtype", where);
-  require(dtype == "U8" || dtype == "F32", "dtype U8 or F32", name_text(dtype), where);
+  const bool has_i32 = version >= 3;
+  require(dtype == "U8" || dtype == "F32" || (has_i32 && dtype == "I32"),
+          has_i32 ? "dtype U8, F32 or I32" : "dtype U8 or F32", name_text(dtype), where);
   FileTensor tensor;
-  tensor.dtype = dtype == "U8" ? DType::u8 : DType::f32;
+  tensor.dtype = dtype == "U8" ? DType::u8 : dtype == "F32" ? DType::f32 : DType::i32;
   tensor.shape = int_array(json, "shape", 0, kMaxRank, 0, int64_t{1} << 40, where);
   const std::vector<int64_t> offsets = int_array(json, "data_offsets", 2, 2, 0, INT64_MAX, where);
   const uint64_t begin = static_cast<uint64_t>(offsets[0]), end = static_cast<uint64_t>(offsets[1]);
@@ -59,7 +64,7 @@ FileTensor read_tensor(const Json& json, uint64_t data_begin, uint64_t file_byte
           "[" + std::to_string(begin) + ", " + std::to_string(end) + ")", where);
   tensor.offset = data_begin + begin;
   tensor.bytes = end - begin;
-  require(tensor.dtype == DType::u8 || tensor.offset % 4 == 0, "F32 data aligned to 4 bytes",
+  require(tensor.dtype == DType::u8 || tensor.offset % 4 == 0, dtype + " data aligned to 4 bytes",
           "offset " + std::to_string(begin), where);
   return tensor;
 }
@@ -79,11 +84,13 @@ void require_covered(const FileTensors& tensors, uint64_t data_begin, uint64_t f
           std::to_string(file_bytes - data_begin), where);
 }
 
-FileTensors read_tensors(const Json& header, uint64_t data_begin, uint64_t file_bytes, const std::string& path) {
+FileTensors read_tensors(const Json& header, int version, uint64_t data_begin, uint64_t file_bytes,
+                         const std::string& path) {
   FileTensors tensors;
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__") continue;
-    tensors.emplace(name, read_tensor(entry, data_begin, file_bytes, "tensor " + name_text(name) + " in " + path));
+    const std::string where = "tensor " + name_text(name) + " in " + path;
+    tensors.emplace(name, read_tensor(entry, version, data_begin, file_bytes, where));
   }
   require_covered(tensors, data_begin, file_bytes, "the data offsets in " + path);
   return tensors;
@@ -122,7 +129,7 @@ int checked_version(const Json& metadata, const std::string& where) {
 }  // namespace
 
 std::string tensor_text(DType dtype, const std::vector<int64_t>& shape) {
-  return (dtype == DType::u8 ? "U8 " : "F32 ") + shape_text(shape);
+  return std::string(name_of(dtype)) + " " + shape_text(shape);
 }
 
 ModelFile::ModelFile(const std::string& path) : path_(path) {
@@ -188,7 +195,7 @@ void ModelFile::parse() {
   const Json& metadata = checked_metadata(header, metadata_where);
   version_ = checked_version(metadata, metadata_where);
   graph_json_ = string_member(metadata, "graph", metadata_where);
-  tensors_ = read_tensors(header, 8 + header_bytes, bytes_, path_);
+  tensors_ = read_tensors(header, version_, 8 + header_bytes, bytes_, path_);
 }
 
 const FileTensor& ModelFile::tensor(const std::string& name, DType dtype, const std::vector<int64_t>& shape,

@@ -12,7 +12,7 @@
 
 namespace qdeploy {
 
-enum class DType { u8, f32 };
+enum class DType { u8, f32, i32 };
 
 struct FileTensor {
   DType dtype;

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "codes.h"
 #include "cpu.h"
 #include "errors.h"
 #include "ops/conv.h"
@@ -30,6 +31,7 @@ struct Layer {
   const Node& node;  // the first of them
   const ConvData& data;
   const Activation &in, &out;
+  const Activation* residual;  // null: none
   std::string where;
   std::shared_ptr<PackedConv> conv = std::make_shared<PackedConv>();
   size_t weights = 0;           // the first layer that packs the same codes alike: it has the panels, and
@@ -55,7 +57,7 @@ int64_t depthwise_repeat(const ConvData& data) {
 bool fits_grouped(const Layer& layer, const ConvKernel& kernel) {
   const int64_t depth = layer.depth(), outputs = layer.channels() / layer.data.groups;
   return kernel.qu8 && layer.data.groups > 1 && depth % 4 == 0 && depth <= 16 && kernel.nr % outputs == 0 &&
-         kernel.nr / outputs * depth <= kGroupedWindow && !layer.out.is_f32;
+         kernel.nr / outputs * depth <= kGroupedWindow && layer.out.type == Dtype::u8 && !layer.conv->through_f32;
 }
 
 std::vector<int32_t> grouped_lanes(const Layer& layer, int64_t nr) {
@@ -104,8 +106,9 @@ void set_panels(const Layer& layer) {
 
 void lower(const Layer& layer, const Kernels& kernels, ConvForm form) {
   PackedConv* conv = layer.conv.get();
+  conv->through_f32 = layer.out.type == Dtype::s16 || (layer.residual && layer.residual->type == Dtype::s16);
   const bool one_each = layer.data.groups > 1 && layer.depth() == 1 && layer.channels() == layer.in.c;
-  conv->is_depthwise = one_each && !layer.node.has_residual && !layer.out.is_f32;
+  conv->is_depthwise = one_each && !layer.node.has_residual && layer.out.type == Dtype::u8;
   set_cells(layer);
   if (conv->is_depthwise) {
     conv->repeat = depthwise_repeat(layer.data);
@@ -116,6 +119,11 @@ void lower(const Layer& layer, const Kernels& kernels, ConvForm form) {
   conv->kernel = grouped ? &kernels.grouped : &kernels.conv[layer.data.used_bits];
   if (grouped) conv->lanes = grouped_lanes(layer, conv->kernel->nr);
   set_panels(layer);
+  if (conv->through_f32) {
+    const bool has_form = winograd_for(layer.data, layer.in, layer.out, *conv->kernel, kernels, form) != nullptr;
+    conv->why_direct = layer.data.groups > 1 ? "no grouped kernel for s16" : has_form ? "no Winograd for s16" : "";
+    return;
+  }
   conv->winograd = winograd_for(layer.data, layer.in, layer.out, *conv->kernel, kernels, form);
 }
 
@@ -153,38 +161,6 @@ Sizes sizes_of(const Layer& layer) {
 
 // ---- One channel: its codes, its bound, its constants -------------------------------------------------------------
 
-// Two words of 8 codes each, and the same as bytes: in vector registers of any instruction set.
-typedef uint64_t Words __attribute__((vector_size(16)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
-constexpr int64_t kCodesPerBlock = 16;
-
-// `count` codes that begin at bit `first_bit` of `packed`. Works by blocks of kCodesPerBlock codes: may read
-// 8 bytes behind the last block and writes all of it.
-void unpack_codes(const uint8_t* packed, int bits, int64_t first_bit, int64_t count, int8_t* codes) {
-  packed += first_bit / 8;
-  if (bits == 8) {
-    memcpy(codes, packed, count);
-    return;
-  }
-  const int8_t sign = static_cast<int8_t>(1 << (bits - 1));
-  const uint64_t half = (uint64_t{1} << 4 * bits) - 1;                             // 4 codes of 8
-  const uint64_t quarters = ((uint64_t{1} << 2 * bits) - 1) * 0x0000000100000001;  // 2 codes of 4, twice
-  const uint64_t eighths = ((uint64_t{1} << bits) - 1) * 0x0001000100010001;       // 1 code of 2, four times
-  const int shift = static_cast<int>(first_bit % 8), gap = 8 - bits;
-  for (int64_t i = 0; i < count; i += kCodesPerBlock, packed += 2 * bits) {
-    uint64_t word[2];  // 8 codes and the bits before them fit a word: 8 * 7 + 7 < 64
-    memcpy(&word[0], packed, 8);
-    memcpy(&word[1], packed + bits, 8);
-    Words x = {word[0], word[1]};
-    x >>= shift;
-    x = (x & half) | (x >> 4 * bits & half) << 32;
-    x = (x & quarters) | (x & quarters << 2 * bits) << 2 * gap;
-    x = (x & eighths) | (x & eighths << bits) << gap;
-    const Bytes extended = (reinterpret_cast<Bytes>(x) ^ sign) - sign;
-    memcpy(codes + i, &extended, sizeof extended);
-  }
-}
-
 // By pieces whose sums fit 16 bits, of which a vector holds twice as many as of 32 bits.
 Sums sums_of(const int8_t* codes, int64_t count) {
   constexpr int64_t kPiece = 32767 / 128;
@@ -205,8 +181,9 @@ Sums sums_of(const int8_t* codes, int64_t count) {
 void require_bounded_channel(const Layer& layer, int64_t channel, const Sums& sums) {
   const double largest = 255.0 * sums.magnitudes * std::fabs(layer.data.multiplier->values[channel]) +
                          std::fabs(layer.data.bias->values[channel]) +
-                         255.0 * std::fabs(layer.data.residual_multiplier);
-  require_bounded(largest, layer.out.is_f32, layer.where, channel);
+                         (layer.residual && layer.residual->type == Dtype::s16 ? 32767.0 : 255.0) *
+                             std::fabs(layer.data.residual_multiplier);
+  require_bounded(largest, layer.out.is_f32(), layer.where, channel);
 }
 
 // Where the sums of its codes allow that, the constants of every channel.
@@ -459,11 +436,12 @@ void Packer::pack_panel(int64_t panel, Layer* of) {
 // ---- All layers ---------------------------------------------------------------------------------------------------
 
 // What the whole PackedConv follows from, and the bound on its results.
-auto key_of(const ConvData& data, const Activation& in, bool f32_output, bool has_residual) {
+auto key_of(const ConvData& data, const Activation& in, const Activation& out, const Activation* residual) {
   const Window& window = data.window;
   return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, window.kernel[0], window.kernel[1],
                          window.stride[0], window.stride[1], window.dilation[0], window.dilation[1], in.c, in.row_pitch,
-                         in.zero_point, f32_output, has_residual, data.multiplier, data.bias, data.residual_multiplier);
+                         in.zero_point, out.type, residual ? residual->type : Dtype::i32, data.multiplier, data.bias,
+                         data.residual_multiplier);
 }
 
 // What the panels follow from: all but the strides of the image and the constants. The kernel follows from the codes.
@@ -471,7 +449,7 @@ auto key_of_weights(const Layer& layer) {
   const ConvData& data = layer.data;
   return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, layer.depth(), data.window.kernel[0],
                          data.window.kernel[1], merges_rows(layer), layer.conv->is_depthwise, layer.conv->repeat,
-                         layer.conv->lanes.empty(), layer.conv->winograd);
+                         layer.conv->lanes.empty(), layer.conv->winograd, layer.conv->through_f32);
 }
 
 // The layers of a program, lowered, in the order of their first nodes, and which of them each step has.
@@ -484,7 +462,9 @@ struct Layers {
 
 Layers layers_of(const ModelFile& file, Footprint* footprint, const Program& program) {
   Layers layers;
-  std::map<decltype(key_of(std::declval<ConvData>(), std::declval<Activation>(), false, false)), size_t> known;
+  std::map<decltype(key_of(std::declval<ConvData>(), std::declval<Activation>(), std::declval<Activation>(), nullptr)),
+           size_t>
+      known;
   std::map<decltype(key_of_weights(std::declval<Layer>())), size_t> known_weights;
   for (const Step& step : program.steps) {
     const ConvData* data = conv_of(*step.node);
@@ -492,13 +472,14 @@ Layers layers_of(const ModelFile& file, Footprint* footprint, const Program& pro
     if (!data) continue;
     const Activation& in = program.activations[step.inputs[0]];
     const Activation& out = program.activations[step.output];
-    const auto found = known.emplace(key_of(*data, in, out.is_f32, step.node->has_residual), layers.all.size());
+    const Activation* residual = step.node->has_residual ? &program.activations[step.inputs[1]] : nullptr;
+    const auto found = known.emplace(key_of(*data, in, out, residual), layers.all.size());
     layers.of_step.back() = found.first->second;
     if (!found.second) continue;
     // cell_offset, panel_channel, sums
     footprint->add(4 * static_cast<uint64_t>(data->window.kernel[0] * data->window.kernel[1] + 3 * data->channels()));
     const std::string where = place_of(*step.node, program.graph.members[step.member], file);
-    layers.all.push_back({*step.node, *data, in, out, where});
+    layers.all.push_back({*step.node, *data, in, out, residual, where});
     Layer& layer = layers.all.back();
     lower(layer, *program.kernels, program.form);
     layer.weights = known_weights.emplace(key_of_weights(layer), layers.all.size() - 1).first->second;

@@ -5,7 +5,6 @@
 
 #include "arena.h"
 #include "ops/op.h"
-#include "winograd.h"
 
 namespace qdeploy {
 namespace {
@@ -17,21 +16,21 @@ namespace {
 // of 2).
 constexpr int64_t kWeightsOverActivations = 2;
 
-bool activations_outweigh(const Program& program, const Step& step) {
+bool activations_outweigh(const Activations& activations, const Step& step) {
   if (!step.conv) return false;
   const int64_t weights = step.conv->panels * static_cast<int64_t>(step.conv->panel_bytes);
-  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
+  const Activation &in = activations[step.inputs[0]], &out = activations[step.output];
   return weights < kWeightsOverActivations * (in.image_pitch + out.image_pitch);
 }
 
-std::vector<Pass> passes_of(const Program& program, int64_t batch) {
+std::vector<Pass> passes_of(const Program& program, const Activations& activations, int64_t batch) {
   const size_t steps = program.steps.size();
   if (batch == 1) return {{0, steps, true}};
   std::vector<Pass> passes;
   for (size_t begin = 0, end = 0; begin < steps; begin = end) {  // of each member
     size_t together = begin;
     for (end = begin; end < steps && program.steps[end].member == program.steps[begin].member; ++end) {
-      if (activations_outweigh(program, program.steps[end])) together = end + 1;
+      if (activations_outweigh(activations, program.steps[end])) together = end + 1;
     }
     if (together > begin) passes.push_back({begin, together, false});
     if (together < end) passes.push_back({together, end, true});
@@ -76,24 +75,26 @@ std::vector<Life> lives(const Program& program, const std::vector<Pass>& passes,
 }
 
 // The activation whose memory the output of a step may take over, because nobody reads it later; -1: none.
-int overwritten_input(const Program& program, const Step& step, int index, const std::vector<Life>& life) {
-  const OpInfo& op = *step.node->op;
-  if (op.in_place < 0 || op.in_place >= static_cast<int>(step.inputs.size())) return -1;
-  const int candidate = step.inputs[op.in_place];
+int overwritten_input(const Activations& activations, const Step& step, int index, const std::vector<Life>& life) {
+  const InPlace kind = step.node->op->in_place;
+  const size_t input = kind == InPlace::residual ? 1 : 0;
+  if (kind == InPlace::never || input >= step.inputs.size()) return -1;
+  const int candidate = step.inputs[input];
   // A convolution reads the pixels around each that it writes: its residual must not be its input as well.
-  const bool read_again = life[candidate].last > index || (op.residual && candidate == step.inputs[0]);
-  const bool same = program.activations[candidate].same_layout(program.activations[step.output]);
+  const bool read_again = life[candidate].last > index || (kind == InPlace::residual && candidate == step.inputs[0]);
+  const Activation &in = activations[candidate], &out = activations[step.output];
+  const bool same = kind == InPlace::rows ? in.same_rows(out) : in.same_layout(out);
   const bool same_images = life[candidate].for_all == life[step.output].for_all;
   return same && same_images && !read_again ? candidate : -1;
 }
 
 // Owner of each activation's memory: itself, or the activation whose memory it takes over.
-std::vector<int> merge_in_place(const Program& program, std::vector<Life>* life) {
+std::vector<int> merge_in_place(const Program& program, const Activations& activations, std::vector<Life>* life) {
   std::vector<int> owner(program.activations.size());
   std::iota(owner.begin(), owner.end(), 0);
   for (size_t s = 0; s < program.steps.size(); ++s) {
     const Step& step = program.steps[s];
-    const int over = overwritten_input(program, step, static_cast<int>(s), *life);
+    const int over = overwritten_input(activations, step, static_cast<int>(s), *life);
     if (over >= 0) owner[step.output] = owner[over];
   }
   for (size_t i = 0; i < owner.size(); ++i) {
@@ -104,40 +105,48 @@ std::vector<int> merge_in_place(const Program& program, std::vector<Life>* life)
 }
 
 size_t bytes_of(const Activation& activation, int64_t batch) {
-  const size_t bytes = static_cast<size_t>(batch * activation.image_pitch) * (activation.is_f32 ? 4 : 1);
+  const size_t bytes = static_cast<size_t>(batch * activation.image_pitch * activation.bytes());
   return (bytes + kOverread + 63) / 64 * 64;
 }
 
-size_t scratch_of(const Program& program, const Step& step, int64_t images) {
-  if (!step.conv || !step.conv->winograd) return 0;
-  const int64_t block = make_tiling(program, step, images).tiles_per_block;
-  return winograd_scratch(*step.conv->winograd, program.activations[step.inputs[0]].c, block).bytes;
+// The program's activations, where texts have this length.
+Activations activations_for(const Program& program, int64_t length) {
+  Activations activations = program.activations;
+  for (Activation& a : activations) {
+    if (!a.varies) continue;  // no convolution reads such ones, so they have no border
+    a.h -= program.longest - length;
+    a.image_pitch = a.h * a.row_pitch;
+  }
+  return activations;
 }
 
 // Everything but the tilings.
-Plan plan_arena(const Program& program, int64_t batch, bool keep_all) {
+Plan plan_arena(const Program& program, int64_t batch, int64_t length, bool keep_all) {
   Plan plan;
   plan.batch = batch;
-  plan.passes = passes_of(program, batch);
+  plan.activations = activations_for(program, length);
+  plan.passes = passes_of(program, plan.activations, batch);
   std::vector<Life> life = lives(program, plan.passes, keep_all);
   std::vector<int> owner(program.activations.size());
   std::iota(owner.begin(), owner.end(), 0);
-  if (!keep_all) owner = merge_in_place(program, &life);
+  if (!keep_all) owner = merge_in_place(program, plan.activations, &life);
   std::vector<Block> blocks;
   std::vector<size_t> block(life.size());  // of each activation that owns memory
   for (size_t i = 0; i < life.size(); ++i) {
     plan.for_all.push_back(life[i].for_all);
     if (owner[i] != static_cast<int>(i)) continue;
     block[i] = blocks.size();
-    blocks.push_back({bytes_of(program.activations[i], life[i].for_all ? batch : 1), life[i].first, life[i].last});
+    blocks.push_back({bytes_of(plan.activations[i], life[i].for_all ? batch : 1), life[i].first, life[i].last});
   }
   const Arena arena = place(blocks);
   for (const int i : owner) plan.offset.push_back(arena.offset[block[i]]);
   plan.scratch = arena.bytes, plan.scratch_bytes = 0;
   for (const Pass& pass : plan.passes) {
     for (size_t s = pass.begin; s < pass.end; ++s) {
-      const size_t bytes = scratch_of(program, program.steps[s], pass.together ? batch : 1);
-      plan.scratch_bytes = std::max(plan.scratch_bytes, bytes);
+      const Step& step = program.steps[s];
+      if (!step.node->op->scratch) continue;
+      const size_t bytes = step.node->op->scratch(program, step, plan.activations, pass.together ? batch : 1);
+      plan.scratch_bytes = std::max(plan.scratch_bytes, (bytes + 63) / 64 * 64);
     }
   }
   plan.arena_bytes = arena.bytes + program.threads * plan.scratch_bytes;
@@ -146,24 +155,24 @@ Plan plan_arena(const Program& program, int64_t batch, bool keep_all) {
 
 }  // namespace
 
-Plan make_plan(const Program& program, int64_t batch, bool keep_all) {
-  Plan plan = plan_arena(program, batch, keep_all);
+Plan make_plan(const Program& program, int64_t batch, int64_t length, bool keep_all) {
+  Plan plan = plan_arena(program, batch, length, keep_all);
   for (const Pass& pass : plan.passes) {
     for (size_t s = pass.begin; s < pass.end; ++s) {
-      plan.tilings.push_back(make_tiling(program, program.steps[s], pass.together ? batch : 1));
+      plan.tilings.push_back(make_tiling(plan.activations, program.steps[s], pass.together ? batch : 1));
     }
   }
   return plan;
 }
 
 PlanBytes plan_bytes(const Program& program, int64_t batch, bool keep_all) {
-  const Plan plan = plan_arena(program, batch, keep_all);
+  const Plan plan = plan_arena(program, batch, program.longest, keep_all);
   const Activation& output = program.activations[program.member_output[0]];
   const bool is_ensemble = program.graph.combine != Combine::none;
   PlanBytes bytes = {plan.arena_bytes, is_ensemble ? 2 * sizeof(float) * static_cast<uint64_t>(output.c) : 0};
   for (const Pass& pass : plan.passes) {
     for (size_t s = pass.begin; s < pass.end; ++s) {
-      bytes.others += tiling_bytes(program, program.steps[s], pass.together ? batch : 1);
+      bytes.others += tiling_bytes(plan.activations, program.steps[s], pass.together ? batch : 1);
     }
   }
   return bytes;

@@ -1,4 +1,4 @@
-// What depends on the number of images: where each activation lies in the arena, and the tiles of each convolution.
+// What depends on the number of images and the length of texts: where each activation lies in the arena, and the tiles of each convolution.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -19,6 +19,7 @@ struct Pass {
 // image, and the rest of a member runs for all images together.
 struct Plan {
   int64_t batch;
+  Activations activations;  // those of the program, for texts of one length
   size_t arena_bytes;
   size_t scratch, scratch_bytes;  // in the arena: where the memory of thread 0 lies, and how much each has of its own
   std::vector<Pass> passes;
@@ -27,10 +28,11 @@ struct Plan {
   std::vector<Tiling> tilings;  // of each step, for the images of its pass
 };
 
+// length: of all texts of the batch, which have no rows beyond it; Program::longest where the input is numbers.
 // keep_all: every activation has memory of its own, so that each can be read after the run (taps).
-Plan make_plan(const Program& program, int64_t batch, bool keep_all);
+Plan make_plan(const Program& program, int64_t batch, int64_t length, bool keep_all);
 
-// The memory of make_plan(program, batch, keep_all), before any of it is taken.
+// The memory of make_plan(program, batch, Program::longest, keep_all), before any of it is taken.
 struct PlanBytes {
   uint64_t arena;
   uint64_t others;  // tiles, and what combines the members of an ensemble

@@ -12,14 +12,6 @@ namespace {
 // Limits of one image, so that offsets inside a batch chunk fit 32 bits.
 constexpr int64_t kMaxImage = int64_t{1} << 29;
 
-// Multiply-accumulates of one image.
-int64_t macs_of(const Member& member, const Node& node) {
-  const ConvData* conv = conv_of(node);
-  if (!conv) return 0;
-  const Tensor &in = member.tensors[node.inputs[0]], &out = member.tensors[node.output];
-  return out.c * out.h * out.w * (in.c / conv->groups) * conv->window.kernel[0] * conv->window.kernel[1];
-}
-
 bool same_table(const SharedBytes& a, const SharedBytes& b) { return a == b || (a && b && *a == *b); }
 
 // Lays out all activations and lists the steps of the members one after another.
@@ -38,6 +30,7 @@ class Builder {
     add_borders();
     set_pitches();
     share_inputs();
+    if (program_.graph.vocabulary > 0) program_.longest = program_.activations[program_.member_input[0]].h;
     pack_weights(file_, &footprint_, &program_);
     program_.footprint = footprint_.bytes();
     return std::move(program_);
@@ -50,7 +43,9 @@ class Builder {
     for (const Tensor& tensor : member.tensors) {
       Activation activation;
       activation.c = tensor.c, activation.h = tensor.h, activation.w = tensor.w;
-      activation.is_f32 = tensor.is_f32;
+      activation.type = tensor.type;
+      activation.is_tokens = tensor.is_tokens();
+      activation.varies = tensor.varies;
       activation.scale = tensor.scale;
       activation.zero_point = tensor.zero_point;
       program_.activations.push_back(activation);
@@ -61,7 +56,7 @@ class Builder {
       step.member = m;
       for (const int input : node.inputs) step.inputs.push_back(first + input);
       step.output = first + node.output;
-      step.macs = macs_of(member, node);
+      if (node.op->macs) step.macs = node.op->macs(member, node);
       program_.steps.push_back(std::move(step));
     }
     program_.member_input.push_back(first);
@@ -122,8 +117,12 @@ class Builder {
 }  // namespace
 
 bool Activation::same_layout(const Activation& other) const {
-  return c == other.c && h == other.h && w == other.w && is_f32 == other.is_f32 &&
+  return c == other.c && h == other.h && w == other.w && type == other.type &&
          std::equal(border, border + 4, other.border);
+}
+
+bool Activation::same_rows(const Activation& other) const {
+  return !has_border() && !other.has_border() && type == other.type && c == other.c && h * w == other.h * other.w;
 }
 
 Program load_program(const ModelFile& file, const Kernels& kernels, int threads, ConvForm form) {

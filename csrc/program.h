@@ -13,16 +13,24 @@
 namespace qdeploy {
 
 // One image of an activation: dense NHWC inside a border that holds the zero point, written for convolutions with
-// padding. Pitches and the origin (pixel (0, 0)) are in elements: bytes for u8, floats for f32.
+// padding. Pitches and the origin (pixel (0, 0)) are in elements.
 struct Activation {
   int64_t c, h, w;
-  bool is_f32;
+  Dtype type;
+  bool is_tokens;  // [T, D]: an array outside has channels last, as the memory here
+  bool varies;     // h is that of the longest text, or, in a plan, of a text's length
   float scale;
   uint8_t zero_point;
   int64_t border[4] = {0, 0, 0, 0};  // top, left, bottom, right
   int64_t row_pitch, image_pitch, origin;
 
+  bool is_f32() const { return type == Dtype::f32; }
+  int64_t bytes() const { return bytes_of(type); }  // of an element
+  int64_t elements() const { return c * h * w; }
+  bool has_border() const { return border[0] + border[1] + border[2] + border[3] > 0; }
   bool same_layout(const Activation& other) const;
+  // Whether the rows of both, pixels or tokens, follow each other without a gap and are of one kind and number.
+  bool same_rows(const Activation& other) const;
   // Where a row begins: the rows of several images are numbered through.
   int64_t row_offset(int64_t row) const { return row / h * image_pitch + origin + row % h * row_pitch; }
 };
@@ -33,11 +41,12 @@ enum class ConvForm { by_rule, direct, winograd4, winograd2 };
 // The weights of a conv2d or linear as its kernel reads them.
 struct PackedConv {
   bool is_depthwise = false;
+  bool through_f32 = false;            // s16 output or residual: the f32 kernel first, then Kernels::scale_add
   int64_t repeat = 1;                  // depthwise: neighbouring pixels that one row of weights covers
   int64_t depthwise_stride = 0;        // bytes from one cell of a depthwise convolution to the next
   const ConvKernel* kernel = nullptr;  // null for depthwise and Winograd
   const WinogradKernel* winograd = nullptr;
-  const char* why_direct = "";       // what kept a layer from its Winograd form
+  const char* why_direct = "";       // what kept a layer from its Winograd form or grouped kernel
   std::vector<int32_t> cell_offset;  // from the first cell; relative to the window's top left pixel
   int32_t k = 0;                     // bytes per cell; of Winograd: channels
   int64_t panels = 1;
@@ -57,14 +66,17 @@ struct Step {
   std::shared_ptr<const PackedConv> conv;  // null for a node without weights; nodes that agree in all of it share one
 };
 
+using Activations = std::vector<Activation>;
+
 struct Program {
   Graph graph;
   const Kernels* kernels;
   int threads;  // of a run, at most
   ConvForm form;
-  std::vector<Activation> activations;  // of all members
-  std::vector<int> member_input;        // activation of each member's input; equal inputs are one activation
+  Activations activations;        // of all members
+  std::vector<int> member_input;  // activation of each member's input; equal inputs are one activation
   std::vector<int> member_output;
+  int64_t longest = 0;      // of texts, in tokens; 0: the input is numbers
   std::vector<Step> steps;  // of all members, in order
   AlignedBuffer weights;
   size_t file_bytes = 0;

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <chrono>
 #include <mutex>
+#include <numeric>
 
 #include "cpu.h"
 #include "ensemble.h"
@@ -73,8 +74,8 @@ Session::Session(const ModelFile& file, int threads, const std::string& isa, int
   for (const Step& step : program_.steps) macs_per_image_ += static_cast<double>(step.macs);
 }
 
-int Session::threads_for(int64_t batch) const {
-  const double useful = static_cast<double>(batch) * macs_per_image_ / static_cast<double>(macs_per_thread_);
+int Session::threads_for(double images) const {
+  const double useful = images * macs_per_image_ / static_cast<double>(macs_per_thread_);
   return static_cast<int>(std::clamp<double>(useful, 1, threads_));
 }
 
@@ -86,15 +87,17 @@ int64_t Session::images_per_chunk(int64_t images, bool keep_all) {
   return std::min(images, known);
 }
 
-std::shared_ptr<const Plan> Session::plan(int64_t batch, bool keep_all) {
-  const std::pair<int64_t, bool> key = {batch, keep_all};
+std::shared_ptr<const Plan> Session::plan(int64_t batch, int64_t length, bool keep_all) {
+  constexpr size_t kMostPlans = 1024;  // texts have many lengths
+  const std::tuple<int64_t, int64_t, bool> key = {batch, length, keep_all};
   {
     const std::lock_guard<std::mutex> lock(registry());
     const auto it = plans_.find(key);
     if (it != plans_.end()) return it->second;
   }
-  auto plan = std::make_shared<const Plan>(make_plan(program_, batch, keep_all));
+  auto plan = std::make_shared<const Plan>(make_plan(program_, batch, length, keep_all));
   const std::lock_guard<std::mutex> lock(registry());
+  if (plans_.size() >= kMostPlans) plans_.clear();
   return plans_.emplace(key, plan).first->second;
 }
 
@@ -119,31 +122,53 @@ void Session::give_arena(AlignedBuffer arena) {
 }
 
 void Session::run(const Images& images, const Results& results) {
-  const int64_t most = images_per_chunk(images.count, !results.taps.empty());
-  const int64_t chunks = (images.count + most - 1) / most;
-  const Activation& in = program_.activations[program_.member_input[0]];
-  const Activation& out = program_.activations[program_.member_output[0]];
-  const size_t image_bytes = static_cast<size_t>(in.c * in.h * in.w) * (images.is_u8 ? 1 : 4);
-  const size_t output_bytes = static_cast<size_t>(out.c * out.h * out.w) * (out.is_f32 ? 4 : 1);
-  for (int64_t i = 0, first = 0, end; i < chunks; ++i, first = end) {
-    end = first + images.count / chunks + (i < images.count % chunks);
-    const Images part = {static_cast<const uint8_t*>(images.data) + first * image_bytes, images.is_u8, end - first};
-    Results to = results;
-    to.output = static_cast<uint8_t*>(results.output) + first * output_bytes;
-    if (results.classes) to.classes = results.classes + first;
-    for (Tap& tap : to.taps) {
-      const Activation& a = program_.activations[tap.activation];
-      tap.data = static_cast<uint8_t*>(tap.data) + first * a.c * a.h * a.w * (a.is_f32 ? 4 : 1);
-    }
-    run_chunk(part, first, to);
+  if (images.lengths) {
+    run_texts(images, results);
+  } else {
+    run_images(images, results);
   }
 }
 
-void Session::run_chunk(const Images& images, int64_t first, const Results& results) {
-  const std::shared_ptr<const Plan> plan = this->plan(images.count, !results.taps.empty());
+void Session::run_images(const Images& images, const Results& results) {
+  const int64_t most = images_per_chunk(images.count, !results.taps.empty());
+  const int64_t chunks = (images.count + most - 1) / most;
+  for (int64_t i = 0, first = 0, end; i < chunks; ++i, first = end) {
+    end = first + images.count / chunks + (i < images.count % chunks);
+    run_chunk({images, first, end - first, nullptr, program_.longest}, results);
+  }
+}
+
+// Texts of one length run together: no row is computed that does not exist.
+void Session::run_texts(const Images& images, const Results& results) {
+  const int64_t most = images_per_chunk(images.count, !results.taps.empty());
+  std::vector<int64_t> order(static_cast<size_t>(images.count));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return images.lengths[a] < images.lengths[b]; });
+  for (int64_t begin = 0, end; begin < images.count; begin = end) {
+    const int64_t length = images.lengths[order[begin]];
+    for (end = begin; end < images.count && end - begin < most && images.lengths[order[end]] == length;) ++end;
+    run_chunk({images, begin, end - begin, order.data() + begin, length}, results);
+  }
+}
+
+// Of one image of an activation in an array of the caller.
+int64_t Session::image_elements(int activation, const Images& images) const {
+  const Activation& a = program_.activations[activation];
+  return a.elements() - (a.varies ? (program_.longest - images.width) * a.c : 0);
+}
+
+void Session::run_chunk(const Batch& batch, const Results& results) {
+  const Images& images = batch.images;
+  const std::shared_ptr<const Plan> plan = this->plan(batch.count, batch.length, !results.taps.empty());
   AlignedBuffer arena = take_arena(plan->arena_bytes);
-  const Chunk chunk = {program_, *plan, arena.data(), 0, images.count};
+  const Chunk chunk = {program_, *plan, arena.data(), 0, batch.count};
   std::atomic<bool> finite{true};
+  const int64_t input_elements = image_elements(program_.member_input[0], images);
+  const size_t input_bytes = images.is_u8 ? 1 : 4;
+  const uint8_t* data = static_cast<const uint8_t*>(images.data);
+  if (!batch.order) data += static_cast<size_t>(batch.first * input_elements) * input_bytes;
+  const Caller input = {const_cast<uint8_t*>(data), batch.order, input_elements};
 
   // Each thread walks through all steps and meets the others after each.
   Barrier barrier;
@@ -157,8 +182,7 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
       if (std::find(begin, begin + m, program_.member_input[m]) != begin + m)
         continue;  // shared with an earlier member
       const SharedBytes& table = program_.graph.members[m].preprocess_table;
-      if (!run_input(chunk, program_.member_input[m], table ? table->data() : nullptr, images.data, images.is_u8,
-                     share))
+      if (!run_input(chunk, program_.member_input[m], table ? table->data() : nullptr, input, images.is_u8, share))
         finite = false;
     }
     meet();
@@ -176,41 +200,51 @@ void Session::run_chunk(const Images& images, int64_t first, const Results& resu
       }
     };
     for (const Pass& pass : plan->passes) {
-      const int64_t step = pass.together ? images.count : 1;
-      for (int64_t i = 0; i < images.count; i += step) run_steps(pass, {program_, *plan, arena.data(), i, step});
+      const int64_t step = pass.together ? batch.count : 1;
+      for (int64_t i = 0; i < batch.count; i += step) run_steps(pass, {program_, *plan, arena.data(), i, step});
     }
   };
-  ThreadPool::shared().run(threads_for(images.count), body);
+  const double part = program_.longest ? static_cast<double>(batch.length) / program_.longest : 1;  // of an image
+  ThreadPool::shared().run(threads_for(part * batch.count), body);
   if (!finite) {
     give_arena(std::move(arena));
-    throw InputError("expected finite numbers, got NaN or infinity - at the input, images " + std::to_string(first) +
-                     " to " + std::to_string(first + images.count - 1));
+    throw InputError("expected finite numbers, got NaN or infinity - at the input, images " +
+                     std::to_string(batch.first) + " to " + std::to_string(batch.first + batch.count - 1));
   }
-  for (const Tap& tap : results.taps) copy_out(chunk, tap.activation, tap.data);
-  write_results(chunk, results);
+  write_results(chunk, batch, results);
   give_arena(std::move(arena));
 }
 
-void Session::write_results(const Chunk& chunk, const Results& results) const {
-  const Activation& out = program_.activations[program_.member_output[0]];
+void Session::write_results(const Chunk& chunk, const Batch& batch, const Results& results) const {
+  const auto caller = [&](int activation, void* data) -> Caller {
+    const int64_t elements = image_elements(activation, batch.images);
+    const int64_t skipped = batch.order ? 0 : batch.first * elements * program_.activations[activation].bytes();
+    return {static_cast<uint8_t*>(data) + skipped, batch.order, elements};
+  };
+  for (const Tap& tap : results.taps) copy_out(chunk, tap.activation, caller(tap.activation, tap.data));
+  const int of_first = program_.member_output[0];
+  const Activation& out = chunk.plan.activations[of_first];
+  const Caller output = caller(of_first, results.output);
+  const auto classify = [&](int64_t i, int64_t best) {
+    if (results.classes) results.classes[batch.order ? batch.order[i] : batch.first + i] = best;
+  };
   if (program_.graph.combine == Combine::none) {
-    copy_out(chunk, program_.member_output[0], results.output);
-    for (int64_t i = 0; results.classes && i < chunk.plan.batch; ++i) {
-      const int64_t at = i * out.c;
-      results.classes[i] = out.is_f32 ? first_largest(static_cast<const float*>(results.output) + at, out.c)
-                                      : first_largest(static_cast<const uint8_t*>(results.output) + at, out.c);
+    copy_out(chunk, of_first, output);
+    for (int64_t i = 0; results.classes && i < batch.count; ++i) {
+      const int64_t at = output.image(i);
+      classify(i, out.is_f32()             ? first_largest(static_cast<const float*>(output.data) + at, out.c)
+                  : out.type == Dtype::s16 ? first_largest(static_cast<const int16_t*>(output.data) + at, out.c)
+                                           : first_largest(static_cast<const uint8_t*>(output.data) + at, out.c));
     }
     return;
   }
   std::vector<const float*> logits(program_.member_output.size());
-  for (int64_t i = 0; i < chunk.plan.batch; ++i) {
+  for (int64_t i = 0; i < batch.count; ++i) {
     for (size_t m = 0; m < logits.size(); ++m) {
-      const int output = program_.member_output[m];
-      logits[m] = reinterpret_cast<const float*>(chunk.arena + chunk.plan.offset[output]) + i * out.image_pitch;
+      logits[m] = reinterpret_cast<const float*>(chunk.at(program_.member_output[m])) + i * out.image_pitch;
     }
-    float* probabilities = static_cast<float*>(results.output) + i * out.c;
-    const int64_t best = combine_members(program_.graph.combine, logits, out.c, probabilities);
-    if (results.classes) results.classes[i] = best;
+    float* probabilities = static_cast<float*>(output.data) + output.image(i);
+    classify(i, combine_members(program_.graph.combine, logits, out.c, probabilities));
   }
 }
 

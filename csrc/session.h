@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "chunk.h"
@@ -14,12 +15,15 @@
 namespace qdeploy {
 
 struct Images {
-  const void* data;  // dense: f32 [N, C, H, W] or [N, F]; u8 [N, H, W, C]
+  const void* data;  // dense: f32 [N, C, H, W], [N, T, D] or [N, F]; u8 [N, H, W, C]; token ids, i32 [N, width]
   bool is_u8;
   int64_t count;
+  int64_t width = 0;                 // of token ids; a text is an image
+  const int64_t* lengths = nullptr;  // [N], of each text at most `width`; null: all have Program::longest tokens
 };
 
-// Where to copy an activation: [N, C, H, W] or [N, F], in its own type.
+// Where to copy an activation: [N, C, H, W], [N, T, D] or [N, F], in its own type. Of texts T is that of one with
+// Images::width tokens, and rows that a text does not have stay as they were.
 struct Tap {
   int activation;
   void* data;
@@ -36,6 +40,14 @@ struct Results {
 // this run alone. 4 million MACs are 15 us with AVX512-VNNI and 55 with AVX2.
 constexpr int64_t kMacsPerThread = 4'000'000;
 
+// Those images of a call that run together.
+struct Batch {
+  const Images& images;
+  int64_t first, count;  // images first.. of the call, or, with `order`, those
+  const int64_t* order;  // numbers of texts
+  int64_t length;        // of all of these texts
+};
+
 class Session {
  public:
   // threads 0: default_threads(). isa empty: QDEPLOY_ISA or the best. Throws ModelError, InputError.
@@ -49,17 +61,20 @@ class Session {
   const Program& program() const { return program_; }
   int threads() const { return threads_; }
   // Threads that run `batch` images: as many as the session has, but at most one for every macs_per_thread.
-  int threads_for(int64_t batch) const;
+  int threads_for(double images) const;
 
   // How many of a batch run in one chunk; keep_all as of a plan. Throws InputError where taps do not fit the memory.
   int64_t images_per_chunk(int64_t images, bool keep_all);
-  std::shared_ptr<const Plan> plan(int64_t batch, bool keep_all);
+  std::shared_ptr<const Plan> plan(int64_t batch, int64_t length, bool keep_all);
 
  private:
   AlignedBuffer take_arena(size_t bytes);
   void give_arena(AlignedBuffer arena);
-  void run_chunk(const Images& images, int64_t first, const Results& results);
-  void write_results(const Chunk& chunk, const Results& results) const;
+  void run_images(const Images& images, const Results& results);
+  void run_texts(const Images& images, const Results& results);
+  int64_t image_elements(int activation, const Images& images) const;
+  void run_chunk(const Batch& batch, const Results& results);
+  void write_results(const Chunk& chunk, const Batch& batch, const Results& results) const;
 
   const Kernels& kernels_;
   const int threads_;
@@ -68,7 +83,7 @@ class Session {
   const Program program_;
   int64_t images_per_chunk_[2] = {0, 0};  // by keep_all; 0: not known yet
   double macs_per_image_ = 0;
-  std::map<std::pair<int64_t, bool>, std::shared_ptr<const Plan>> plans_;
+  std::map<std::tuple<int64_t, int64_t, bool>, std::shared_ptr<const Plan>> plans_;
   std::vector<AlignedBuffer> arenas_;
 };
 

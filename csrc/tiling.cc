@@ -22,8 +22,8 @@ bool continues(const Strides& outer, const Strides& inner, int64_t length) {
 }
 
 // What lies where the residual of a step would: the output, where it has none.
-const Activation& residual_of(const Program& program, const Step& step) {
-  return program.activations[step.node->has_residual ? step.inputs[1] : step.output];
+const Activation& residual_of(const Activations& activations, const Step& step) {
+  return activations[step.node->has_residual ? step.inputs[1] : step.output];
 }
 
 // The output of a convolution as few long runs: rows, or whole images where rows follow each other without a gap.
@@ -33,9 +33,9 @@ struct Runs {
   int64_t rows, images;
 };
 
-Runs runs_of(const Program& program, const Step& step, int64_t images) {
-  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
-  const Activation& residual = residual_of(program, step);
+Runs runs_of(const Activations& activations, const Step& step, int64_t images) {
+  const Activation &in = activations[step.inputs[0]], &out = activations[step.output];
+  const Activation& residual = residual_of(activations, step);
   const Window& window = conv_of(*step.node)->window;
   const Strides pixel = {window.stride[1] * in.c, out.c, residual.c};
   const Strides row = {window.stride[0] * in.row_pitch, out.row_pitch, residual.row_pitch};
@@ -61,11 +61,11 @@ int64_t most_tiles(const Runs& runs, const ConvKernel& kernel) {
 }
 
 // Cuts the runs into strips of nearly equal length, and pairs strips of one length into tiles.
-std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t images) {
+std::vector<ConvTile> tiles_of(const Activations& activations, const Step& step, int64_t images) {
   const ConvKernel& kernel = *step.conv->kernel;
-  const int64_t a_stride = conv_of(*step.node)->window.stride[1] * program.activations[step.inputs[0]].c;
-  const int64_t c_stride = program.activations[step.output].c, residual_stride = residual_of(program, step).c;
-  const Runs runs = runs_of(program, step, images);
+  const int64_t a_stride = conv_of(*step.node)->window.stride[1] * activations[step.inputs[0]].c;
+  const int64_t c_stride = activations[step.output].c, residual_stride = residual_of(activations, step).c;
+  const Runs runs = runs_of(activations, step, images);
   const int64_t strips = strips_of(runs, kernel), length = runs.first.length;
   std::vector<ConvTile> tiles;
   tiles.reserve(most_tiles(runs, kernel));
@@ -100,8 +100,8 @@ std::vector<ConvTile> tiles_of(const Program& program, const Step& step, int64_t
 
 // Panels outermost when the input stays in L2, else 56 pixels under all panels: 16.2 ms instead of 16.65 and 18.3
 // with one rule for all layers of ResNet-50, in the prototype of this engine.
-int64_t tiles_per_block(const Program& program, const Step& step) {
-  const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
+int64_t tiles_per_block(const Activations& activations, const Step& step) {
+  const Activation &in = activations[step.inputs[0]], &out = activations[step.output];
   const Window& window = conv_of(*step.node)->window;
   const bool pointwise = window.kernel[0] * window.kernel[1] == 1;
   const bool many_outputs = pointwise && out.c > in.c, large_input = pointwise && in.c * in.h * in.w > 256 * 1024;
@@ -128,20 +128,20 @@ bool splits_channels(const Step& step, const Tiling& tiling, int threads) {
 
 }  // namespace
 
-Tiling make_tiling(const Program& program, const Step& step, int64_t images) {
+Tiling make_tiling(const Activations& activations, const Step& step, int64_t images) {
   if (step.conv && step.conv->winograd) {
-    const Activation &in = program.activations[step.inputs[0]], &out = program.activations[step.output];
+    const Activation &in = activations[step.inputs[0]], &out = activations[step.output];
     const int64_t patches = patches_of(*step.conv->winograd, out).count(images);
     const size_t u_bytes = step.conv->panels * step.conv->panel_bytes;
     return {{}, patches_per_block(*step.conv->winograd, in.c, u_bytes, patches), patches};
   }
   if (!step.conv || !step.conv->kernel) return {};
-  return {tiles_of(program, step, images), tiles_per_block(program, step)};
+  return {tiles_of(activations, step, images), tiles_per_block(activations, step)};
 }
 
-uint64_t tiling_bytes(const Program& program, const Step& step, int64_t images) {
+uint64_t tiling_bytes(const Activations& activations, const Step& step, int64_t images) {
   if (!step.conv || !step.conv->kernel) return 0;
-  return static_cast<uint64_t>(most_tiles(runs_of(program, step, images), *step.conv->kernel)) * sizeof(ConvTile);
+  return static_cast<uint64_t>(most_tiles(runs_of(activations, step, images), *step.conv->kernel)) * sizeof(ConvTile);
 }
 
 ConvPart part_of(const Step& step, const Tiling& tiling, Share share) {

@@ -13,10 +13,11 @@ struct Tiling {
   int64_t tiles_per_block = 0;  // 0: all of them
   int64_t patches = 0;          // of the Winograd form, instead of tiles; there are blocks of patches then
 };
-Tiling make_tiling(const Program& program, const Step& step, int64_t images);
+// `activations` are the program's, or a plan's.
+Tiling make_tiling(const Activations& activations, const Step& step, int64_t images);
 
 // The memory of that, at most.
-uint64_t tiling_bytes(const Program& program, const Step& step, int64_t images);
+uint64_t tiling_bytes(const Activations& activations, const Step& step, int64_t images);
 
 // What one thread computes of a step: some of its tiles under all panels, or all tiles under some of the panels.
 struct ConvPart {

@@ -250,7 +250,7 @@ using QuantizeFn = bool (*)(const QuantizeParams* params);
 // Tokens and residual streams. A row holds n elements; codes are u8, s16 (-32767..32767) or, of weights, s8. An output
 // is c = clamp(rint(r), qmin, qmax) as u8, clamp(rint(r), -32767, 32767) as s16, or r itself as f32; for codes |r| is
 // below 2^30. Strides are in elements.
-enum class Dtype : int32_t { u8, s16, s8, f32 };
+enum class Dtype : int32_t { u8, s16, s8, f32, i32 };  // i32: token ids, which no kernel reads
 
 // r = fma(float(a), multiplier_a, x), where x is `bias`; with codes b, u8 or s16, fma(float(b), multiplier_b, bias);
 // with floats b, b itself. c may be a or b where the types agree. s8 goes with floats.

@@ -69,6 +69,8 @@ class Session:
     members: list[str]
     classes: list[str]
     preprocess: bool
+    vocabulary: int
+    variable: bool
     input: int
     outputs: list[int]
     activations: list[dict]
@@ -94,5 +96,6 @@ class Session:
         classes: np.ndarray | None,
         taps: list[tuple[int, np.ndarray]],
         step_seconds: np.ndarray | None,
+        lengths: np.ndarray | None,
     ) -> None: ...
     def plan(self, batch: int) -> list[dict]: ...

@@ -26,7 +26,7 @@ import qdeploy
 from qdeploy.arguments import integer
 from qdeploy.errors import InputError, QdeployError
 from qdeploy.files import check_regular
-from qdeploy.graph import COMBINE, Member, Node
+from qdeploy.graph import COMBINE, Graph, Member, Node
 from qdeploy.memory import check_memory
 from qdeploy.model import MAX_ROUNDS
 from qdeploy.ops.op import rows_of
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qdeploy.model import Model
 
 Report = dict
+PARAMETERS = ("weight", "bias", "rows")  # of nodes with weights: what float32 networks hold as well
 EXTRAS = ("train", "models", "onnx", "bench")  # "test" is for those who change qdeploy
 MAX_BATCH = 2**31 - 1
 CPU_FLAGS = (
@@ -142,6 +143,8 @@ def info(args: argparse.Namespace) -> Report:
         "bytes": Path(args.file).stat().st_size,
         "float32_bytes": sum(member["float32_bytes"] for member in members),
         "input": list(graph.input_shape),
+        "vocabulary": graph.vocabulary,
+        "variable": graph.variable,
         "preprocess": graph.preprocess,
         "classes": graph.classes,
         "combine": graph.combine,
@@ -157,12 +160,10 @@ def _describe(member: Member) -> Report:
     for bits in sorted({node.bits for node in weighted if node.bits is not None}):
         nodes = [node for node in weighted if node.bits == bits]
         weights = sum(node.constants["weight"].size for node in nodes)
-        share = sum(macs[node.name] for node in nodes) / max(1, total)
+        share = sum(macs[node.name] for node in nodes) / (total or 1)  # an embedding has no MACs
         layers.append({"bits": bits, "layers": len(nodes), "weights": weights, "share_of_macs": share})
     ops = [node.op for node in member.nodes]
-    parameters = sum(
-        node.constants[key].size for node in weighted for key in ("weight", "bias") if key in node.constants
-    )
+    parameters = sum(node.constants[key].size for node in weighted for key in PARAMETERS if key in node.constants)
     return {
         "name": member.name,
         "output": list(member.output.shape),
@@ -185,7 +186,7 @@ def _show_info(report: Report) -> None:
     write(f"file       {printable(report['file'])}: {size:,} bytes{ratio}")
     if count > 1 and float32:
         write(f"           {size / float32 * count:.3f}x of one float32 member")
-    write(f"input      {report['input']}" + (", or raw u8 images" if report["preprocess"] else ""))
+    write(f"input      {report['input']}" + _input_text(report))
     if report["classes"]:
         write(f"classes    {', '.join(report['classes'])}")
     write(f"members    {count}" + (f", combined by {report['combine']}" if count > 1 else ""))
@@ -195,6 +196,12 @@ def _show_info(report: Report) -> None:
         for row in member["weights"]:
             share = f"{row['share_of_macs']:.1%} of the MACs"
             write(f"  {row['bits']}-bit weights: {row['layers']} layers, {row['weights']:,} weights, {share}")
+
+
+def _input_text(report: Report) -> str:
+    if report["vocabulary"]:
+        return f" token ids below {report['vocabulary']:,}" + (", texts of any length" if report["variable"] else "")
+    return ", or raw u8 images" if report["preprocess"] else ""
 
 
 def plan(args: argparse.Namespace) -> Report:
@@ -289,10 +296,14 @@ def verify(args: argparse.Namespace) -> Report:
     from qdeploy import format, verification
 
     graph = format.load(args.file)
-    inputs = {"f32": _random_input(qdeploy.load_int_model(args.file, isa="scalar"), args.batch)}
+    x = _random_input(qdeploy.load_int_model(args.file, isa="scalar"), args.batch)
+    inputs: dict[str, tuple[np.ndarray, ...]] = {"f32": (x,)}
+    if graph.vocabulary is not None:
+        inputs = {"ids": _random_texts(graph, x)}
     if graph.preprocess is not None:
         channels, height, width = graph.input_shape
-        inputs["u8"] = np.random.default_rng(0).integers(0, 256, (args.batch, height, width, channels), np.uint8)
+        raw = np.random.default_rng(0).integers(0, 256, (args.batch, height, width, channels), np.uint8)
+        inputs["u8"] = (raw,)
     rows = verification.verify(args.file, inputs, args.device, status)
     return {"file": str(args.file), "equal": all(row["different"] == 0 for row in rows), "runs": rows}
 
@@ -440,13 +451,29 @@ def _show_demo(report: Report) -> None:
 
 
 def _random_input(model: Model, batch: int) -> np.ndarray:
-    """f32 inputs that cover the whole range of input codes and a little beyond, so that both ends saturate."""
-    return _input(model, np.random.default_rng(0).uniform(-20, 275, _checked_shape(model, batch)))
+    """f32 inputs that cover the whole range of input codes and a little beyond, so that both ends saturate; or token
+    ids of the longest texts."""
+    rng, shape = np.random.default_rng(0), _checked_shape(model, batch)
+    if "vocabulary" in model.inputs[0]:
+        return rng.integers(0, model.inputs[0]["vocabulary"], shape)
+    return _input(model, rng.uniform(-20, 275, shape))
+
+
+def _random_texts(graph: Graph, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The ids, and where texts have any length a mask: of the first one token, of the second all."""
+    if not graph.variable:
+        return (ids,)
+    longest = ids.shape[1]
+    lengths = np.random.default_rng(0).integers(1, longest + 1, len(ids))
+    lengths[:2] = (1, longest)[: len(ids)]
+    return ids, (np.arange(longest) < lengths[:, None]).astype(np.int64)
 
 
 def _image_like_input(model: Model, batch: int) -> np.ndarray:
     """Normal noise with four deviations on either side inside the input's range: float32 peers, which do not saturate,
-    then compute the same."""
+    then compute the same. Token ids as of `_random_input`."""
+    if "vocabulary" in model.inputs[0]:
+        return _random_input(model, batch)
     return _input(model, np.random.default_rng(0).normal(127.5, 32, _checked_shape(model, batch)))
 
 

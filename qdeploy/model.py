@@ -15,6 +15,7 @@ from .arguments import integer, path_text
 from .errors import InputError, ModelError
 from .files import AnyPath
 from .terminal import printable
+from .texts import TextInput
 
 if TYPE_CHECKING:
     from .gpu import GpuModel
@@ -22,7 +23,12 @@ if TYPE_CHECKING:
 MAX_THREADS = 256
 MAX_MACS = 2**63 - 1  # of a call: the engine counts them in 64 bits
 MAX_ROUNDS = 1_000_000  # of a measurement: all their times are kept
-_DTYPES: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "u8": np.dtype(np.uint8)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "u8": np.dtype(np.uint8),
+    "s16": np.dtype(np.int16),
+    "i32": np.dtype(np.int32),
+}
 
 
 class _Readable(Protocol):
@@ -97,7 +103,8 @@ def _load_on_gpu(name: str, content: bytes | None, device: str, num_threads: int
 def _load(name: str, content: bytes | None, num_threads: int | None, isa: str | None) -> Model:
     path, options = os.fsencode(name), (_threads(num_threads), _isa(isa))
     session = _engine.Session(path, *options) if content is None else _engine.Session(path, content, *options)
-    return Model(session, Path(name), num_threads, isa, content)
+    kind = TextModel if session.vocabulary else Model
+    return kind(session, Path(name), num_threads, isa, content)
 
 
 def _threads(num_threads: int | None) -> int:
@@ -141,6 +148,7 @@ class Model:
         self._content = content  # where there may be no file: it was given, or is that of another machine
         self._stamp = None if content is not None else _stamp(path)
         self._activations = session.activations
+        self._varies = [entry.pop("varies") for entry in self._activations]  # rows with the length of a text
         self._output = session.outputs[0]
         self._steps = session.plan(1)
         shape = self._activations[session.input]["shape"]
@@ -158,12 +166,12 @@ class Model:
     def inputs(self) -> list[dict]:
         """One entry: `shape` (without the batch), `layouts` accepted, and `scale`, `zero_point` of the codes inside."""
         entry = self._activations[self._session.input]
-        layouts = ["f32 NCHW" if len(entry["shape"]) == 3 else "f32 [N, F]"]
+        layouts = [{1: "f32 [N, F]", 2: "f32 [N, T, D]", 3: "f32 NCHW"}[len(entry["shape"])]]
         return [{**entry, "layouts": layouts + (["u8 NHWC"] if self._session.preprocess else [])}]
 
     @property
     def outputs(self) -> list[dict]:
-        """One entry: `shape` (without the batch), `dtype` and, for u8 codes, `scale` and `zero_point`."""
+        """One entry: `shape` (without the batch), `dtype` and, for codes, `scale` and `zero_point`."""
         return [dict(self._activations[self._output])]  # a copy: the sizes of results follow from ours
 
     @property
@@ -209,25 +217,32 @@ class Model:
     ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
         """Run a batch of any size.
 
-        images: float32 [N, C, H, W] (or [N, F]), or, where the file has `preprocess`, uint8 [N, H, W, C].
+        images: float32 [N, C, H, W] (or [N, T, D] or [N, F]), or, where the file has `preprocess`, uint8 [N, H, W, C].
         taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
         Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map or
-        in codes gives that ([N, C, H, W], float32 or uint8). With taps also a dict from name to uint8 codes or float32.
+        tokens or in codes gives that ([N, C, H, W] or [N, T, D], float32, uint8 or int16). With taps also a dict from
+        name to codes or float32.
         Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
         """
-        images = self._checked(images)
+        return self._call(self._checked(images), None, taps)
+
+    def _call(
+        self, inputs: np.ndarray, lengths: np.ndarray | None, taps: Sequence[str]
+    ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
         if not isinstance(taps, str) and not len(taps):
-            return self._run(images)[0]
+            return self._run(inputs, lengths)[0]
         ids = self._tap_ids(taps)
-        output, tapped = self._run(images, taps=ids.values())
+        output, tapped = self._run(inputs, lengths, taps=ids.values())
         return output, {name: array for name, (_, array) in zip(ids, tapped, strict=True)}
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
         check_has_classes(self.outputs[0]["shape"])
-        images = self._checked(images)
-        classes = np.empty(len(images), np.int64)
-        self._run(images, classes=classes)
+        return self._predict(self._checked(images), None)
+
+    def _predict(self, inputs: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
+        classes = np.empty(len(inputs), np.int64)
+        self._run(inputs, lengths, classes=classes)
         return classes
 
     def plan(self, batch: int = 1) -> list[dict]:
@@ -240,31 +255,35 @@ class Model:
     def profile(self, images: np.ndarray, rounds: int = 10) -> list[dict]:
         """The plan with `microseconds` per node: the median of `rounds` runs (1 to a million) of `images`, one or
         more."""
-        images = self._checked(images)
-        plan = self.plan(integer(len(images), 1, MAX_MACS, "the number of images"))
+        return self._profile(self._checked(images), None, rounds)
+
+    def _profile(self, inputs: np.ndarray, lengths: np.ndarray | None, rounds: int) -> list[dict]:
+        plan = self.plan(integer(len(inputs), 1, MAX_MACS, "the number of images"))
         seconds = np.zeros((integer(rounds, 1, MAX_ROUNDS, "rounds"), len(self._steps)))
         for row in seconds:
-            self._run(images, step_seconds=row)
+            self._run(inputs, lengths, step_seconds=row)
         return [{**step, "microseconds": s * 1e6} for step, s in zip(plan, np.median(seconds, axis=0), strict=True)]
 
     def _run(
         self,
-        images: np.ndarray,
+        inputs: np.ndarray,
+        lengths: np.ndarray | None,
         taps: Collection[int] = (),
         classes: np.ndarray | None = None,
         step_seconds: np.ndarray | None = None,
     ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-        """Output of checked images, and pairs of the activations `taps` and what they hold; fills the other two."""
-        n = len(images)
+        """Output of checked images, or texts of these lengths, and pairs of the activations `taps` and what they hold;
+        fills the other two."""
+        n = len(inputs)
         wanted = n * self._result_bytes[self._output]
         for activation in taps:
             wanted += n * self._result_bytes[activation]
         if wanted > self._memory:
             raise self._beyond_memory(n, wanted)
-        output = self._empty(n, self._output)
-        tapped = [(activation, self._empty(n, activation)) for activation in taps]
+        output = self._empty(inputs, self._output)
+        tapped = [(activation, self._empty(inputs, activation)) for activation in taps]
         if n:
-            self._session.run(images, output, classes, tapped, step_seconds)
+            self._session.run(inputs, output, classes, tapped, step_seconds, lengths)
         return output, tapped
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
@@ -285,9 +304,9 @@ class Model:
         fits = f"a batch that fits the {self._memory} bytes of memory"
         return InputError(f"expected {fits}, got {n} images, which need {wanted} bytes more - at the input")
 
-    def _empty(self, n: int, activation: int) -> np.ndarray:
+    def _empty(self, inputs: np.ndarray, activation: int) -> np.ndarray:
         entry = self._activations[activation]
-        return np.empty((n, *entry["shape"]), _DTYPES[entry["dtype"]])
+        return np.empty((len(inputs), *entry["shape"]), _DTYPES[entry["dtype"]])
 
     def _tap_name(self, step: dict) -> str:
         return f"{step['member']}/{step['name']}" if self._is_ensemble else step["name"]
@@ -308,6 +327,61 @@ class Model:
             raise ModelError(f"expected the file that was loaded, got another or none (load again) - at {self._path}")
         content = self._path.read_bytes() if self._content is None else self._content
         return _load, (str(self._path), content, *self._options)
+
+
+class TextModel(Model):
+    """A model file whose network reads token ids; what `load_int_model` returns for one."""
+
+    def __init__(self, session: _engine.Session, *file_and_options: Any) -> None:
+        super().__init__(session, *file_and_options)
+        longest = self._activations[session.input]["shape"][0]
+        self._text = TextInput(longest, session.vocabulary, session.variable)
+
+    @property
+    def inputs(self) -> list[dict]:
+        """One entry: `shape` of the longest text, `dtype`, `layouts` accepted, `vocabulary` (ids are below it), and
+        `variable`: whether texts may be shorter."""
+        entry = self._activations[self._session.input]
+        text = {"vocabulary": self._text.vocabulary, "variable": self._text.variable}
+        return [{**entry, **text, "layouts": ["i32 [N, T]", "i64 [N, T]"]}]
+
+    @overload  # type: ignore[override]  # a mask goes with ids
+    def __call__(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
+    @overload
+    def __call__(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, *, taps: Sequence[str]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
+    def __call__(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, taps: Sequence[str] = ()
+    ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Run a batch of any size.
+
+        ids: int32 or int64 [N, T]; of a network of texts of any length T is at most that of the file, else exactly.
+        mask: where texts have any length: [N, T], in each row ones, at least one, and then zeros; None: all have T.
+        taps: as of `Model`.
+        Returns what `Model` does. Rows of a text at and beyond its length are 0. What stands in `ids` there, T and the
+        other texts of a batch never change a bit.
+        Raises InputError for any other dtype or shape, an id that the vocabulary does not have, a mask with holes, or
+        an unknown tap.
+        """
+        return self._call(*self._text.checked(ids, mask), taps)
+
+    def predict(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """The class of each text, int64 [N]. Arguments as of a call."""
+        check_has_classes(self.outputs[0]["shape"])
+        return self._predict(*self._text.checked(ids, mask))
+
+    def profile(self, ids: np.ndarray, rounds: int = 10, mask: np.ndarray | None = None) -> list[dict]:
+        """As of `Model`."""
+        return self._profile(*self._text.checked(ids, mask), rounds)
+
+    def _empty(self, inputs: np.ndarray, activation: int) -> np.ndarray:
+        """Rows that a text does not have stay 0."""
+        entry = self._activations[activation]
+        if not self._varies[activation]:
+            return super()._empty(inputs, activation)
+        rows = entry["shape"][0] - self._text.longest + inputs.shape[1]
+        return np.zeros((len(inputs), rows, *entry["shape"][1:]), _DTYPES[entry["dtype"]])
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

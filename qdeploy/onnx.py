@@ -82,11 +82,19 @@ class _Writer:
         for node in member.nodes:
             inputs = [(values[i], member.tensors[i]) for i in node.inputs]
             output = member.tensors[node.output]
+            self._check(node, output)
             value = OPS[node.op](self, node, inputs, output)
             if len(output.shape) == 1 and len(inputs[0][1].shape) == 3 and node.op != "reshape":
                 value = self.add("Flatten", [value], axis=1)  # scores [C, 1, 1] that the file declares as [C]
             values[node.output] = self.activation(value, output)
         return values[member.nodes[-1].output]
+
+    def _check(self, node: Node, output: Activation) -> None:
+        """Raise InputError for what only files of format version 3 hold."""
+        if node.op in OPS and output.dtype != "s16" and len(output.shape) != 2:
+            return
+        got = f"{node.op} to {output.dtype} {list(output.shape)}"
+        raise InputError(f"expected what ONNX is written of, format version 2, got {got} - at {node_at(node, self.at)}")
 
     def activation(self, value: str, tensor: Activation) -> str:
         """Round to the codes of a u8 tensor and back, where the graph is quantized."""

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from qdeploy.gpu import GpuModel
 
 
-def verify(path: str | os.PathLike[str], inputs: dict[str, np.ndarray], device: str, progress: Status) -> list[dict]:
-    """One row for each of `inputs` (by kind) and each instruction set and thread count, or the one GPU, `device`.
+def verify(
+    path: str | os.PathLike[str], inputs: dict[str, tuple[np.ndarray, ...]], device: str, progress: Status
+) -> list[dict]:
+    """One row for each of `inputs` and each instruction set and thread count, or the one GPU, `device`.
 
+    `inputs`, by kind, are what a model is called with: images, or token ids with or without their mask.
     A row counts what was compared and what was different, and names the first node that was.
     """
     graph = format.load(path)
@@ -26,10 +29,10 @@ def verify(path: str | os.PathLike[str], inputs: dict[str, np.ndarray], device: 
     runs, rows = _runs(path, device), []
     for kind, x in inputs.items():
         progress(f"numpy reference, {kind} input")
-        output, taps = reference.run(graph, x, taps=nodes)
+        output, taps = reference.run(graph, x[0], nodes, *x[1:])
         for isa, threads, run in runs:
             progress(f"{isa}, {kind} input" if threads is None else f"{isa}, {threads} thread(s), {kind} input")
-            got = {"output": run(x), **run(x, taps=nodes)[1]}
+            got = {"output": run(*x), **run(*x, taps=nodes)[1]}
             wrong = [name for name, want in {"output": output, **taps}.items() if want.tobytes() != got[name].tobytes()]
             row = {"input": kind, "isa": isa, "threads": threads, "compared": len(got), "different": len(wrong)}
             rows.append(row | {"first": next((name for name in nodes if name in wrong), *wrong[:1] or [None])})

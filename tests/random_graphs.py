@@ -2,7 +2,7 @@
 
 Shapes and attributes are drawn by hypothesis, so failures shrink; arrays come from a generator with a drawn seed. Half
 of the constants are `exact`: see builder.py. `version` is the newest format version whose ops, dtypes and shapes are
-drawn: ENGINE is what every part of the project runs.
+drawn: EVERYWHERE is what all parts of the project run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import numpy as np
 from builder import Builder, Quantization
 from hypothesis import strategies as st
-from versions import ENGINE
+from versions import EVERYWHERE
 
 from qdeploy.graph import COMBINE, Graph
 from qdeploy.ops import OPS
@@ -34,7 +34,7 @@ def generators() -> st.SearchStrategy[np.random.Generator]:
 
 
 @st.composite
-def input_shapes(draw: st.DrawFn, version: int = ENGINE) -> tuple[int, ...]:
+def input_shapes(draw: st.DrawFn, version: int = EVERYWHERE) -> tuple[int, ...]:
     if draw(st.integers(0, 5)) == 5:
         return (draw(st.integers(1, 100)),)
     if version >= 3 and draw(st.booleans()):
@@ -43,7 +43,7 @@ def input_shapes(draw: st.DrawFn, version: int = ENGINE) -> tuple[int, ...]:
 
 
 @st.composite
-def graphs(draw: st.DrawFn, max_nodes: int = 5, version: int = ENGINE) -> Graph:
+def graphs(draw: st.DrawFn, max_nodes: int = 5, version: int = EVERYWHERE) -> Graph:
     """Models of one member."""
     shape = draw(input_shapes(version))
     preprocess = draw(preprocesses(shape))
@@ -114,7 +114,7 @@ def ensembles(draw: st.DrawFn, max_nodes: int = 3) -> Graph:
     members = []
     for i in range(draw(st.integers(2, 4))):
         builder = Builder(draw(generators()), shape, draw(quantizations()))
-        x = _grow(draw, builder, draw(st.integers(0, max_nodes)), ENGINE)
+        x = _grow(draw, builder, draw(st.integers(0, max_nodes)), EVERYWHERE)
         if len(builder.shape(x)) == 3:
             x = builder.reshape(x, (math.prod(builder.shape(x)),))
         if draw(st.booleans()):

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builder import Builder, batch
+from builder import Builder, batch, text_batch
 from forms import FORMS, WINOGRAD, conv_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_graphs import ensembles, generators, graphs, winograd_graphs
-from versions import ENGINE
+from random_graphs import ensembles, generators, graphs, texts, winograd_graphs
+from versions import NEWEST
 
 import qdeploy
 from qdeploy import _engine, reference
@@ -48,23 +48,28 @@ def assert_same(got: np.ndarray, expected: np.ndarray, what: object) -> None:
     assert got.tobytes() == expected.tobytes(), what
 
 
-def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path, batches=(1, 0, 3), threads=(1, 2, 3)) -> None:
-    """Output and every node, for the first n images of x, on every ISA and thread count."""
+def assert_equals_reference(
+    graph: Graph, x: np.ndarray, path: Path, batches=(1, 0, 3), threads=(1, 2, 3), mask: np.ndarray | None = None
+) -> None:
+    """Output and every node, for the first n images (texts) of x, on every ISA and thread count."""
     save(graph, path)
     names = tap_names(graph)
-    expected, expected_taps = reference.run(graph, x, names)
-    classes = reference.predict(graph, x) if expected.ndim == 2 and expected.shape[1] > 1 else None
+    expected, expected_taps = reference.run(graph, x, names, mask)
+    classes = reference.predict(graph, x, mask) if expected.ndim == 2 and expected.shape[1] > 1 else None
     for isa in ISAS:
         for num_threads in threads:
             model = qdeploy.load_int_model(path, num_threads, isa)
             for n in batches:
-                output, taps = model(x[:n], taps=names)
+                inputs = (x[:n],) if mask is None else (x[:n], mask[:n])
+                output, taps = model(*inputs, taps=names)
                 for name in names:
                     assert_same(taps[name], expected_taps[name][:n], (isa, num_threads, n, name))
                 assert_same(output, expected[:n], (isa, num_threads, n))
-                assert_same(model(x[:n]), expected[:n], (isa, num_threads, n, "without taps"))
+                assert_same(model(*inputs), expected[:n], (isa, num_threads, n, "without taps"))
             if classes is not None:
-                assert_same(model.predict(x), classes, (isa, num_threads, "classes"))
+                assert_same(
+                    model.predict(x) if mask is None else model.predict(x, mask), classes, (isa, num_threads, "classes")
+                )
 
 
 @settings(max_examples=120, deadline=None)
@@ -72,6 +77,19 @@ def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path, batches=(1,
 def test_random_graphs(path, graph, rng):
     dtype = np.uint8 if graph.preprocess and rng.integers(2) else np.float32
     assert_equals_reference(graph, batch(graph, 3, rng, dtype), path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(graphs(version=NEWEST, max_nodes=6), generators())
+def test_random_graphs_of_the_newest_version(path, graph, rng):
+    assert_equals_reference(graph, batch(graph, 3, rng), path, threads=(1, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts(), generators())
+def test_random_texts(path, graph, rng):
+    ids, mask = text_batch(graph, 4, rng)
+    assert_equals_reference(graph, ids, path, batches=(1, 0, 4), threads=(1, 2), mask=mask)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -609,20 +627,26 @@ def test_plan_and_profile_name_every_node(network):
 
 def test_table_of_ops():
     table = {op.pop("name"): op for op in _engine.ops()}
-    assert set(table) == {name for name, op in OPS.items() if op.version <= ENGINE}
+    assert set(table) == set(OPS)
     assert table["conv2d"] == {
         "version": 1,
         "inputs": (1, 2),
         "output": "requantized",
         "residual": True,
+        "reads": ["u8"],
+        "writes": ["u8", "s16", "f32"],
         "keys": ["bias", "dilation", "groups", "multiplier", "padding", "stride", "weight"],
+        "token_keys": [],
     }
     assert table["max_pool2d"] == {
         "version": 1,
         "inputs": (1, 1),
         "output": "same_grid",
         "residual": False,
+        "reads": ["u8"],
+        "writes": ["u8"],
         "keys": ["dilation", "kernel", "padding", "stride"],
+        "token_keys": [],
     }
     assert (table["table"]["output"], table["table"]["keys"]) == ("table", ["table"])
     assert (table["concat"]["inputs"], table["concat"]["keys"]) == ((2, 65_536), [])

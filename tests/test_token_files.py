@@ -18,7 +18,6 @@ from random_graphs import graphs, texts
 from test_format import assert_equal, header_of
 from test_hostile_files import CHANGES, changed, check_message, edited, mutate_bytes, mutate_json, paths
 
-import qdeploy
 from qdeploy import cli, reference
 from qdeploy.errors import ModelError
 from qdeploy.format import dump, load, lowest_version, parse, save
@@ -54,15 +53,6 @@ def test_info_counts_what_the_file_holds(tmp_path, name, macs):
     save(FILES[name](), tmp_path / "m.safetensors")
     report = cli.info(argparse.Namespace(file=tmp_path / "m.safetensors"))
     assert report["members"][0]["macs"] == macs
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_the_engine_says_that_it_is_too_old(tmp_path, name):
-    save(FILES[name](), tmp_path / "m.safetensors")
-    with pytest.raises(ModelError) as error:
-        qdeploy.load_int_model(tmp_path / "m.safetensors")
-    expected = "expected format_version 1 to 2, got 3, which needs qdeploy 0.1.0 or newer - at __metadata__ in "
-    assert str(error.value) == f"{expected}{tmp_path / 'm.safetensors'}"
 
 
 def test_what_the_file_says(tmp_path):

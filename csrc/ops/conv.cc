@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../errors.h"
+#include "../winograd.h"
 #include "winograd.h"
 
 namespace qdeploy {
@@ -11,26 +12,13 @@ namespace {
 
 // ---- Reading ------------------------------------------------------------------------------------------------------
 
-// The key `weight`: its codes and their width. Returns its shape, of any rank, which the tensor of codes fits.
+// The key `weight`. Returns its shape.
 std::vector<int64_t> read_codes(const NodeSource& node, ConvData* conv) {
-  const std::string where = key_of("weight", node.where), place = key_of("codes", where);
-  const Json& weight = member(node.json, "weight", node.where);
-  require_keys(weight, {"codes", "shape", "bits"}, where);
-  const std::vector<int64_t> shape = int_array(weight, "shape", 1, 4, 1, kMaxElements, where);
-  conv->bits = static_cast<int>(int_member(weight, "bits", 2, 8, where));
-  int64_t count = 1;
-  for (const int64_t d : shape) {  // each is at most 2^28: below 2^48 the next product is no overflow
-    require(!__builtin_mul_overflow(count, d, &count) && count < int64_t{1} << 48, "a weight that fits a file",
-            "shape " + shape_text(shape), where);
-  }
-  const int64_t stream = count * conv->bits, bytes = (stream + 7) / 8;
-  const FileTensor& codes = node.file.tensor(string_member(weight, "codes", where), DType::u8, {bytes}, place);
-  conv->codes = codes.offset;
-  conv->used_bits = conv->bits < 8 ? conv->bits : node.constants.used_bits(codes);
-  uint8_t last;
-  node.file.read(codes.offset + codes.bytes - 1, 1, &last);
-  require(stream % 8 == 0 || last >> (stream % 8) == 0, "zeros after the last code", "others", place);
-  return shape;
+  const Weight weight = read_weight(node);
+  conv->bits = weight.bits;
+  conv->codes = weight.codes.offset;
+  conv->used_bits = weight.bits < 8 ? weight.bits : node.constants.used_bits(weight.codes);
+  return weight.shape;
 }
 
 // The shape that the operands ask for, and accumulators that cannot overflow.
@@ -62,7 +50,7 @@ std::unique_ptr<const OpData> read_conv2d(const NodeSource& node) {
   conv->window = read_window(node);
   conv->window.kernel[0] = shape[2];
   conv->window.kernel[1] = shape[3];
-  const int64_t in = node.input().c, out = node.output.c;
+  const int64_t in = node.input().c, out = node.output.shape[0];  // of tokens, which it cannot be, no c
   require_spatial_output(node, conv->window, out);
   conv->groups = int_member(node.json, "groups", 1, kMaxSize, node.where);
   node.require(in % conv->groups == 0 && out % conv->groups == 0, "groups that divide the channels",
@@ -77,8 +65,12 @@ std::unique_ptr<const OpData> read_linear(const NodeSource& node) {
   const std::vector<int64_t> shape = read_codes(node, conv.get());
   require(shape.size() == 2, "a weight of shape [O, F]", shape_text(shape), key_of("weight", node.where));
   const Tensor &in = node.input(), &out = node.output;
-  node.require(in.shape.size() == 1, "an input of shape [F]", shape_text(in.shape));
-  node.require(out.shape.size() == 1, "an output of shape [F]", shape_text(out.shape));
+  const std::string layout = node.file.version() < 3 ? "[F]" : "[F] or [T, F]";
+  node.require(in.shape.size() < 3, "an input of shape " + layout, shape_text(in.shape));
+  node.require(out.shape.size() < 3, "an output of shape " + layout, shape_text(out.shape));
+  std::vector<int64_t> expected = in.shape;
+  expected.back() = out.shape.back();
+  node.require_output(expected);
   require_weight_shape(node, shape, {out.c, in.c}, conv->bits);
   read_constants(node, conv.get());
   return conv;
@@ -106,32 +98,99 @@ ConvParams params_of(const StepRun& run) {
   return params;
 }
 
+// The part of ConvParams that goes with a panel, but for where the results go.
+void set_panel(const StepRun& run, int64_t panel, ConvParams* params) {
+  const PackedConv& conv = *run.step.conv;
+  const int64_t nr = conv.kernel->nr;
+  params->n = static_cast<int32_t>(std::min<int64_t>(nr, run.out().c - panel * nr));
+  params->a = run.from() + conv.panel_channel[panel];
+  params->w = run.chunk.program.weights.data() + conv.weight_offset + panel * conv.panel_bytes;
+  params->comp = reinterpret_cast<const int32_t*>(conv.comp.data()) + panel * nr;
+  params->multiplier = reinterpret_cast<const float*>(conv.multiplier.data()) + panel * nr;
+  params->bias = reinterpret_cast<const float*>(conv.bias.data()) + panel * nr;
+}
+
+// The tiles in `range` under a panel, by the kernel for the type of the output.
+void run_tiles(const StepRun& run, int64_t panel, Range range, ConvParams params) {
+  const ConvKernel& kernel = *run.step.conv->kernel;
+  const int64_t first = panel * kernel.nr;
+  const bool is_f32 = run.out().is_f32();
+  params.c = is_f32 ? static_cast<void*>(run.to_f32() + first) : run.to() + first;
+  params.residual = run.node().has_residual ? run.from(1) + first : nullptr;
+  const auto n_tiles = static_cast<size_t>(range.end - range.begin);
+  (is_f32 ? kernel.f32 : kernel.qu8)(&params, run.tiling.tiles.data() + range.begin, n_tiles);
+}
+
+// Numbers of some tiles and a panel lie in each thread's own memory, still in L1, until scale_add makes them codes.
+constexpr int kTilesThroughF32 = 4;
+
+size_t bytes_through_f32(const ConvKernel& kernel) {
+  return sizeof(float) * kTilesThroughF32 * kernel.strips * kernel.mr * kernel.nr + kOverread;
+}
+
+// What run_tiles does, where the output or the residual is s16.
+void run_through_f32(const StepRun& run, int64_t panel, Range range, ConvParams params) {
+  static const uint8_t kZeros[kMaxNr + 2 * kOverread] = {};
+  const ConvKernel& kernel = *run.step.conv->kernel;
+  const Activation& out = run.out();
+  const bool has_residual = run.node().has_residual;
+  const Dtype residual_type = has_residual ? run.in(1).type : Dtype::u8;
+  float* numbers = reinterpret_cast<float*>(run.scratch());
+  params.c = numbers;
+  params.c_stride = kernel.nr;
+  ScaleAddParams add = {};
+  add.n = static_cast<size_t>(params.n);
+  add.a_type = residual_type;
+  add.b_type = Dtype::f32;
+  add.c_type = out.type;
+  add.multiplier_a = has_residual ? params.residual_multiplier : 0;  // else r = fma(0, 0, r)
+  add.qmin = params.qmin;
+  add.qmax = params.qmax;
+  const int64_t strip_elements = int64_t{kernel.mr} * kernel.nr;
+  for (int64_t first = range.begin; first < range.end; first += kTilesThroughF32) {
+    const int64_t count = std::min<int64_t>(kTilesThroughF32, range.end - first);
+    const ConvTile* of = run.tiling.tiles.data() + first;
+    ConvTile tiles[kTilesThroughF32];
+    for (int64_t i = 0; i < count; ++i) {
+      tiles[i] = of[i];
+      for (int s = 0; s < of[i].strips; ++s) {
+        tiles[i].c[s] = static_cast<uint32_t>((i * kernel.strips + s) * strip_elements);
+      }
+    }
+    kernel.f32(&params, tiles, static_cast<size_t>(count));
+    params.prefetch_bytes = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int s = 0; s < of[i].strips; ++s) {
+        for (int64_t pixel = 0; pixel < of[i].r; ++pixel) {
+          const int64_t channel = panel * kernel.nr;
+          add.a = kZeros + kOverread;
+          if (has_residual) {
+            const int64_t at = of[i].residual[s] + pixel * run.in(1).c + channel;
+            add.a = run.from(1) + at * bytes_of(residual_type);
+          }
+          add.b = numbers + tiles[i].c[s] + pixel * kernel.nr;
+          add.c = run.to() + (of[i].c[s] + pixel * out.c + channel) * out.bytes();
+          run.kernels().scale_add(&add);
+        }
+      }
+    }
+  }
+}
+
 void run_panels(const StepRun& run) {
   const PackedConv& conv = *run.step.conv;
-  const Activation& out = run.out();
-  const int64_t nr = conv.kernel->nr;
   const ConvPart part = part_of(run.step, run.tiling, run.share);
-  const uint8_t* a = run.from();
-  const uint8_t* residual = run.node().has_residual ? run.from(1) : nullptr;
   const uint8_t* weights = run.chunk.program.weights.data() + conv.weight_offset;
-  const ConvFn kernel = out.is_f32 ? conv.kernel->f32 : conv.kernel->qu8;
   ConvParams params = params_of(run);
   const int64_t block = run.tiling.tiles_per_block ? run.tiling.tiles_per_block : part.tiles.end;
   for (int64_t tile = part.tiles.begin; tile < part.tiles.end; tile += block) {
-    const int64_t tile_end = std::min(tile + block, part.tiles.end);
+    const Range tiles = {tile, std::min(tile + block, part.tiles.end)};
     for (int64_t panel = part.panels.begin; panel < part.panels.end; ++panel) {
-      params.n = static_cast<int32_t>(std::min<int64_t>(nr, out.c - panel * nr));
-      params.a = a + conv.panel_channel[panel];
-      params.w = weights + panel * conv.panel_bytes;
-      params.comp = reinterpret_cast<const int32_t*>(conv.comp.data()) + panel * nr;
-      params.multiplier = reinterpret_cast<const float*>(conv.multiplier.data()) + panel * nr;
-      params.bias = reinterpret_cast<const float*>(conv.bias.data()) + panel * nr;
-      params.c = out.is_f32 ? static_cast<void*>(run.to_f32() + panel * nr) : run.to() + panel * nr;
-      params.residual = residual ? residual + panel * nr : nullptr;
+      set_panel(run, panel, &params);
       // Weights come from DRAM in every run: fetch the next panel under this one, once.
       params.prefetch = weights + (panel + 1) * conv.panel_bytes;
       params.prefetch_bytes = tile == part.tiles.begin ? conv.panel_bytes : 0;
-      kernel(&params, run.tiling.tiles.data() + tile, static_cast<size_t>(tile_end - tile));
+      conv.through_f32 ? run_through_f32(run, panel, tiles, params) : run_tiles(run, panel, tiles, params);
     }
   }
 }
@@ -168,6 +227,19 @@ void run_depthwise(const StepRun& run) {
   }
 }
 
+int64_t conv_macs(const Member& member, const Node& node) {
+  const ConvData& conv = *conv_of(node);
+  const Tensor &in = member.tensors[node.inputs[0]], &out = member.tensors[node.output];
+  return out.c * out.h * out.w * (in.c / conv.groups) * conv.window.kernel[0] * conv.window.kernel[1];
+}
+
+size_t conv_scratch(const Program&, const Step& step, const Activations& activations, int64_t images) {
+  if (step.conv->through_f32) return bytes_through_f32(*step.conv->kernel);
+  if (!step.conv->winograd) return 0;
+  const int64_t block = make_tiling(activations, step, images).tiles_per_block;
+  return winograd_scratch(*step.conv->winograd, activations[step.inputs[0]].c, block).bytes;
+}
+
 void run_conv(const StepRun& run) {
   if (run.step.conv->is_depthwise) return run_depthwise(run);
   if (run.step.conv->winograd) return run_winograd(run);
@@ -176,14 +248,57 @@ void run_conv(const StepRun& run) {
 
 }  // namespace
 
+Weight read_weight(const NodeSource& node) {
+  const std::string where = key_of("weight", node.where), place = key_of("codes", where);
+  const Json& weight = member(node.json, "weight", node.where);
+  require_keys(weight, {"codes", "shape", "bits"}, where);
+  const std::vector<int64_t> shape = int_array(weight, "shape", 1, 4, 1, kMaxElements, where);
+  const int bits = static_cast<int>(int_member(weight, "bits", 2, 8, where));
+  int64_t count = 1;
+  for (const int64_t d : shape) {  // each is at most 2^28: below 2^48 the next product is no overflow
+    require(!__builtin_mul_overflow(count, d, &count) && count < int64_t{1} << 48, "a weight that fits a file",
+            "shape " + shape_text(shape), where);
+  }
+  const int64_t stream = count * bits, bytes = (stream + 7) / 8;
+  const FileTensor& codes = node.file.tensor(string_member(weight, "codes", where), DType::u8, {bytes}, place);
+  uint8_t last;
+  node.file.read(codes.offset + codes.bytes - 1, 1, &last);
+  require(stream % 8 == 0 || last >> (stream % 8) == 0, "zeros after the last code", "others", place);
+  return {shape, count, bits, codes};
+}
+
 const ConvData* conv_of(const Node& node) { return dynamic_cast<const ConvData*>(node.data.get()); }
 
 std::vector<OpInfo> conv_ops() {
   const std::set<std::string> keys = {"weight", "multiplier", "bias", "stride", "padding", "dilation", "groups"};
   return {
-      // name, version, inputs, output, residual, in place, keys, read, run
-      {"conv2d", 1, {1, 2}, Output::requantized, true, 1, keys, read_conv2d, run_conv},
-      {"linear", 1, {1, 2}, Output::requantized, true, 1, {"weight", "multiplier", "bias"}, read_linear, run_conv},
+      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch, macs
+      {"conv2d",
+       1,
+       {1, 2},
+       Output::requantized,
+       InPlace::residual,
+       kU8,
+       kCodesOrF32,
+       fixed_rows,
+       keys,
+       read_conv2d,
+       run_conv,
+       conv_scratch,
+       conv_macs},
+      {"linear",
+       1,
+       {1, 2},
+       Output::requantized,
+       InPlace::residual,
+       kU8,
+       kCodesOrF32,
+       same_rows,
+       {"weight", "multiplier", "bias"},
+       read_linear,
+       run_conv,
+       conv_scratch,
+       conv_macs},
   };
 }
 

@@ -4,6 +4,15 @@
 
 namespace qdeploy {
 
+// The key `weight` of a node: integer codes.
+struct Weight {
+  std::vector<int64_t> shape;  // of any rank
+  int64_t count;               // of codes
+  int bits;                    // width of the codes in the file
+  const FileTensor& codes;     // which they fit
+};
+Weight read_weight(const NodeSource& node);
+
 struct ConvData : OpData {
   Window window;  // linear is a 1x1 window
   int64_t groups = 1;

@@ -1,6 +1,8 @@
 #include "op.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "../errors.h"
 
@@ -14,14 +16,68 @@ SharedFloats NodeSource::floats(const char* key, const std::vector<int64_t>& sha
   return constants.floats(string_member(json, key, where), shape, key_of(key, where));
 }
 
+SharedInts NodeSource::ints(const char* key, const std::vector<int64_t>& shape) const {
+  return constants.ints(string_member(json, key, where), shape, key_of(key, where));
+}
+
 SharedBytes NodeSource::bytes(const char* key, const std::vector<int64_t>& shape) const {
   return constants.bytes(string_member(json, key, where), shape, key_of(key, where));
+}
+
+const std::string& NodeSource::choice(const char* key, const std::vector<std::string>& choices) const {
+  const std::string& value = string_member(json, key, where);
+  std::vector<std::string> names;
+  for (const std::string& choice : choices) names.push_back(name_text(choice));
+  const bool known = std::find(choices.begin(), choices.end(), value) != choices.end();
+  qdeploy::require(known, alternatives(names), name_text(value), key_of(key, where));
+  return value;
+}
+
+void NodeSource::require_output(const std::vector<int64_t>& shape) const {
+  require(output.shape == shape, "an output of shape " + shape_text(shape), shape_text(output.shape));
+}
+
+Rows fixed_rows(const NodeSource& node, const std::vector<Rows>& inputs) {
+  for (const Rows& rows : inputs) {
+    node.require(!rows, "inputs whose rows do not depend on a text's length", "others");
+  }
+  return {};
+}
+
+Rows same_rows(const NodeSource& node, const std::vector<Rows>& inputs) {
+  for (const Rows& rows : inputs) node.require(rows == inputs[0], "inputs of one length for every text", "others");
+  return inputs[0];
+}
+
+void write_numbers(const StepRun& run, size_t n, const float* numbers, const void* some, Dtype some_type, void* to) {
+  ScaleAddParams params = {};  // multiplier_a 0: fma(some, 0, r) is r
+  params.n = n;
+  params.a = some;
+  params.a_type = some_type;
+  params.b = numbers;
+  params.b_type = Dtype::f32;
+  params.c_type = run.out().type;
+  params.qmin = run.node().qmin;
+  params.qmax = run.node().qmax;
+  params.c = to;
+  run.kernels().scale_add(&params);
+}
+
+void write_sums(const StepRun& run, size_t n, const int32_t* acc, float multiplier, float bias, float* numbers,
+                void* to) {
+  for (size_t i = 0; i < n; ++i) numbers[i] = std::fma(static_cast<float>(acc[i]), multiplier, bias);
+  if (run.out().is_f32()) {
+    memcpy(to, numbers, n * sizeof(float));
+  } else {
+    write_numbers(run, n, numbers, acc, Dtype::u8, to);
+  }
 }
 
 const std::vector<OpInfo>& all_ops() {
   static const std::vector<OpInfo> all = [] {
     std::vector<OpInfo> joined;
-    for (const auto& family : {conv_ops(), pool_ops(), elementwise_ops(), move_ops()}) {
+    for (const auto& family :
+         {conv_ops(), pool_ops(), elementwise_ops(), move_ops(), token_ops(), attention_ops(), resize_ops()}) {
       joined.insert(joined.end(), family.begin(), family.end());
     }
     return joined;

@@ -60,7 +60,7 @@ std::unique_ptr<const OpData> read_avg_pool2d(const NodeSource& node) {
   auto pool = std::make_unique<AvgPoolData>();
   pool->window = read_pool_window(node);
   const int64_t elements = pool->window.kernel[0] * pool->window.kernel[1];  // < 2^32
-  node.require(elements * 255 < (int64_t{1} << 31), "a window with sums below 2^31",
+  node.require(static_cast<double>(elements) * node.input().most() < 0x1p31, "a window with sums below 2^31",
                std::to_string(elements) + " elements");
   pool->multiplier = node.floats("multiplier", {-1});
   const int64_t count = static_cast<int64_t>(pool->multiplier->values.size());
@@ -68,7 +68,7 @@ std::unique_ptr<const OpData> read_avg_pool2d(const NodeSource& node) {
                std::to_string(count));
   pool->bias = number_member(node.json, "bias", node.where);
   const double most = (count == 1 ? static_cast<double>(elements) : 1.0) * pool->multiplier->largest_by_count;
-  require_bounded(255.0 * most + std::fabs(pool->bias), node.output.is_f32, node.where);
+  require_bounded(node.input().most() * most + std::fabs(pool->bias), node.output.is_f32(), node.where);
   return pool;
 }
 
@@ -114,7 +114,8 @@ void for_each_window(const StepRun& run, const Window& window, const Pool& pool)
     const int64_t row = pixel / out.w, x = pixel % out.w;
     count = alike(x, std::min(out.w - x, pixels.end - pixel), window, in.w);
     const Span rows = clip(row % out.h, window, 0, in.h), columns = clip(x, window, 1, in.w);
-    params.a = run.from() + row / out.h * in.image_pitch + in.origin + rows.first * in.row_pitch + columns.first * in.c;
+    const int64_t first = row / out.h * in.image_pitch + in.origin + rows.first * in.row_pitch + columns.first * in.c;
+    params.a = run.from() + first * in.bytes();
     params.rows = static_cast<size_t>(rows.count);
     params.cols = static_cast<size_t>(columns.count);
     params.pixels = static_cast<size_t>(count);
@@ -128,9 +129,45 @@ void run_max_pool2d(const StepRun& run) {
   });
 }
 
+// Sums of a window, channel by channel.
+template <class T>
+void add_up(const PoolParams& window, int32_t zero_point, const T* a, int32_t* acc) {
+  std::fill_n(acc, window.n, -zero_point * static_cast<int32_t>(window.rows * window.cols));
+  for (size_t y = 0; y < window.rows; ++y) {
+    for (size_t x = 0; x < window.cols; ++x) {
+      const T* pixel =
+          a + static_cast<ptrdiff_t>(y) * window.row_stride + static_cast<ptrdiff_t>(x) * window.col_stride;
+      for (size_t i = 0; i < window.n; ++i) acc[i] += pixel[i];
+    }
+  }
+}
+
+// Windows of or to s16, portably: networks with such pools have few of them.
+void avg_pool_s16(const StepRun& run, const AvgPoolParams& params, int64_t offset) {
+  const PoolParams& window = params.window;
+  int32_t* acc = reinterpret_cast<int32_t*>(run.scratch());
+  float* numbers = reinterpret_cast<float*>(acc + window.n);
+  for (size_t pixel = 0; pixel < window.pixels; ++pixel, offset += window.c_stride) {
+    const int64_t first = static_cast<int64_t>(pixel) * window.a_stride;
+    if (run.in().type == Dtype::s16) {
+      add_up(window, 0, reinterpret_cast<const int16_t*>(window.a) + first, acc);
+    } else {
+      add_up(window, params.zero_point, window.a + first, acc);
+    }
+    write_sums(run, window.n, acc, params.multiplier, params.bias, numbers, run.to() + offset * run.out().bytes());
+  }
+}
+
+bool has_s16(const Activation& in, const Activation& out) { return in.type == Dtype::s16 || out.type == Dtype::s16; }
+
+size_t avg_pool_scratch(const Program&, const Step& step, const Activations& activations, int64_t) {
+  const Activation &in = activations[step.inputs[0]], &out = activations[step.output];
+  return has_s16(in, out) ? static_cast<size_t>(in.c) * (sizeof(int32_t) + sizeof(float)) + kOverread : 0;
+}
+
 void run_avg_pool2d(const StepRun& run) {
   const AvgPoolData& pool = run.data<AvgPoolData>();
-  const std::vector<float>& multiplier = pool.multiplier->values;
+  const Array<float>& multiplier = pool.multiplier->values;
   AvgPoolParams params = {};
   params.zero_point = run.in().zero_point;
   params.bias = pool.bias;
@@ -139,7 +176,9 @@ void run_avg_pool2d(const StepRun& run) {
   for_each_window(run, pool.window, [&](const PoolParams& window, int64_t offset) {
     params.window = window;
     params.multiplier = multiplier[multiplier.size() == 1 ? 0 : window.rows * window.cols - 1];
-    if (run.out().is_f32) {
+    if (has_s16(run.in(), run.out())) {
+      avg_pool_s16(run, params, offset);
+    } else if (run.out().is_f32()) {
       run.kernels().avg_pool_f32(&params, run.to_f32() + offset);
     } else {
       run.kernels().avg_pool_qu8(&params, run.to() + offset);
@@ -155,9 +194,30 @@ std::vector<OpInfo> pool_ops() {
   max.insert("dilation");
   avg.insert({"multiplier", "bias"});
   return {
-      // name, version, inputs, output, residual, in place, keys, read, run
-      {"max_pool2d", 1, {1, 1}, Output::same_grid, false, -1, max, read_max_pool2d, run_max_pool2d},
-      {"avg_pool2d", 1, {1, 1}, Output::requantized, false, -1, avg, read_avg_pool2d, run_avg_pool2d},
+      // name, version, inputs, output, in place, reads, writes, rows, keys, read, run, scratch
+      {"max_pool2d",
+       1,
+       {1, 1},
+       Output::same_grid,
+       InPlace::never,
+       kU8,
+       kU8,
+       fixed_rows,
+       max,
+       read_max_pool2d,
+       run_max_pool2d},
+      {"avg_pool2d",
+       1,
+       {1, 1},
+       Output::requantized,
+       InPlace::never,
+       kCodes,
+       kCodesOrF32,
+       fixed_rows,
+       avg,
+       read_avg_pool2d,
+       run_avg_pool2d,
+       avg_pool_scratch},
   };
 }
 

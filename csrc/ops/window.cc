@@ -29,7 +29,7 @@ void require_spatial_output(const NodeSource& node, const Window& window, int64_
                  std::to_string(extent) + " over " + std::to_string(padded));
     expected.push_back((padded - extent) / window.stride[d] + 1);
   }
-  if (out.is_f32 && expected[1] == 1 && expected[2] == 1 && out.shape.size() == 1) expected.resize(1);
+  if (out.is_f32() && expected[1] == 1 && expected[2] == 1 && out.shape.size() == 1) expected.resize(1);
   node.require(out.shape == expected, "an output of shape " + shape_text(expected), shape_text(out.shape));
 }
 

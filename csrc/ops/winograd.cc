@@ -128,7 +128,7 @@ class Walk {
       params.residual_stride = residual.c;
       params.residual_multiplier = data_.residual_multiplier;
     }
-    if (out_.is_f32) {
+    if (out_.is_f32()) {
       params.c = run_.to_f32() + offset(out_);
       kernel_.f32(&params);
     } else {

@@ -29,7 +29,7 @@ class Checksum {  // FNV-1a
 };
 
 int64_t elements(const Activation& a) { return kImages * a.c * a.h * a.w; }
-size_t bytes(const Activation& a) { return static_cast<size_t>(elements(a)) * (a.is_f32 ? 4 : 1); }
+size_t bytes(const Activation& a) { return static_cast<size_t>(elements(a)) * a.bytes(); }
 
 // Real values that reach all codes of the input, and a little beyond.
 std::vector<float> random_images(const Activation& input) {
@@ -43,11 +43,25 @@ std::vector<float> random_images(const Activation& input) {
   return images;
 }
 
+// Token ids below the vocabulary; none where the input is numbers.
+std::vector<int32_t> random_ids(const Program& program) {
+  std::vector<int32_t> ids(static_cast<size_t>(kImages * program.longest));
+  uint32_t state = 1;
+  for (int32_t& id : ids) {
+    state = state * 1664525 + 1013904223;
+    id = static_cast<int32_t>((state >> 8) % program.graph.vocabulary);
+  }
+  return ids;
+}
+
 // Of all outputs of nodes, then of the output as users get it, where activations take over each other's memory.
 uint64_t checksum(const ModelFile& file, int threads, const std::string& isa, const std::string& conv_form) {
   Session session(file, threads, isa, kMacsPerThread, conv_form);
   const Program& program = session.program();
-  const std::vector<float> images = random_images(program.activations[program.member_input[0]]);
+  const std::vector<float> numbers = random_images(program.activations[program.member_input[0]]);
+  const std::vector<int32_t> ids = random_ids(program);
+  Images images = {numbers.data(), false, kImages};
+  if (!ids.empty()) images = {ids.data(), false, kImages, program.longest};
   std::vector<uint8_t> output(bytes(program.activations[program.member_output[0]]));
   std::vector<std::vector<uint8_t>> nodes;
   Results with_taps, results;
@@ -57,9 +71,9 @@ uint64_t checksum(const ModelFile& file, int threads, const std::string& isa, co
     with_taps.taps.push_back({step.output, nodes.back().data()});
   }
   Checksum sum;
-  session.run({images.data(), false, kImages}, with_taps);
+  session.run(images, with_taps);
   for (const std::vector<uint8_t>& node : nodes) sum.add(node);
-  session.run({images.data(), false, kImages}, results);
+  session.run(images, results);
   sum.add(output);
   return sum.value();
 }

@@ -32,7 +32,29 @@ NAMES = ["", " ", "a b", "`", "'", '"', "\\", "/", "a/b", "é", "日本語", "�
 NAMES += ["\x00", "\n", "\t", "\x1b[2J", "\x1f", "\x7f", "\x80", "\x85", "\x9b31m", "\x9f", "\xa0", "\xad", "\ud800"]
 NAMES += ["\udc00\ud800", "x" * 60, "x" * 61, "x" * 511, "x" * 512, "x" * 513, "é" * 256, "é" * 256 + "x", "é" * 300]
 NAMES += ["😀" * 15, "a" + "😀" * 15, "__metadata__", "net", "m0", "m1", "input", "constructor", "None", "0", "-1"]
-PIECES = ["U8", "F32", "u8", "f32", "F16", "I8", "u8 ", "U", "logits", "probs", "qdeploy", "1", "2", "3", "0.1.0", *OPS]
+PIECES = [
+    "U8",
+    "F32",
+    "I32",
+    "u8",
+    "f32",
+    "s16",
+    "i32",
+    "rows",
+    "channels",
+    "F16",
+    "I8",
+    "u8 ",
+    "U",
+    "logits",
+    "probs",
+    "qdeploy",
+    "1",
+    "2",
+    "3",
+    "0.1.0",
+    *OPS,
+]
 NUMERALS = ["-0", "-0.0", "0e5", "1.", ".5", "01", "+1", "1e", "1e+", "0x10", "1_000", "1e400", "-1e400", "1E-400"]
 NUMERALS += ["NaN", "Infinity", "-Infinity", "nan", "inf", "١", f"1{400 * '0'}", f"-1{400 * '0'}", f"0.{400 * '0'}1"]
 NUMERALS += ["9" * 5000, "1" * 309, "1" * 308, "1e308", "1.7976931348623157e308", "1.7976931348623159e308", "1e0001"]
@@ -90,14 +112,14 @@ def constant_slots(draft: Draft) -> list[tuple[list, int]]:
             found += [(pair, 1) for pair in member if pair[0] == "preprocess_table"]
         for node in member.get("nodes"):
             for pair in node:
-                if pair[0] in OPS[node.get("op")].constants:
+                if pair[0] in OPS[node.get("op")].constants and pair[1] is not None:
                     found += [(pair, 1)] if pair[0] != "weight" else [(p, 1) for p in pair[1] if p[0] == "codes"]
     return found
 
 
 def add_tensor(draft: Draft, name: str, dtype: str, shape: list[int], content: bytes) -> str:
-    """Behind all others, with a tensor of unused bytes before it where an F32 must be aligned. Returns its name."""
-    if dtype == "F32" and len(draft.data) % 4:
+    """Behind all others, with a tensor of unused bytes before it where it must be aligned. Returns its name."""
+    if dtype != "U8" and len(draft.data) % 4:
         filler = -len(draft.data) % 4
         add_tensor(draft, f"filler for {name}", "U8", [filler], bytes(filler))
     begin = len(draft.data)
@@ -141,13 +163,13 @@ def unnamed_tensor(draft: Draft, rng: Random) -> bool:
 
 
 def relayout(draft: Draft, rng: Random) -> bool:
-    """The data in another order, the F32 first or, where it keeps them aligned, not."""
+    """The data in another order, the U8 last or, where it keeps them aligned, not."""
     tensors = entries(draft)
     rng.shuffle(tensors)
     content = [bytes(draft.data[slice(*entry.get("data_offsets"))]) for _, entry in tensors]
     order = list(range(len(tensors)))
     if rng.random() < 0.7:
-        order.sort(key=lambda i: tensors[i][1].get("dtype") != "F32")
+        order.sort(key=lambda i: tensors[i][1].get("dtype") == "U8")
     draft.data = bytearray()
     for i in order:
         begin = len(draft.data)
@@ -280,7 +302,10 @@ def insert_node(draft: Draft, rng: Random) -> bool:
     nodes, tensors = member.get("nodes"), member.get("tensors")
     at = rng.randrange(len(nodes))
     written = [0, *(node.get("output") for node in nodes[:at])]
-    source = rng.choice([i for i in written if tensors[i].get("dtype") == "u8"])
+    sources = [i for i in written if tensors[i].get("dtype") == "u8"]
+    if not sources:
+        return False
+    source = rng.choice(sources)
     shape = tuple(tensors[source].get("shape"))
     name = f"inserted {len(tensors)}"
     if len(tensors) > 40 or f"{name}/table" in draft.header:
@@ -298,9 +323,10 @@ def insert_node(draft: Draft, rng: Random) -> bool:
     tensor.set("shape", list(output))
     tensors.append(tensor)
     nodes.insert(at, node)
-    if OPS[op].version == 2:
-        draft.header.get("__metadata__").set("format_version", "2")
-        draft.header.get("__metadata__").set("requires", "0.1.0")
+    metadata = draft.header.get("__metadata__")
+    if OPS[op].version == 2 and metadata.get("format_version") == "1":
+        metadata.set("format_version", "2")
+        metadata.set("requires", "0.1.0")
     return True
 
 
@@ -397,11 +423,12 @@ def other_shape(draft: Draft, rng: Random) -> bool:
 def at_the_bound(draft: Draft, rng: Random) -> bool:
     """Constants of a node whose largest result is just below, at or above 2^30, of an f32 output 2^100."""
     member = rng.choice(members(draft))
-    nodes = [node for node in member.get("nodes") if OPS[node.get("op")].requantized]
+    has_bias = {op for op, row in OPS.items() if "bias" in row.attributes or op in ("conv2d", "linear")}
+    nodes = [node for node in member.get("nodes") if node.get("op") in has_bias]
     if not nodes:
         return False
     node = rng.choice(nodes)
-    limit = 2.0**30 if member.get("tensors")[node.get("output")].get("dtype") == "u8" else 2.0**100
+    limit = 2.0**30 if member.get("tensors")[node.get("output")].get("dtype") != "f32" else 2.0**100
     below = float(np.nextafter(np.float32(limit), np.float32(0)))
     value = rng.choice([limit, below, below, -below, -limit, limit - 1e-30 * limit])
     op = node.get("op")
@@ -417,7 +444,7 @@ def at_the_bound(draft: Draft, rng: Random) -> bool:
         return True
     node.set("bias", value)
     for key, zero in (("multipliers", [0, 0.0]), ("multiplier", 0.0)):
-        if key in node and op != "avg_pool2d":
+        if key in OPS[op].attributes:
             node.set(key, zero)
     if rng.random() < 0.3 and op in ("add", "mul"):
         factor = rng.choice([below, limit]) / (255 if op == "add" else 65_025)
@@ -426,12 +453,15 @@ def at_the_bound(draft: Draft, rng: Random) -> bool:
     return True
 
 
+NUMBERS = ("bias", "residual_multiplier", "multiplier", "epsilon", "logit_multiplier")
+
+
 def other_number(draft: Draft, rng: Random) -> bool:
     """An f32 number of a node."""
     found = []
     for member in members(draft):
         for node in member.get("nodes"):
-            found += [(p, 1) for p in node if p[0] in ("bias", "residual_multiplier", "multiplier")]
+            found += [(p, 1) for p in node if p[0] in NUMBERS]
             found += [(p[1], i) for p in node if p[0] == "multipliers" for i in range(2)]
     found = [(c, i) for c, i in found if isinstance(c[i], float)]
     if not found:
@@ -479,11 +509,16 @@ def other_bytes(draft: Draft, rng: Random) -> bool:
 
 
 def other_floats(draft: Draft, rng: Random) -> bool:
-    """A number or three of an F32 tensor, of any bits."""
-    found = [entry for _, entry in entries(draft) if entry.get("dtype") == "F32" and 0 not in entry.get("shape")]
+    """A number or three of an F32 tensor, of any bits, or of an I32 tensor."""
+    found = [entry for _, entry in entries(draft) if entry.get("dtype") != "U8" and 0 not in entry.get("shape")]
     if not found:
         return False
-    begin, end = rng.choice(found).get("data_offsets")
+    entry = rng.choice(found)
+    begin, end = entry.get("data_offsets")
+    if entry.get("dtype") == "I32":
+        value = rng.choice([-1, 0, 1, rng.randrange(50), -2, 32_767, 32_768, 2**31 - 1, -(2**31)])
+        struct.pack_into("<i", draft.data, rng.randrange(begin, end, 4), value)
+        return True
     values = [0, 1 << 31, 1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0x7FC00000, 0xFFFFFFFF]
     for _ in range(rng.choice([1, 1, 3])):
         bits = rng.choice([*values, rng.getrandbits(30), rng.getrandbits(31)])

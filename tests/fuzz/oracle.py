@@ -8,14 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-from versions import as_the_engine, too_new
+from builder import text_batch
 
 import qdeploy
 from qdeploy import _engine, reference
 from qdeploy.errors import ModelError
 from qdeploy.format import load, save
 from qdeploy.graph import Graph, Node
-from qdeploy.model import Model
+from qdeploy.model import Model, TextModel
 
 RUNNABLE = 3_000_000  # multiply-accumulates and elements of an image; larger models are loaded but not run
 MESSAGE = re.compile(r"expected [^\n]+, got [^\n]+ - at [^\n]+")
@@ -41,9 +41,8 @@ def check(path: Path, isa: str, threads: int) -> str:
     other, bytes_said = verdict(lambda path: split_model(path, isa, threads), path)
     if bytes_said != engine_said:
         raise Disagreement(f"of the path the engine says {engine_said!r}, of the bytes {bytes_said!r}")
-    if NEEDS.match(engine_said) or too_new(engine_said):
+    if NEEDS.match(engine_said):
         return engine_said
-    said = as_the_engine(said)
     faults = [JSON_FAULT.fullmatch(text) for text in (said, engine_said)]
     if said != engine_said and not (faults[0] and faults[1] and faults[0][2] == faults[1][2]):
         raise Disagreement(f"qdeploy.format says {said or 'a model'!r}, the engine {engine_said or 'a model'!r}")
@@ -65,7 +64,8 @@ def verdict(read, path: Path) -> tuple:
 
 def split_model(path: Path, isa: str, threads: int) -> Model:
     """From the content, and with the work of small networks split over the threads."""
-    return Model(_engine.Session(str(path), path.read_bytes(), threads, isa, macs_per_thread=1), path, threads, isa)
+    session = _engine.Session(str(path), path.read_bytes(), threads, isa, macs_per_thread=1)
+    return (TextModel if session.vocabulary else Model)(session, path, threads, isa)
 
 
 def check_model(graph: Graph, path: Path, models: list[Model]) -> None:
@@ -85,27 +85,35 @@ def check_model(graph: Graph, path: Path, models: list[Model]) -> None:
         return
     pairs = [(member.name, node.name) for member in graph.members for node in member.nodes]
     taps = nodes if len(members) == 1 else [f"{member}/{node}" for member, node in pairs]
-    for x in inputs(graph):
-        output, values = reference.run(graph, x, taps)
+    for x, mask in inputs(graph):
+        output, values = reference.run(graph, x, taps, mask)
+        batch = (x,) if mask is None else (x, mask)
         for model in models:
-            got, tapped = model(x, taps)
+            got, tapped = model(*batch, taps=taps)
             wrong = [name for name in taps if not same(tapped[name], values[name])]
             if wrong or not same(got, output):
                 raise Disagreement(f"other results than the reference at {wrong or 'the output'} of {model!r}")
-            if output.ndim == 2 and output.shape[1] > 1 and not same(model.predict(x), reference.predict(graph, x)):
+            if (
+                output.ndim == 2
+                and output.shape[1] > 1
+                and not same(model.predict(*batch), reference.predict(graph, x, mask))
+            ):
                 raise Disagreement("other classes than the reference")
 
 
-def inputs(graph: Graph) -> list[np.ndarray]:
-    """Codes around and beyond the range of the input, extremes, and bytes where the model takes them."""
+def inputs(graph: Graph) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    """Codes around and beyond the range of the input, extremes, and bytes where the model takes them; or texts with
+    their mask."""
     rng = np.random.default_rng(0)
+    if graph.vocabulary is not None:
+        return [text_batch(graph, 3, rng)]
     shape, tensor = graph.input_shape, graph.members[0].tensors[0]
     codes = rng.integers(-40, 600, (2, *shape)) / 2
     scaled = np.clip((codes - tensor.zero_point) * float(tensor.scale), -3e38, 3e38)
     numbers = np.where(rng.random(scaled.shape) < 0.05, rng.choice([3e38, -3e38, 1e-45, 0.0, -0.0]), scaled)
-    batches = [numbers.astype(np.float32)]
+    batches: list[tuple[np.ndarray, np.ndarray | None]] = [(numbers.astype(np.float32), None)]
     if graph.preprocess:
-        batches.append(rng.integers(0, 256, (2, *shape[1:], shape[0])).astype(np.uint8))
+        batches.append((rng.integers(0, 256, (2, *shape[1:], shape[0])).astype(np.uint8), None))
     return batches
 
 

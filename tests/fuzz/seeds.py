@@ -5,17 +5,18 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from builder import small_ensemble, small_network
+from builder import small_ensemble, small_network, small_text, small_vision
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from random_graphs import ensembles, graphs
+from random_graphs import ensembles, graphs, texts
+from versions import NEWEST
 
 from qdeploy.format import save
 from qdeploy.graph import Graph
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [*sorted(ROOT.glob("tests/data/v*/*.safetensors")), *sorted(ROOT.glob("qdeploy/demo_data/*.safetensors"))]
-SMALL = 8  # how often the two small networks stand among the seeds: most changes say most in a small file
+SMALL = 8  # how often each small network stands among the seeds: most changes say most in a small file
 
 
 def random_graphs(number: int, count: int) -> list[Graph]:
@@ -30,7 +31,7 @@ def random_graphs(number: int, count: int) -> list[Graph]:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.one_of(graphs(), ensembles()))
+    @given(st.one_of(graphs(), graphs(version=NEWEST), texts(), ensembles()))
     def draw(graph: Graph) -> None:
         drawn.append(graph)
 
@@ -40,7 +41,7 @@ def random_graphs(number: int, count: int) -> list[Graph]:
 
 def contents(number: int, count: int) -> list[bytes]:
     """The contents of the files, `count` of them of random graphs."""
-    built = [small_network(), small_ensemble()]
+    built = [small_network(), small_ensemble(), small_vision(), small_text()]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "seed.safetensors"
 
