@@ -12,24 +12,28 @@ from typing import Any
 
 import numpy as np
 
+from qdeploy.exporter.elements import Value
 from qdeploy.exporter.layers import (
     Add,
     Affine,
     Clamp,
     Codes,
     Conv2d,
+    Embedding,
     Function,
     Layer,
     MaxPool2d,
     Mul,
     Network,
     Pad,
+    Position,
     Reshape,
     Scaled,
     Table,
     Weighted,
     elementwise,
 )
+from qdeploy.exporter.moving import MOVES
 from qdeploy.ops import OPS
 
 
@@ -47,9 +51,9 @@ def fuse(network: Network) -> Network:
 
 
 def _make_names_unique(network: Network) -> None:
-    """Of a module used twice, or of two operators, the second is name#2. A reshape leaves the plain name to others."""
+    """Of a module used twice, or of two operators, the second is name#2. A move leaves the plain name to others."""
     taken: dict[str, int] = {}
-    for layer in sorted(network.layers, key=lambda layer: isinstance(layer, Reshape)):
+    for layer in sorted(network.layers, key=lambda layer: layer.same_grid and not isinstance(layer, MaxPool2d)):
         taken[layer.name] = count = taken.get(layer.name, 0) + 1
         layer.name = layer.name if count == 1 else f"{layer.name}#{count}"
 
@@ -69,6 +73,8 @@ def _fold_affine(network: Network, affine: Affine) -> bool:
         return False
     if len(x.shift) == 1 and not affine.uniform:
         return False
+    if isinstance(x, Embedding):
+        return False
     if isinstance(x, Weighted):
         if len(x.inputs) == 2 and np.ptp(affine.scale):  # a residual has one factor for all channels
             return False
@@ -81,6 +87,33 @@ def _fold_affine(network: Network, affine: Affine) -> bool:
         x.scale = x.scale * affine.scale[:size]
     x.value = affine.value
     network.replace(affine, x)
+    return True
+
+
+def _fold_into_position(network: Network, affine: Affine) -> bool:
+    x = affine.inputs[0]
+    if not isinstance(x, Position) or x.clamped or network.only_user(x) is not affine or np.ptp(affine.scale):
+        return False
+    x.factor, x.rows, x.value = x.factor * affine.scale[0], x.rows * affine.scale[0] + affine.shift, affine.value
+    network.replace(affine, x)
+    return True
+
+
+def _merge_positions(network: Network, position: Position) -> bool:
+    """A table added to an embedding, or to tokens to which one is added already, is one table."""
+    x = position.inputs[0]
+    if not isinstance(x, (Position, Embedding)) or x.clamped or network.only_user(x) is not position:
+        return False
+    prefix = len(position.rows) - len(x.rows)
+    if isinstance(x, Embedding) and prefix:
+        return False
+    if isinstance(x, Embedding):
+        x.scale = x.scale * position.factor
+    else:
+        x.factor *= position.factor
+    x.rows = np.concatenate([position.rows[:prefix], x.rows * position.factor + position.rows[prefix:]])
+    x.value, x.shape = position.value, position.shape
+    network.replace(position, x)
     return True
 
 
@@ -176,19 +209,6 @@ def _table(layer: Layer, function: Function, inputs: list[Layer]) -> Table:
     return Table(layer.name, inputs, layer.shape, layer.value, layer.low, layer.high, function=function)
 
 
-def _merge_slices(network: Network, layer: MaxPool2d) -> bool:
-    """x[:, :, ::2, ::2] arrives as two slices."""
-    x = layer.inputs[0]
-    if not isinstance(x, MaxPool2d) or network.only_user(x) is not layer:
-        return False
-    if not x.window["kernel"] == layer.window["kernel"] == [1, 1]:
-        return False
-    layer.window["stride"] = [a * b for a, b in zip(x.window["stride"], layer.window["stride"], strict=True)]
-    layer.inputs = x.inputs
-    network.layers.remove(x)
-    return True
-
-
 def _merge_reshape(network: Network, reshape: Reshape) -> bool:
     x = reshape.inputs[0]
     if isinstance(x, Reshape):
@@ -205,17 +225,25 @@ def _rewrite(network: Network, layer: Layer) -> bool:
 
 
 REWRITES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
-    "affine": (_fold_affine, _merge_table),
+    "affine": (_fold_affine, _fold_into_position, _merge_table),
     "clamp": (_fuse_clamp, _merge_table),
     "conv2d": (_fold_pad,),
     "linear": (),
-    "max_pool2d": (_merge_slices,),
+    "embedding": (),
+    "max_pool2d": (),
     "avg_pool2d": (),
     "add": (_fold_factor, _fuse_add),
     "mul": (_fold_scale,),
     "table": (_merge_table,),
+    "resize": (),
+    "rescale": (),
+    "norm": (),
+    "attention": (),
+    "mean": (),
+    "position": (_merge_positions,),
     "concat": (),
     "reshape": (_merge_reshape,),
+    **MOVES,
 }
 
 
@@ -279,7 +307,7 @@ def _end_in_float(network: Network) -> None:
             output = source
     if _may_be_f32(output):
         return
-    table = Table("output", [output], output.shape, network.trace.output, function=lambda v: v)
+    table = Table("output", [output], output.shape, Value(network.trace.output), function=lambda v: v)
     network.layers.append(table)
     network.output = table
 
