@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qdeploy import format, reference
 from qdeploy.checks import check_name
-from qdeploy.errors import ExportError, InputError
+from qdeploy.errors import ExportError, InputError, ModelError
 from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
 from qdeploy.exporter.emit import check_shapes, emit
 from qdeploy.exporter.fusion import fuse
@@ -34,8 +34,9 @@ from qdeploy.exporter.lowering import lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.files import AnyPath
-from qdeploy.graph import COMBINE, Graph
+from qdeploy.graph import COMBINE, Graph, Member
 from qdeploy.networks.quantizable import classifier
+from qdeploy.validate import validate
 
 __all__ = ["ExportReport", "check", "export", "export_ensemble", "rehearse"]
 
@@ -57,7 +58,8 @@ def export(
         net: traced in eval mode by torch.export and left as it was. Weights carry LSQ quantizers
             (`qdeploy.training.quantize_`). It may be wrapped (torch.compile, DataParallel, AveragedModel, Fabric), and
             return its logits in a tuple, dict or dataclass.
-        example: float32 [N, C, H, W] or [N, F]; only its shape matters.
+        example: float32 [N, C, H, W], [N, T, D] or [N, F]; or token ids, int64 [N, T], of the longest text: only its
+            shape and type matter.
         path: the file; one that exists is replaced when the new one is complete and compared.
         calibration: inputs, read once: an array or tensor [N, ...], a dataset of single images, or an iterable of
             batches, which may be tuples that begin with the images or dicts that hold them. Floats of any width, no
@@ -164,9 +166,25 @@ def _exported(
     if preprocess is not None:
         for member in members:
             member.preprocess_table = reference.preprocess_table(preprocess, member.tensors[0])
-    graph = Graph(members, combine, preprocess, classes)
+    graph = _graph(members, combine, preprocess, classes)
     content = format.dump(graph)
     return content, compare(graph, networks, [found.fixed for found in grids], content, path, images)
+
+
+def _graph(
+    members: list[Member],
+    combine: str | None,
+    preprocess: dict[str, list[float]] | None,
+    classes: list[str] | None,
+) -> Graph:
+    """Of texts, for those of any length where every op can have them."""
+    vocabulary = next((n.constants["weight"].shape[0] for m in members for n in m.nodes if n.op == "embedding"), None)
+    graph = Graph(members, combine, preprocess, classes, vocabulary, variable=vocabulary is not None)
+    try:
+        validate(graph)
+    except ModelError:
+        graph.variable = False
+    return graph
 
 
 def check(net: nn.Module, example: Tensor | np.ndarray) -> None:
@@ -235,9 +253,11 @@ def _checked_example(example: Tensor | np.ndarray) -> Tensor:
     example = torch.from_numpy(np.ascontiguousarray(example)) if isinstance(example, np.ndarray) else example
     if not isinstance(example, Tensor):
         raise InputError(f"expected an array or tensor, got {type(example).__name__} - at the example")
-    if example.dtype != torch.float32 or example.dim() not in (2, 4) or not example.numel():
+    ids = example.dtype in (torch.int32, torch.int64) and example.dim() == 2
+    if not (ids or example.dtype == torch.float32 and example.dim() in (2, 3, 4)) or not example.numel():
         got = f"{str(example.dtype).removeprefix('torch.')} {list(example.shape)}"
-        raise InputError(f"expected float32 [N, C, H, W] or [N, F] with N >= 1, got {got} - at the example")
+        expected = "float32 [N, C, H, W], [N, T, D] or [N, F], or token ids [N, T], with N >= 1"
+        raise InputError(f"expected {expected}, got {got} - at the example")
     return example.detach().cpu()
 
 

@@ -240,7 +240,7 @@ def observe(
     kept: list[np.ndarray] = []
     ends = []  # lowest and highest number of each channel, by batch
     with progress("calibrating", count_batches(calibration)) as advance:
-        for batch in batches(calibration, example.shape[1:], preprocess):
+        for batch in batches(calibration, example.shape[1:], preprocess, ids=example.dtype.kind == "i"):
             for one in grids:
                 one.observe(batch)
             kept += [batch] if sum(map(len, kept)) < count else []

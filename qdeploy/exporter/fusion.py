@@ -7,6 +7,7 @@ expressed by one that is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from qdeploy.exporter.layers import (
     Conv2d,
     Embedding,
     Function,
+    Image,
     Layer,
     MaxPool2d,
     Mul,
@@ -30,11 +32,13 @@ from qdeploy.exporter.layers import (
     Reshape,
     Scaled,
     Table,
+    Tokens,
     Weighted,
     elementwise,
 )
 from qdeploy.exporter.moving import MOVES
 from qdeploy.ops import OPS
+from qdeploy.ops.op import channels_of
 
 
 def fuse(network: Network) -> Network:
@@ -90,13 +94,25 @@ def _fold_affine(network: Network, affine: Affine) -> bool:
     return True
 
 
-def _fold_into_position(network: Network, affine: Affine) -> bool:
+def _fold_into_rows(network: Network, affine: Affine) -> bool:
+    """What a position table or an embedding adds to each row takes constants per channel, too."""
     x = affine.inputs[0]
-    if not isinstance(x, Position) or x.clamped or network.only_user(x) is not affine or np.ptp(affine.scale):
+    if not isinstance(x, (Position, Embedding)) or x.clamped or network.only_user(x) is not affine:
         return False
-    x.factor, x.rows, x.value = x.factor * affine.scale[0], x.rows * affine.scale[0] + affine.shift, affine.value
+    if np.ptp(affine.scale):
+        return False
+    _scale_rows(x, affine.scale[0])
+    x.rows, x.value = x.rows + affine.shift, affine.value
     network.replace(affine, x)
     return True
+
+
+def _scale_rows(x: Position | Embedding, factor: float) -> None:
+    x.rows = x.rows * factor
+    if isinstance(x, Embedding):
+        x.scale = x.scale * factor
+    else:
+        x.factor *= factor
 
 
 def _merge_positions(network: Network, position: Position) -> bool:
@@ -107,11 +123,8 @@ def _merge_positions(network: Network, position: Position) -> bool:
     prefix = len(position.rows) - len(x.rows)
     if isinstance(x, Embedding) and prefix:
         return False
-    if isinstance(x, Embedding):
-        x.scale = x.scale * position.factor
-    else:
-        x.factor *= position.factor
-    x.rows = np.concatenate([position.rows[:prefix], x.rows * position.factor + position.rows[prefix:]])
+    _scale_rows(x, position.factor)
+    x.rows = np.concatenate([position.rows[:prefix], x.rows + position.rows[prefix:]])
     x.value, x.shape = position.value, position.shape
     network.replace(position, x)
     return True
@@ -225,7 +238,7 @@ def _rewrite(network: Network, layer: Layer) -> bool:
 
 
 REWRITES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
-    "affine": (_fold_affine, _fold_into_position, _merge_table),
+    "affine": (_fold_affine, _fold_into_rows, _merge_table),
     "clamp": (_fuse_clamp, _merge_table),
     "conv2d": (_fold_pad,),
     "linear": (),
@@ -262,9 +275,10 @@ def _express_affine(network: Network, layer: Affine) -> None:
     if len(layer.shape) == 3:
         network.replace(layer, conv)
         return
-    conv.shape = (*layer.shape, *[1] * (3 - len(layer.shape)))
-    before = Reshape(layer.name, layer.inputs, conv.shape, layer.inputs[0].value)
-    after = Reshape(layer.name, [conv], layer.shape, layer.value)
+    kinds: tuple[type[Layer], type[Layer]] = (Image, Tokens) if len(layer.shape) == 2 else (Reshape, Reshape)
+    conv.shape = (layer.shape[-1], math.prod(layer.shape[:-1]), 1)
+    before = kinds[0](layer.name, layer.inputs, conv.shape, layer.inputs[0].value)
+    after = kinds[1](layer.name, [conv], layer.shape, layer.value)
     conv.inputs = [before]
     network.replace(layer, after)
     place = network.layers.index(after)
@@ -279,7 +293,7 @@ def _express_pad(network: Network, layer: Pad) -> None:
 def _depthwise(layer: Layer, scale: np.ndarray, shift: np.ndarray, padding: list[int]) -> Conv2d:
     """In place of `layer` the 1x1 depthwise convolution by the code 1: with scale and shift it is exactly an affine map
     per channel."""
-    channels = layer.shape[0]
+    channels = channels_of(layer.shape)
     return Conv2d(
         *(layer.name, layer.inputs, layer.shape, layer.value, layer.low, layer.high),
         weight=Codes(np.ones((channels, 1, 1, 1), np.int8), 2),

@@ -33,10 +33,8 @@ def checked_bits(bits: object, at: str) -> int:
 
 # Layers of PyTorch that have no integer form, whatever the network does with them.
 FLOAT_ONLY: tuple[type[nn.Module], ...] = (
-    *(nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.LocalResponseNorm),
-    *(nn.MultiheadAttention, nn.RNNBase, nn.Embedding, nn.Upsample, nn.Fold, nn.Unfold, nn.GLU),
-    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.ReflectionPad2d, nn.ReplicationPad2d),
+    *(nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.RMSNorm, nn.LocalResponseNorm, nn.RNNBase, nn.Fold, nn.Unfold),
 )
 
 
@@ -45,11 +43,8 @@ def float_only_layers(net: nn.Module) -> list[str]:
     names = plain_names(net)
     found: dict[str, list[str]] = {}
     for path, module in net.named_modules():
-        kind = _kind(module) if isinstance(module, FLOAT_ONLY) else None
-        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-            kind = f"padding_mode {module.padding_mode}"
-        if kind is not None:
-            found.setdefault(kind, []).append(f"`{names[path]}`")
+        if isinstance(module, FLOAT_ONLY):
+            found.setdefault(_kind(module), []).append(f"`{names[path]}`")
     return [f"{', '.join(where[:3])}{'...' if len(where) > 3 else ''} ({kind})" for kind, where in found.items()]
 
 

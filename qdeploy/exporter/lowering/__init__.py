@@ -168,6 +168,7 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices: windows.max_pool2d,
     aten.avg_pool2d: windows.avg_pool2d,
     aten.adaptive_avg_pool2d: windows.adaptive_avg_pool2d,
+    aten.adaptive_avg_pool1d: windows.adaptive_avg_pool1d,
     aten.adaptive_max_pool2d: windows.adaptive_max_pool2d,
     aten.upsample_bilinear2d: windows.upsample,
     aten.upsample_bicubic2d: windows.upsample,

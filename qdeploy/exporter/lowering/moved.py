@@ -86,7 +86,7 @@ def natural(site: Site, x: Moved) -> tuple[Layer, np.ndarray]:
     """As `arranged`, with the dimension as channels that costs least."""
     rank = x.index.ndim
     axes = [1, *range(rank - 1, 1, -1)] if len(x.layer.shape) == 3 else [*range(rank - 1, 0, -1)]
-    axis = next((axis for axis in axes if _is_simple(x, axis)), axes[0])
+    axis = next((axis for axis in axes if has_channels(x, axis)), axes[0])
     lead = [size for i, size in enumerate(x.index.shape) if i not in (0, axis)]
     channels = x.index.shape[axis]
     if rank == 2:
@@ -114,8 +114,11 @@ def plain(site: Site, x: Value) -> Layer:
     return arranged(site, x, -1, x.index.shape[1:])[0]
 
 
-def _is_simple(x: Moved, axis: int) -> bool:
-    rows = _by_rows(x, axis)
+def has_channels(x: Value, axis: int) -> bool:
+    """Whether dimension `axis` of the tensor is channels of the activation."""
+    rows = _by_rows(x, axis) if isinstance(x, Moved) else None
+    if isinstance(x, Layer) or rows is None:
+        return isinstance(x, Layer) and axis == (1 if len(x.shape) != 2 else 2)
     return rows is not None and _separated(rows[0], channels_of(x.layer.shape)) is not None
 
 
@@ -161,17 +164,27 @@ def regrouped(site: Site, layer: Layer, rows: np.ndarray, shape: Shape) -> Layer
     separated = _separated(rows, channels_of(layer.shape))
     if separated is not None:
         return _gathered(site, layer, *separated, shape)
-    parts = _columns(rows, channels_of(layer.shape))
-    if parts is not None:
+    for along, axis in ((1, "channels"), (0, "rows")):
+        parts = _alike(rows, channels_of(layer.shape), along)
+        if parts is not None:
+            return _joined(site, layer, rows, parts, axis, shape)
+    site.fail("a move of whole rows (pixels, tokens) or whole channels", "one that takes rows into channels")
+
+
+def _joined(site: Site, layer: Layer, rows: np.ndarray, parts: list[np.ndarray], axis: str, shape: Shape) -> Layer:
+    """Parts that are separated, one behind the other, and then in their order."""
+    if axis == "channels":
         pieces = [regrouped(site, layer, rows[:, part], with_channels(shape, len(part))) for part in parts]
-        return site.layer(Concat, pieces, shape)
-    groups = _alike(rows, channels_of(layer.shape))
-    if groups is None:
-        site.fail("a move of whole rows (pixels, tokens) or whole channels", "one that takes rows into channels")
-    pieces = [regrouped(site, layer, rows[group], (len(group), rows.shape[1])) for group in groups]
-    joined = site.layer(Concat, pieces, (len(rows), rows.shape[1]))
-    back = np.argsort(np.concatenate(groups))
-    return site.layer(Gather, [joined], shape, axis="rows", index=back)
+        joined = site.layer(Concat, pieces, shape)
+    else:
+        pieces = [regrouped(site, layer, rows[part], (len(part), rows.shape[1])) for part in parts]
+        joined = site.layer(Concat, pieces, rows.shape)
+    order = np.argsort(np.concatenate(parts))
+    if axis == "channels":
+        return _take_channels(site, joined, order)
+    return _viewed(
+        site, joined if np.array_equal(order, np.arange(len(order))) else _take_rows(site, joined, order, shape), shape
+    )
 
 
 def _viewed(site: Site, layer: Layer, shape: Shape) -> Layer:
@@ -190,22 +203,15 @@ def _separated(rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]
     return (row, column) if np.array_equal(made, rows) else None
 
 
-def _columns(rows: np.ndarray, channels: int) -> list[np.ndarray] | None:
-    """Runs of columns, each of which is separated; None where that are too many."""
-    taken = np.where(rows < 0, -1, rows // channels)
-    starts = np.flatnonzero((taken[:, 1:] != taken[:, :-1]).any(0)) + 1
-    parts = np.split(np.arange(rows.shape[1]), starts)
-    simple = len(parts) <= MOST_PARTS and all(_separated(rows[:, part], channels) is not None for part in parts)
-    return parts if simple else None
-
-
-def _alike(rows: np.ndarray, channels: int) -> list[np.ndarray] | None:
-    """Groups of rows that have the same channels of whatever row."""
-    patterns, group = np.unique(np.where(rows < 0, -1, rows % channels), axis=0, return_inverse=True)
-    if len(patterns) > MOST_PARTS:
+def _alike(rows: np.ndarray, channels: int, along: int) -> list[np.ndarray] | None:
+    """Groups of columns (rows) of one pattern, each of which is separated; None where that are too many."""
+    pattern = np.where(rows < 0, -1, rows // channels if along == 1 else rows % channels)
+    kinds, first, group = np.unique(pattern, axis=along, return_index=True, return_inverse=True)
+    if kinds.shape[along] > MOST_PARTS:
         return None
-    groups = [np.flatnonzero(group.reshape(-1) == i) for i in range(len(patterns))]
-    return groups if all(_separated(rows[group], channels) is not None for group in groups) else None
+    parts = [np.flatnonzero(group.reshape(-1) == i) for i in np.argsort(first)]
+    pieces = [rows[:, part] if along == 1 else rows[part] for part in parts]
+    return parts if all(_separated(piece, channels) is not None for piece in pieces) else None
 
 
 def _gathered(site: Site, layer: Layer, row: np.ndarray, column: np.ndarray, shape: Shape) -> Layer:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qdeploy.exporter.elements import BATCH, channel_axis
 from qdeploy.exporter.layers import Concat, Layer, LearnedWeight, Pad, Position
 from qdeploy.exporter.lowering.attention import Scores, reshaped_scores
-from qdeploy.exporter.lowering.moved import Moved, Value, arranged, image, index_of, layer_of, seen
+from qdeploy.exporter.lowering.moved import Moved, Value, arranged, has_channels, image, index_of, layer_of, seen
 from qdeploy.exporter.lowering.site import Site, float64
 
 HOLE = np.iinfo(np.int64).min
@@ -68,17 +68,15 @@ def pad(site: Site, x: Value, padding: list[int], mode: str = "constant", value:
     if value not in (None, 0):
         site.fail("padding by the constant 0", f"padding by {value}")
     left, right, top, bottom, *rest = [int(p) for p in padding] + [0] * (4 - len(padding))
-    if index_of(x).ndim == 4 and not any(rest) and min(left, right, top, bottom) >= 0 and _has_channels_first(x):
+    if not any(padding):
+        return x
+    if len(site.sizes) == 4 and not any(rest) and min(left, right, top, bottom) >= 0 and has_channels(x, 1):
         return site.layer(Pad, [image(site, x)], padding=[top, left, bottom, right])
     padded = torch.nn.functional.pad(torch.from_numpy(index_of(x).copy()), padding, value=HOLE).numpy()
     if padded.shape[0] != BATCH:
         site.fail("padding of an image", "padding of the batch")
     zeros = np.broadcast_to(-1 - np.arange(BATCH).reshape(-1, *[1] * (padded.ndim - 1)), padded.shape)
     return Moved(layer_of(x), np.where(padded == HOLE, zeros, padded))
-
-
-def _has_channels_first(x: Value) -> bool:
-    return not isinstance(x, Moved) or len(x.layer.shape) == 3 and x.index.shape[1] == x.layer.shape[0]
 
 
 def concat(site: Site, tensors: list[Any], dim: int = 0) -> Value:

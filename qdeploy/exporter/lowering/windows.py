@@ -78,6 +78,15 @@ def adaptive_avg_pool2d(site: Site, x: Value, size: Any) -> Layer:
     return _resize(site, x, rows, columns)
 
 
+def adaptive_avg_pool1d(site: Site, x: Value, size: Any) -> Value:
+    if site.sizes[-1] == 1:
+        return _reduce(site, x, 2, True, "mean")
+    x = image(site, x)
+    rows, columns = _averages(x.shape[1], site.sizes[-1]), _averages(1, 1)
+    pooled = _resize(site, x, rows, columns)
+    return seen(pooled, numbered(pooled.shape)[..., 0])
+
+
 def adaptive_max_pool2d(site: Site, x: Value, size: Any) -> Layer:
     x = image(site, x)
     target = _adaptive_size(x, size)
