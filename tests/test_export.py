@@ -507,70 +507,49 @@ def test_a_network_of_zeros(path):
 
 
 UNSUPPORTED = {
-    "group_norm": (
-        nn.GroupNorm(2, 8),
-        r"an operator that the engine has \(conv2d, .*got GroupNorm \(only normali.*- at module `body`",
+    "rms_norm": (
+        nn.RMSNorm(6),
+        r"an operator that the engine has \(conv1d, .*got RMSNorm \(LayerNorm, .*- at module `body`",
     ),
     "softmax": (nn.Softmax(1), r"got softmax \(export the network that ends in logits; .* - at module `body`"),
-    "transposed": (nn.ConvTranspose2d(8, 8, 2), "got a transposed convolution - at module `body`"),
-    "reflect": (nn.ReflectionPad2d(1), "expected padding by the constant 0, got reflect padding - at module `body`"),
+    "transposed": (nn.ConvTranspose2d(8, 8, 2), r"got a transposed convolution \(a resize .* - at module `body`"),
+    "padding_by_one": (nn.ConstantPad2d(1, 1.0), "expected padding by the constant 0, got padding by 1.0 - at module"),
     "batch_statistics": (
         nn.BatchNorm2d(8, track_running_stats=False),
         r"BatchNorm with running statistics \(in eval mode, .*, got statistics of the batch - at module `body`",
     ),
-    "pixel_gate": (
-        lambda x: x * torch.sigmoid(x.mean(1, keepdim=True)),
-        r"2 things that it lacks: \(1\) one over dimensions \[1\] of 4 at module `mean` instead of a reduction over "
-        r"height, width or both; \(2\) \[8, 6, 6\] and \[1, 6, 6\] at module `mul` instead of two tensors of one shape",
+    "maximum_of_channels": (
+        lambda x: x * torch.sigmoid(x.amax(1, keepdim=True)),
+        r"expected a reduction over height, width or both, got a maximum over dimensions \[1\] of 4 - at module `amax`",
     ),
-    "row_gate": (
-        lambda x: x * x.mean(3, keepdim=True),
-        r"two tensors of one shape or a gate of one number a channel, "
-        r"got \[8, 6, 6\] and \[8, 6, 1\] - at module `mul`",
-    ),
-    "expanded_sum": (
-        lambda x: x + x.mean((2, 3), keepdim=True).expand_as(x),
-        "an expanded tensor that goes straight into a product, got aten.add of it - at module `add`",
-    ),
-    "expanded_row": (
-        lambda x: x * x.mean(3, keepdim=True).expand_as(x),
-        r"a gate of one number a channel to expand, got \[8, 6, 1\] to \[8, 6, 6\] - at module `expand_as`",
-    ),
+    "mean_of_all": (lambda x: x * x.mean((1, 2, 3), keepdim=True), r"got one over dimensions \[1, 2, 3\] of 4 - at"),
     "power": (
         lambda x: x ** x.mean((2, 3), keepdim=True),
         "functions of one tensor, a sum or a product, got two tensors .* - at module `pow`",
     ),
-    "uneven": (nn.AdaptiveAvgPool2d(4), r"sizes that divide the input's, got \[6, 6\] to \[4, 4\] - at module `body`"),
+    "uneven": (
+        nn.AdaptiveMaxPool2d(4),
+        r"max pool to sizes that divide the input's, got \[6, 6\] to \[4, 4\] - at module `body`",
+    ),
     "prelu": (nn.PReLU(8), r"one number for the whole tensor, got a constant of shape \[8\] - at module `body`"),
-    "permute": (lambda x: x.permute(0, 2, 3, 1), r"got channels moved last \(NHWC\) - at module `permute`"),
-    "pixel_constant": (
-        lambda x: x + torch.ones(6, 6),
-        r"one number or one per channel, got shape \[6, 6\] - at module `add`",
+    "permute": (lambda x: x.permute(0, 2, 3, 1), "got one that takes rows into channels - at module `permute`"),
+    "rows_into_channels": (
+        lambda x: F.relu(x.permute(0, 2, 1, 3).reshape(-1, 8, 6, 6)) + x,
+        r"expected a move of whole rows \(pixels, tokens\) or whole channels, got .* - at module `add`",
     ),
-    "concat_rows": (
-        lambda x: torch.cat([x, x], 2),
-        "concatenation along dimension 1, got dimension 2 - at module `cat`",
+    "pixel_factor": (
+        lambda x: x * torch.arange(36.0).reshape(6, 6),
+        r"a factor that is one number or one per channel, got one of shape \[6, 6\] - at module `mul`",
     ),
-    "broadcast": (
-        lambda x: x + x.amax((2, 3), keepdim=True),
-        r"tensors of one shape, got \[8, 6, 6\] and \[8, 1, 1\] - at",
-    ),
+    "images_apart": (lambda x: x.flip(0), "expected an operator that keeps the .*batch .* - at module `flip`"),
     "matmul": (
         lambda x: x.flatten(1) @ torch.ones(288, 2),
         "got a matrix product outside a Linear - at module `matmul`",
     ),
-    "crop": (
-        lambda x: x[:, :, 1:],
-        r"x\[..., ::step\] of height or width, got a slice of dimension 2 - at module `slice`",
-    ),
-    "mean_of_channels": (
-        lambda x: x.mean(1),
-        r"height, width or both, got one over dimensions \[1\] of 4 - at module `mean`",
-    ),
     "undefined": (lambda x: torch.log(x - 100), "finite on the range of its input, got none at .* - at module `log`"),
     "five_dimensions": (
         lambda x: x.view(-1, 2, 4, 6, 6).sin(),
-        r"between operators, got \[N, 2, 4, 6, 6\] - at module `view`",
+        r"an output \[N, F\], \[N, T, D\] or \[N, C, H, W\], got \[N, 2, 4, 6, 6\] - at module `sin`",
     ),
     "two_outputs": (
         lambda x: (x, x + 1),
@@ -697,10 +676,9 @@ def test_bad_options(path):
             export(net, x, path, x, **arguments)
     with pytest.raises(InputError, match="expected an array or tensor, got str - at the example"):
         export(net, "image", path, x)
-    for example in (x.astype(np.float64), x[0], x[:0]):
-        with pytest.raises(
-            InputError, match=r"expected float32 \[N, C, H, W\] or \[N, F\] with N >= 1, got .* - at the example"
-        ):
+    shapes = r"float32 \[N, C, H, W\], \[N, T, D\] or \[N, F\], or token ids \[N, T\], with N >= 1"
+    for example in (x.astype(np.float64), x[None], x[:0], x.astype(np.int64)):
+        with pytest.raises(InputError, match=rf"expected {shapes}, got .* - at the example"):
             export(net, example, path, x)
     with pytest.raises(InputError, match="expected 5 class names, got 2 - at classes"):
         export(net, x, path, x, classes=["a", "b"])

@@ -81,8 +81,6 @@ PHASES: dict[str, Callable[[], Iterable[str]]] = {
 }
 BEHIND = {  # the phases that have the ops of version ENGINE
     "the engine, csrc/ops",
-    "export, qdeploy/exporter/fusion.py REWRITES",
-    "export, qdeploy/exporter/emit.py EMIT",
     "ONNX, qdeploy/onnx.py OPS",
     "GPU, qdeploy/gpu/program.py STEPS",
     "tests/builder.py, every_op",

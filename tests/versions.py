@@ -1,4 +1,4 @@
-"""The engine, the export, ONNX and GPU programs read less than the newest format version: what tests know of that.
+"""The engine, ONNX and GPU programs read less than the newest format version: what tests know of that.
 
 Where the two are the same again this file, and what uses it, is not needed any more.
 """

@@ -84,11 +84,19 @@ def value_of(node: fx.Node, index: np.ndarray, shape: Shape) -> Value | None:
     """That of a layer of this shape whose elements are in the tensor as `index`, of a whole batch, says; None where the
     batch is no dimension of the tensor."""
     count = math.prod(shape)
-    images = index.reshape(-1) // count
+    sizes = around_batch(index.reshape(-1) // count)
+    if sizes is None:
+        return None
+    outer, inner = sizes
+    first = index.reshape(outer, BATCH, inner)[:, 0]
+    return Value(node, places_of(first, count), outer * inner, outer)
+
+
+def around_batch(images: np.ndarray) -> tuple[int, int] | None:
+    """The sizes before and behind the batch where these are the images, in order of memory; None where the batch is no
+    dimension or not in order."""
     inner = int(np.argmax(images != images[0]))
-    if inner == 0 or index.size % (BATCH * inner):
+    if inner == 0 or images.size % (BATCH * inner):
         return None
-    by_image = index.reshape(-1, BATCH, inner)
-    if (by_image // count != np.arange(BATCH)[:, None]).any():
-        return None
-    return Value(node, places_of(by_image[:, 0], count), index.size // BATCH, by_image.shape[0])
+    in_order = (images.reshape(-1, BATCH, inner) == np.arange(BATCH)[:, None]).all()
+    return (images.size // (BATCH * inner), inner) if in_order else None

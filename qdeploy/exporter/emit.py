@@ -28,6 +28,7 @@ from qdeploy.exporter.layers import (
     Norm,
     Position,
     Quantize,
+    Rescale,
     Resize,
     Table,
     Weighted,
@@ -121,6 +122,13 @@ def _emit_add(node: Node, layer: Add, inputs: list[Grid], out: Grid, is_float: b
     node.attributes |= {"multipliers": multipliers, "bias": float(_f32(bias))}
     reach = sum(grid.most * abs(m) for m, grid in zip(multipliers, inputs, strict=True))
     _check_bound(layer, np.array([reach + abs(bias)]), is_float)
+
+
+def _emit_rescale(node: Node, layer: Rescale, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    multiplier = float(_f32(layer.scale[0] * inputs[0].scale / out.scale))
+    bias = layer.shift[0] / out.scale + out.zero_point - multiplier * inputs[0].zero_point
+    node.attributes |= {"multiplier": multiplier, "bias": float(_f32(bias))}
+    _check_bound(layer, np.array([inputs[0].most * abs(multiplier) + abs(bias)]), is_float)
 
 
 def _emit_mul(node: Node, layer: Mul, inputs: list[Grid], out: Grid, is_float: bool) -> None:
@@ -246,6 +254,7 @@ EMIT: dict[str, Callable[[Node, Any, list[Grid], Grid, bool], None]] = {
     "linear": _emit_weighted,
     "add": _emit_add,
     "mul": _emit_mul,
+    "rescale": _emit_rescale,
     "avg_pool2d": _emit_avg_pool2d,
     "max_pool2d": _emit_max_pool2d,
     "table": _emit_table,

@@ -27,8 +27,10 @@ from qdeploy.exporter.layers import (
     MaxPool2d,
     Mul,
     Network,
+    Norm,
     Pad,
     Position,
+    Rescale,
     Reshape,
     Scaled,
     Table,
@@ -57,9 +59,13 @@ def fuse(network: Network) -> Network:
 def _make_names_unique(network: Network) -> None:
     """Of a module used twice, or of two operators, the second is name#2. A move leaves the plain name to others."""
     taken: dict[str, int] = {}
-    for layer in sorted(network.layers, key=lambda layer: layer.same_grid and not isinstance(layer, MaxPool2d)):
+    for layer in sorted(network.layers, key=_only_moves):
         taken[layer.name] = count = taken.get(layer.name, 0) + 1
         layer.name = layer.name if count == 1 else f"{layer.name}#{count}"
+
+
+def _only_moves(layer: Layer) -> bool:
+    return layer.same_grid and not (isinstance(layer, MaxPool2d) and layer.window["kernel"] != [1, 1])
 
 
 def _remove_unused(network: Network) -> None:
@@ -268,6 +274,11 @@ def _express_function(network: Network, layer: Layer) -> None:
 
 def _express_affine(network: Network, layer: Affine) -> None:
     """A table where it is one function; else a 1x1 depthwise convolution, whose multipliers do it."""
+    if layer.uniform and any(isinstance(user, (Norm, Position)) for user in network.users(layer)):
+        fields = {"scale": layer.scale[:1], "shift": layer.shift[:1]}
+        bounds = (layer.low, layer.high)
+        network.replace(layer, Rescale(layer.name, layer.inputs, layer.shape, layer.value, *bounds, **fields))
+        return
     if layer.uniform:
         _express_function(network, layer)
         return

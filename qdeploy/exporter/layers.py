@@ -170,6 +170,12 @@ class Affine(Scaled):
         return bool(np.ptp(self.scale) == 0 and np.ptp(self.shift) == 0)
 
 
+class Rescale(Affine):
+    """A uniform one before a norm or a position: it keeps the 16 bits of a stream."""
+
+    op = "rescale"
+
+
 @dataclass(eq=False, kw_only=True)
 class AvgPool2d(Scaled):
     op = "avg_pool2d"

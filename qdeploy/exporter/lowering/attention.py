@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qdeploy.exporter.elements import BATCH
+from qdeploy.exporter.elements import BATCH, around_batch
 from qdeploy.exporter.layers import Attention, Layer
 from qdeploy.exporter.lowering.moved import Value, index_of, layer_of, regrouped, seen
 from qdeploy.exporter.lowering.site import OPERATOR, Site, float64
@@ -153,7 +153,7 @@ def _by_image(site: Site, x: Value) -> tuple[np.ndarray, np.ndarray]:
     images = flat // size
     order = np.argsort(images[:, 0, 0], kind="stable")
     local = (flat % size)[order]
-    alike = flat.min() >= 0 and (images == images[:, :1, :1]).all() and len(flat) % BATCH == 0
+    alike = flat.min() >= 0 and (images == images[:, :1, :1]).all() and around_batch(images[:, 0, 0]) is not None
     parts = local.reshape(BATCH, -1, *local.shape[1:]) if alike else None
     if parts is None or (parts != parts[:1]).any():
         site.fail("attention within each image", "one over several")

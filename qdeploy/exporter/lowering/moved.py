@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qdeploy.exporter.elements import BATCH, in_order_of_torch, numbered, with_channels
+from qdeploy.exporter.elements import BATCH, around_batch, in_order_of_torch, numbered, with_channels
 from qdeploy.exporter.layers import Concat, Gather, Image, Layer, MaxPool2d, Reshape, Tokens
 from qdeploy.exporter.lowering.site import Site
 from qdeploy.graph import Shape
@@ -60,8 +60,9 @@ def image(site: Site, x: Value) -> Layer:
     if isinstance(x, Layer) and len(x.shape) == 3:
         return x
     shape = index_of(x).shape
-    if len(shape) not in (3, 4):
-        site.fail("a tensor [N, C, H, W] or [N, C, L]", f"one of {len(shape)} dimensions")
+    if len(shape) not in (3, 4) or shape[0] != BATCH:
+        got = f"one of {len(shape)} dimensions" if shape[0] == BATCH else "one that has more in dimension 0"
+        site.fail("a tensor [N, C, H, W] or [N, C, L]", got)
     return arranged(site, x, 1, (*shape[1:], 1)[:3])[0]
 
 
@@ -129,9 +130,7 @@ def _by_rows(x: Value, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
     flat = index.reshape(-1, index.shape[-1])
     images = np.where(flat < 0, -1 - flat, flat // size)
     order = np.argsort(images[:, 0], kind="stable")
-    if (images != images[:, :1]).any() or len(flat) % BATCH:
-        return None
-    if (images[order, 0].reshape(BATCH, -1) != np.arange(BATCH)[:, None]).any():
+    if (images != images[:, :1]).any() or around_batch(images[:, 0]) is None:
         return None
     local = np.where(flat < 0, -1, flat % size)[order].reshape(BATCH, -1, flat.shape[1])
     return (local[0], order) if (local == local[0]).all() else None

@@ -95,11 +95,11 @@ def concat(site: Site, tensors: list[Any], dim: int = 0) -> Value:
 
 
 def _joined(site: Site, tensors: list[Value], dim: int) -> Value:
-    """Of tensors that are no plain activations: their channels are the dimension that is joined, or the last one, or
-    the first where all are images."""
+    """Of tensors that are no plain activations, or along rows. Their channels are the dimension behind the batch where
+    that is so for all, else the last one."""
     rank, images = len(site.sizes), all(len(layer_of(x).shape) == 3 for x in tensors)
-    by_channels = dim in (1, rank - 1) if images else dim == rank - 1
-    axis = dim if by_channels else rank - 1
+    axis = 1 if all(has_channels(x, 1) for x in tensors) else rank - 1
+    by_channels = dim == axis
     pieces, placed, first = [], [], 0
     for x in tensors:
         sizes = index_of(x).shape
