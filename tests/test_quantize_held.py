@@ -570,10 +570,10 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
-        self.line, self.norm, self.fc = nn.ConvTranspose1d(8, 8, 3), nn.RMSNorm(8), nn.Linear(8, 5)
+        self.line, self.norm, self.fc = nn.LocalResponseNorm(2), nn.RMSNorm(36), nn.Linear(8, 5)
 
     def forward(self, x):
-        return self.fc(self.norm(self.line(self.stem(x).flatten(2)).mean(2)))
+        return self.fc(self.norm(self.line(self.stem(x)).flatten(2)).mean(2))
 
 
 def test_what_cannot_be_exported_is_said_at_once():
@@ -581,7 +581,7 @@ def test_what_cannot_be_exported_is_said_at_once():
     with pytest.warns(UserWarning) as found:
         quantize_(Odd(), 7)
     assert [str(one.message) for one in found] == [
-        "expected a network that qdeploy.export can write (this one only trains), got `line` (ConvTranspose1d); "
+        "expected a network that qdeploy.export can write (this one only trains), got `line` (LocalResponseNorm); "
         "`norm` (RMSNorm) - at quantize_"
     ]
     assert found[0].filename == __file__

@@ -14,6 +14,7 @@ biases and all scales go into one multiplier and one bias per channel, computed 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +28,10 @@ from qdeploy import format, reference
 from qdeploy.checks import check_name
 from qdeploy.errors import ExportError, InputError, ModelError
 from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
+from qdeploy.exporter.dry_run import check_graph
 from qdeploy.exporter.emit import check_shapes, emit
 from qdeploy.exporter.fusion import fuse
-from qdeploy.exporter.layers import Network
+from qdeploy.exporter.layers import Network, Norm
 from qdeploy.exporter.lowering import lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
@@ -157,6 +159,7 @@ def _exported(
             networks.append(_fused(net, example))
             quantize_weights(networks[-1], classifier(net), options.fallback_bits)
     classes = _checked_classes(options.classes, networks)
+    _doubt_observer(options.observer, networks)
     grids = [Grids(network, options.observer) for network in networks]
     images = observe(grids, calibration, example.numpy(), preprocess, images_to_compare(networks))
     members = []
@@ -188,9 +191,16 @@ def _graph(
 
 
 def check(net: nn.Module, example: Tensor | np.ndarray) -> None:
-    """Raises ExportError for all that `export` of `net` for inputs like `example` would stop at, with the modules, but
-    for what depends on weights and calibration data. Takes about as long as a few forward passes."""
-    _fused(net, _checked_example(example))
+    """Says before any training whether `export` can write `net`: raises ExportError for all that it would stop at.
+
+    One line names every operator that the engine lacks, with its modules and what could be done, not the first one
+    alone. What depends on trained weights and on calibration data is not looked at. Takes about as long as a few
+    forward passes, and leaves `net` as it was.
+
+    Args:
+        net, example: as for `export`; only the example's shape and type matter.
+    """
+    check_graph(_fused(net, _checked_example(example)))
 
 
 def rehearse(net: nn.Module, example: Tensor | np.ndarray, calibration: object, **options: Any) -> None:
@@ -247,6 +257,12 @@ def check_observer(observer: str) -> None:
     """Raise InputError unless `export` knows it."""
     if observer not in OBSERVERS:
         raise InputError(f"expected observer {', '.join(OBSERVERS)}, got {observer!r} - at export")
+
+
+def _doubt_observer(observer: str, networks: list[Network]) -> None:
+    if observer != "minmax" and any(isinstance(layer, Norm) for network in networks for layer in network.layers):
+        expected = "observer minmax for a network with norms (few tokens far from all others carry it, 15 dB)"
+        warnings.warn(f"expected {expected}, got {observer} - at export", stacklevel=4)
 
 
 def _checked_example(example: Tensor | np.ndarray) -> Tensor:
