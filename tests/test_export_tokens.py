@@ -1,4 +1,4 @@
-"""Networks of tokens: vision transformers, windows, texts. Emulated exactly but for the 15 bits of attention weights."""
+"""Networks of tokens: vision transformers, windows, texts. The emulation does not round the weights of attention."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def by_operator(q, k, v):
 
 
 def by_products(q, k, v):
-    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    weights = q @ k.transpose(-2, -1)  # of queries that are scaled already
     return F.dropout(weights.softmax(-1), 0.1, training=False) @ v
 
 
@@ -67,6 +67,7 @@ def vision(attend, node):
         x = net.q("cat", x)
         y = net.q("ln1", net.ln1(x))
         q, k, v = net.qkv(y).chunk(3, 2)
+        q = q * (WIDTH // HEADS) ** -0.5 if attend is by_products else q
         q, k, v = (heads(net.q(name, part)) for name, part in zip(("qkv", "qkv#2", "qkv#3"), (q, k, v), strict=True))
         y = net.q(node, merged(attend(q, k, v)))
         x = net.q("proj", x + net.proj(y) * net.gamma.to(x.dtype))
@@ -125,9 +126,8 @@ def test_multihead_attention(batch_first, options, path):
     x = images((3, 16, 16))
     report = export(net, x[:1], path, x)
     graph = format.load(path)
-    assert ops(graph) == ["conv2d", "norm", "tokens", *["linear"] * 3, "attention", "linear", "mean", "linear"] or ops(
-        graph
-    ) == ["conv2d", "tokens", "norm", *["linear"] * 3, "attention", "linear", "mean", "linear"]
+    made = ops(graph)
+    assert made.count("linear") == 4 and made.count("attention") == 1 and "gather" not in made and "add" not in made
     assert report.output_sqnr_db > 25
     quantizer = quantizers(net)["attention.in_proj_weight"]
     original = net.attention.parametrizations.in_proj_weight.original

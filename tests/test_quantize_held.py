@@ -570,7 +570,7 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
-        self.line, self.norm, self.fc = nn.LocalResponseNorm(2), nn.RMSNorm(36), nn.Linear(8, 5)
+        self.line, self.norm, self.fc = nn.LocalResponseNorm(2), nn.RMSNorm(144), nn.Linear(8, 5)
 
     def forward(self, x):
         return self.fc(self.norm(self.line(self.stem(x)).flatten(2)).mean(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,33 @@ def _by_rows(x: Any, source: Layer, shape: tuple[int, ...], value: Any) -> Layer
     return kind(x.name, [source], shape, value, x.low, x.high, **fields)
 
 
+def _view_first(network: Network, view: Tokens | Image) -> bool:
+    """Another form of what a layer makes row by row is what it makes of the other form: the view then stands between no
+    projection and its residual."""
+    x = view.inputs[0]
+    if network.only_user(x) is not view or not isinstance(x, (Conv2d, Linear)) or len(x.inputs) != 1:
+        return False
+    if not _is_by_rows(x):
+        return False
+    source = x.inputs[0]
+    first = type(view)(view.name, [source], with_channels(view.shape, channels_of(source.shape)), source.value)
+    value = x.value.of(np.arange(math.prod(x.shape)), x.shape)
+    layer = _by_rows(x, first, view.shape, value)
+    network.replace(view, layer)
+    network.layers.insert(network.layers.index(layer), first)
+    network.layers.remove(x)
+    return True
+
+
+def _share_view(network: Network, view: Tokens | Image) -> bool:
+    for other in network.users(view.inputs[0]):
+        if other is not view and type(other) is type(view) and other.shape == view.shape:
+            first, second = sorted((view, other), key=network.layers.index)
+            network.replace(second, first)
+            return True
+    return False
+
+
 def _merge_views(network: Network, view: Tokens | Image) -> bool:
     """There and back is nothing; a gather gives either form."""
     x = view.inputs[0]
@@ -141,6 +169,6 @@ def _not_at_all(network: Network, gather: Gather) -> bool:
 
 MOVES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
     "gather": (_not_at_all, _merge_gathers, _share, _into_weight, _before_rows),
-    "tokens": (_merge_views,),
-    "image": (_merge_views,),
+    "tokens": (_merge_views, _share_view, _view_first),
+    "image": (_merge_views, _share_view, _view_first),
 }

@@ -52,6 +52,15 @@ def is_bijective(index: np.ndarray, layer: Layer) -> bool:
     return bool((np.bincount(index.reshape(-1), minlength=count) == 1).all())
 
 
+def batch_axis(index: np.ndarray, layer: Layer) -> int:
+    """The dimension that is the batch, or -1 where none is it alone."""
+    sizes = around_batch(index.reshape(-1) // math.prod(layer.shape))
+    found = [
+        d for d in range(index.ndim) if sizes and math.prod(index.shape[:d]) == sizes[0] and index.shape[d] == BATCH
+    ]
+    return found[-1] if found else -1
+
+
 # ---- As an activation ------------------------------------------------------------------------------------------------
 
 
@@ -84,18 +93,39 @@ def settled(site: Site, x: Value) -> tuple[Layer, np.ndarray | None]:
 
 
 def natural(site: Site, x: Moved) -> tuple[Layer, np.ndarray]:
-    """As `arranged`, with the dimension as channels that costs least."""
+    """The rows and channels of the layer that x has, in the layer's order; and where they are in x. As `arranged`, by
+    the dimension that costs least, where x has zeros, or a part of the rows in other channels than another part."""
+    count = math.prod(x.layer.shape)
+    used = np.unique(x.index[x.index < count])
+    row, column = (np.unique(part) for part in np.divmod(used, channels_of(x.layer.shape)))
+    if x.index.min() < 0 or used.size != row.size * column.size:
+        return _by_dimension(site, x)
+    rows = row[:, None] * channels_of(x.layer.shape) + column
+    layer = regrouped(site, x.layer, rows, _part(x.layer.shape, row, len(column)))
+    images, local = np.divmod(x.index, count)
+    return layer, images * used.size + np.searchsorted(used, local)
+
+
+def _part(shape: Shape, row: np.ndarray, channels: int) -> Shape:
+    """Of these rows of an activation: an image where they are whole rows and columns of pixels."""
+    if len(shape) == 1:
+        return (channels,)
+    if len(shape) == 3:
+        height, width = (np.unique(part) for part in np.divmod(row, shape[2]))
+        if len(height) * len(width) == len(row):
+            return (channels, len(height), len(width))
+    return (len(row), channels)
+
+
+def _by_dimension(site: Site, x: Moved) -> tuple[Layer, np.ndarray]:
     rank = x.index.ndim
     axes = [1, *range(rank - 1, 1, -1)] if len(x.layer.shape) == 3 else [*range(rank - 1, 0, -1)]
     axis = next((axis for axis in axes if has_channels(x, axis)), axes[0])
     lead = [size for i, size in enumerate(x.index.shape) if i not in (0, axis)]
     channels = x.index.shape[axis]
-    if rank == 2:
-        shape: Shape = (channels,)
-    elif len(x.layer.shape) == 3 and len(lead) <= 2:
+    shape: Shape = (math.prod(lead), channels)[-min(rank - 1, 2) :]
+    if len(x.layer.shape) == 3 and 0 < len(lead) <= 2:
         shape = (channels, *lead, *[1] * (2 - len(lead)))
-    else:
-        shape = (math.prod(lead), channels)
     return arranged(site, x, axis, shape)
 
 

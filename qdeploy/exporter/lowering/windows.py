@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from qdeploy.exporter.elements import numbered
 from qdeploy.exporter.layers import AvgPool2d, Band, Codes, Conv2d, Layer, MaxPool2d, Mean, Resize
-from qdeploy.exporter.lowering.moved import Value, arranged, image, index_of, layer_of, seen
+from qdeploy.exporter.lowering.moved import Value, arranged, batch_axis, image, index_of, layer_of, seen
 from qdeploy.exporter.lowering.site import Site
 from qdeploy.exporter.lowering.weighted import pairs
 
@@ -174,9 +174,14 @@ def _band(matrix: np.ndarray) -> Band:
 
 def _reduce(site: Site, x: Value, dims: Any, keep: bool, kind: str) -> Value:
     """Maximum, sum or mean of height, width or both, of the tokens, or (no maximum) of the channels of an image."""
-    sizes = index_of(x).shape
-    rank = len(sizes)
+    rank = len(index_of(x).shape)
     reduced = {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]) if d is not None}
+    if (batch := batch_axis(index_of(x), layer_of(x))) > 0:  # [T, N, D]
+        first = seen(layer_of(x), np.moveaxis(index_of(x), batch, 0))
+        pooled = _reduce(site, first, [0 if d == batch else d + (d < batch) for d in reduced], keep, kind)
+        behind = batch if keep else batch - sum(d < batch for d in reduced)
+        return seen(layer_of(pooled), np.moveaxis(index_of(pooled), 0, behind))
+    sizes = index_of(x).shape
     free = [d for d in range(1, rank) if d not in reduced]
     if not reduced or 0 in reduced or rank not in (3, 4):
         site.fail("a reduction over height, width or both", f"one over dimensions {sorted(reduced) or 'all'} of {rank}")
