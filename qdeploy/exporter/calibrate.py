@@ -163,8 +163,7 @@ def _streams(network: Network, bundle_of: dict[Layer, list[Layer]]) -> set[Layer
         if any(isinstance(x, (Norm, Position)) or x in leads and _passes(x, layer) for x in readers):
             leads.add(layer)
     for bundle in {id(bundle): bundle for bundle in bundle_of.values()}.values():
-        readers = [(x, source) for source in bundle for x in network.users(source)]
-        fits = all(_may_write(x) for x in bundle) and all(_may_read(x, source) for x, source in readers)
+        fits = all(_may_write(x) and all(_may_read(reader, x) for reader in network.users(x)) for x in bundle)
         if fits and any(layer in leads for layer in bundle):
             found.update(bundle)
     return found

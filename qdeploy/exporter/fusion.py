@@ -275,9 +275,8 @@ def _express_function(network: Network, layer: Layer) -> None:
 def _express_affine(network: Network, layer: Affine) -> None:
     """A table where it is one function; else a 1x1 depthwise convolution, whose multipliers do it."""
     if layer.uniform and any(isinstance(user, (Norm, Position)) for user in network.users(layer)):
-        fields = {"scale": layer.scale[:1], "shift": layer.shift[:1]}
-        bounds = (layer.low, layer.high)
-        network.replace(layer, Rescale(layer.name, layer.inputs, layer.shape, layer.value, *bounds, **fields))
+        own = (layer.name, layer.inputs, layer.shape, layer.value, layer.low, layer.high)
+        network.replace(layer, Rescale(*own, scale=layer.scale[:1], shift=layer.shift[:1]))
         return
     if layer.uniform:
         _express_function(network, layer)

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from qdeploy.exporter.elements import with_channels
-from qdeploy.exporter.layers import Conv2d, Gather, Image, Layer, LearnedWeight, Linear, Network, Tokens, Weighted
+from qdeploy.exporter.elements import Value, with_channels
+from qdeploy.exporter.layers import (
+    Codes,
+    Conv2d,
+    Gather,
+    Image,
+    Layer,
+    LearnedWeight,
+    Linear,
+    Network,
+    Norm,
+    Table,
+    Tokens,
+    Weighted,
+)
+from qdeploy.graph import Shape
 from qdeploy.ops.op import channels_of, rows_of
 
 
 def _share(network: Network, gather: Gather) -> bool:
     """Two of one tensor by one index are one."""
     for other in network.users(gather.inputs[0]):
-        same = isinstance(other, Gather) and (other.axis, other.shape) == (gather.axis, gather.shape)
-        if same and other is not gather and np.array_equal(other.index, gather.index):
+        if not isinstance(other, Gather) or other is gather:
+            continue
+        same = (other.axis, other.shape) == (gather.axis, gather.shape)
+        if same and np.array_equal(other.index, gather.index):
             first, second = sorted((gather, other), key=network.layers.index)
             network.replace(second, first)
             return True
@@ -28,14 +45,12 @@ def _into_weight(network: Network, gather: Gather) -> bool:
     """Channels of a layer whose weight makes them are a layer with these rows of the weight: q, k and v of one linear
     layer, the halves of a split."""
     x = gather.inputs[0]
-    if gather.axis != "channels" or gather.index.min() < 0 or not _makes_channels(x):
+    if gather.axis != "channels" or not _makes_channels(x) or x is network.output:
         return False
-    users = network.users(x)
-    if x is network.output or not all(isinstance(user, Gather) and user.axis == "channels" for user in users):
+    parts = [user for user in network.users(x) if isinstance(user, Gather) and user.axis == "channels"]
+    taken = np.concatenate([part.index for part in parts])
+    if len(parts) < len(network.users(x)) or taken.min() < 0 or len(taken) > channels_of(x.shape):
         return False
-    if sum(len(user.index) for user in users if isinstance(user, Gather)) > x.channels:
-        return False
-    parts = [user for user in users if isinstance(user, Gather)]
     for part in parts:
         network.replace(part, _channels_of(x, part))
     network.layers.remove(x)
@@ -53,45 +68,52 @@ def _channels_of(x: Any, part: Gather) -> Layer:
     weight = x.weight.of(index) if isinstance(x.weight, LearnedWeight) else x.weight[index]
     rows = rows_of(x.shape)
     value = x.value.of(np.arange(rows)[:, None] * channels_of(x.shape) + index, x.shape)
-    fields = {"weight": weight, "scale": x.scale[index], "shift": x.shift[index]}
-    if isinstance(x, Conv2d):
-        fields |= {"window": dict(x.window)}
-    return type(x)(x.name, list(x.inputs), part.shape, value, x.low, x.high, **fields)
+    scale, shift = x.scale[index], x.shift[index]
+    return replace(x, inputs=list(x.inputs), shape=part.shape, value=value, weight=weight, scale=scale, shift=shift)
 
 
 def _before_rows(network: Network, gather: Gather) -> bool:
     """A gather of rows goes before the layer that makes each row of one row, so that it stands between no projection
-    and its residual, and layers that read one tensor share one."""
+    and its residual, and layers that read one tensor share one; fewer rows also go before norms and tables."""
     x = gather.inputs[0]
     if gather.axis != "rows" or gather.index.min() < 0 or network.only_user(x) is not gather:
         return False
-    if not isinstance(x, (Conv2d, Linear)) or len(x.inputs) != 1 or not _is_by_rows(x):
+    fewer = len(gather.index) < rows_of(x.shape)
+    if not _is_by_rows(x) and not (fewer and (isinstance(x, Table) or isinstance(x, Norm) and x.groups is None)):
         return False
-    source = x.inputs[0]
-    moved = Gather(
-        *(gather.name, [source], with_channels(gather.shape, channels_of(source.shape)), source.value),
-        axis="rows",
-        index=gather.index,
-    )
     channels = channels_of(x.shape)
-    value = x.value.of(gather.index[:, None] * channels + np.arange(channels), x.shape)
-    layer = _by_rows(x, moved, gather.shape, value)
-    network.replace(gather, layer)
-    network.layers.insert(network.layers.index(layer), moved)
-    network.layers.remove(x)
+    taken = gather.index[:, None] * channels + np.arange(channels)
+    _swap(network, gather, x, x.value.of(taken, x.shape))
     return True
 
 
-def _is_by_rows(x: Weighted) -> bool:
+def _swap(network: Network, move: Any, x: Layer, value: Value) -> None:
+    """`move`, which reads x alone, in front of it; `value` is then that of x."""
+    source = x.inputs[0]
+    shape = with_channels(move.shape, channels_of(source.shape))
+    first = replace(move, inputs=[source], shape=shape, value=source.value)
+    layer = _by_rows(x, first, move.shape, value)
+    network.replace(move, layer)
+    network.layers.insert(network.layers.index(layer), first)
+    network.layers.remove(x)
+
+
+def _is_by_rows(x: Layer) -> bool:
+    """Whether it is a linear layer of each row, without a residual."""
+    if not isinstance(x, (Conv2d, Linear)) or len(x.inputs) != 1 or isinstance(x.weight, Codes):
+        return False
     if not isinstance(x, Conv2d):
         return len(x.shape) == 2
     window = x.window
-    return x.weight.shape[2:] == (1, 1) and window["stride"] == [1, 1] and not any(window["padding"])
+    plain = window["stride"] == [1, 1] and not any(window["padding"]) and window["groups"] == 1
+    return plain and x.weight.shape[2:] == (1, 1)
 
 
-def _by_rows(x: Any, source: Layer, shape: tuple[int, ...], value: Any) -> Layer:
+def _by_rows(x: Any, source: Layer, shape: Shape, value: Value) -> Layer:
     """x, of tokens or of an image as `shape` says."""
-    fields = {"weight": x.weight, "scale": x.scale, "shift": x.shift}
+    if not isinstance(x, Weighted):
+        return replace(x, inputs=[source], shape=shape, value=value)
+    fields: dict[str, Any] = {"weight": x.weight, "scale": x.scale, "shift": x.shift}
     kind: type[Weighted] = Conv2d if len(shape) == 3 else Linear
     rank = 4 if kind is Conv2d else 2
     if len(x.weight.shape) != rank:
@@ -99,8 +121,7 @@ def _by_rows(x: Any, source: Layer, shape: tuple[int, ...], value: Any) -> Layer
         learned = isinstance(x.weight, LearnedWeight)
         fields["weight"] = x.weight.reshaped(sizes) if learned else x.weight.reshape(sizes)
     if kind is Conv2d:
-        window = {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1}
-        fields |= {"window": x.window if isinstance(x, Conv2d) else window}
+        fields["window"] = {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1}
     return kind(x.name, [source], shape, value, x.low, x.high, **fields)
 
 
@@ -108,17 +129,9 @@ def _view_first(network: Network, view: Tokens | Image) -> bool:
     """Another form of what a layer makes row by row is what it makes of the other form: the view then stands between no
     projection and its residual."""
     x = view.inputs[0]
-    if network.only_user(x) is not view or not isinstance(x, (Conv2d, Linear)) or len(x.inputs) != 1:
+    if network.only_user(x) is not view or not _is_by_rows(x):
         return False
-    if not _is_by_rows(x):
-        return False
-    source = x.inputs[0]
-    first = type(view)(view.name, [source], with_channels(view.shape, channels_of(source.shape)), source.value)
-    value = x.value.of(np.arange(math.prod(x.shape)), x.shape)
-    layer = _by_rows(x, first, view.shape, value)
-    network.replace(view, layer)
-    network.layers.insert(network.layers.index(layer), first)
-    network.layers.remove(x)
+    _swap(network, view, x, x.value.of(np.arange(math.prod(x.shape)), x.shape))
     return True
 
 

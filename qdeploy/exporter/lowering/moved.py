@@ -35,6 +35,10 @@ def index_of(x: Value) -> np.ndarray:
     return x.index if isinstance(x, Moved) else numbered(x.shape)
 
 
+def sizes_of(x: Value) -> tuple[int, ...]:
+    return x.index.shape if isinstance(x, Moved) else (BATCH, *x.shape)
+
+
 def layer_of(x: Value) -> Layer:
     return x.layer if isinstance(x, Moved) else x
 
@@ -52,12 +56,12 @@ def is_bijective(index: np.ndarray, layer: Layer) -> bool:
     return bool((np.bincount(index.reshape(-1), minlength=count) == 1).all())
 
 
-def batch_axis(index: np.ndarray, layer: Layer) -> int:
+def batch_axis(x: Value) -> int:
     """The dimension that is the batch, or -1 where none is it alone."""
-    sizes = around_batch(index.reshape(-1) // math.prod(layer.shape))
-    found = [
-        d for d in range(index.ndim) if sizes and math.prod(index.shape[:d]) == sizes[0] and index.shape[d] == BATCH
-    ]
+    if isinstance(x, Layer):
+        return 0
+    sizes, around = x.index.shape, around_batch(x.index.reshape(-1) // math.prod(x.layer.shape))
+    found = [d for d, size in enumerate(sizes) if around and size == BATCH and math.prod(sizes[:d]) == around[0]]
     return found[-1] if found else -1
 
 

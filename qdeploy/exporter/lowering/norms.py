@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qdeploy.exporter.elements import BATCH
+from qdeploy.exporter.elements import numbered
 from qdeploy.exporter.layers import Layer, Norm
 from qdeploy.exporter.lowering.elementwise import batch_norm
-from qdeploy.exporter.lowering.moved import Value, image, index_of, seen
+from qdeploy.exporter.lowering.moved import Value, image, seen, sizes_of
 from qdeploy.exporter.lowering.site import Site, float64
 from qdeploy.exporter.lowering.weighted import by_rows
 from qdeploy.graph import Shape
@@ -42,10 +42,10 @@ def layer_norm(
 
 def _whole(site: Site, x: Value, sizes: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Value:
     """Over channels and rows, [C, H, W]: a group norm of one group, where it has one gain for all."""
-    if index_of(x).shape[1:] != tuple(sizes) or any(t is not None and t.min() != t.max() for t in (weight, bias)):
+    if sizes_of(x)[1:] != tuple(sizes) or any(t is not None and t.min() != t.max() for t in (weight, bias)):
         site.fail("LayerNorm over channels, or over [C, H, W] with one gain for all", f"one over {sizes}")
     gains = [None if t is None else t.reshape(-1)[:1].expand(sizes[0]) for t in (weight, bias)]
-    return group_norm(site, x, 1, *gains, eps)
+    return group_norm(site, x, 1, gains[0], gains[1], eps)
 
 
 def group_norm(
@@ -57,14 +57,12 @@ def group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Value:
-    x, sizes = image(site, x), index_of(x).shape
-    _check(site, math.prod(x.shape) // groups)
-    index = None
-    if len(sizes) == 3:
-        channels, length, _ = x.shape
-        index = (np.arange(BATCH)[:, None, None] * length + np.arange(length)) * channels + np.arange(channels)[:, None]
-    gain = _gain(x.shape[0], weight, bias)
-    return seen(site.layer(Norm, [x], x.shape, index, groups=groups, epsilon=float(eps), **gain), index)
+    layer = image(site, x)
+    _check(site, math.prod(layer.shape) // groups)
+    index = numbered(layer.shape)[..., 0] if len(sizes_of(x)) == 3 else None
+    gain = _gain(layer.shape[0], weight, bias)
+    normed = site.layer(Norm, [layer], layer.shape, index, groups=groups, epsilon=float(eps), **gain)
+    return seen(normed, index)
 
 
 def instance_norm(
@@ -82,7 +80,7 @@ def instance_norm(
     """With running statistics it is a BatchNorm."""
     if not use_input:
         return batch_norm(site, x, weight, bias, mean, variance, False, momentum, eps)
-    return group_norm(site, x, index_of(x).shape[1], weight, bias, eps)
+    return group_norm(site, x, sizes_of(x)[1], weight, bias, eps)
 
 
 def _gain(channels: int, weight: Tensor | None, bias: Tensor | None) -> dict[str, np.ndarray]:

@@ -102,11 +102,9 @@ class Site:
     ) -> L:
         """A layer whose output is the result of the operator; `places` says which element is where in it."""
         shape = self.shape if shape is None else shape
-        value: Value | None = Value(self.node)
-        if places is not None:
-            value = value_of(self.node, places, shape)
-            if value is None:
-                self.fail("an operator that keeps the batch apart", "one that mixes it with other dimensions")
+        value = Value(self.node) if places is None else value_of(self.node, places, shape)
+        if value is None:
+            self.fail("an operator that keeps the batch apart", "one that mixes it with other dimensions")
         layer = kind(self.module, inputs, shape, value, **fields)
         self.layers.append(layer)
         return layer

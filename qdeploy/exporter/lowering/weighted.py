@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qdeploy.exporter.elements import BATCH, with_channels
+from qdeploy.exporter.elements import BATCH, numbered, with_channels
 from qdeploy.exporter.layers import Conv2d, Embedding, Input, Layer, LearnedWeight, Linear
 from qdeploy.exporter.lowering.moved import Value, arranged, image, index_of, layer_of, seen, vector
 from qdeploy.exporter.lowering.site import Site, float64
@@ -50,11 +50,12 @@ def conv1d(
 ) -> Value:
     """As a convolution of [C, L, 1] by a kernel [K, 1]."""
     tall = weight.reshaped((*weight.shape, 1)) if isinstance(weight, LearnedWeight) else weight.unsqueeze(-1)
-    beside = [padding if isinstance(padding, str) else [*_one(padding), 0]]
+    beside = padding if isinstance(padding, str) else [*_one(padding), 0]
     channels, length = site.shape
-    index = (np.arange(BATCH)[:, None, None] * length + np.arange(length)) * channels + np.arange(channels)[:, None]
-    options = ([*_one(stride), 1], *beside, [*_one(dilation), 1], groups)
-    return seen(_conv(site, image(site, x), (channels, length, 1), tall, bias, *options, index), index)
+    tiles, gaps = [*_one(stride), 1], [*_one(dilation), 1]
+    shape = (channels, length, 1)
+    index = numbered(shape)[..., 0]
+    return seen(_conv(site, image(site, x), shape, tall, bias, tiles, beside, gaps, groups, index), index)
 
 
 def _one(value: Any) -> list[int]:

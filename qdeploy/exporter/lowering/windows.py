@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from qdeploy.exporter.elements import numbered
 from qdeploy.exporter.layers import AvgPool2d, Band, Codes, Conv2d, Layer, MaxPool2d, Mean, Resize
-from qdeploy.exporter.lowering.moved import Value, arranged, batch_axis, image, index_of, layer_of, seen
+from qdeploy.exporter.lowering.moved import Value, arranged, batch_axis, image, index_of, layer_of, seen, sizes_of
 from qdeploy.exporter.lowering.site import Site
 from qdeploy.exporter.lowering.weighted import pairs
 
@@ -127,16 +127,13 @@ def upsample(site: Site, x: Value, size: Any, *options: Any) -> Layer:
     target, (align, *factors) = site.target, options
 
     def axis(of: int, to: int, place: int) -> tuple[np.ndarray, float]:
-        sizes, scale = [of, of], [None, None]
-        sizes[place] = to
-        if factors and factors[0] is not None:
-            scale = [1.0, 1.0]
-            scale[place] = float(factors[0][place])
-        units = torch.eye(of, dtype=torch.float64).reshape(*((of, of, 1) if place == 0 else (of, 1, of)))[None]
+        units = torch.eye(of, dtype=torch.float64).reshape((1, of, of, 1) if place == 0 else (1, of, 1, of))
         units = units.expand(1, of, of, of).contiguous()
-        given = (None, align, scale) if factors and factors[0] is not None else (sizes, align, None)
-        resized = target(units, *given)[0]
-        real = (resized[:, :, 0] if place == 0 else resized[:, 0, :]).numpy().T
+        if factors and factors[0] is not None:
+            resized = target(units, None, align, [float(factors[0][place]) if i == place else 1.0 for i in (0, 1)])
+        else:
+            resized = target(units, [to if i == place else of for i in (0, 1)], align, None)
+        real = resized[0].select(2 - place, 0).numpy().T
         return _in_bits(real), 2.0**-RESIZE_BITS
 
     return _resize(site, x, axis(x.shape[1], height, 0), axis(x.shape[2], width, 1))
@@ -174,51 +171,52 @@ def _band(matrix: np.ndarray) -> Band:
 
 def _reduce(site: Site, x: Value, dims: Any, keep: bool, kind: str) -> Value:
     """Maximum, sum or mean of height, width or both, of the tokens, or (no maximum) of the channels of an image."""
-    rank = len(index_of(x).shape)
+    rank = len(sizes_of(x))
     reduced = {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims]) if d is not None}
-    if (batch := batch_axis(index_of(x), layer_of(x))) > 0:  # [T, N, D]
+    if (batch := batch_axis(x)) > 0:  # [T, N, D]
         first = seen(layer_of(x), np.moveaxis(index_of(x), batch, 0))
-        pooled = _reduce(site, first, [0 if d == batch else d + (d < batch) for d in reduced], keep, kind)
+        result = _reduce(site, first, [0 if d == batch else d + (d < batch) for d in reduced], keep, kind)
         behind = batch if keep else batch - sum(d < batch for d in reduced)
-        return seen(layer_of(pooled), np.moveaxis(index_of(pooled), 0, behind))
-    sizes = index_of(x).shape
+        return seen(layer_of(result), np.moveaxis(index_of(result), 0, behind))
     free = [d for d in range(1, rank) if d not in reduced]
     if not reduced or 0 in reduced or rank not in (3, 4):
         site.fail("a reduction over height, width or both", f"one over dimensions {sorted(reduced) or 'all'} of {rank}")
     if not free or rank == 4 and reduced == {1}:
         return _of_channels(site, x, reduced, kind)
-    axis = free[0] if rank == 3 or free[0] == 1 else free[-1]
-    if rank == 3 and axis == 2 and len(layer_of(x).shape) == 2:
-        if kind == "amax":
-            site.fail("a mean or sum over tokens", "a maximum")
-        tokens, _ = arranged(site, x, 2, sizes[1:])
-        divisors = np.arange(1.0, sizes[1] + 1) if kind == "mean" else np.ones(sizes[1])
-        pooled: Layer = site.layer(Mean, [tokens], (sizes[2],), divisors=divisors)
-        return seen(pooled, _kept(pooled, [1], keep))
-    lead = [d for d in range(1, rank) if d != axis]
+    if rank == 3 and free == [2] and len(layer_of(x).shape) == 2:
+        return _of_tokens(site, x, keep, kind)
+    return _of_pixels(site, x, reduced, free[0] if rank == 3 or free[0] == 1 else free[-1], keep, kind)
+
+
+def _of_tokens(site: Site, x: Value, keep: bool, kind: str) -> Value:
+    if kind == "amax":
+        site.fail("a mean or sum over tokens", "a maximum")
+    count, width = sizes_of(x)[1:]
+    tokens, _ = arranged(site, x, 2, (count, width))
+    divisors = np.arange(1.0, count + 1) if kind == "mean" else np.ones(count)
+    pooled = site.layer(Mean, [tokens], (width,), divisors=divisors)
+    return seen(pooled, np.expand_dims(numbered(pooled.shape), 1) if keep else None)
+
+
+def _of_pixels(site: Site, x: Value, reduced: set[int], axis: int, keep: bool, kind: str) -> Value:
+    """One pool, where dimension `axis` is the channels."""
+    sizes = sizes_of(x)
+    lead = [d for d in range(1, len(sizes)) if d != axis]
     picture = _picture(site, x, axis, (sizes[axis], *(sizes[d] for d in lead), 1)[:3])
     kernel = [sizes[d] if d in reduced else 1 for d in lead] + [1] * (2 - len(lead))
     shape = (sizes[axis], *(size // k for size, k in zip(picture.shape[1:], kernel, strict=True)))
     window = {"kernel": kernel, "stride": kernel, "padding": [0] * 4}
-    index = np.moveaxis(numbered(shape)[:, :, :, : None if rank == 4 else 1], 1, -1)
-    index = index if rank == 4 else index[:, :, 0]
-    index = np.moveaxis(index, -1, axis)
+    index = numbered(shape) if len(lead) == 2 else numbered(shape)[..., 0]
+    index = np.moveaxis(index, 1, axis)
     index = index if keep else index.reshape([s for d, s in enumerate(index.shape) if d not in reduced])
     if kind == "amax":
-        pooled = site.layer(MaxPool2d, [picture], shape, index, window=window | {"dilation": [1, 1]})
-    else:
-        divisors = np.array([float(math.prod(kernel)) if kind == "mean" else 1.0])
-        pooled = site.layer(AvgPool2d, [picture], shape, index, window=window, divisors=divisors)
-    return seen(pooled, index)
+        return seen(site.layer(MaxPool2d, [picture], shape, index, window=window | {"dilation": [1, 1]}), index)
+    divisors = np.array([float(math.prod(kernel)) if kind == "mean" else 1.0])
+    return seen(site.layer(AvgPool2d, [picture], shape, index, window=window, divisors=divisors), index)
 
 
 def _picture(site: Site, x: Value, axis: int, shape: tuple[int, ...]) -> Layer:
     return x if isinstance(x, Layer) and x.shape == shape and axis == 1 else arranged(site, x, axis, shape)[0]
-
-
-def _kept(layer: Layer, dims: list[int], keep: bool) -> np.ndarray:
-    index = numbered(layer.shape)
-    return np.expand_dims(index, tuple(dims)) if keep else index
 
 
 def _of_channels(site: Site, x: Value, reduced: set[int], kind: str) -> Value:
@@ -226,7 +224,7 @@ def _of_channels(site: Site, x: Value, reduced: set[int], kind: str) -> Value:
     if reduced != {1} or kind == "amax":
         what = "a maximum" if kind == "amax" else "one"
         site.fail(
-            "a reduction over height, width or both", f"{what} over dimensions {sorted(reduced)} of {index_of(x).ndim}"
+            "a reduction over height, width or both", f"{what} over dimensions {sorted(reduced)} of {len(sizes_of(x))}"
         )
     picture = image(site, x)
     channels, height, width = picture.shape
