@@ -118,8 +118,8 @@ def _by_rows(x: Any, source: Layer, shape: Shape, value: Value) -> Layer:
     rank = 4 if kind is Conv2d else 2
     if len(x.weight.shape) != rank:
         sizes = (*x.weight.shape[:2], *[1] * (rank - 2))
-        learned = isinstance(x.weight, LearnedWeight)
-        fields["weight"] = x.weight.reshaped(sizes) if learned else x.weight.reshape(sizes)
+        weight: Any = x.weight
+        fields["weight"] = weight.reshaped(sizes) if isinstance(weight, LearnedWeight) else weight.reshape(sizes)
     if kind is Conv2d:
         fields["window"] = {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1}
     return kind(x.name, [source], shape, value, x.low, x.high, **fields)
