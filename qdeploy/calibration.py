@@ -21,14 +21,7 @@ import numpy as np
 
 from qdeploy.errors import InputError
 
-NAMES = (
-    "pixel_values",
-    "input_ids",
-    "image",
-    "images",
-    "input",
-    "x",
-)  # of the images in a dict, the first that is there
+NAMES = ("pixel_values", "image", "images", "input", "x", "input_ids")  # in a dict, the first that is there
 BATCH_SIZE = 32  # where single images or an array are put into batches here
 MOST_BATCHES = 512  # of data that do not say how many they are: they may be endless
 
