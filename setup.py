@@ -43,7 +43,7 @@ class CMakeBuild(build_ext):
         subprocess.run([run_cmake, "--install", build, "--prefix", destination], check=True)
 
 
-ROOMS = ("exporter", "gpu", "kernels", "networks", "ops", "training", "training.methods")
+ROOMS = ("exporter", "exporter.lowering", "gpu", "kernels", "networks", "ops", "training", "training.methods")
 
 setup(
     packages=["qdeploy", *(f"qdeploy.{room}" for room in ROOMS)],

@@ -6,7 +6,7 @@ from .errors import ExportError, InputError, ModelError, QdeployError
 from .model import Model, load_int_model
 
 if TYPE_CHECKING:
-    from .exporter import export, export_ensemble
+    from .exporter import check, export, export_ensemble
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Model",
     "ModelError",
     "QdeployError",
+    "check",
     "export",
     "export_ensemble",
     "load_int_model",
@@ -22,7 +23,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("export", "export_ensemble"):  # these need torch, which `import qdeploy` must not
+    if name in ("check", "export", "export_ensemble"):  # these need torch, which `import qdeploy` must not
         from . import exporter  # not named export.py: importing a submodule would put the module where the function is
 
         return getattr(exporter, name)

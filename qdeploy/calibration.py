@@ -6,7 +6,8 @@
 
 A batch is an array or a tensor, on any device; a tuple or list that begins with one, as (images, labels); or a dict
 that has one under a name of NAMES, or one float array of two or more dimensions. Floats of any width become float32,
-integers are refused: whether 255 means 1.0 only their owner knows. Needs numpy alone; tensors are known by `detach`.
+integers are refused: whether 255 means 1.0 only their owner knows. Of networks that read texts batches are token ids
+[N, T], integers, in a dict under `input_ids`. Needs numpy alone; tensors are known by `detach`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from qdeploy.errors import InputError
 
-NAMES = ("pixel_values", "image", "images", "input", "x")  # of the images in a dict, the first that is there
+NAMES = ("pixel_values", "image", "images", "input", "x", "input_ids")  # in a dict, the first that is there
 BATCH_SIZE = 32  # where single images or an array are put into batches here
 MOST_BATCHES = 512  # of data that do not say how many they are: they may be endless
 
@@ -29,9 +30,13 @@ Preprocess = Mapping[str, Sequence[float]]
 
 
 def batches(
-    calibration: object, shape: Shape | None = None, preprocess: Preprocess | None = None, most: int | None = None
+    calibration: object,
+    shape: Shape | None = None,
+    preprocess: Preprocess | None = None,
+    most: int | None = None,
+    ids: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Checked f32 batches [N, ...] of `calibration`, which is read once and no further than needed.
+    """Checked f32 batches [N, ...] of `calibration`, which is read once and no further than needed; with `ids` int64.
 
     shape: of one image, without the batch; None where any will do. preprocess: the mean and std with which uint8
     [N, H, W, C] become f32 [N, C, H, W]. most: how many batches are wanted; None for all of them. Of data without a
@@ -49,7 +54,8 @@ def batches(
             warnings.warn(f"expected at most {limit} batches of calibration data, got {got}", stacklevel=3)
             break
         where = f"{'item' if indexed else 'batch'} {index} of the calibration data"
-        images = _float32(_images_of(item, shape, where), shape, preprocess, where)
+        values = _images_of(item, shape, where)
+        images = _ids(values, where) if ids else _float32(values, shape, preprocess, where)
         single = images.shape == shape if shape is not None else indexed and images.ndim < 4
         images = images[None] if single else images
         _check(images, shape, where)
@@ -190,6 +196,12 @@ def _float32(images: np.ndarray, shape: Shape | None, preprocess: Preprocess | N
         )
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity, which is refused
         return np.ascontiguousarray(images, np.float32)
+
+
+def _ids(values: np.ndarray, where: str) -> np.ndarray:
+    if values.dtype.kind not in "iu":
+        raise InputError(f"expected token ids, integers [N, T], got {values.dtype} - at {where}")
+    return np.ascontiguousarray(values, np.int64)
 
 
 def _from_pixels(images: np.ndarray, shape: Shape, preprocess: Preprocess, where: str) -> np.ndarray:

@@ -80,8 +80,6 @@ PHASES: dict[str, Callable[[], Iterable[str]]] = {
     "docs/format.md, section 3": format_page,
 }
 BEHIND = {  # the phases that have the ops of version EVERYWHERE
-    "export, qdeploy/exporter/fusion.py REWRITES",
-    "export, qdeploy/exporter/emit.py EMIT",
     "ONNX, qdeploy/onnx.py OPS",
     "GPU, qdeploy/gpu/program.py STEPS",
     "tests/builder.py, every_op",

@@ -275,7 +275,7 @@ def test_an_interrupt_while_data_are_read_changes_nothing():
 
 
 def test_a_warning_that_is_an_error_changes_nothing():
-    net = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+    net = nn.Sequential(nn.Conv1d(3, 4, 1), nn.RMSNorm(4), nn.Flatten(), nn.Linear(4, 2))
     before = fingerprint(net)
     with pytest.raises(UserWarning):
         quantize_(net)
@@ -570,10 +570,10 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
-        self.line, self.norm, self.fc = nn.Conv1d(8, 8, 3), nn.LayerNorm(8), nn.Linear(8, 5)
+        self.line, self.norm, self.fc = nn.LocalResponseNorm(2), nn.RMSNorm(144), nn.Linear(8, 5)
 
     def forward(self, x):
-        return self.fc(self.norm(self.line(self.stem(x).flatten(2)).mean(2)))
+        return self.fc(self.norm(self.line(self.stem(x)).flatten(2)).mean(2))
 
 
 def test_what_cannot_be_exported_is_said_at_once():
@@ -581,15 +581,15 @@ def test_what_cannot_be_exported_is_said_at_once():
     with pytest.warns(UserWarning) as found:
         quantize_(Odd(), 7)
     assert [str(one.message) for one in found] == [
-        "expected a network that qdeploy.export can write (this one only trains), got `stem` (padding_mode reflect); "
-        "`line` (Conv1d); `norm` (LayerNorm) - at quantize_"
+        "expected a network that qdeploy.export can write (this one only trains), got `line` (LocalResponseNorm); "
+        "`norm` (RMSNorm) - at quantize_"
     ]
     assert found[0].filename == __file__
-    with pytest.warns(UserWarning, match="got a refusal: .*`stem`.*`norm`.* - at quantize_") as found:
+    with pytest.warns(UserWarning, match="got a refusal: .*`line`.*`norm`.* - at quantize_") as found:
         quantize_(Odd(), 7, 8, calibration=X)
     assert len(found) == 1
     net = small()
-    net.unused = nn.LayerNorm(3)
+    net.unused = nn.RMSNorm(3)
     net.forward = lambda x: nn.Sequential(*list(net)[:-1])(x)
     quantize_(net, 7, 8, skip=["9"], calibration=X)
 

@@ -246,23 +246,36 @@ ATTENTION = (r"expected matrices that are weights of convolutions or linear laye
              r"\(allow it to stay float by name: allow_float\) - at quantize_")  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:expected a network that qdeploy.export can write")
-def test_attention_is_refused_or_allowed():
+def test_the_projections_of_attention_are_quantized():
     net = Transformer()
-    with pytest.raises(InputError, match=ATTENTION):
-        quantize_(net, {"encoder.*": 4})
-    with pytest.raises(InputError, match="got `encoder.layers.1.self_attn.in_proj_weight`"):
-        quantize_(net, 4, allow_float="encoder.layers.0.self_attn.in_proj_weight")
-    quantize_(net, 4, allow_float=["*.in_proj_weight"])
-    assert len(quantizers(net)) == 1 + 2 * 3
+    quantize_(net, {"encoder.*": 4})
+    assert len(quantizers(net)) == 2 * 4  # in_proj_weight, out_proj and two linear layers
+    quantizer = quantizers(net)["encoder.layers.0.self_attn.in_proj_weight"]
+    assert quantizer.bits == 4 and quantizer.step.shape == (24,)
     functional.cross_entropy(net(images(4)), torch.arange(4)).backward()
     assert all(quantizer.step.grad.abs().sum() > 0 for quantizer in quantizers(net).values())
+    other = Transformer()
+    quantize_like_(other, net.state_dict())
+    x = images(4)
+    assert torch.equal(net.eval()(x), other.eval()(x))
+    row = summary(net)[0]
+    assert (row.name, row.shape, row.bits) == ("encoder.layers.0.self_attn", (24, 8), 4)
+    with pytest.raises(InputError, match="got a MultiheadAttention - at layer `encoder.layers.0.self_attn`"):
+        quantize_(Transformer(), 4, {"encoder.layers.0.self_attn": 8}, calibration=[images(4)])
+
+
+def test_embeddings_are_quantized_but_for_those_of_positions():
+    net = nn.ModuleDict({"words": nn.Embedding(9, 8), "pos": nn.Embedding(4, 8), "fc": nn.Linear(8, 3)})
+    quantize_(net, 5, skip=[])
+    assert quantizers(net).keys() == {"words.weight", "fc.weight"}
+    assert quantizers(net)["words.weight"].step.shape == (9,)
+    renormed = nn.ModuleDict({"words": nn.Embedding(9, 8, max_norm=1.0), "fc": nn.Linear(8, 3)})
+    quantize_(renormed, 5, skip=[])
+    assert quantizers(renormed).keys() == {"fc.weight"}
 
 
 @pytest.mark.filterwarnings("ignore:expected a network that qdeploy.export can write")
-@pytest.mark.parametrize(
-    "method", [LSQ(0), INQ(0, 4), RTN(), OBC(), UniformNoise()], ids=lambda one: type(one).__name__
-)
+@pytest.mark.parametrize("method", [INQ(0, 4), OBC(), UniformNoise()], ids=lambda one: type(one).__name__)
 def test_methods_refuse_and_allow(method):
     batches = [(images(4), torch.arange(4))]
     net = Transformer()
@@ -272,7 +285,7 @@ def test_methods_refuse_and_allow(method):
 
 @pytest.mark.filterwarnings("ignore:expected a network that qdeploy.export can write")
 def test_methods_allow():
-    for method in (LSQ(0, allow_float=("*.in_proj_weight",)), INQ(0, 4, allow_float=("*.in_proj_weight",)),
+    for method in (INQ(0, 4, allow_float=("*.in_proj_weight",)),
                    RTN(allow_float=("*.in_proj_weight",)), UniformNoise(allow_float=("*.in_proj_weight",)),
                    OBC({"*": 7, "*.out_proj": None}, allow_float=("*.in_proj_weight",))):  # fmt: skip
         net = Transformer()

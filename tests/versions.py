@@ -1,4 +1,4 @@
-"""The export, ONNX and GPU programs know less than the newest format version, which the engine and qdeploy.format read.
+"""ONNX and GPU programs know less than the newest format version, which all else reads.
 
 Where all are the same again this file, and what uses it, is not needed any more.
 """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qdeploy.networks.quantizable import weight_name
 from qdeploy.networks.wrappers import plain_names
 from qdeploy.training.initial_steps import MIN_STEP
 from qdeploy.training.quantizer import Quantizer
@@ -31,7 +32,7 @@ def quantizers(net: nn.Module) -> dict[str, Quantizer]:
     for path, module in net.named_modules():
         prefix = f"{names[path]}." if names[path] else ""
         if (quantizer := weight_quantizer(module)) is not None:
-            found[f"{prefix}weight"] = quantizer
+            found[f"{prefix}{weight_name(module)}"] = quantizer
         if (quantizer := input_quantizer(module)) is not None:
             found[f"{prefix}input"] = quantizer
     return found
@@ -69,7 +70,7 @@ def input_quantizer(module: nn.Module) -> Quantizer | None:
 def parametrized_weight(layer: nn.Module) -> parametrize.ParametrizationList:
     """The weight as it trains, `original` or `original0` and so on, and what is done to it, of a computed weight."""
     parametrizations: Any = layer.parametrizations
-    return parametrizations.weight
+    return parametrizations[weight_name(layer)]
 
 
 def originals(layer: nn.Module) -> list[Tensor]:
@@ -94,8 +95,7 @@ def identity(layer: nn.Module) -> tuple[int, ...]:
     The weight itself would not tell: a computed one is a new tensor at every access, often at an old address.
     """
     if not is_computed(layer):
-        weight: Any = layer.weight
-        return (id(weight),)
+        return (id(getattr(layer, weight_name(layer))),)
     done = takewhile(lambda module: not isinstance(module, Quantizer), parametrized_weight(layer))
     return tuple(id(part) for part in (*originals(layer), *done))
 
@@ -111,7 +111,7 @@ def attach(layer: nn.Module, quantizer: Quantizer) -> None:
             kind = type(layer)
             own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
             layer.__class__ = type(kind.__name__, kind.__bases__, own)
-        parametrize.register_parametrization(layer, "weight", quantizer)
+        parametrize.register_parametrization(layer, weight_name(layer), quantizer)
     _make_picklable(layer)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdeploy.calibration import batches, doubt
 from qdeploy.errors import InputError, one_line
-from qdeploy.networks.quantizable import float_only_layers, quantizable_layers
+from qdeploy.networks.quantizable import float_only_layers, quantizable_layers, weight_name
 from qdeploy.networks.wrappers import plain_names
 from qdeploy.training.attached_quantizers import (
     attach,
@@ -47,7 +46,8 @@ def quantize_(
     calibration: object = None,
     allow_float: Iterable[str] = (),
 ) -> list[nn.Parameter]:
-    """Quantizes the weights, and on request the inputs, of the convolutions and linear layers of any network, in place.
+    """Quantizes the weights of the convolutions, linear layers and embeddings of any network, in place, among them the
+    projections of nn.MultiheadAttention; on request the inputs of convolutions and linear layers, too.
 
     All of it or nothing: where it raises, whatever for, the network is as it was before. It warns of layers that train
     but that `qdeploy.export` cannot write.
@@ -80,7 +80,7 @@ def quantize_(
             network.
     """
     net = checked_network(net)
-    weights, inputs = select(net, weight_bits, activation_bits, skip, allow_float)
+    weights, inputs = select(net, weight_bits, activation_bits, skip, allow_float, quantizable_layers(net))
     for value, choices, name in ((init, INITS, "init"), (grad_scale, GRAD_SCALES, "grad_scale")):
         if value not in choices:
             known = f"{', '.join(choices[:-1])} or {choices[-1]}"
@@ -214,7 +214,7 @@ def summary(net: nn.Module) -> list[LayerSummary]:
         if quantizer is not None:
             rows.append(_summary_of_weight(names[path], layer, quantizer, input_bits))
         elif inputs is not None:
-            weight: Any = layer.weight
+            weight = getattr(layer, weight_name(layer))
             rows.append(LayerSummary(names[path], tuple(weight.shape), None, input_bits, None, None, 0.0, 0.0))
     return rows
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
-from qdeploy.networks.quantizable import checked_bits, classifier, quantizable_layers
+from qdeploy.networks.quantizable import WEIGHT_TYPES, checked_bits, classifier, plain_layers, weight_name
 from qdeploy.networks.wrappers import unwrapped
 from qdeploy.training.attached_quantizers import input_quantizer, weight_quantizer
 from qdeploy.training.float_matrices import check_matrices
@@ -36,9 +36,13 @@ def select(
     activation_bits: int | Mapping[str, int | None] | None = None,
     skip: Iterable[str] | None = None,
     allow_float: Iterable[str] = (),
+    layers: Mapping[str, nn.Module] | None = None,
 ) -> tuple[Layers, Layers]:
-    """The layers whose weights, and those whose inputs are to be quantized; arguments and errors as of `quantize_`."""
-    layers = quantizable_layers(net)
+    """The layers whose weights, and those whose inputs are to be quantized; arguments and errors as of `quantize_`.
+
+    layers: of which they are chosen; None are convolutions and linear layers.
+    """
+    layers = plain_layers(net) if layers is None else layers
     if not layers:
         raise InputError(f"expected a network with convolutions or linear layers, got none - at {type(net).__name__}")
     if isinstance(weight_bits, Mapping) and skip is not None:
@@ -50,11 +54,15 @@ def select(
     if activation_bits is None or isinstance(activation_bits, Mapping):
         inputs = _bits_by_layer(activation_bits or {}, layers, alone)
     else:
-        inputs = dict.fromkeys(weights, checked_bits(activation_bits, "activation_bits"))
+        read = [name for name in weights if isinstance(layers[name], WEIGHT_TYPES)]  # ids, and three inputs, are none
+        inputs = dict.fromkeys(read, checked_bits(activation_bits, "activation_bits"))
+    if wrong := [name for name in inputs if not isinstance(layers[name], WEIGHT_TYPES)]:
+        got = f"a {type(layers[wrong[0]]).__name__}"
+        raise InputError(f"expected inputs of convolutions or linear layers, got {got} - at layer `{wrong[0]}`")
     if not weights and not inputs:
         got = f"none but what is left alone ({', '.join(layers)})"
         raise InputError(f"expected a convolution or linear layer to quantize, got {got} - at quantize_")
-    check_matrices(net, _listed(allow_float))
+    check_matrices(net, _listed(allow_float), layers.values())
     return (
         {name: (layers[name], checked_bits(bits, f"layer `{name}`")) for name, bits in weights.items()},
         {name: (layers[name], checked_bits(bits, f"the input of layer `{name}`")) for name, bits in inputs.items()},
@@ -118,12 +126,12 @@ def checked_network(net: nn.Module) -> nn.Module:
 def check_weight(layer: nn.Module, at: str) -> Tensor:
     """The weight that a quantizer of the layer will round; raises InputError unless it has one that can train."""
     _check_first(weight_quantizer(layer), at)
-    stored = layer._parameters.get("weight", layer._buffers.get("weight"))
+    name = weight_name(layer)
+    stored = layer._parameters.get(name, layer._buffers.get(name))
     if stored is None and not is_computed(layer):
         how = next((text for name, text in COMPUTED.items() if hasattr(layer, name)), "computed elsewhere")
         raise InputError(f"expected a weight that is a Parameter, got one that is {how} - at {at}")
-    weight: Any = layer.weight
-    weight = weight.detach()
+    weight: Tensor = getattr(layer, name).detach()
     if weight.dtype not in FLOATS or weight.layout != torch.strided or weight.is_meta or not weight.numel():
         kind = "meta " if weight.is_meta else "" if weight.layout == torch.strided else "sparse "
         got = f"{kind}{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"

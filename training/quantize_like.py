@@ -8,7 +8,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
-from qdeploy.networks.quantizable import WEIGHT_TYPES
+from qdeploy.networks.quantizable import is_quantizable, weight_name
 from qdeploy.networks.wrappers import WRAPPERS
 from qdeploy.training.attached_quantizers import (
     attach,
@@ -43,10 +43,10 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
         weights: dict[tuple[int, ...], Quantizer] = {}
         inputs: dict[int, Quantizer] = {}
         for path, layer in [*net.named_modules()]:
-            if not isinstance(layer, WEIGHT_TYPES):
+            if not is_quantizable(path, layer):
                 continue
             prefix = f"{path}." if path else ""
-            if (found := _saved(state, f"{prefix}parametrizations.weight.{_depth(layer)}.")) is not None:
+            if (found := _saved(state, f"{prefix}parametrizations.{weight_name(layer)}.{_depth(layer)}.")) is not None:
                 weight = check_weight(layer, f"layer `{path}`")
                 if found.step.shape not in ((), weight.shape[:1]):
                     expected = f"one step size, or one for each of {len(weight)} channels"

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from qdeploy.networks.quantizable import weight_name
+
 
 @contextmanager
 def all_or_nothing(net: nn.Module) -> Iterator[None]:
@@ -23,7 +25,7 @@ def all_or_nothing(net: nn.Module) -> Iterator[None]:
     except BaseException:
         for module, kind, computed, contents in before:
             if not computed and is_computed(module):
-                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+                parametrize.remove_parametrizations(module, weight_name(module), leave_parametrized=False)
             if type(module) is not kind:
                 module.__class__ = kind
             for one, content in contents:  # in place: handles of hooks refer to these dicts
@@ -34,7 +36,7 @@ def all_or_nothing(net: nn.Module) -> Iterator[None]:
 
 def is_computed(module: nn.Module) -> bool:
     """Whether parametrizations compute the weight of this module itself: a compiled one answers for what it holds."""
-    return "parametrizations" in module._modules and parametrize.is_parametrized(module, "weight")
+    return "parametrizations" in module._modules and parametrize.is_parametrized(module, weight_name(module))
 
 
 @contextmanager

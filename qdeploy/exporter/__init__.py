@@ -14,6 +14,7 @@ biases and all scales go into one multiplier and one bias per channel, computed 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,17 +26,19 @@ from torch import Tensor, nn
 
 from qdeploy import format, reference
 from qdeploy.checks import check_name
-from qdeploy.errors import ExportError, InputError
+from qdeploy.errors import ExportError, InputError, ModelError
 from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
+from qdeploy.exporter.dry_run import check_graph
 from qdeploy.exporter.emit import check_shapes, emit
 from qdeploy.exporter.fusion import fuse
-from qdeploy.exporter.layers import Network
+from qdeploy.exporter.layers import Network, Norm
 from qdeploy.exporter.lowering import lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.files import AnyPath
-from qdeploy.graph import COMBINE, Graph
+from qdeploy.graph import COMBINE, Graph, Member
 from qdeploy.networks.quantizable import classifier
+from qdeploy.validate import validate
 
 __all__ = ["ExportReport", "check", "export", "export_ensemble", "rehearse"]
 
@@ -57,7 +60,8 @@ def export(
         net: traced in eval mode by torch.export and left as it was. Weights carry LSQ quantizers
             (`qdeploy.training.quantize_`). It may be wrapped (torch.compile, DataParallel, AveragedModel, Fabric), and
             return its logits in a tuple, dict or dataclass.
-        example: float32 [N, C, H, W] or [N, F]; only its shape matters.
+        example: float32 [N, C, H, W], [N, T, D] or [N, F]; or token ids, int64 [N, T], of the longest text: only its
+            shape and type matter.
         path: the file; one that exists is replaced when the new one is complete and compared.
         calibration: inputs, read once: an array or tensor [N, ...], a dataset of single images, or an iterable of
             batches, which may be tuples that begin with the images or dicts that hold them. Floats of any width, no
@@ -155,6 +159,7 @@ def _exported(
             networks.append(_fused(net, example))
             quantize_weights(networks[-1], classifier(net), options.fallback_bits)
     classes = _checked_classes(options.classes, networks)
+    _doubt_observer(options.observer, networks)
     grids = [Grids(network, options.observer) for network in networks]
     images = observe(grids, calibration, example.numpy(), preprocess, images_to_compare(networks))
     members = []
@@ -164,15 +169,38 @@ def _exported(
     if preprocess is not None:
         for member in members:
             member.preprocess_table = reference.preprocess_table(preprocess, member.tensors[0])
-    graph = Graph(members, combine, preprocess, classes)
+    graph = _graph(members, combine, preprocess, classes)
     content = format.dump(graph)
     return content, compare(graph, networks, [found.fixed for found in grids], content, path, images)
 
 
+def _graph(
+    members: list[Member],
+    combine: str | None,
+    preprocess: dict[str, list[float]] | None,
+    classes: list[str] | None,
+) -> Graph:
+    """Of texts, for those of any length where every op can have them."""
+    vocabulary = next((n.constants["weight"].shape[0] for m in members for n in m.nodes if n.op == "embedding"), None)
+    graph = Graph(members, combine, preprocess, classes, vocabulary, variable=vocabulary is not None)
+    try:
+        validate(graph)
+    except ModelError:
+        graph.variable = False
+    return graph
+
+
 def check(net: nn.Module, example: Tensor | np.ndarray) -> None:
-    """Raises ExportError for all that `export` of `net` for inputs like `example` would stop at, with the modules, but
-    for what depends on weights and calibration data. Takes about as long as a few forward passes."""
-    _fused(net, _checked_example(example))
+    """Says before any training whether `export` can write `net`: raises ExportError for all that it would stop at.
+
+    One line names every operator that the engine lacks, with its modules and what could be done, not the first one
+    alone. What depends on trained weights and on calibration data is not looked at. Takes about as long as a few
+    forward passes, and leaves `net` as it was.
+
+    Args:
+        net, example: as for `export`; only the example's shape and type matter.
+    """
+    check_graph(_fused(net, _checked_example(example)))
 
 
 def rehearse(net: nn.Module, example: Tensor | np.ndarray, calibration: object, **options: Any) -> None:
@@ -231,13 +259,21 @@ def check_observer(observer: str) -> None:
         raise InputError(f"expected observer {', '.join(OBSERVERS)}, got {observer!r} - at export")
 
 
+def _doubt_observer(observer: str, networks: list[Network]) -> None:
+    if observer != "minmax" and any(isinstance(layer, Norm) for network in networks for layer in network.layers):
+        expected = "observer minmax for a network with norms (few tokens far from all others carry it, 15 dB)"
+        warnings.warn(f"expected {expected}, got {observer} - at export", stacklevel=4)
+
+
 def _checked_example(example: Tensor | np.ndarray) -> Tensor:
     example = torch.from_numpy(np.ascontiguousarray(example)) if isinstance(example, np.ndarray) else example
     if not isinstance(example, Tensor):
         raise InputError(f"expected an array or tensor, got {type(example).__name__} - at the example")
-    if example.dtype != torch.float32 or example.dim() not in (2, 4) or not example.numel():
+    ids = example.dtype in (torch.int32, torch.int64) and example.dim() == 2
+    if not (ids or example.dtype == torch.float32 and example.dim() in (2, 3, 4)) or not example.numel():
         got = f"{str(example.dtype).removeprefix('torch.')} {list(example.shape)}"
-        raise InputError(f"expected float32 [N, C, H, W] or [N, F] with N >= 1, got {got} - at the example")
+        expected = "float32 [N, C, H, W], [N, T, D] or [N, F], or token ids [N, T], with N >= 1"
+        raise InputError(f"expected {expected}, got {got} - at the example")
     return example.detach().cpu()
 
 

@@ -13,19 +13,33 @@ from qdeploy.errors import ExportError
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import (
     Add,
+    Attention,
     AvgPool2d,
+    Concat,
     Conv2d,
+    Embedding,
+    Gather,
     Input,
     Layer,
     MaxPool2d,
+    Mean,
     Mul,
     Network,
+    Norm,
+    Position,
     Quantize,
+    Rescale,
+    Resize,
     Table,
     Weighted,
 )
 from qdeploy.graph import Activation, Member, Node
 from qdeploy.ops import OPS
+from qdeploy.ops.attention import MAX_PEAK
+from qdeploy.ops.op import channels_of, rows_of
+from qdeploy.ops.tokens import MAX_EPSILON, MIN_EPSILON
+
+IDS = Grid(1.0, 0)  # in place of the grid of token ids
 
 
 def emit(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
@@ -37,15 +51,17 @@ def emit(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
     ids = {layer: i for i, layer in enumerate(network.layers)}
     tensors, nodes = [], []
     for layer in network.layers:
+        if isinstance(layer, Input) and network.ids:
+            tensors.append(Activation(layer.name, layer.shape, "i32"))
+            continue
         out, is_float = grids[layer], layer is network.output
-        dtype = "f32" if is_float else "u8"
-        tensors.append(Activation(layer.name, _engine_shape(layer), dtype, out.scale, out.zero_point))
+        tensors.append(Activation(layer.name, layer.shape, "f32" if is_float else out.dtype, out.scale, out.zero_point))
         if isinstance(layer, Input):
             continue
         op = "table" if isinstance(layer, Quantize) else layer.op
         node = Node(op, layer.name, [ids[x] for x in layer.inputs], ids[layer])
-        EMIT[op](node, layer, [grids[x] for x in layer.inputs], out, is_float)
-        if OPS[op].requantized and not is_float:
+        EMIT[op](node, layer, [grids.get(x, IDS) for x in layer.inputs], out, is_float)
+        if OPS[op].requantized and not is_float and out.dtype == "u8":
             node.attributes["clamp"] = [int(code) for code in out.codes(np.array([layer.low, layer.high]))]
         nodes.append(node)
     return Member(name, tensors, nodes)
@@ -56,12 +72,8 @@ def check_shapes(network: Network) -> None:
     for layer in network.layers:
         if len(layer.shape) > 3:
             got = f"[N, {', '.join(map(str, layer.shape))}]"
-            expected = "tensors [N, C, H, W] or [N, F] between operators"
+            expected = "tensors [N, C, H, W], [N, T, D] or [N, F] between operators"
             raise ExportError(f"expected {expected}, got {got} - at module `{layer.name}`")
-
-
-def _engine_shape(layer: Layer) -> tuple[int, ...]:
-    return (*layer.shape, 1) if len(layer.shape) == 2 else layer.shape
 
 
 def _f32(value: np.ndarray | float) -> np.ndarray:
@@ -84,9 +96,10 @@ def _emit_weighted(node: Node, layer: Weighted, inputs: list[Grid], out: Grid, i
         node.attributes |= layer.window
     codes = layer.codes.values
     magnitude = np.abs(codes.reshape(len(codes), -1).astype(np.int64)).sum(1)
-    reach = 255 * magnitude * np.abs(multiplier, dtype=np.float64) + 255 * abs(residual)
+    reach = 255 * magnitude * np.abs(multiplier, dtype=np.float64)
+    reach += abs(residual) * inputs[-1].most
     if not is_float:  # what is dead or saturated whatever the input stays so with a bias within the format's bounds
-        bias = np.clip(bias, -1.01 * reach - 256, 1.01 * reach + 256)
+        bias = np.clip(bias, -1.01 * reach - out.most - 1, 1.01 * reach + out.most + 1)
     node.bits = layer.codes.bits
     node.constants = {"weight": codes, "multiplier": multiplier, "bias": _f32(bias)}
     _check_bound(layer, reach + np.abs(bias), is_float)
@@ -107,7 +120,15 @@ def _emit_add(node: Node, layer: Add, inputs: list[Grid], out: Grid, is_float: b
     bias = layer.shift[0] / out.scale + out.zero_point
     bias -= sum(m * grid.zero_point for m, grid in zip(multipliers, inputs, strict=True))
     node.attributes |= {"multipliers": multipliers, "bias": float(_f32(bias))}
-    _check_bound(layer, np.array([255 * sum(map(abs, multipliers)) + abs(bias)]), is_float)
+    reach = sum(grid.most * abs(m) for m, grid in zip(multipliers, inputs, strict=True))
+    _check_bound(layer, np.array([reach + abs(bias)]), is_float)
+
+
+def _emit_rescale(node: Node, layer: Rescale, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    multiplier = float(_f32(layer.scale[0] * inputs[0].scale / out.scale))
+    bias = layer.shift[0] / out.scale + out.zero_point - multiplier * inputs[0].zero_point
+    node.attributes |= {"multiplier": multiplier, "bias": float(_f32(bias))}
+    _check_bound(layer, np.array([inputs[0].most * abs(multiplier) + abs(bias)]), is_float)
 
 
 def _emit_mul(node: Node, layer: Mul, inputs: list[Grid], out: Grid, is_float: bool) -> None:
@@ -124,7 +145,7 @@ def _emit_avg_pool2d(node: Node, layer: AvgPool2d, inputs: list[Grid], out: Grid
     node.constants = {"multiplier": multiplier}
     elements = math.prod(layer.window["kernel"])
     counts = elements if multiplier.size == 1 else np.arange(1, elements + 1)
-    _check_bound(layer, 255 * counts * np.abs(multiplier, dtype=np.float64) + abs(bias), is_float)
+    _check_bound(layer, inputs[0].most * counts * np.abs(multiplier, dtype=np.float64) + abs(bias), is_float)
 
 
 def _emit_max_pool2d(node: Node, layer: MaxPool2d, inputs: list[Grid], out: Grid, is_float: bool) -> None:
@@ -143,6 +164,87 @@ def _emit_table(node: Node, layer: Table | Quantize, inputs: list[Grid], out: Gr
     node.constants = {"table": _f32(values) if is_float else out.codes(values).astype(np.uint8)}
 
 
+def _emit_resize(node: Node, layer: Resize, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    multiplier = float(_f32(layer.scale[0] * inputs[0].scale / out.scale))
+    bias = layer.shift[0] / out.scale + out.zero_point
+    node.attributes |= {"multiplier": multiplier, "bias": float(_f32(bias))}
+    for axis, band in (("row", layer.rows), ("column", layer.columns)):
+        node.constants |= {f"{axis}_start": band.start, f"{axis}_weight": band.weight}
+    sums = [np.abs(band.weight).sum(1).max() for band in (layer.rows, layer.columns)]
+    _check_bound(layer, np.array([255.0 * sums[0] * sums[1] * abs(multiplier) + abs(bias)]), is_float)
+
+
+def _emit_embedding(node: Node, layer: Embedding, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    node.bits = layer.codes.bits
+    multiplier = _f32(layer.scale / out.scale)
+    if np.ptp(multiplier) == 0:
+        multiplier = multiplier[:1]
+    rows = _f32(layer.rows / out.scale + out.zero_point)
+    node.constants = {"weight": layer.codes.values, "multiplier": multiplier, "rows": rows}
+    reach = 2.0 ** (node.bits - 1) * np.abs(multiplier).max() + np.abs(rows).max()
+    _check_bound(layer, np.array([reach]), is_float)
+
+
+def _emit_position(node: Node, layer: Position, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    multiplier = float(_f32(layer.factor * inputs[0].scale / out.scale))
+    rows = layer.rows / out.scale + out.zero_point
+    prefix = layer.shape[0] - layer.inputs[0].shape[0]
+    rows[prefix:] -= multiplier * inputs[0].zero_point
+    node.attributes |= {"multiplier": multiplier, "prefix": prefix}
+    node.constants = {"rows": _f32(rows)}
+    _check_bound(layer, np.array([inputs[0].most * abs(multiplier) + np.abs(rows).max()]), is_float)
+
+
+def _emit_norm(node: Node, layer: Norm, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    """E = N*N*eps/s^2, s the scale of the input; its zero point cancels."""
+    channels = channels_of(layer.shape)
+    count = channels if layer.groups is None else channels // layer.groups * rows_of(layer.shape)
+    epsilon = np.clip(count * count * layer.epsilon / inputs[0].scale ** 2, MIN_EPSILON, MAX_EPSILON)
+    multiplier, bias = _f32(layer.scale / out.scale), _f32(layer.shift / out.scale + out.zero_point)
+    node.attributes |= {"groups": layer.groups, "epsilon": float(_f32(epsilon))}
+    node.constants = {"multiplier": multiplier, "bias": bias}
+    _check_bound(layer, np.sqrt(count) * np.abs(multiplier.astype(np.float64)) * 1.001 + np.abs(bias), is_float)
+
+
+def _emit_mean(node: Node, layer: Mean, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    multiplier = _f32(layer.scale[0] * inputs[0].scale / (layer.divisors * out.scale))
+    bias = layer.shift[0] / out.scale + out.zero_point
+    node.attributes["bias"] = float(_f32(bias))
+    node.constants = {"multiplier": multiplier}
+    counts = np.arange(1, len(multiplier) + 1)
+    _check_bound(layer, inputs[0].most * counts * np.abs(multiplier, dtype=np.float64) + abs(bias), is_float)
+
+
+def _emit_attention(node: Node, layer: Attention, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    """The weights are powers of two: log2 e goes into the logits."""
+    q, k, v = inputs
+    keys = layer.block or layer.inputs[1].shape[0]
+    multiplier, bias = float(_f32(layer.scale[0] * v.scale / out.scale)), layer.shift[0] / out.scale + out.zero_point
+    node.attributes |= {
+        "heads": layer.heads,
+        "logit_multiplier": float(_f32(q.scale * k.scale * layer.factor * math.log2(math.e))),
+        "multiplier": multiplier,
+        "bias": float(_f32(bias)),
+        "peak": min(MAX_PEAK, (2**31 - 1) // (255 * keys)),
+        "block": layer.block,
+    }
+    if layer.bias is not None:
+        node.constants["logit_bias"] = _f32(layer.bias * math.log2(math.e))
+    if layer.regions is not None:
+        node.constants["regions"] = layer.regions
+    _check_bound(layer, np.array([255 * abs(multiplier) * 1.001 + abs(bias)]), is_float)
+
+
+def _emit_gather(node: Node, layer: Gather, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    node.attributes["axis"] = layer.axis
+    node.constants = {"index": layer.index.astype(np.int32)}
+
+
+def _emit_concat(node: Node, layer: Concat, inputs: list[Grid], out: Grid, is_float: bool) -> None:
+    if len(layer.shape) == 2:
+        node.attributes["axis"] = "channels" if layer.along_channels else "rows"
+
+
 def _emit_move(node: Node, layer: Layer, inputs: list[Grid], out: Grid, is_float: bool) -> None:
     """Inputs and shapes say it all."""
 
@@ -152,9 +254,19 @@ EMIT: dict[str, Callable[[Node, Any, list[Grid], Grid, bool], None]] = {
     "linear": _emit_weighted,
     "add": _emit_add,
     "mul": _emit_mul,
+    "rescale": _emit_rescale,
     "avg_pool2d": _emit_avg_pool2d,
     "max_pool2d": _emit_max_pool2d,
     "table": _emit_table,
-    "concat": _emit_move,
+    "resize": _emit_resize,
+    "embedding": _emit_embedding,
+    "position": _emit_position,
+    "norm": _emit_norm,
+    "mean": _emit_mean,
+    "attention": _emit_attention,
+    "gather": _emit_gather,
+    "concat": _emit_concat,
     "reshape": _emit_move,
+    "tokens": _emit_move,
+    "image": _emit_move,
 }

@@ -7,30 +7,40 @@ expressed by one that is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from qdeploy.exporter.elements import Value
 from qdeploy.exporter.layers import (
     Add,
     Affine,
     Clamp,
     Codes,
     Conv2d,
+    Embedding,
     Function,
+    Image,
     Layer,
     MaxPool2d,
     Mul,
     Network,
+    Norm,
     Pad,
+    Position,
+    Rescale,
     Reshape,
     Scaled,
     Table,
+    Tokens,
     Weighted,
     elementwise,
 )
+from qdeploy.exporter.moving import MOVES
 from qdeploy.ops import OPS
+from qdeploy.ops.op import channels_of
 
 
 def fuse(network: Network) -> Network:
@@ -47,11 +57,15 @@ def fuse(network: Network) -> Network:
 
 
 def _make_names_unique(network: Network) -> None:
-    """Of a module used twice, or of two operators, the second is name#2. A reshape leaves the plain name to others."""
+    """Of a module used twice, or of two operators, the second is name#2. A move leaves the plain name to others."""
     taken: dict[str, int] = {}
-    for layer in sorted(network.layers, key=lambda layer: isinstance(layer, Reshape)):
+    for layer in sorted(network.layers, key=_only_moves):
         taken[layer.name] = count = taken.get(layer.name, 0) + 1
         layer.name = layer.name if count == 1 else f"{layer.name}#{count}"
+
+
+def _only_moves(layer: Layer) -> bool:
+    return layer.same_grid and not (isinstance(layer, MaxPool2d) and layer.window["kernel"] != [1, 1])
 
 
 def _remove_unused(network: Network) -> None:
@@ -69,6 +83,8 @@ def _fold_affine(network: Network, affine: Affine) -> bool:
         return False
     if len(x.shift) == 1 and not affine.uniform:
         return False
+    if isinstance(x, Embedding):
+        return False
     if isinstance(x, Weighted):
         if len(x.inputs) == 2 and np.ptp(affine.scale):  # a residual has one factor for all channels
             return False
@@ -81,6 +97,42 @@ def _fold_affine(network: Network, affine: Affine) -> bool:
         x.scale = x.scale * affine.scale[:size]
     x.value = affine.value
     network.replace(affine, x)
+    return True
+
+
+def _fold_into_rows(network: Network, affine: Affine) -> bool:
+    """What a position table or an embedding adds to each row takes constants per channel, too."""
+    x = affine.inputs[0]
+    if not isinstance(x, (Position, Embedding)) or x.clamped or network.only_user(x) is not affine:
+        return False
+    if np.ptp(affine.scale):
+        return False
+    _scale_rows(x, affine.scale[0])
+    x.rows, x.value = x.rows + affine.shift, affine.value
+    network.replace(affine, x)
+    return True
+
+
+def _scale_rows(x: Position | Embedding, factor: float) -> None:
+    x.rows = x.rows * factor
+    if isinstance(x, Embedding):
+        x.scale = x.scale * factor
+    else:
+        x.factor *= factor
+
+
+def _merge_positions(network: Network, position: Position) -> bool:
+    """A table added to an embedding, or to tokens to which one is added already, is one table."""
+    x = position.inputs[0]
+    if not isinstance(x, (Position, Embedding)) or x.clamped or network.only_user(x) is not position:
+        return False
+    prefix = len(position.rows) - len(x.rows)
+    if isinstance(x, Embedding) and prefix:
+        return False
+    _scale_rows(x, position.factor)
+    x.rows = np.concatenate([position.rows[:prefix], x.rows + position.rows[prefix:]])
+    x.value, x.shape = position.value, position.shape
+    network.replace(position, x)
     return True
 
 
@@ -176,19 +228,6 @@ def _table(layer: Layer, function: Function, inputs: list[Layer]) -> Table:
     return Table(layer.name, inputs, layer.shape, layer.value, layer.low, layer.high, function=function)
 
 
-def _merge_slices(network: Network, layer: MaxPool2d) -> bool:
-    """x[:, :, ::2, ::2] arrives as two slices."""
-    x = layer.inputs[0]
-    if not isinstance(x, MaxPool2d) or network.only_user(x) is not layer:
-        return False
-    if not x.window["kernel"] == layer.window["kernel"] == [1, 1]:
-        return False
-    layer.window["stride"] = [a * b for a, b in zip(x.window["stride"], layer.window["stride"], strict=True)]
-    layer.inputs = x.inputs
-    network.layers.remove(x)
-    return True
-
-
 def _merge_reshape(network: Network, reshape: Reshape) -> bool:
     x = reshape.inputs[0]
     if isinstance(x, Reshape):
@@ -205,17 +244,25 @@ def _rewrite(network: Network, layer: Layer) -> bool:
 
 
 REWRITES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
-    "affine": (_fold_affine, _merge_table),
+    "affine": (_fold_affine, _fold_into_rows, _merge_table),
     "clamp": (_fuse_clamp, _merge_table),
     "conv2d": (_fold_pad,),
     "linear": (),
-    "max_pool2d": (_merge_slices,),
+    "embedding": (),
+    "max_pool2d": (),
     "avg_pool2d": (),
     "add": (_fold_factor, _fuse_add),
     "mul": (_fold_scale,),
     "table": (_merge_table,),
+    "resize": (),
+    "rescale": (),
+    "norm": (),
+    "attention": (),
+    "mean": (),
+    "position": (_merge_positions,),
     "concat": (),
     "reshape": (_merge_reshape,),
+    **MOVES,
 }
 
 
@@ -227,6 +274,10 @@ def _express_function(network: Network, layer: Layer) -> None:
 
 def _express_affine(network: Network, layer: Affine) -> None:
     """A table where it is one function; else a 1x1 depthwise convolution, whose multipliers do it."""
+    if layer.uniform and any(isinstance(user, (Norm, Position)) for user in network.users(layer)):
+        own = (layer.name, layer.inputs, layer.shape, layer.value, layer.low, layer.high)
+        network.replace(layer, Rescale(*own, scale=layer.scale[:1], shift=layer.shift[:1]))
+        return
     if layer.uniform:
         _express_function(network, layer)
         return
@@ -234,9 +285,10 @@ def _express_affine(network: Network, layer: Affine) -> None:
     if len(layer.shape) == 3:
         network.replace(layer, conv)
         return
-    conv.shape = (*layer.shape, *[1] * (3 - len(layer.shape)))
-    before = Reshape(layer.name, layer.inputs, conv.shape, layer.inputs[0].value)
-    after = Reshape(layer.name, [conv], layer.shape, layer.value)
+    kinds: tuple[type[Layer], type[Layer]] = (Image, Tokens) if len(layer.shape) == 2 else (Reshape, Reshape)
+    conv.shape = (layer.shape[-1], math.prod(layer.shape[:-1]), 1)
+    before = kinds[0](layer.name, layer.inputs, conv.shape, layer.inputs[0].value)
+    after = kinds[1](layer.name, [conv], layer.shape, layer.value)
     conv.inputs = [before]
     network.replace(layer, after)
     place = network.layers.index(after)
@@ -251,7 +303,7 @@ def _express_pad(network: Network, layer: Pad) -> None:
 def _depthwise(layer: Layer, scale: np.ndarray, shift: np.ndarray, padding: list[int]) -> Conv2d:
     """In place of `layer` the 1x1 depthwise convolution by the code 1: with scale and shift it is exactly an affine map
     per channel."""
-    channels = layer.shape[0]
+    channels = channels_of(layer.shape)
     return Conv2d(
         *(layer.name, layer.inputs, layer.shape, layer.value, layer.low, layer.high),
         weight=Codes(np.ones((channels, 1, 1, 1), np.int8), 2),
@@ -279,7 +331,7 @@ def _end_in_float(network: Network) -> None:
             output = source
     if _may_be_f32(output):
         return
-    table = Table("output", [output], output.shape, network.trace.output, function=lambda v: v)
+    table = Table("output", [output], output.shape, Value(network.trace.output), function=lambda v: v)
     network.layers.append(table)
     network.output = table
 

@@ -1,4 +1,4 @@
-"""The u8 codes of a tensor: `real = scale * (code - zero_point)`.
+"""The codes of a tensor, u8 or s16: `real = scale * (code - zero_point)`.
 
 Real 0 is always exact: it is what padding and ReLU produce. A tensor that is never negative gets zero point 0 and all
 256 codes for its positive side.
@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+S16 = 32_767
+HEAD_ROOM = 1.5  # of s16 streams: a sum beyond calibration's largest costs nothing, a saturated one does
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -20,6 +23,15 @@ class Grid:
     zero_point: int
     low: int = 0
     high: int = 255
+
+    @property
+    def dtype(self) -> str:
+        return "s16" if self.high > 255 else "u8"
+
+    @property
+    def most(self) -> int:
+        """The largest magnitude of a code of its type."""
+        return S16 if self.dtype == "s16" else 255
 
     def codes(self, real: ArrayLike) -> np.ndarray:
         """Nearest codes of `real`, in float64 and clamped: what tables of the file are made of."""
@@ -43,6 +55,13 @@ def grid_of_range(low: float, high: float) -> Grid:
     exact = -low / (high - low) * 255
     scale, zero_point = min((_least_scale(low, high, z), z) for z in (int(exact), min(int(exact) + 1, 255)))
     return Grid(float(np.float32(scale)), zero_point)
+
+
+def stream_grid(low: float, high: float) -> Grid:
+    """s16 codes of a residual stream."""
+    largest = max(-low, high)
+    scale = float(np.float32(HEAD_ROOM * largest / S16)) if largest > 1e-20 else 1.0
+    return Grid(scale, 0, -S16, S16)
 
 
 def _least_scale(low: float, high: float, zero_point: int) -> float:

@@ -7,15 +7,16 @@ part, never into the weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qdeploy.errors import ExportError
+from qdeploy.exporter.elements import Value
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.trace import Trace
 from qdeploy.ops import OPS
@@ -38,6 +39,20 @@ class LearnedWeight:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
+
+    def reshaped(self, shape: Sequence[int]) -> LearnedWeight:
+        """With the same output channels."""
+        return replace(self, value=self.value.reshape(tuple(shape)))
+
+    def of(self, channels: np.ndarray) -> LearnedWeight:
+        """Of some output channels."""
+        index = torch.from_numpy(channels)
+        return replace(self, value=self.value[index], step=self.step[index] if self.step.numel() > 1 else self.step)
+
+    def dequantized(self) -> Tensor:
+        """What the quantizer makes of it, as in training."""
+        step = self.step.reshape(-1, *[1] * (self.value.dim() - 1)) if self.step.dim() else self.step
+        return (self.value / step).clamp(self.qmin, self.qmax).round() * step
 
 
 @dataclass(frozen=True)
@@ -73,7 +88,7 @@ class Layer:
     name: str  # of the module; unique once the network is lowered
     inputs: list[Layer]
     shape: tuple[int, ...]  # without the batch
-    value: fx.Node  # of the trace: its output, clamped to [low, high], is this layer's
+    value: Value  # of the trace: its output, clamped to [low, high], is this layer's
     low: float = -math.inf
     high: float = math.inf
 
@@ -117,6 +132,10 @@ class Weighted(Scaled):
         """Multiply-accumulates for one image."""
         return math.prod(self.shape) * math.prod(self.weight.shape[1:])
 
+    @property
+    def channels(self) -> int:
+        return self.weight.shape[0]
+
 
 @dataclass(eq=False, kw_only=True)
 class Conv2d(Weighted):
@@ -128,6 +147,18 @@ class Linear(Weighted):
     op = "linear"
 
 
+@dataclass(eq=False, kw_only=True)
+class Embedding(Weighted):
+    """`scale[id] * weight[id] + rows[t]` of token t."""
+
+    op = "embedding"
+    rows: np.ndarray  # float64 [T, D]
+
+    @property
+    def macs(self) -> int:
+        return 0
+
+
 class Affine(Scaled):
     """`scale[c] * x + shift[c]`: BatchNorm, constants."""
 
@@ -137,6 +168,12 @@ class Affine(Scaled):
     def uniform(self) -> bool:
         """With one scale and one shift for the whole tensor."""
         return bool(np.ptp(self.scale) == 0 and np.ptp(self.shift) == 0)
+
+
+class Rescale(Affine):
+    """A uniform one before a norm or a position: it keeps the 16 bits of a stream."""
+
+    op = "rescale"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -185,9 +222,92 @@ class Pad(Layer):
 class Concat(Layer):
     op = "concat"
 
+    @property
+    def along_channels(self) -> bool:
+        return len(self.shape) == 3 or self.inputs[0].shape[-1] != self.shape[-1]
+
 
 class Reshape(Layer):
     op = "reshape"
+
+
+class Tokens(Layer):
+    """[C, H, W] as [H*W, C]: the same in memory."""
+
+    op = "tokens"
+
+
+class Image(Layer):
+    """[H*W, C] as [C, H, W]."""
+
+    op = "image"
+
+
+@dataclass(eq=False, kw_only=True)
+class Gather(Layer):
+    op = "gather"
+    axis: str  # rows or channels
+    index: np.ndarray  # -1 is 0
+
+
+@dataclass(eq=False, kw_only=True)
+class Resize(Scaled):
+    """`scale * rows * x * columns + shift` with integers in the two matrices."""
+
+    op = "resize"
+    rows: Band
+    columns: Band
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+
+@dataclass(frozen=True)
+class Band:
+    """A matrix of integers whose row i is `weight[i]` from column `start[i]` on, zero elsewhere."""
+
+    start: np.ndarray  # int32 [n]
+    weight: np.ndarray  # int32 [n, k]
+
+
+@dataclass(eq=False, kw_only=True)
+class Norm(Scaled):
+    """`scale[c] * (x - mean) / sqrt(variance + epsilon) + shift[c]`; of each row, or of groups of channels."""
+
+    op = "norm"
+    groups: int | None
+    epsilon: float
+
+
+@dataclass(eq=False, kw_only=True)
+class Position(Layer):
+    """`factor * x + rows` of tokens x, behind as many rows more as `rows` has beyond those of x."""
+
+    op = "position"
+    rows: np.ndarray  # float64
+    factor: float = 1.0
+
+
+@dataclass(eq=False, kw_only=True)
+class Mean(Scaled):
+    """`scale / divisor * (sum over the tokens) + shift`."""
+
+    op = "mean"
+    divisors: np.ndarray  # by number of tokens
+    scale: np.ndarray = field(default_factory=lambda: np.ones(1))
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(1))
+
+
+@dataclass(eq=False, kw_only=True)
+class Attention(Scaled):
+    """`scale * softmax(factor * q k^T + bias) v + shift`, of each head in each block of rows."""
+
+    op = "attention"
+    heads: int
+    factor: float
+    block: int | None  # rows
+    bias: np.ndarray | None  # float64 [heads, T, S]
+    regions: np.ndarray | None  # rows of another number do not see each other
+    scale: np.ndarray = field(default_factory=lambda: np.ones(1))
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -230,6 +350,11 @@ class Network:
     trace: Trace
     layers: list[Layer]
     output: Layer
+
+    @property
+    def ids(self) -> bool:
+        """Whether the input is token ids."""
+        return self.trace.ids
 
     def users(self, layer: Layer) -> list[Layer]:
         return [user for user in self.layers if layer in user.inputs]

@@ -198,8 +198,9 @@ def _float_values(network: Network, images: np.ndarray, layers: list[Layer]) -> 
     def keep(node: fx.Node) -> Callable[[Tensor], None]:
         return lambda value: nodes.update({node: value.numpy().copy()})
 
-    network.trace.run(images, {layer.value: keep(layer.value) for layer in layers})
-    return {layer: np.clip(nodes[layer.value], layer.low, layer.high) for layer in layers}
+    network.trace.run(images, {layer.value.node: keep(layer.value.node) for layer in layers})
+    values = {layer: layer.value.read(nodes[layer.value.node], layer.shape) for layer in layers}
+    return {layer: np.clip(value, layer.low, layer.high) for layer, value in values.items()}
 
 
 def _real(values: np.ndarray, tensor: Activation) -> np.ndarray:

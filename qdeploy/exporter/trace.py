@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 import qdeploy.kernels.lsq  # noqa: F401  (registers the operator qdeploy::lsq)
 from qdeploy.errors import ExportError
+from qdeploy.exporter.elements import BATCH
 from qdeploy.networks.wrappers import plain_names, unwrapped
 
 LSQ = torch.ops.qdeploy.lsq.default
@@ -36,6 +37,15 @@ class Trace:
     shape: tuple[int, ...]  # of the input, without the batch
     names: dict[str, str]  # path of each module of the traced network: its name for the user
     stateful: set[fx.Node]  # operators that write into a buffer
+    ids: bool  # the input is token ids
+
+    def sizes(self, tensor: Tensor) -> tuple[int, ...]:
+        """Of a tensor of the trace, for a batch of BATCH."""
+        return tuple(map(self.size, tensor.shape))
+
+    def size(self, size: Any) -> int:
+        """A size of the trace, for a batch of BATCH."""
+        return size if isinstance(size, int) else int(size.node.expr.subs({self.batch.node.expr: BATCH}))
 
     def run(self, images: np.ndarray, observe: dict[fx.Node, Callable[[Tensor], None]]) -> None:
         """Runs the fake-quant network in float32 on `images` and hands the value of each node in `observe` to its
@@ -295,8 +305,9 @@ def _constants_folded(program: torch.export.ExportedProgram, names: dict[str, st
         raise ExportError(
             f"expected one input and one output tensor, got {len(inputs)} and {len(results)} - at the network's forward"
         )
-    shape = inputs[0].meta["val"].shape
-    return Trace(program.graph_module, constants, results[0], shape[0], tuple(shape[1:]), names, stateful)
+    x = inputs[0].meta["val"]
+    ids = not x.is_floating_point()
+    return Trace(program.graph_module, constants, results[0], x.shape[0], tuple(x.shape[1:]), names, stateful, ids)
 
 
 def _is_constant(node: fx.Node, constants: dict[fx.Node, Any]) -> bool:

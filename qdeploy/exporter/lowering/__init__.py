@@ -1,0 +1,182 @@
+"""From a trace to layers: LOWERING has one function for each ATen operator that the engine can express; any other is an
+ExportError. fusion.py then makes few layers of the many.
+
+    moves          what only moves elements, in numbers of elements (moved.py)
+    elementwise    functions of one tensor, sums, products, constants
+    weighted, norms, attention, windows
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from qdeploy.errors import ExportError
+from qdeploy.exporter.elements import Value
+from qdeploy.exporter.layers import Input, Layer, LearnedWeight, Network
+from qdeploy.exporter.lowering import attention, elementwise, moves, norms, weighted, windows
+from qdeploy.exporter.lowering.moved import Moved, plain
+from qdeploy.exporter.lowering.site import OPERATOR, Obstacle, Site, Unknown, all_of, aten, depends, missing
+from qdeploy.exporter.lowering.words import described
+from qdeploy.exporter.trace import LSQ, Trace, is_random, trace
+
+
+def lower(net: nn.Module, example: Tensor) -> Network:
+    """One layer for each operator of `net` that its output needs, for inputs like `example`, [N, ...].
+
+    The network is traced in eval mode and left as it was. Raises ExportError for what the engine lacks: all of it, with
+    the modules.
+    """
+    return _lowered(trace(net, example))
+
+
+def _lowered(trace: Trace) -> Network:
+    values: dict[fx.Node, Any] = {}
+    layers: list[Layer] = []
+    obstacles: list[Obstacle] = []
+    needed = {trace.output}
+    for node in reversed(trace.module.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    for node in trace.module.graph.nodes:
+        if node not in needed and node.op != "placeholder":
+            continue
+        found = node.meta.get("val")
+        if node in trace.constants:
+            values[node] = _constant(node, trace)
+        elif node.op == "placeholder":
+            values[node] = Input("input", [], trace.shape, Value(node))
+            layers.append(values[node])
+        elif isinstance(found, torch.SymInt):
+            values[node] = trace.size(found)
+        elif node.op == "call_function" and isinstance(found, (Tensor, tuple, list)):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
+            site = Site(node, trace, layers)
+            try:
+                values[node] = _lower_node(site, args, kwargs)
+            except Obstacle as obstacle:
+                obstacles.append(obstacle)
+                values[node] = missing(site, found, tree_leaves((args, kwargs)))
+    if obstacles:
+        raise all_of(obstacles)
+    output = values.get(trace.output)
+    if not isinstance(output, (Layer, Moved)):
+        raise ExportError("expected an output that depends on the input, got a constant - at the network's forward")
+    return Network(trace, layers, plain(Site(trace.output, trace, layers), output))
+
+
+def _constant(node: fx.Node, trace: Trace) -> Any:
+    if node.target is LSQ:
+        arguments: Any = fx.map_arg(node.args[:5], lambda n: trace.constants[n])
+        value, step, qmin, qmax, axis = arguments
+        if axis > 0:
+            Site(node, trace, []).fail("step sizes per output channel (axis 0) or per tensor", f"axis {axis}")
+        return LearnedWeight(value, step, qmin, qmax)
+    return trace.constants[node]
+
+
+def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
+    inputs = tree_leaves((args, kwargs))
+    if is_random(site.node):
+        dropout = "dropout" in site.operator
+        got = "dropout that stays on (pass training=self.training)" if dropout else f"random numbers of {site.operator}"
+        site.fail("an operator that gives the same every time", got)
+    if site.node in site.trace.stateful:
+        site.fail("a forward that changes no buffer in eval mode", "a change that the output depends on")
+    rule = LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+    if rule is not None and any(isinstance(x, Unknown) for x in inputs):
+        return missing(site, site.node.meta["val"], inputs)
+    weight = isinstance(args[0], LearnedWeight) and rule in (moves.same, moves.move)  # the codes stay
+    for i, value in enumerate(inputs):
+        right = i == 1 and rule in WEIGHTED or i == 0 and rule is weighted.embedding
+        if isinstance(value, LearnedWeight) and not weight and not right:
+            expected = "a learned quantizer right before its conv2d or linear (quantize_ after pruning and the like)"
+            site.fail(expected, f"aten.{site.operator} of its result")
+    if not any(map(depends, inputs)):
+        return _computed(site, args, kwargs)
+    if rule is None:
+        site.fail(OPERATOR, described(site))
+    try:
+        return rule(site, *args, **kwargs)
+    except ExportError:
+        raise
+    except Exception:  # arguments that no rule foresaw, such as sizes that depend on the batch
+        site.fail(OPERATOR, f"{described(site)} with arguments that it lacks")
+
+
+def _computed(site: Site, args: tuple, kwargs: dict) -> Any:
+    """What depends on nothing but the size of the batch, for a batch of BATCH."""
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    with torch.no_grad():
+        return site.target(*args, **kwargs)
+
+
+WEIGHTED = (weighted.conv1d, weighted.conv2d, weighted.linear)
+MOVES = """view reshape flatten squeeze unsqueeze unflatten _unsafe_view expand expand_as repeat permute transpose t
+    movedim swapaxes swapdims select slice narrow chunk split split_with_sizes unbind flip roll rot90 index_select
+    tensor_split unsafe_split unsafe_chunk view_as reshape_as pixel_shuffle pixel_unshuffle channel_shuffle"""
+FLOAT_MOVES = """upsample_nearest2d _upsample_nearest_exact2d upsample_nearest1d reflection_pad1d reflection_pad2d
+    replication_pad1d replication_pad2d"""
+IDENTITIES = """clone alias detach contiguous to _to_copy dropout feature_dropout alpha_dropout lift_fresh_copy
+    _assert_tensor_metadata"""
+FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh prelu rrelu
+    threshold log_sigmoid exp expm1 log log1p sqrt rsqrt square pow reciprocal abs sign erf sin cos atan floor ceil
+    round gt ge lt le where max min maximum minimum"""
+LOWERING: dict[Any, Callable[..., Any]] = {
+    LSQ.overloadpacket: elementwise.quantize,
+    operator.getitem: moves.getitem,
+    aten.conv1d: weighted.conv1d,
+    aten.conv2d: weighted.conv2d,
+    aten.linear: weighted.linear,
+    aten.embedding: weighted.embedding,
+    aten.batch_norm: elementwise.batch_norm,
+    aten._native_batch_norm_legit_no_training: elementwise.batch_norm_functional,
+    aten.layer_norm: norms.layer_norm,
+    aten.group_norm: norms.group_norm,
+    aten.instance_norm: norms.instance_norm,
+    aten.scaled_dot_product_attention: attention.scaled_dot_product,
+    **dict.fromkeys((aten.matmul, aten.bmm), attention.product),
+    aten.baddbmm: attention.added_product,
+    aten.masked_fill: attention.masked,
+    aten.softmax: attention.softmax,
+    aten.add: elementwise.add,
+    aten.sub: elementwise.subtract,
+    aten.rsub: elementwise.subtract_reversed,
+    aten.mul: elementwise.multiply,
+    aten.div: elementwise.divide,
+    aten.neg: elementwise.negate,
+    aten.relu: elementwise.relu,
+    aten.relu6: elementwise.relu6,
+    aten.hardtanh: elementwise.hardtanh,
+    aten.clamp: elementwise.clamp,
+    aten.clip: elementwise.clamp,
+    aten.clamp_min: elementwise.clamp,
+    aten.clamp_max: elementwise.clamp_max,
+    aten.cat: moves.concat,
+    aten.concat: moves.concat,
+    aten.stack: moves.stack,
+    aten.pad: moves.pad,
+    aten.constant_pad_nd: lambda site, x, padding, value=0: moves.pad(site, x, padding, "constant", value),
+    aten.index: moves.index,
+    aten.max_pool2d: windows.max_pool2d,
+    aten.max_pool2d_with_indices: windows.max_pool2d,
+    aten.avg_pool2d: windows.avg_pool2d,
+    aten.adaptive_avg_pool2d: windows.adaptive_avg_pool2d,
+    aten.adaptive_avg_pool1d: windows.adaptive_avg_pool1d,
+    aten.adaptive_max_pool2d: windows.adaptive_max_pool2d,
+    aten.upsample_bilinear2d: windows.upsample,
+    aten.upsample_bicubic2d: windows.upsample,
+    aten.mean: windows.mean,
+    aten.sum: windows.total,
+    aten.amax: windows.maximum_over,
+    **{getattr(aten, name): moves.move for name in MOVES.split()},
+    **{getattr(aten, name): moves.move_in_float for name in FLOAT_MOVES.split()},
+    **{getattr(aten, name): moves.same for name in IDENTITIES.split()},
+    **{getattr(aten, name): elementwise.table for name in FUNCTIONS.split()},
+}

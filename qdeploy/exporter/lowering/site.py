@@ -1,0 +1,153 @@
+"""Where an operator stands in the network, and what is said where it cannot be lowered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from qdeploy.errors import ExportError
+from qdeploy.exporter.elements import Value, value_of
+from qdeploy.exporter.layers import Layer
+from qdeploy.exporter.trace import Trace, modules_of
+from qdeploy.graph import Shape
+
+aten = torch.ops.aten
+L = TypeVar("L", bound=Layer)
+OPERATOR = (
+    "an operator that the engine has (conv1d, conv2d, linear, norms, attention, embedding, ReLU and other functions of "
+    "one tensor, sums and products of two, pools, resize, and whatever moves rows or channels)"
+)
+
+
+class Obstacle(ExportError):
+    """What stands in the way of one operator."""
+
+    def __init__(self, expected: str, got: str, site: Site):
+        super().__init__(f"expected {expected}, got {got} - at module `{site.module}` (aten.{site.operator})")
+        self.expected, self.got, self.module = expected, got, site.module
+
+
+class Missing(Layer):
+    """In place of a layer that the engine lacks, so that what follows is looked at as well."""
+
+    op = "missing"
+
+
+class Unknown:
+    """In place of a value that is no layer's: what it goes into is missing too, for no reason of its own."""
+
+
+@dataclass
+class Site:
+    """Where an operator stands in the network: what its lowering function needs besides the arguments."""
+
+    node: fx.Node
+    trace: Trace
+    layers: list[Layer]
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose forward holds the operator, and the operator, unless the module is of torch.nn."""
+        path, kind = modules_of(self.node, self.trace.names)[-1]
+        path = path.split(".parametrizations.")[0]
+        if path and (kind.startswith("torch.nn.") or self.operator == "lsq"):
+            return path
+        return f"{path}.{self.operator}" if path else self.operator
+
+    @property
+    def operator(self) -> str:
+        return getattr(self.target, "_opname", self.target.__name__)
+
+    @property
+    def target(self) -> Any:
+        """The operator itself; of an in-place one, whose name ends in _, the functional one."""
+        target: Any = self.node.target
+        name = getattr(target, "_opname", "")
+        pure = getattr(aten, name[:-1], None) if name.endswith("_") else None
+        return target if pure is None else getattr(pure, target._overloadname, target)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the result, for a batch of BATCH."""
+        value = self.node.meta["val"]
+        return self.trace.sizes(value if isinstance(value, Tensor) else value[0])
+
+    @property
+    def shape(self) -> Shape:
+        value = self.node.meta["val"]
+        shape = (value if isinstance(value, Tensor) else value[0]).shape
+        if not self.has_batch(shape):
+            got = ", ".join(str(size).replace(str(self.trace.batch), "N") for size in shape)
+            self.fail("an operator that keeps the batch as dimension 0 and fixed sizes behind it", f"shape [{got}]")
+        return tuple(shape[1:]) or (1,)  # one number an image is [N] in torch and [N, 1] in the file
+
+    def has_batch(self, shape: Any) -> bool:
+        """Whether the shape is [N, ...]: the batch, and fixed sizes behind it."""
+        return len(shape) > 0 and str(shape[0]) == str(self.trace.batch) and all(isinstance(d, int) for d in shape[1:])
+
+    def fail(self, expected: str, got: str) -> NoReturn:
+        raise Obstacle(expected, got, self)
+
+    def layer(
+        self,
+        kind: type[L],
+        inputs: list[Layer],
+        shape: Shape | None = None,
+        places: np.ndarray | None = None,
+        **fields: Any,
+    ) -> L:
+        """A layer whose output is the result of the operator; `places` says which element is where in it."""
+        shape = self.shape if shape is None else shape
+        value = Value(self.node) if places is None else value_of(self.node, places, shape)
+        if value is None:
+            self.fail("an operator that keeps the batch apart", "one that mixes it with other dimensions")
+        layer = kind(self.module, inputs, shape, value, **fields)
+        self.layers.append(layer)
+        return layer
+
+
+def missing(site: Site, value: Any, inputs: list[Any]) -> Any:
+    """What stands for the result `value` of an operator that failed."""
+    if isinstance(value, (tuple, list)):
+        return tuple(missing(site, part, inputs) for part in value)
+    if isinstance(value, Tensor) and site.has_batch(value.shape) and any(map(depends, inputs)):
+        return Missing("", [], tuple(value.shape[1:]) or (1,), Value(site.node))
+    return Unknown()
+
+
+def depends(value: Any) -> bool:
+    """Whether a value in a lowering depends on the network's input."""
+    return not (value is None or isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device)))
+
+
+def all_of(obstacles: list[Obstacle]) -> ExportError:
+    """One error, one line, for all of them: each kind once, with its modules."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for obstacle in obstacles:
+        kinds.setdefault((obstacle.expected, obstacle.got), []).append(obstacle.module)
+    (expected, got), modules = next(iter(kinds.items()))
+    if len(obstacles) == 1:
+        return ExportError(str(obstacles[0]))
+    if len(kinds) == 1:
+        return ExportError(f"expected {expected}, got {got} - at {_places(modules)}")
+    lines = [
+        f"({i}) {got} at {_places(modules)}" + ("" if expected == OPERATOR else f" instead of {expected}")
+        for i, ((expected, got), modules) in enumerate(kinds.items(), 1)
+    ]
+    return ExportError(f"expected {OPERATOR}, got {len(kinds)} things that it lacks: {'; '.join(lines)}")
+
+
+def _places(modules: list[str]) -> str:
+    names = [f"`{name}`" for name in dict.fromkeys(modules)]
+    if len(names) == 1:
+        return f"module {names[0]}" + (f" ({len(modules)} times)" if len(modules) > 1 else "")
+    rest = len(modules) - len(names[:3])
+    return f"modules {', '.join(names[:3])}" + (f" and {rest} more" if rest else "")
+
+
+def float64(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy().astype(np.float64)
