@@ -53,11 +53,13 @@ int64_t depthwise_repeat(const ConvData& data) {
   return 1;
 }
 
+bool is_s16(const Activation* activation) { return activation && activation->type == Dtype::s16; }
+
 // A grouped kernel takes whole groups a panel, whose inputs lie in one window.
 bool fits_grouped(const Layer& layer, const ConvKernel& kernel) {
   const int64_t depth = layer.depth(), outputs = layer.channels() / layer.data.groups;
   return kernel.qu8 && layer.data.groups > 1 && depth % 4 == 0 && depth <= 16 && kernel.nr % outputs == 0 &&
-         kernel.nr / outputs * depth <= kGroupedWindow && layer.out.type == Dtype::u8 && !layer.conv->through_f32;
+         kernel.nr / outputs * depth <= kGroupedWindow && layer.out.type == Dtype::u8 && !is_s16(layer.residual);
 }
 
 std::vector<int32_t> grouped_lanes(const Layer& layer, int64_t nr) {
@@ -106,7 +108,6 @@ void set_panels(const Layer& layer) {
 
 void lower(const Layer& layer, const Kernels& kernels, ConvForm form) {
   PackedConv* conv = layer.conv.get();
-  conv->through_f32 = layer.out.type == Dtype::s16 || (layer.residual && layer.residual->type == Dtype::s16);
   const bool one_each = layer.data.groups > 1 && layer.depth() == 1 && layer.channels() == layer.in.c;
   conv->is_depthwise = one_each && !layer.node.has_residual && layer.out.type == Dtype::u8;
   set_cells(layer);
@@ -119,7 +120,7 @@ void lower(const Layer& layer, const Kernels& kernels, ConvForm form) {
   conv->kernel = grouped ? &kernels.grouped : &kernels.conv[layer.data.used_bits];
   if (grouped) conv->lanes = grouped_lanes(layer, conv->kernel->nr);
   set_panels(layer);
-  if (conv->through_f32) {
+  if (is_s16(&layer.out) || is_s16(layer.residual)) {
     const bool has_form = winograd_for(layer.data, layer.in, layer.out, *conv->kernel, kernels, form) != nullptr;
     conv->why_direct = layer.data.groups > 1 ? "no grouped kernel for s16" : has_form ? "no Winograd for s16" : "";
     return;
@@ -449,7 +450,7 @@ auto key_of_weights(const Layer& layer) {
   const ConvData& data = layer.data;
   return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, layer.depth(), data.window.kernel[0],
                          data.window.kernel[1], merges_rows(layer), layer.conv->is_depthwise, layer.conv->repeat,
-                         layer.conv->lanes.empty(), layer.conv->winograd, layer.conv->through_f32);
+                         layer.conv->lanes.empty(), layer.conv->winograd);
 }
 
 // The layers of a program, lowered, in the order of their first nodes, and which of them each step has.

@@ -41,7 +41,6 @@ enum class ConvForm { by_rule, direct, winograd4, winograd2 };
 // The weights of a conv2d or linear as its kernel reads them.
 struct PackedConv {
   bool is_depthwise = false;
-  bool through_f32 = false;            // s16 output or residual: the f32 kernel first, then Kernels::scale_add
   int64_t repeat = 1;                  // depthwise: neighbouring pixels that one row of weights covers
   int64_t depthwise_stride = 0;        // bytes from one cell of a depthwise convolution to the next
   const ConvKernel* kernel = nullptr;  // null for depthwise and Winograd

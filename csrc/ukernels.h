@@ -5,7 +5,8 @@
 // AVX-512 could be the copy that the linker keeps for everybody.
 //
 // Activations are u8, NHWC. `a` is the input, `w` the packed weights, `c` the output; strides are in bytes for u8 data
-// and in elements for f32 outputs. Every kernel may read up to kOverread bytes before and after the elements it needs
+// and in elements for other outputs and residuals. Every kernel may read up to kOverread bytes before and after the
+// elements it needs
 // (every buffer has that slack); what it read there never reaches an output. It writes exactly what it is asked to.
 #pragma once
 #include <stddef.h>
@@ -15,14 +16,17 @@ namespace qdeploy {
 
 constexpr size_t kOverread = 64;
 
+enum class Dtype : int32_t { u8, s16, s8, f32, i32 };  // i32: token ids, which no kernel reads
+
 // ---- Convolution and linear -----------------------------------------------------------------------------------------
 //
 // One panel (nr output channels) times a list of tiles. A tile is `strips` strips of r pixels; the pixels of a strip
 // lie at a constant stride, the strips anywhere. acc[p][n] = comp[n] + sum over cells t, bytes i < k of
 //     (a[tile.a[s] + p*a_stride + cell_offset[t] + i] - a_offset) * w[t][i][n]
 // then r = fma(float(acc), multiplier[n], bias[n]), with a residual r = fma(float(residual), residual_multiplier, r).
-// c = clamp(rint(r), qmin, qmax), or r itself for the f32 kernel. comp = (a_offset - zero_point) * sum of the channel's
-// codes, so that the kernel's own a_offset (0, or 128 where it needs signed activations) never shows in acc.
+// c = clamp(rint(r), qmin, qmax) as u8, clamp(rint(r), -32767, 32767) as s16, or r itself as f32; with codes of 16 bits
+// |r| is below 2^30. comp = (a_offset - zero_point) * sum of the channel's codes, so that the kernel's own a_offset (0,
+// or 128 where it needs signed activations) never shows in acc.
 //
 // Packed panel, WeightFormat::s8x4:  int8  w[cells][k/4][nr][4]   element (t, i, n) at ((t*(k/4) + i/4)*nr + n)*4 + i%4
 //               WeightFormat::s16x2: int16 w[cells][k/2][nr][2]   likewise with 2
@@ -50,9 +54,10 @@ struct ConvParams {
   const int32_t* comp;
   const float* multiplier;
   const float* bias;
-  void* c;  // first channel of this panel: uint8_t or float
+  void* c;  // first channel of this panel: uint8_t, int16_t or float
   ptrdiff_t c_stride;
-  const uint8_t* residual;  // null: none. May be the very memory of c (same offsets and stride)
+  const void* residual;  // null: none. May be the very memory of c (same offsets and stride)
+  Dtype residual_type;   // u8 or s16
   ptrdiff_t residual_stride;
   float residual_multiplier;
   uint8_t qmin, qmax;
@@ -66,6 +71,7 @@ using ConvFn = void (*)(const ConvParams* params, const ConvTile* tiles, size_t 
 struct ConvKernel {
   const char* name;  // qu8_qc8w_conv_{pixels}x{NR}c{KR}__{isa}, with _w{bits} where narrower weights are a precondition
   ConvFn qu8;        // u8 output
+  ConvFn s16;        // s16 output
   ConvFn f32;        // f32 output
   int32_t mr;        // most pixels in a strip
   int32_t strips;    // most strips in a tile, 1 or 2
@@ -250,7 +256,6 @@ using QuantizeFn = bool (*)(const QuantizeParams* params);
 // Tokens and residual streams. A row holds n elements; codes are u8, s16 (-32767..32767) or, of weights, s8. An output
 // is c = clamp(rint(r), qmin, qmax) as u8, clamp(rint(r), -32767, 32767) as s16, or r itself as f32; for codes |r| is
 // below 2^30. Strides are in elements.
-enum class Dtype : int32_t { u8, s16, s8, f32, i32 };  // i32: token ids, which no kernel reads
 
 // r = fma(float(a), multiplier_a, x), where x is `bias`; with codes b, u8 or s16, fma(float(b), multiplier_b, bias);
 // with floats b, b itself. c may be a or b where the types agree. s8 goes with floats.

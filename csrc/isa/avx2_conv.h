@@ -33,6 +33,10 @@ QD_INLINE __m256 u8_to_f32x8(const uint8_t* a) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a))));
 }
 
+QD_INLINE __m256 s16_to_f32x8(const int16_t* a) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a))));
+}
+
 QD_INLINE __m256i clamp_u8x32(__m256i c_u8x32, uint8_t qmin, uint8_t qmax) {
   return _mm256_min_epu8(_mm256_max_epu8(c_u8x32, _mm256_set1_epi8(static_cast<char>(qmin))),
                          _mm256_set1_epi8(static_cast<char>(qmax)));
@@ -90,6 +94,17 @@ QD_INLINE void store(const __m256 (&r_f32x8)[4], uint8_t qmin, uint8_t qmax, siz
   store_u8(pack_u8x32(c_i32x8, qmin, qmax), n, c);
 }
 
+QD_INLINE void store(const __m256 (&r_f32x8)[4], uint8_t, uint8_t, size_t n, int16_t* c) {
+  QD_UNROLL for (int half = 0; half < 2; ++half) {
+    const __m256i lanes_i16x16 =
+        _mm256_packs_epi32(_mm256_cvtps_epi32(r_f32x8[2 * half]), _mm256_cvtps_epi32(r_f32x8[2 * half + 1]));
+    const __m256i low_i16x16 = _mm256_max_epi16(lanes_i16x16, _mm256_set1_epi16(-32767));
+    const size_t from = 16 * static_cast<size_t>(half);
+    if (n <= from) return;
+    store_u8(_mm256_permute4x64_epi64(low_i16x16, 0xd8), 2 * (n - from), reinterpret_cast<uint8_t*>(c + from));
+  }
+}
+
 QD_INLINE void store(const __m256 (&r_f32x8)[4], uint8_t, uint8_t, size_t n, float* c) {
   if (n >= 32) {
     QD_UNROLL for (int v = 0; v < 4; ++v) _mm256_storeu_ps(c + 8 * v, r_f32x8[v]);
@@ -120,7 +135,7 @@ struct Slab {
 // Pixels that go through the panel together.
 struct Batch {
   int pixels;
-  bool f32;  // output
+  Dtype out;
   const uint8_t* a[kBatch];
   ptrdiff_t c[kBatch];
   ptrdiff_t residual[kBatch];
@@ -147,15 +162,20 @@ QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVect
   if (p.residual) {
     const __m256 multiplier_f32x8 = _mm256_set1_ps(p.residual_multiplier);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      const uint8_t* residual = p.residual + batch.residual[pixel + r];
+      const ptrdiff_t at = batch.residual[pixel + r];
       QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-        r_f32x8[r][v] = _mm256_fmadd_ps(u8_to_f32x8(residual + 8 * v), multiplier_f32x8, r_f32x8[r][v]);
+        const __m256 residual_f32x8 = p.residual_type == Dtype::s16
+                                          ? s16_to_f32x8(static_cast<const int16_t*>(p.residual) + at + 8 * v)
+                                          : u8_to_f32x8(static_cast<const uint8_t*>(p.residual) + at + 8 * v);
+        r_f32x8[r][v] = _mm256_fmadd_ps(residual_f32x8, multiplier_f32x8, r_f32x8[r][v]);
       }
     }
   }
   const size_t n = static_cast<size_t>(p.n);
   QD_UNROLL for (int r = 0; r < kRows; ++r) {
-    if (batch.f32) {
+    if (batch.out == Dtype::s16) {
+      store(r_f32x8[r], p.qmin, p.qmax, n, static_cast<int16_t*>(p.c) + batch.c[pixel + r]);
+    } else if (batch.out == Dtype::f32) {
       store(r_f32x8[r], p.qmin, p.qmax, n, static_cast<float*>(p.c) + batch.c[pixel + r]);
     } else {
       store(r_f32x8[r], p.qmin, p.qmax, n, static_cast<uint8_t*>(p.c) + batch.c[pixel + r]);
@@ -227,7 +247,7 @@ void run_batch(const ConvParams& p, int32_t slab_cells, int32_t slab_k, Batch* b
 
 int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
-template <typename Weights, bool kF32>
+template <typename Weights, Dtype kOut>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   const ConvParams& p = *params;
   constexpr int32_t kMaxK = kSlabBytes / (kNr * Weights::kElementBytes);
@@ -237,7 +257,7 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   const auto run = p.n > 16 ? run_batch<Weights, 4> : run_batch<Weights, 2>;
   Batch batch;
   batch.pixels = 0;
-  batch.f32 = kF32;
+  batch.out = kOut;
   batch.prefetch = static_cast<const char*>(p.prefetch);
   batch.prefetch_lines = p.prefetch_bytes / 64;
   for (const ConvTile* tile = tiles; tile != tiles + n_tiles; ++tile) {
@@ -255,7 +275,8 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
 
 template <typename Weights>
 ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Weights, false>, conv<Weights, true>, 7, 2, kNr, Weights::kFormat, Weights::kS16Quads};
+  return {name, conv<Weights, Dtype::u8>, conv<Weights, Dtype::s16>, conv<Weights, Dtype::f32>, 7, 2,
+          kNr,  Weights::kFormat,         Weights::kS16Quads};
 }
 
 }  // namespace

@@ -78,9 +78,25 @@ struct Prefetch {
 QD_INLINE __m512 residual_f32x16(const uint8_t* residual) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(residual))));
 }
+QD_INLINE __m512 residual_f32x16(const int16_t* residual) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(residual))));
+}
 
-QD_INLINE const uint8_t* residual_pixel(const ConvParams& params, const ConvTile& tile, int strip, int pixel) {
-  return params.residual + tile.residual[strip] + pixel * params.residual_stride;
+// The type of the codes of a residual, where there is none.
+struct None {};
+template <class T>
+constexpr bool kIsNone = false;
+template <>
+constexpr bool kIsNone<None> = true;
+
+QD_INLINE ptrdiff_t residual_offset(const ConvParams& params, const ConvTile& tile, int strip, int pixel) {
+  return tile.residual[strip] + pixel * params.residual_stride;
+}
+
+// 32 channels of -32767..32767 from what packs of two vectors leaves.
+QD_INLINE __m512i order_s16(__m512i lanes_i16x32) {
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+  return _mm512_permutexvar_epi64(order, _mm512_max_epi16(lanes_i16x32, _mm512_set1_epi16(-32767)));
 }
 
 // One tile: where each of its pixels goes, and what every pixel needs.
@@ -98,18 +114,20 @@ struct Output {
   }
   QD_INLINE size_t offset(int q) const { return tile.c[q / R] + q % R * params.c_stride; }
 
-  template <bool kResidual>
+  template <class Residual>
   QD_INLINE __m512 real(__m512i acc_i32x16, int q, int j) const {
     __m512 x_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), multiplier_f32x16[j], bias_f32x16[j]);
-    if (kResidual) {
-      const __m512 residual = residual_f32x16(residual_pixel(params, tile, q / R, q % R) + 16 * j);
-      x_f32x16 = _mm512_fmadd_ps(residual, _mm512_set1_ps(params.residual_multiplier), x_f32x16);
+    if constexpr (!kIsNone<Residual>) {
+      const auto* residual =
+          static_cast<const Residual*>(params.residual) + residual_offset(params, tile, q / R, q % R);
+      x_f32x16 =
+          _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(params.residual_multiplier), x_f32x16);
     }
     return x_f32x16;
   }
 
   // Saturating packs clamp to 0..255; two pixels leave one vector in channel order after one permutation of dwords.
-  template <bool kResidual>
+  template <class Residual>
   QD_INLINE void store_u8(const __m512i (&acc)[S * R][2]) const {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i qmin_u8x64 = _mm512_set1_epi8(static_cast<char>(params.qmin));
@@ -121,8 +139,8 @@ struct Output {
       __m512i packed_i16x32[2];
       QD_UNROLL for (int i = 0; i < 2; ++i) {
         const int pixel = i == 0 ? q : next;
-        packed_i16x32[i] = _mm512_packs_epi32(_mm512_cvtps_epi32(real<kResidual>(acc[pixel][0], pixel, 0)),
-                                              _mm512_cvtps_epi32(real<kResidual>(acc[pixel][1], pixel, 1)));
+        packed_i16x32[i] = _mm512_packs_epi32(_mm512_cvtps_epi32(real<Residual>(acc[pixel][0], pixel, 0)),
+                                              _mm512_cvtps_epi32(real<Residual>(acc[pixel][1], pixel, 1)));
       }
       __m512i c_u8x64 = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(packed_i16x32[0], packed_i16x32[1]));
       c_u8x64 = _mm512_min_epu8(_mm512_max_epu8(c_u8x64, qmin_u8x64), qmax_u8x64);
@@ -131,13 +149,24 @@ struct Output {
     }
   }
 
-  template <bool kResidual>
+  template <class Residual>
+  QD_INLINE void store_s16(const __m512i (&acc)[S * R][2]) const {
+    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << params.n) - 1);
+    int16_t* c = static_cast<int16_t*>(params.c);
+    QD_UNROLL for (int q = 0; q < S * R; ++q) {
+      const __m512i c_i16x32 = _mm512_packs_epi32(_mm512_cvtps_epi32(real<Residual>(acc[q][0], q, 0)),
+                                                  _mm512_cvtps_epi32(real<Residual>(acc[q][1], q, 1)));
+      _mm512_mask_storeu_epi16(c + offset(q), mask, order_s16(c_i16x32));
+    }
+  }
+
+  template <class Residual>
   QD_INLINE void store_f32(const __m512i (&acc)[S * R][2]) const {
     float* c = static_cast<float*>(params.c);
     const uint32_t mask = static_cast<uint32_t>((uint64_t{1} << params.n) - 1);
     QD_UNROLL for (int q = 0; q < S * R; ++q) {
-      _mm512_mask_storeu_ps(c + offset(q), static_cast<__mmask16>(mask), real<kResidual>(acc[q][0], q, 0));
-      _mm512_mask_storeu_ps(c + offset(q) + 16, static_cast<__mmask16>(mask >> 16), real<kResidual>(acc[q][1], q, 1));
+      _mm512_mask_storeu_ps(c + offset(q), static_cast<__mmask16>(mask), real<Residual>(acc[q][0], q, 0));
+      _mm512_mask_storeu_ps(c + offset(q) + 16, static_cast<__mmask16>(mask >> 16), real<Residual>(acc[q][1], q, 1));
     }
   }
 };
@@ -146,9 +175,9 @@ struct Output {
 
 // Computes tiles from the front of the list while they have this shape; returns how many. Cells outside, channels
 // inside, one set of accumulators for the whole of K; few pixels get kSets of them, or the latency of the dot product
-// would show. (u8 or f32 output is a branch per tile, not a template: that would double half a megabyte of code.)
+// would show. (The type of the output is a branch per tile, not a template: that would double half a megabyte of code.)
 template <class Dot, int R, int S>
-__attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles,
+__attribute__((noinline)) size_t run(const ConvParams& params, Dtype out, const ConvTile* tiles, size_t n_tiles,
                                      Prefetch& prefetch) {
   constexpr int kSets = Dot::sets(R * S);
   Prefetch ahead = prefetch;  // a copy that can live in registers
@@ -165,7 +194,8 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
 
     if (params.residual) {  // needed at the end of the tile, often in L2 or beyond: 2 % at k = 64 and 128
       QD_UNROLL for (int q = 0; q < S * R; ++q) {
-        _mm_prefetch(reinterpret_cast<const char*>(residual_pixel(params, tile, q / R, q % R)), _MM_HINT_T0);
+        const ptrdiff_t at = residual_offset(params, tile, q / R, q % R) << (params.residual_type == Dtype::s16);
+        _mm_prefetch(static_cast<const char*>(params.residual) + at, _MM_HINT_T0);
       }
     }
 
@@ -188,10 +218,15 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
     }
 
     const Output<R, S> output(params, tile);
-    if (f32) {
-      params.residual ? output.template store_f32<true>(acc[0]) : output.template store_f32<false>(acc[0]);
+    const auto store = [&](auto residual) __attribute__((always_inline)) {
+      using Residual = decltype(residual);
+      if (out == Dtype::f32) return output.template store_f32<Residual>(acc[0]);
+      out == Dtype::s16 ? output.template store_s16<Residual>(acc[0]) : output.template store_u8<Residual>(acc[0]);
+    };
+    if (!params.residual) {
+      store(None());
     } else {
-      params.residual ? output.template store_u8<true>(acc[0]) : output.template store_u8<false>(acc[0]);
+      params.residual_type == Dtype::s16 ? store(int16_t()) : store(uint8_t());
     }
   } while (++done < n_tiles && tiles[done].r == R && tiles[done].strips == S);
   prefetch = ahead;
@@ -200,25 +235,26 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
 
 // The run that starts at the first tile; returns how many tiles it did.
 template <class Dot>
-size_t run_next(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles, Prefetch& prefetch) {
-  using Run = size_t (*)(const ConvParams&, bool, const ConvTile*, size_t, Prefetch&);
+size_t run_next(const ConvParams& params, Dtype out, const ConvTile* tiles, size_t n_tiles, Prefetch& prefetch) {
+  using Run = size_t (*)(const ConvParams&, Dtype, const ConvTile*, size_t, Prefetch&);
   constexpr auto r = [](int pixels) { return pixels < Dot::kMr ? pixels : Dot::kMr; };  // no code for longer strips
   static constexpr Run kRuns[kStrips][kMr] = {{run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, r(4), 1>,
                                                run<Dot, r(5), 1>, run<Dot, r(6), 1>, run<Dot, r(7), 1>},
                                               {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, r(4), 2>,
                                                run<Dot, r(5), 2>, run<Dot, r(6), 2>, run<Dot, r(7), 2>}};
-  return kRuns[tiles->strips - 1][tiles->r - 1](params, f32, tiles, n_tiles, prefetch);
+  return kRuns[tiles->strips - 1][tiles->r - 1](params, out, tiles, n_tiles, prefetch);
 }
 
-template <class Dot, bool kF32>
+template <class Dot, Dtype kOut>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   Prefetch prefetch(*params, n_tiles * params->cells * (params->k / Dot::kFetchBytes));
-  for (size_t done = 0; done < n_tiles;) done += run_next<Dot>(*params, kF32, tiles + done, n_tiles - done, prefetch);
+  for (size_t done = 0; done < n_tiles;) done += run_next<Dot>(*params, kOut, tiles + done, n_tiles - done, prefetch);
 }
 
 template <class Dot>
 constexpr ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, kStrips, kNr, Dot::kFormat, Dot::kS16Quads};
+  return {name, conv<Dot, Dtype::u8>, conv<Dot, Dtype::s16>, conv<Dot, Dtype::f32>, Dot::kMr, kStrips,
+          kNr,  Dot::kFormat,         Dot::kS16Quads};
 }
 
 }  // namespace

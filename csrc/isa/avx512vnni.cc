@@ -106,49 +106,56 @@ struct Vnni {
 // Measured on Zen 5 (peak 541 GMAC/s), before and after: K = 64 450 and 500, with residual 398 and 455; K = 128 486 and
 // 510, 459 and 490; K = 256 510 and 525; K = 512 526 and 537.
 
-template <bool kResidual>
+template <class Residual, typename T>
 struct Destination {
-  uint8_t* c = nullptr;  // the next pixel to write; null: none
-  const uint8_t* residual = nullptr;
+  T* c = nullptr;  // the next pixel to write; null: none
+  const Residual* residual = nullptr;
   __mmask32 mask;
 
   explicit Destination(const ConvParams& params) : mask(static_cast<__mmask32>((uint64_t{1} << params.n) - 1)) {}
 
   // Residuals are often in L2 or beyond.
   void set(const ConvParams& params, const ConvTile& tile, int strip, int pixels) {
-    c = static_cast<uint8_t*>(params.c) + tile.c[strip];
-    if (!kResidual) return;
-    residual = params.residual + tile.residual[strip];
+    c = static_cast<T*>(params.c) + tile.c[strip];
+    if constexpr (kIsNone<Residual>) return;
+    residual = static_cast<const Residual*>(params.residual) + tile.residual[strip];
     QD_UNROLL for (int p = 0; p < pixels; ++p) {
       _mm_prefetch(reinterpret_cast<const char*>(residual + p * params.residual_stride), _MM_HINT_T0);
     }
   }
 
   QD_INLINE void write(const ConvParams& params, const __m512i (&acc_i32x16)[2]) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     __m512 x_f32x16[2];
     QD_UNROLL for (int j = 0; j < 2; ++j) {
       x_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16[j]), _mm512_loadu_ps(params.multiplier + 16 * j),
                                     _mm512_loadu_ps(params.bias + 16 * j));
-      if (kResidual)
+      if constexpr (!kIsNone<Residual>)
         x_f32x16[j] = _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(params.residual_multiplier),
                                       x_f32x16[j]);
     }
-    const __m512i packed_i16x32 = _mm512_packs_epi32(_mm512_cvtps_epi32(x_f32x16[0]), _mm512_cvtps_epi32(x_f32x16[1]));
-    const __m512i c_u8x64 = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(packed_i16x32, packed_i16x32));
+    store(params, _mm512_packs_epi32(_mm512_cvtps_epi32(x_f32x16[0]), _mm512_cvtps_epi32(x_f32x16[1])), c);
+    c += params.c_stride;
+    residual += params.residual_stride;
+  }
+
+ private:
+  QD_INLINE void store(const ConvParams& params, __m512i lanes_i16x32, uint8_t* to) const {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i c_u8x64 = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(lanes_i16x32, lanes_i16x32));
     const __m256i c_u8x32 = _mm256_min_epu8(
         _mm256_max_epu8(_mm512_castsi512_si256(c_u8x64), _mm256_set1_epi8(static_cast<char>(params.qmin))),
         _mm256_set1_epi8(static_cast<char>(params.qmax)));
-    _mm256_mask_storeu_epi8(c, mask, c_u8x32);
-    c += params.c_stride;
-    if (kResidual) residual += params.residual_stride;
+    _mm256_mask_storeu_epi8(to, mask, c_u8x32);
+  }
+  QD_INLINE void store(const ConvParams&, __m512i lanes_i16x32, int16_t* to) const {
+    _mm512_mask_storeu_epi16(to, mask, order_s16(lanes_i16x32));
   }
 };
 
 // Quads kQuad .. kQuads-1 of a strip, each with a pixel of the previous one; the last quad takes all that are left. The
 // barriers keep that order: GCC would load constants for all pixels in advance and spill accumulators for them.
-template <int kQuad, int kQuads, int R, bool kResidual, class Start>
-QD_INLINE void quads_and_pixels(const ConvParams& params, const __m512i (&previous)[R][2], Destination<kResidual>& to,
+template <int kQuad, int kQuads, int R, class To, class Start>
+QD_INLINE void quads_and_pixels(const ConvParams& params, const __m512i (&previous)[R][2], To& to,
                                 __m512i (&acc)[1][R][2], const Pixels (&a)[1], const char* w, const Start& start) {
   if constexpr (kQuad < kQuads) {
     QD_UNROLL for (int pixel = kQuad; pixel < (kQuad == kQuads - 1 ? R : kQuad + 1) && pixel < R; ++pixel) {
@@ -163,7 +170,7 @@ QD_INLINE void quads_and_pixels(const ConvParams& params, const __m512i (&previo
 }
 
 // Computes tiles from the front of the list while they have R pixels a strip; returns how many. kQuads: at most k/4.
-template <int kQuads, int R, bool kResidual>
+template <int kQuads, int R, class Residual, typename T>
 __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles,
                                                 Prefetch& prefetch) {
   Prefetch ahead = prefetch;  // a copy that can live in registers
@@ -171,7 +178,7 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
   ptrdiff_t stride3 = 3 * stride, stride5 = 5 * stride;
   asm("" : "+r"(stride3), "+r"(stride5));
   __m512i acc[1][R][2], previous[R][2];
-  Destination<kResidual> to(params);
+  Destination<Residual, T> to(params);
   size_t done = 0;
   do {
     const ConvTile& tile = tiles[done];
@@ -209,28 +216,34 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
 
 // Half a tile reads weights twice as often: that pays where they stay in L1, under short sums or under many tiles (a
 // 7x7 map would lose 4 %). Strips of fewer than 5 pixels would wait for the latency of the dot product.
+template <class Residual, typename T>
 void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   const int depth = params->cells * params->k;
   const bool in_l1 = depth <= 384 || (depth <= 1152 && n_tiles >= 16);
-  if (params->k < 24 || !in_l1) return conv<Vnni, false>(params, tiles, n_tiles);
+  constexpr Dtype kOut = sizeof(T) == 1 ? Dtype::u8 : Dtype::s16;
+  if (params->k < 24 || !in_l1) return conv<Vnni, kOut>(params, tiles, n_tiles);
 
   constexpr int kLeast = 5;
   using Run = size_t (*)(const ConvParams&, const ConvTile*, size_t, Prefetch&);
-  static constexpr Run kRuns[2][2][kMr - kLeast + 1] = {
-      {{run_overlapped<6, 5, false>, run_overlapped<6, 6, false>, run_overlapped<6, 7, false>},
-       {run_overlapped<6, 5, true>, run_overlapped<6, 6, true>, run_overlapped<6, 7, true>}},
-      {{run_overlapped<8, 5, false>, run_overlapped<8, 6, false>, run_overlapped<8, 7, false>},
-       {run_overlapped<8, 5, true>, run_overlapped<8, 6, true>, run_overlapped<8, 7, true>}}};
+  static constexpr Run kRuns[2][kMr - kLeast + 1] = {
+      {run_overlapped<6, 5, Residual, T>, run_overlapped<6, 6, Residual, T>, run_overlapped<6, 7, Residual, T>},
+      {run_overlapped<8, 5, Residual, T>, run_overlapped<8, 6, Residual, T>, run_overlapped<8, 7, Residual, T>}};
   Prefetch prefetch(*params, 2 * n_tiles * params->cells * (params->k / Vnni::kFetchBytes));
   for (size_t done = 0; done < n_tiles;) {
     const int r = tiles[done].r;
     if (r < kLeast) {
-      done += run_next<Vnni>(*params, false, tiles + done, n_tiles - done, prefetch);
+      done += run_next<Vnni>(*params, kOut, tiles + done, n_tiles - done, prefetch);
     } else {
-      done += kRuns[params->k >= 32][params->residual != nullptr][r - kLeast](*params, tiles + done, n_tiles - done,
-                                                                              prefetch);
+      done += kRuns[params->k >= 32][r - kLeast](*params, tiles + done, n_tiles - done, prefetch);
     }
   }
+}
+
+template <typename T>
+void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
+  if (!params->residual) return conv_overlapped<None, T>(params, tiles, n_tiles);
+  params->residual_type == Dtype::s16 ? conv_overlapped<int16_t, T>(params, tiles, n_tiles)
+                                      : conv_overlapped<uint8_t, T>(params, tiles, n_tiles);
 }
 
 // ---- Groups of few channels -----------------------------------------------------------------------------------------
@@ -239,7 +252,7 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
 // broadcast. Two permutations (ports 1 and 2 on Zen 5, 5 on Cascade Lake) for two dot products; with 4 channels a group
 // all 64 products of each count, where a dense panel of 32 would use 8.
 
-template <int kQuads, int R, bool kResidual>
+template <int kQuads, int R, class Residual>
 __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
   __m512i lanes[kQuads][2];
   QD_UNROLL for (int q = 0; q < kQuads; ++q) {
@@ -267,7 +280,7 @@ __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const Con
           w += 128;
         }
       }
-      Destination<kResidual> to(params);
+      Destination<Residual, uint8_t> to(params);
       to.set(params, tile, s, R);
       QD_UNROLL for (int p = 0; p < R; ++p) to.write(params, acc[p]);
     }
@@ -275,32 +288,32 @@ __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const Con
   return done;
 }
 
-template <int kQuads, bool kResidual>
+template <int kQuads, class Residual>
 void conv_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
   using Run = size_t (*)(const ConvParams&, const ConvTile*, size_t);
-  static constexpr Run kRuns[kMr] = {run_grouped<kQuads, 1, kResidual>, run_grouped<kQuads, 2, kResidual>,
-                                     run_grouped<kQuads, 3, kResidual>, run_grouped<kQuads, 4, kResidual>,
-                                     run_grouped<kQuads, 5, kResidual>, run_grouped<kQuads, 6, kResidual>,
-                                     run_grouped<kQuads, 7, kResidual>};
+  static constexpr Run kRuns[kMr] = {run_grouped<kQuads, 1, Residual>, run_grouped<kQuads, 2, Residual>,
+                                     run_grouped<kQuads, 3, Residual>, run_grouped<kQuads, 4, Residual>,
+                                     run_grouped<kQuads, 5, Residual>, run_grouped<kQuads, 6, Residual>,
+                                     run_grouped<kQuads, 7, Residual>};
   for (size_t done = 0; done < n_tiles;) done += kRuns[tiles[done].r - 1](params, tiles + done, n_tiles - done);
 }
 
-template <bool kResidual>
+template <class Residual>
 void conv_grouped(const ConvParams& params, const ConvTile* tiles, size_t n_tiles) {
   switch (params.k) {
     case 4:
-      return conv_grouped<1, kResidual>(params, tiles, n_tiles);
+      return conv_grouped<1, Residual>(params, tiles, n_tiles);
     case 8:
-      return conv_grouped<2, kResidual>(params, tiles, n_tiles);
+      return conv_grouped<2, Residual>(params, tiles, n_tiles);
     case 12:
-      return conv_grouped<3, kResidual>(params, tiles, n_tiles);
+      return conv_grouped<3, Residual>(params, tiles, n_tiles);
     default:
-      return conv_grouped<4, kResidual>(params, tiles, n_tiles);
+      return conv_grouped<4, Residual>(params, tiles, n_tiles);
   }
 }
 
 void conv_grouped(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
-  params->residual ? conv_grouped<true>(*params, tiles, n_tiles) : conv_grouped<false>(*params, tiles, n_tiles);
+  params->residual ? conv_grouped<uint8_t>(*params, tiles, n_tiles) : conv_grouped<None>(*params, tiles, n_tiles);
 }
 
 struct DepthwiseVnni {
@@ -327,9 +340,11 @@ void init_avx512vnni(Kernels* kernels) {
   kernels->isa = "avx512vnni";
   for (int bits = 2; bits <= 8; ++bits) {
     kernels->conv[bits] = conv_kernel<Vnni>("qu8_qc8w_conv_14x32c4__avx512vnni");
-    kernels->conv[bits].qu8 = conv_overlapped;
+    kernels->conv[bits].qu8 = conv_overlapped<uint8_t>;
+    kernels->conv[bits].s16 = conv_overlapped<int16_t>;
   }
-  kernels->grouped = {"qu8_qc8w_grouped_14x32c4__avx512vnni", conv_grouped, nullptr, kMr, kStrips, kNr, Vnni::kFormat};
+  kernels->grouped = {
+      "qu8_qc8w_grouped_14x32c4__avx512vnni", conv_grouped, nullptr, nullptr, kMr, kStrips, kNr, Vnni::kFormat};
   kernels->winograd[0] = winograd_kernel<Winograd4, WinogradVnni>("qu8_qc8w_winograd_4x4_14x32__avx512vnni");
   kernels->winograd[1] = winograd_kernel<Winograd2, WinogradVnni>("qu8_qc8w_winograd_2x2_14x32__avx512vnni");
   kernels->depthwise = depthwise<DepthwiseVnni>;

@@ -66,6 +66,12 @@ QD_INLINE F32x16 load_u8x16(const uint8_t* x) {
            vcvtq_f32_u32(vmovl_u16(vget_low_u16(high_u16x8))), vcvtq_f32_u32(vmovl_high_u16(high_u16x8))}};
 }
 
+QD_INLINE F32x16 load_s16x16(const int16_t* x) {
+  const int16x8_t low_s16x8 = vld1q_s16(x), high_s16x8 = vld1q_s16(x + 8);
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low_s16x8))), vcvtq_f32_s32(vmovl_high_s16(low_s16x8)),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high_s16x8))), vcvtq_f32_s32(vmovl_high_s16(high_s16x8))}};
+}
+
 QD_INLINE F32x16 fma_f32x16(const F32x16& x, const F32x16& y, const F32x16& z) {
   return {{vfmaq_f32(z.v[0], x.v[0], y.v[0]), vfmaq_f32(z.v[1], x.v[1], y.v[1]), vfmaq_f32(z.v[2], x.v[2], y.v[2]),
            vfmaq_f32(z.v[3], x.v[3], y.v[3])}};
@@ -107,6 +113,16 @@ QD_INLINE void store_u8(uint8x16_t c_u8x16, size_t n, uint8_t* c) {
 
 QD_INLINE void store(const F32x16& r, uint8_t qmin, uint8_t qmax, size_t n, uint8_t* c) {
   store_u8(vminq_u8(vmaxq_u8(round_u8x16(r), vdupq_n_u8(qmin)), vdupq_n_u8(qmax)), n, c);
+}
+
+QD_INLINE void store(const F32x16& r, uint8_t, uint8_t, size_t n, int16_t* c) {
+  QD_UNROLL for (int half = 0; half < 2; ++half) {
+    const int32x4_t low_s32x4 = vcvtnq_s32_f32(r.v[2 * half]), high_s32x4 = vcvtnq_s32_f32(r.v[2 * half + 1]);
+    const int16x8_t c_s16x8 = vmaxq_s16(vqmovn_high_s32(vqmovn_s32(low_s32x4), high_s32x4), vdupq_n_s16(-32767));
+    const size_t from = 8 * static_cast<size_t>(half);
+    if (n <= from) return;
+    store_u8(vreinterpretq_u8_s16(c_s16x8), 2 * (n - from), reinterpret_cast<uint8_t*>(c + from));
+  }
 }
 
 QD_INLINE void store(F32x16 r, uint8_t, uint8_t, size_t n, float* c) {
@@ -153,13 +169,18 @@ struct Pixel {
   }
 };
 
-QD_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_i32x4)[4], const Pixel& pixel, bool f32) {
+QD_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_i32x4)[4], const Pixel& pixel, Dtype out) {
   F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(params.multiplier), load_f32x16(params.bias));
   if (params.residual) {
-    r = fma_f32x16(load_u8x16(params.residual + pixel.residual), splat_f32x16(params.residual_multiplier), r);
+    const F32x16 residual = params.residual_type == Dtype::s16
+                                ? load_s16x16(static_cast<const int16_t*>(params.residual) + pixel.residual)
+                                : load_u8x16(static_cast<const uint8_t*>(params.residual) + pixel.residual);
+    r = fma_f32x16(residual, splat_f32x16(params.residual_multiplier), r);
   }
   const size_t n = static_cast<size_t>(params.n);
-  if (f32) {
+  if (out == Dtype::s16) {
+    store(r, params.qmin, params.qmax, n, static_cast<int16_t*>(params.c) + pixel.c);
+  } else if (out == Dtype::f32) {
     store(r, params.qmin, params.qmax, n, static_cast<float*>(params.c) + pixel.c);
   } else {
     store(r, params.qmin, params.qmax, n, static_cast<uint8_t*>(params.c) + pixel.c);
@@ -168,7 +189,7 @@ QD_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_i32x4
 
 // Computes tiles from the front of the list while they have P pixels; returns how many.
 template <class Dot, int P>
-__attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const ConvTile* tiles, size_t n_tiles,
+__attribute__((noinline)) size_t run(const ConvParams& params, Dtype out, const ConvTile* tiles, size_t n_tiles,
                                      Prefetch& prefetch) {
   static_assert(Dot::kMr == 1 || Dot::kStrips == 1, "pixel q of a tile: strip q / kMr");
   Prefetch ahead = prefetch;  // a copy that can live in registers
@@ -185,14 +206,14 @@ __attribute__((noinline)) size_t run(const ConvParams& params, bool f32, const C
     }
     QD_UNROLL for (int q = 0; q < P; ++q) {
       const int32x4_t acc_i32x4[4] = {sums.total(q, 0), sums.total(q, 1), sums.total(q, 2), sums.total(q, 3)};
-      write_pixel(params, acc_i32x4, Pixel(params, tiles[done], q / Dot::kMr, q % Dot::kMr), f32);
+      write_pixel(params, acc_i32x4, Pixel(params, tiles[done], q / Dot::kMr, q % Dot::kMr), out);
     }
   } while (++done < n_tiles && tiles[done].r * tiles[done].strips == P);
   prefetch = ahead;
   return done;
 }
 
-using Run = size_t (*)(const ConvParams&, bool, const ConvTile*, size_t, Prefetch&);
+using Run = size_t (*)(const ConvParams&, Dtype, const ConvTile*, size_t, Prefetch&);
 
 template <class Dot, int P>
 constexpr Run run_of() {
@@ -200,20 +221,29 @@ constexpr Run run_of() {
   return nullptr;
 }
 
-template <class Dot, bool kF32>
+template <class Dot, Dtype kOut>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   static constexpr Run kRuns[] = {run_of<Dot, 1>(), run_of<Dot, 2>(), run_of<Dot, 3>(), run_of<Dot, 4>(),
                                   run_of<Dot, 5>()};
   Prefetch prefetch(*params);
   for (size_t done = 0; done < n_tiles;) {
     const int pixels = tiles[done].r * tiles[done].strips;
-    done += kRuns[pixels - 1](*params, kF32, tiles + done, n_tiles - done, prefetch);
+    done += kRuns[pixels - 1](*params, kOut, tiles + done, n_tiles - done, prefetch);
   }
 }
 
 template <class Dot>
 constexpr ConvKernel conv_kernel(const char* name) {
-  return {name, conv<Dot, false>, conv<Dot, true>, Dot::kMr, Dot::kStrips, kNr, WeightFormat::s8x4, 0, 128};
+  return {name,
+          conv<Dot, Dtype::u8>,
+          conv<Dot, Dtype::s16>,
+          conv<Dot, Dtype::f32>,
+          Dot::kMr,
+          Dot::kStrips,
+          kNr,
+          WeightFormat::s8x4,
+          0,
+          128};
 }
 
 }  // namespace

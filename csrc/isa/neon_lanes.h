@@ -103,13 +103,8 @@ struct NeonLanes {
   static QD_INLINE void store(const F32& r, uint8_t qmin, uint8_t qmax, size_t n, uint8_t* c) {
     qdeploy::store(r, qmin, qmax, n, c);
   }
-  static QD_INLINE void store(const F32& r, uint8_t, uint8_t, size_t n, int16_t* c) {
-    const I32 c_i32x16 = rint_i32(r);
-    const int16x8_t least = vdupq_n_s16(-32767);
-    const int16x8_t low = vmaxq_s16(pack_i16(c_i32x16, 0), least), high = vmaxq_s16(pack_i16(c_i32x16, 2), least);
-    uint8_t* to = reinterpret_cast<uint8_t*>(c);
-    store_u8(vreinterpretq_u8_s16(low), n >= 8 ? 16 : 2 * n, to);
-    if (n > 8) store_u8(vreinterpretq_u8_s16(high), n >= 16 ? 16 : 2 * n - 16, to + 16);
+  static QD_INLINE void store(const F32& r, uint8_t qmin, uint8_t qmax, size_t n, int16_t* c) {
+    qdeploy::store(r, qmin, qmax, n, c);
   }
   static QD_INLINE void store(const F32& r, uint8_t qmin, uint8_t qmax, size_t n, float* c) {
     qdeploy::store(r, qmin, qmax, n, c);

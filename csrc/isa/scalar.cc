@@ -7,6 +7,7 @@
 //     with a residual   r = fma(float(residual), residual_multiplier, r)
 //     add               r = fma(float(a), multiplier_a, fma(float(b), multiplier_b, bias))
 //     u8 output         c = clamp(rint(r), qmin, qmax)
+//     s16 output        c = clamp(rint(r), -32767, 32767)
 //     f32 output        c = r
 //     input             c = clamp(rint(fma(a, inv_scale, zero_point)), 0, 255)
 //     maximum pool      c = max a
@@ -33,6 +34,7 @@ constexpr int kStrips = 2;
 constexpr int kNr = 16;
 
 void store(float r, uint8_t qmin, uint8_t qmax, uint8_t* c) { *c = quantize_u8(r, qmin, qmax); }
+void store(float r, uint8_t, uint8_t, int16_t* c) { store(r, Dtype::s16, 0, 0, c, 0); }
 void store(float r, uint8_t, uint8_t, float* c) { *c = r; }
 
 // ---- Convolution ----------------------------------------------------------------------------------------------------
@@ -63,8 +65,8 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
         for (int32_t n = 0; n < p.n; ++n) {
           float r = fmaf(static_cast<float>(acc[n]), p.multiplier[n], p.bias[n]);
           if (p.residual) {
-            const uint8_t q = p.residual[tile->residual[s] + pixel * p.residual_stride + n];
-            r = fmaf(static_cast<float>(q), p.residual_multiplier, r);
+            const ptrdiff_t at = static_cast<ptrdiff_t>(tile->residual[s]) + pixel * p.residual_stride + n;
+            r = fmaf(static_cast<float>(code(p.residual, p.residual_type, at)), p.residual_multiplier, r);
           }
           store(r, p.qmin, p.qmax, c + n);
         }
@@ -303,8 +305,14 @@ double lsq_backward(const LsqParams* params) {
 
 void init_scalar(Kernels* kernels) {
   kernels->isa = "scalar";
-  const ConvKernel kernel = {
-      "qu8_qc8w_conv_14x16c4__scalar", conv<uint8_t>, conv<float>, kMr, kStrips, kNr, WeightFormat::s8x4};
+  const ConvKernel kernel = {"qu8_qc8w_conv_14x16c4__scalar",
+                             conv<uint8_t>,
+                             conv<int16_t>,
+                             conv<float>,
+                             kMr,
+                             kStrips,
+                             kNr,
+                             WeightFormat::s8x4};
   for (int bits = 2; bits <= 8; ++bits) kernels->conv[bits] = kernel;
   kernels->grouped = {};
   kernels->winograd[0] = winograd_kernel<Form<4>, kForm4>("qu8_qc8w_winograd_4x4_1x16__scalar");

@@ -92,6 +92,7 @@ ConvParams params_of(const StepRun& run) {
   params.qmax = run.node().qmax;
   params.lanes = conv.lanes.data();
   if (run.node().has_residual) {
+    params.residual_type = run.in(1).type;
     params.residual_stride = run.in(1).c;
     params.residual_multiplier = data.residual_multiplier;
   }
@@ -114,67 +115,11 @@ void set_panel(const StepRun& run, int64_t panel, ConvParams* params) {
 void run_tiles(const StepRun& run, int64_t panel, Range range, ConvParams params) {
   const ConvKernel& kernel = *run.step.conv->kernel;
   const int64_t first = panel * kernel.nr;
-  const bool is_f32 = run.out().is_f32();
-  params.c = is_f32 ? static_cast<void*>(run.to_f32() + first) : run.to() + first;
-  params.residual = run.node().has_residual ? run.from(1) + first : nullptr;
-  const auto n_tiles = static_cast<size_t>(range.end - range.begin);
-  (is_f32 ? kernel.f32 : kernel.qu8)(&params, run.tiling.tiles.data() + range.begin, n_tiles);
-}
-
-// Numbers of some tiles and a panel lie in each thread's own memory, still in L1, until scale_add makes them codes.
-constexpr int kTilesThroughF32 = 4;
-
-size_t bytes_through_f32(const ConvKernel& kernel) {
-  return sizeof(float) * kTilesThroughF32 * kernel.strips * kernel.mr * kernel.nr + kOverread;
-}
-
-// What run_tiles does, where the output or the residual is s16.
-void run_through_f32(const StepRun& run, int64_t panel, Range range, ConvParams params) {
-  static const uint8_t kZeros[kMaxNr + 2 * kOverread] = {};
-  const ConvKernel& kernel = *run.step.conv->kernel;
-  const Activation& out = run.out();
-  const bool has_residual = run.node().has_residual;
-  const Dtype residual_type = has_residual ? run.in(1).type : Dtype::u8;
-  float* numbers = reinterpret_cast<float*>(run.scratch());
-  params.c = numbers;
-  params.c_stride = kernel.nr;
-  ScaleAddParams add = {};
-  add.n = static_cast<size_t>(params.n);
-  add.a_type = residual_type;
-  add.b_type = Dtype::f32;
-  add.c_type = out.type;
-  add.multiplier_a = has_residual ? params.residual_multiplier : 0;  // else r = fma(0, 0, r)
-  add.qmin = params.qmin;
-  add.qmax = params.qmax;
-  const int64_t strip_elements = int64_t{kernel.mr} * kernel.nr;
-  for (int64_t first = range.begin; first < range.end; first += kTilesThroughF32) {
-    const int64_t count = std::min<int64_t>(kTilesThroughF32, range.end - first);
-    const ConvTile* of = run.tiling.tiles.data() + first;
-    ConvTile tiles[kTilesThroughF32];
-    for (int64_t i = 0; i < count; ++i) {
-      tiles[i] = of[i];
-      for (int s = 0; s < of[i].strips; ++s) {
-        tiles[i].c[s] = static_cast<uint32_t>((i * kernel.strips + s) * strip_elements);
-      }
-    }
-    kernel.f32(&params, tiles, static_cast<size_t>(count));
-    params.prefetch_bytes = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      for (int s = 0; s < of[i].strips; ++s) {
-        for (int64_t pixel = 0; pixel < of[i].r; ++pixel) {
-          const int64_t channel = panel * kernel.nr;
-          add.a = kZeros + kOverread;
-          if (has_residual) {
-            const int64_t at = of[i].residual[s] + pixel * run.in(1).c + channel;
-            add.a = run.from(1) + at * bytes_of(residual_type);
-          }
-          add.b = numbers + tiles[i].c[s] + pixel * kernel.nr;
-          add.c = run.to() + (of[i].c[s] + pixel * out.c + channel) * out.bytes();
-          run.kernels().scale_add(&add);
-        }
-      }
-    }
-  }
+  const Dtype type = run.out().type;
+  params.c = run.to() + first * run.out().bytes();
+  params.residual = run.node().has_residual ? run.from(1) + first * run.in(1).bytes() : nullptr;
+  const ConvFn conv = type == Dtype::f32 ? kernel.f32 : type == Dtype::s16 ? kernel.s16 : kernel.qu8;
+  conv(&params, run.tiling.tiles.data() + range.begin, static_cast<size_t>(range.end - range.begin));
 }
 
 void run_panels(const StepRun& run) {
@@ -190,7 +135,7 @@ void run_panels(const StepRun& run) {
       // Weights come from DRAM in every run: fetch the next panel under this one, once.
       params.prefetch = weights + (panel + 1) * conv.panel_bytes;
       params.prefetch_bytes = tile == part.tiles.begin ? conv.panel_bytes : 0;
-      conv.through_f32 ? run_through_f32(run, panel, tiles, params) : run_tiles(run, panel, tiles, params);
+      run_tiles(run, panel, tiles, params);
     }
   }
 }
@@ -234,7 +179,6 @@ int64_t conv_macs(const Member& member, const Node& node) {
 }
 
 size_t conv_scratch(const Program&, const Step& step, const Activations& activations, int64_t images) {
-  if (step.conv->through_f32) return bytes_through_f32(*step.conv->kernel);
   if (!step.conv->winograd) return 0;
   const int64_t block = make_tiling(activations, step, images).tiles_per_block;
   return winograd_scratch(*step.conv->winograd, activations[step.inputs[0]].c, block).bytes;

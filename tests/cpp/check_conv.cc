@@ -14,7 +14,8 @@ struct ConvCase {
   int outputs = 0;  // of each group of k channels; 0: a dense kernel
   int a_stride, c_stride;
   bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_quads allows
-  bool residual, in_place, f32, at_end;
+  Dtype out, residual_type;
+  bool residual, in_place, at_end;
   Fill a_fill, w_fill;
   uint8_t qmin, qmax;
   uint64_t seed;
@@ -25,10 +26,10 @@ struct ConvCase {
 void describe_case(const char* kernel, const ConvCase& x) {
   describe(
       "%s bits=%d r=%d strips=%d cells=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d "
-      "in_place=%d f32=%d at_end=%d a=%s w=%s qmin=%d qmax=%d seed=%llu",
+      "in_place=%d out=%d residual_type=%d at_end=%d a=%s w=%s qmin=%d qmax=%d seed=%llu",
       kernel, x.bits, x.r, x.strips, x.cells, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.wide_codes, x.residual,
-      x.in_place, x.f32, x.at_end, fill_name(x.a_fill), fill_name(x.w_fill), x.qmin, x.qmax,
-      static_cast<unsigned long long>(x.seed));
+      x.in_place, static_cast<int>(x.out), static_cast<int>(x.residual_type), x.at_end, fill_name(x.a_fill),
+      fill_name(x.w_fill), x.qmin, x.qmax, static_cast<unsigned long long>(x.seed));
 }
 
 ConvCase random_case(const ConvKernel& kernel, int bits, int r, int strips, Random& random) {
@@ -43,8 +44,10 @@ ConvCase random_case(const ConvKernel& kernel, int bits, int r, int strips, Rand
   x.c_stride = x.n + (random.range(0, 1) ? 0 : random.range(1, 70));
   x.wide_codes = kernel.s16_quads > 0 && random.range(0, 1);
   x.residual = random.range(0, 1);
-  x.f32 = random.range(0, 2) == 0;
-  x.in_place = x.residual && !x.f32 && random.range(0, 1);
+  static const Dtype kOut[] = {Dtype::u8, Dtype::u8, Dtype::s16, Dtype::f32};
+  x.out = random.pick(kOut);
+  x.residual_type = random.range(0, 2) ? Dtype::u8 : Dtype::s16;
+  x.in_place = x.residual && x.out == x.residual_type && random.range(0, 1);
   x.at_end = random.range(0, 1);
   x.a_fill = random.pick(kFills), x.w_fill = random.pick(kFills);
   random_clamp(&x.qmin, &x.qmax, random);
@@ -58,8 +61,13 @@ ConvCase random_grouped_case(const ConvKernel& kernel, int r, int strips, Random
   ConvCase x = random_case(kernel, 8, r, strips, random);
   const int* shape = kShapes[random.next() % 9];
   x.k = shape[0], x.outputs = shape[1];
-  x.f32 = false;
+  x.out = x.residual_type = Dtype::u8;
+  x.in_place = x.residual && x.in_place;
   return x;
+}
+
+ConvFn conv_of(const ConvKernel& kernel, Dtype out) {
+  return out == Dtype::f32 ? kernel.f32 : out == Dtype::s16 ? kernel.s16 : kernel.qu8;
 }
 
 // ---- Operands -------------------------------------------------------------------------------------------------------
@@ -193,7 +201,7 @@ std::vector<int32_t> place_channels(const ConvKernel& kernel, const ConvCase& x,
     for (int i = 0; i < depth && n < x.n; ++i) sum += codes[n * depth + i];
     comp[n] = (kernel.a_offset - zero_point) * sum;
     comp_expected[n] = -zero_point * sum;
-    multiplier[n] = n < x.n ? random_multiplier(largest_sum, random) : 0;
+    multiplier[n] = n < x.n ? random_multiplier(largest_sum, random) * (x.out == Dtype::s16 ? 256 : 1) : 0;
     bias[n] = n < x.n ? random_bias(random) : 0;
   }
   p->comp = comp, p->multiplier = multiplier, p->bias = bias;
@@ -203,11 +211,13 @@ std::vector<int32_t> place_channels(const ConvKernel& kernel, const ConvCase& x,
 // Output and residual. Returns the output of the scalar kernel.
 uint8_t* place_output(const ConvCase& x, int slots, Random& random, ConvParams* p) {
   const size_t count = static_cast<size_t>(slots - 1) * x.c_stride + x.n;
-  const Outputs outputs = place_outputs(count, x.f32 ? 4 : 1, x.at_end, random);
+  const Outputs outputs = place_outputs(count, size_of(x.out), x.at_end, random);
   p->c = outputs.c, p->c_stride = x.c_stride;
   p->qmin = x.qmin, p->qmax = x.qmax;
   if (x.residual) {
-    p->residual = x.in_place ? outputs.c : memory().residual.place<uint8_t>(count, x.at_end, random);
+    const size_t size = size_of(x.residual_type);
+    p->residual_type = x.residual_type;
+    p->residual = x.in_place ? outputs.c : memory().residual.place<uint8_t>(count * size, x.at_end, random, size);
     p->residual_stride = x.c_stride;
     p->residual_multiplier = random.uniform() * 4 - 2;
   }
@@ -233,7 +243,7 @@ std::vector<ConvTile> pixels_of(const std::vector<ConvTile>& tiles, const ConvPa
 
 // The scalar kernel, one pixel and one of its own panels at a time; p holds the arrays of all n channels.
 void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<ConvTile>& tiles, const int8_t* codes,
-                   bool f32) {
+                   Dtype out) {
   const int n = p.n, depth = p.cells * p.k;
   const std::vector<ConvTile> pixels = pixels_of(tiles, p);
   std::vector<uint8_t> w(panel_bytes(scalar, p.cells, p.k) + 64);
@@ -248,9 +258,9 @@ void conv_expected(const ConvKernel& scalar, ConvParams p, const std::vector<Con
     std::copy_n(all.multiplier + first, p.n, multiplier.begin());
     std::copy_n(all.bias + first, p.n, bias.begin());
     p.comp = comp.data(), p.multiplier = multiplier.data(), p.bias = bias.data();
-    p.c = static_cast<uint8_t*>(all.c) + first * (f32 ? 4 : 1);
-    if (all.residual) p.residual = all.residual + first;
-    (f32 ? scalar.f32 : scalar.qu8)(&p, pixels.data(), pixels.size());
+    p.c = static_cast<uint8_t*>(all.c) + first * size_of(out);
+    if (all.residual) p.residual = static_cast<const uint8_t*>(all.residual) + first * size_of(all.residual_type);
+    conv_of(scalar, out)(&p, pixels.data(), pixels.size());
   }
 }
 
@@ -271,10 +281,10 @@ bool check_case(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   p.prefetch = random.range(0, 1) ? p.w : nullptr;  // any address is allowed
   p.prefetch_bytes = random.range(0, 1) ? panel_bytes(kernel, x.cells, x.k) : 0;
 
-  (x.f32 ? kernel.f32 : kernel.qu8)(&p, tiles.list.data(), tiles.list.size());
+  conv_of(kernel, x.out)(&p, tiles.list.data(), tiles.list.size());
   p.c = c_expected, p.comp = comp_expected.data(), p.k = x.window();
   if (x.in_place) p.residual = c_expected;
-  conv_expected(scalar, p, tiles.list, codes.data(), x.f32);
+  conv_expected(scalar, p, tiles.list, codes.data(), x.out);
   return same_outputs(kernel.name);
 }
 
