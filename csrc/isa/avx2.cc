@@ -307,27 +307,31 @@ void mul(const MulParams* params, const uint8_t* a, const uint8_t* b, Out* c) {
 }
 
 // vpshufb looks up 16 entries by the low 4 bits and gives 0 where bit 7 is set. Row j of the table (entries
-// 16j..16j+15) is looked up with index x - 16j, which as s8 is negative for all x < 16j: so the rows are stored as the
-// difference to the row before, and the sum (xor) of all rows up to that of x is the entry. 8 rows serve x < 128; the
-// other 8 serve x - 128. 17 instructions on port 5 for 32 entries, against 32 loads and 32 stores of a byte.
+// 16j..16j+15) is looked up with index x - 16j, in which bit 7 is set for x < 16j and for x >= 128 + 16j. So for x < 128
+// the rows up to that of x count, and for x >= 128 the rows after that of x - 128. Both halves of the table are stored
+// as differences of neighbouring rows, one summed (xor) from the front and one from the back, and share the indices: 16
+// lookups, 15 sums and 8 indices for 32 entries, against 32 loads and 32 stores of a byte.
 void table(size_t n, const uint8_t* table, const uint8_t* a, uint8_t* c) {
-  __m256i rows_u8x32[16];
-  for (int j = 0; j < 16; ++j) {
-    __m128i row_u8x16 = load_x16(table + 16 * j);
-    if (j % 8 != 0) row_u8x16 = _mm_xor_si128(row_u8x16, load_x16(table + 16 * (j - 1)));
-    rows_u8x32[j] = _mm256_broadcastsi128_si256(row_u8x16);
+  __m256i low_u8x32[8], high_u8x32[8];  // of row 0..7, and of row 1..8
+  for (int j = 0; j < 8; ++j) {
+    __m128i low_u8x16 = load_x16(table + 16 * j), high_u8x16 = load_x16(table + 128 + 16 * j);
+    if (j > 0) low_u8x16 = _mm_xor_si128(low_u8x16, load_x16(table + 16 * (j - 1)));
+    if (j < 7) high_u8x16 = _mm_xor_si128(high_u8x16, load_x16(table + 128 + 16 * (j + 1)));
+    low_u8x32[j] = _mm256_broadcastsi128_si256(low_u8x16);
+    high_u8x32[j] = _mm256_broadcastsi128_si256(high_u8x16);
   }
   const __m256i sixteen = _mm256_set1_epi8(16);
   for (size_t i = 0; i < n; i += 32) {
     const __m256i x_u8x32 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + i));
-    __m256i low = x_u8x32, high = _mm256_xor_si256(x_u8x32, _mm256_set1_epi8(-128));
-    __m256i c_low = _mm256_setzero_si256(), c_high = _mm256_setzero_si256();
-    QD_UNROLL for (int j = 0; j < 8; ++j) {
-      c_low = _mm256_xor_si256(c_low, _mm256_shuffle_epi8(rows_u8x32[j], low));
-      c_high = _mm256_xor_si256(c_high, _mm256_shuffle_epi8(rows_u8x32[8 + j], high));
-      low = _mm256_sub_epi8(low, sixteen);
-      high = _mm256_sub_epi8(high, sixteen);
+    __m256i index = x_u8x32;
+    __m256i c_low = _mm256_shuffle_epi8(low_u8x32[0], index), c_high = _mm256_setzero_si256();
+    QD_UNROLL for (int j = 1; j < 8; ++j) {
+      index = _mm256_sub_epi8(index, sixteen);
+      c_low = _mm256_xor_si256(c_low, _mm256_shuffle_epi8(low_u8x32[j], index));
+      c_high = _mm256_xor_si256(c_high, _mm256_shuffle_epi8(high_u8x32[j - 1], index));
     }
+    index = _mm256_sub_epi8(index, sixteen);
+    c_high = _mm256_xor_si256(c_high, _mm256_shuffle_epi8(high_u8x32[7], index));
     store_u8(_mm256_blendv_epi8(c_low, c_high, x_u8x32), n - i, c + i);
   }
 }
