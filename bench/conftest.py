@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 # Before torch is imported: its OpenMP threads would spin on the cores of whoever has the next turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from float_networks import FloatNetworks
 from networks import Networks
 from results import Results
 
@@ -53,6 +55,27 @@ def results(request: pytest.FixtureRequest) -> Results:
 def networks(tmp_path_factory: pytest.TempPathFactory) -> Networks:
     pytest.importorskip("torch", reason="exporting a network needs PyTorch: pip install 'qdeploy[train]'")
     return Networks(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def float_networks(tmp_path_factory: pytest.TempPathFactory) -> FloatNetworks:
+    for package in ("torch", "transformers", "onnx", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} builds them: pip install 'qdeploy[train,models,bench]'")
+    return FloatNetworks(tmp_path_factory.mktemp("float_networks"))
+
+
+@pytest.fixture(scope="session")
+def only_avx2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that hides instructions beyond AVX2 from all runtimes of a process."""
+    library = tmp_path_factory.mktemp("only_avx2") / "only_avx2.so"
+    source = Path(__file__).with_name("only_avx2.c")
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
+    except FileNotFoundError:
+        pytest.skip("no C compiler here")
+    if subprocess.run(["true"], env=os.environ | {"LD_PRELOAD": str(library)}).returncode != 0:
+        pytest.skip("this CPU cannot hide its instructions (CPUID does not fault)")
+    return library
 
 
 @pytest.fixture

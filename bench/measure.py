@@ -2,7 +2,8 @@
 
     ONEDNN_MAX_CPU_ISA=AVX2 QDEPLOY_ISA=avx2 python bench/measure.py FILE --rounds 10 --precisions int8 float32
 
-so that the environment that restricts the peers is that of a process of its own.
+so that the environment that restricts the peers is that of a process of its own. With --models the peers run files that
+they quantized themselves.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 ALL = tuple(peers.RUNTIMES)
+CALLS_OF_FILES = 2  # a turn
 TORCH = "torch eager float32"
 AGREES = 0.99  # least correlation of the logits with ours
 TORCH_AGREES = 0.95  # it has the weights before they were rounded to 7 bits
@@ -94,11 +96,44 @@ def measure_restricted(
     return json.loads(child.stdout)
 
 
+def measure_files(path: Path, models: dict[str, str], threads: int, rounds: int, agrees: float) -> dict:
+    """The report of `qdeploy.peers.measure`, one image or text a call; `models`: file by runtime ("openvino int8")."""
+    model = qdeploy.load_int_model(path, num_threads=threads)
+    x = input_for(model)
+    others = {name: peers.build(name, file, x.shape, threads) for name, file in models.items()}
+    agreement = {name: peers.correlation(model(x), run(x)) for name, run in others.items()}
+    for name, correlation in agreement.items():
+        assert correlation > agrees, f"{name} computes another network: correlation {correlation:.3f} with qdeploy"
+    report = peers.measure(model, x, others, rounds, calls=CALLS_OF_FILES)
+    for row in report["results"][1:]:
+        row["correlation"] = agreement[row["runtime"]]
+    return report | {"absent": {}}
+
+
+def measure_files_apart(
+    path: Path, models: dict[str, Path], threads: int, rounds: int, preload: Path | None = None, agrees: float = AGREES
+) -> dict:
+    """`measure_files` in a process of its own, into which the library `preload` is loaded first (only_avx2.c)."""
+    files = json.dumps({name: str(file) for name, file in models.items()})
+    options = [f"--rounds={rounds}", f"--agrees={agrees}", f"--threads={threads}", f"--models={files}"]
+    environment = os.environ | ({"LD_PRELOAD": str(preload)} if preload else {})
+    command = [sys.executable, __file__, str(path), *options]
+    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(child.stdout)
+
+
+def input_for(model: qdeploy.model.Model) -> np.ndarray:
+    """Noise for one image, or the ids of one text of the most tokens."""
+    rng, entry = np.random.default_rng(0), model.inputs[0]
+    if entry["dtype"] == "i32":
+        return rng.integers(0, entry["vocabulary"], (1, *entry["shape"]))
+    return rng.standard_normal((1, *entry["shape"]), np.float32)
+
+
 def run_alone(benchmark, path: Path, threads: int, isa: str | None = None, batch: int = 1) -> None:
     """Our latency for pytest-benchmark's own table."""
     model = qdeploy.load_int_model(path, num_threads=threads, isa=isa)
-    x = np.random.default_rng(0).standard_normal((batch, *model.inputs[0]["shape"]), np.float32)
-    benchmark.pedantic(model, args=(x,), rounds=10, warmup_rounds=2)
+    benchmark.pedantic(model, args=(np.repeat(input_for(model), batch, 0),), rounds=10, warmup_rounds=2)
 
 
 if __name__ == "__main__":
@@ -106,8 +141,13 @@ if __name__ == "__main__":
     parser.add_argument("file", type=Path)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--agrees", type=float, default=AGREES)
-    parser.add_argument("--precisions", nargs="+", required=True)
+    parser.add_argument("--precisions", nargs="+")
+    parser.add_argument("--models", type=json.loads)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    if args.models:
+        print(json.dumps(measure_files(args.file, args.models, args.threads, args.rounds, args.agrees)))
+        sys.exit()
     runtimes = ("openvino", "MNN", *(["onnxruntime"] if _engine.isas()[-1] == "avx2" else []))
     options = {"precisions": args.precisions, "runtimes": runtimes, "agrees": args.agrees}
     print(json.dumps(measure(args.file, 1, args.rounds, **options)))

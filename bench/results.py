@@ -106,6 +106,7 @@ def _in_unit(value: float | None, unit: str) -> str | None:
         "x": f"{value:.3f}x",
         "%": f"{value:.1%}",
         "ms": f"{value:.1f} ms",
+        "ns": f"{value:.3f} ns",
         "MiB": f"{value:.1f} MiB",
         "GMAC/s": f"{value:.0f} GMAC/s",
     }[unit]

@@ -11,7 +11,7 @@ from qdeploy.graph import COMBINE
 @dataclass(frozen=True)
 class Target:
     """`bound` on what is measured: the largest value that is met, or the smallest where `at_least`. None: no target,
-    the figure is only shown. `unit`: "x" of a ratio of times, "%", "ms", "MiB", "GMAC/s"."""
+    the figure is only shown. `unit`: "x" of a ratio of times, "%", "ms", "ns", "MiB", "GMAC/s"."""
 
     what: str
     bound: float | None
@@ -84,6 +84,39 @@ for shape, bound in LAYERS.items():
         TARGETS[f"avx2/layers/{shape}/{codes}"] = Target(name, bound, "GMAC/s", True)
 TARGETS["avx512"] = Target("ResNet-50 b1 1T AVX-512 without VNNI, 7 bits / OpenVINO int8", 0.90)
 TARGETS["avx512/full"] = Target("the same, codes that fill the 7 bits / OpenVINO int8", 0.90)
+# Transformers, whose peers quantize them themselves (float_networks.py), on one thread.
+TRANSFORMERS = {"deit_s": "DeiT-S", "vit_b16": "ViT-B/16", "swin_t": "Swin-T", "distilbert": "DistilBERT, 128 tokens"}
+PEERS_OF_FLOAT = ("onnxruntime float32", "openvino float32", "onnxruntime int8", "openvino int8")
+_AVX2 = {7: (1 / 1.8, 1 / 1.8, 1.0, 1 / 1.8), 6: (1 / 2.1, 1 / 2.1, 1 / 1.25, 1 / 1.8)}
+for net, name in TRANSFORMERS.items():
+    for bits, bounds in _AVX2.items():
+        for peer, bound in zip(PEERS_OF_FLOAT, bounds, strict=True):
+            TARGETS[f"{net}/avx2/{bits}/{peer}"] = Target(f"{name} AVX2 only, {bits} bits / {peer}", bound)
+    for peer, bound in zip(PEERS_OF_FLOAT, (1 / 3, 1 / 3, 1 / 1.2, 1 / 1.2), strict=True):
+        TARGETS[f"{net}/{peer}"] = Target(f"{name}, 7 bits / {peer}", bound)
+for isa, bound in (("avx2", 50), ("avx512vnni", None)):
+    TARGETS |= {
+        f"ops/{isa}/attention": Target(f"attention of DeiT-S, {isa}", bound, "GMAC/s", True),
+        f"ops/{isa}/norm": Target(f"norms of DeiT-S, {isa}, an element", 0.4, "ns"),
+        f"ops/{isa}/table": Target(f"tables of DeiT-S, {isa}, an element", 0.1, "ns"),
+    }
+TARGETS |= {
+    "texts/padded": Target("64 texts of mixed length through DistilBERT, one call / padded to 128", 1 / 1.8),
+    "texts/onnxruntime int8": Target("the same / onnxruntime int8, padded", 1 / 2.5),
+}
+# Convnets with gates, norms and shuffles, which OpenVINO quantizes itself.
+GATED_ZOO = {
+    "efficientnet_b0": "EfficientNet-B0",
+    "mobilenet_v3_large": "MobileNetV3-L",
+    "regnet_y_400mf": "RegNetY-400MF",
+    "convnext_t": "ConvNeXt-T",
+    "shufflenet_v2": "ShuffleNetV2 x1.0",
+}
+for isa in ("", "avx2"):
+    only = ", AVX2 only" if isa else ""
+    for net, name in GATED_ZOO.items():
+        TARGETS[f"{net}/{isa}/openvino int8"] = Target(f"{name} b1 1T{only} / OpenVINO int8", 0.95)
+    TARGETS[f"gated zoo/{isa}"] = Target(f"geometric mean of these{only}", 0.85)
 TARGETS |= {
     "start/onnxruntime": Target("cold start of ResNet-50 / onnxruntime", 0.6),
     "start/openvino": Target("cold start of ResNet-50 / OpenVINO", 0.2),

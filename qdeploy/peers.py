@@ -166,11 +166,12 @@ def contestants(
         except InputError as error:
             absent[name] = str(error)
     absent |= faults(models, shape, threads)
-    runs = {name: _build(name, model, shape, threads) for name, model in models.items() if name not in absent}
+    runs = {name: build(name, model, shape, threads) for name, model in models.items() if name not in absent}
     return runs, absent
 
 
-def _build(name: str, model: bytes | str, shape: Shape, threads: int) -> Run:
+def build(name: str, model: bytes | str, shape: Shape, threads: int) -> Run:
+    """The runtime "openvino int8" over a model (its content or its path) for inputs of `shape`."""
     return RUNTIMES[name.split()[0]].build(model, shape, threads)
 
 
@@ -203,7 +204,7 @@ def _fault(folder: str, names: list[str], shape: Shape, threads: int) -> str | N
 def trial(folder: str, names: list[str], shape: Shape, threads: int) -> None:
     """What the child process does: two calls of each."""
     for name in names:
-        run = _build(name, str(Path(folder) / name), shape, threads)
+        run = build(name, str(Path(folder) / name), shape, threads)
         for _ in range(2):
             run(np.zeros(shape, np.float32))
 
