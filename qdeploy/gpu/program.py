@@ -15,12 +15,15 @@ import torch
 import triton
 from torch import Tensor
 
+from qdeploy.checks import quoted, shape_text
 from qdeploy.errors import ModelError
 from qdeploy.graph import Activation, Member, Node
 from qdeploy.kernels import int8_tiles, triton_int8, triton_int8_conv
 from qdeploy.kernels.int8_tiles import Tile, TunedTiles
 from qdeploy.kernels.int8_weights import channel_stride, pack_conv
 from qdeploy.validate import member_at, node_at
+
+INSTEAD = "device='cpu' runs it"
 
 
 def chw(activation: Activation) -> tuple[int, int, int]:
@@ -283,9 +286,23 @@ class Program:
 
 def _step(node: Node, inputs: list[Activation], output: Activation, device: torch.device, member: Member) -> Step:
     try:
+        _check_known(node, [*inputs, output])
         return STEPS[node.op](node, inputs, output, device)
     except ModelError as error:
         raise ModelError(f"{error} - at {node_at(node, member_at(member.name))}") from None
+
+
+def _check_known(node: Node, tensors: list[Activation]) -> None:
+    """Raise ModelError for an op, dtype or shape that has no kernel here."""
+    if node.op not in STEPS:
+        raise ModelError(f"expected an op that runs on a GPU, got {quoted(node.op)} ({INSTEAD})")
+    for tensor in tensors:
+        if tensor.dtype not in ("u8", "f32") or len(tensor.shape) == 2:
+            got = f"{tensor.dtype} {shape_text(tensor.shape)} {quoted(tensor.name)} ({INSTEAD})"
+            raise ModelError(f"expected u8 or f32 tensors of shape [C, H, W] or [F] on a GPU, got {got}")
+    if node.op == "mul" and tensors[1].shape not in (tensors[0].shape, (tensors[0].shape[0], 1, 1)):
+        got = f"{shape_text(tensors[1].shape)} ({INSTEAD})"
+        raise ModelError(f"expected a second factor of the first one's shape or [C, 1, 1] on a GPU, got {got}")
 
 
 def _name_of(device: torch.device) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -320,6 +321,23 @@ def test_a_node_that_no_gpu_can_run_is_named(tmp_path, monkeypatch):
         load(Graph([builder.member()]), path)
     name = builder.nodes[0].name
     assert str(error.value) == f"expected little, got much - at node `{name}` of member `net` in {path}"
+
+
+@pytest.mark.parametrize(
+    ("draw", "text"),
+    [
+        (lambda net: net.conv2d(0, 4, dtype="s16"), "expected u8 or f32 tensors .* got s16 [4, 5, 6] `t1`"),
+        (lambda net: net.tokens(0), "expected an op that runs on a GPU, got `tokens`"),
+        (lambda net: net.rescale(0), "expected an op that runs on a GPU, got `rescale`"),
+        (lambda net: net.reshape(0, (30, 3)), "expected u8 or f32 tensors .* got u8 [30, 3] `t1`"),
+        (lambda net: net.mul(0, net.conv2d(0, 1)), "expected a second factor .* got [1, 5, 6]"),
+    ],
+)
+def test_what_no_kernel_runs_is_refused(tmp_path, draw, text):
+    builder = Builder(np.random.default_rng(0), (3, 5, 6), (0.1, 0))
+    draw(builder)
+    with pytest.raises(ModelError, match=re.escape(text).replace(r"\.\*", ".*") + r" \(device='cpu' runs it\) - at"):
+        load(Graph([builder.member()]), tmp_path / "net.safetensors")
 
 
 def test_devices_that_are_not_there(model, tmp_path):
