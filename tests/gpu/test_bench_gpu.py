@@ -72,7 +72,7 @@ def small(tmp_path):
 @pytest.fixture
 def on_cpu(monkeypatch, tmp_path):
     """Models for a GPU run in the interpreter; every tile takes the same time."""
-    monkeypatch.setattr(qdeploy.gpu.model, "_checked_device", torch.device)
+    monkeypatch.setattr(qdeploy.gpu.loading, "checked_device", torch.device)
     monkeypatch.setattr(qdeploy.gpu.model, "_milliseconds", lambda launch: launch() or 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
