@@ -163,7 +163,7 @@ def _attention_kernel(
         v = _signed(
             tl.load(v_ptr + key[:, None] * v_stride + channel[None, :], mask=(channel < width)[None, :], other=0)
         )
-        upper, lower = (p >> 8).to(tl.int8), ((p & 255) - 128).to(tl.int8)
+        upper, lower = (p >> 8).to(tl.int8), (p ^ 0x80).to(tl.int8)  # the low byte, its top bit flipped
         acc += tl.dot(upper, v, out_dtype=tl.int32) * 256 + tl.dot(lower, v, out_dtype=tl.int32)
         acc += (tl.sum(v.to(tl.int32), 0) * 128)[None, :]
     acc += (total * v_offset)[:, None]
