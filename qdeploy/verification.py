@@ -53,13 +53,13 @@ def _runs(path: str | os.PathLike[str], device: str) -> list[tuple[str, int | No
 def _with_arrays(model: GpuModel) -> Callable:
     import torch
 
-    def run(
-        *inputs: np.ndarray | None, taps: list[str] | tuple = ()
-    ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
-        tensors = [None if x is None else torch.from_numpy(x).to(model.device) for x in inputs]
+    call: Callable = model  # with images, or with ids and maybe a mask
+
+    def run(*inputs: np.ndarray, taps: list[str] | tuple = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+        tensors = [torch.from_numpy(x).to(model.device) for x in inputs]
         if not taps:
-            return model(*tensors).cpu().numpy()
-        output, tapped = model(*tensors, taps=taps)
+            return call(*tensors).cpu().numpy()
+        output, tapped = call(*tensors, taps=taps)
         return output.cpu().numpy(), {name: value.cpu().numpy() for name, value in tapped.items()}
 
     return run

@@ -48,7 +48,7 @@ class Program:
     def __init__(self, member: Member, device: torch.device, variable: bool):
         """variable: texts may be shorter than the input's shape says."""
         self.member, self.device = member, device
-        rows = rows_of_texts(member) if variable else [None] * len(member.tensors)
+        rows: list[Rows] = rows_of_texts(member) if variable else [None] * len(member.tensors)
         self.steps = [_step(node, member, device, rows) for node in member.nodes]
         self._last_reader = {i: index for index, node in enumerate(member.nodes) for i in node.inputs}
         table = member.preprocess_table

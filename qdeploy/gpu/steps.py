@@ -56,7 +56,6 @@ class Step:
     """
 
     kernel = ""  # of the plan
-    reads_lengths = False  # the last of the inputs is then tensor 0, the ids
 
     def __init__(
         self, node: Node, inputs: list[Activation], output: Activation, device: torch.device, rows: Sequence[Rows]
@@ -70,6 +69,11 @@ class Step:
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
         raise NotImplementedError
+
+    @property
+    def reads_lengths(self) -> bool:
+        """Then the token ids, which have the lengths of the texts behind them, come after its inputs."""
+        return False
 
     def array(self, value: Tensor, ids: Tensor) -> Tensor:
         """An output as `as_array`; rows beyond the end of a text, whose ids [N, ..., T + 1] are given, are 0."""
@@ -192,7 +196,8 @@ class Mul(Step):
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
         a, b = self.inputs
         triton_int8.mul(
-            *values,
+            values[0],
+            values[1],
             out,
             chw(self.output)[0],
             (a.zero_point, b.zero_point),
@@ -216,14 +221,21 @@ class Resize(Step):
 
     def __init__(self, *place: Any):
         super().__init__(*place)
-        self._axes = [
-            tuple(self.constant(f"{axis}_{key}") for key in ("start", "weight")) for axis in ("row", "column")
-        ]
+        self._rows = self.constant("row_start"), self.constant("row_weight")
+        self._columns = self.constant("column_start"), self.constant("column_weight")
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
-        factors = self.number("multiplier"), self.number("bias")
-        zero_point = self.inputs[0].zero_point
-        triton_int8_windows.resize(values[0], out, chw(self.output)[0], *self._axes, zero_point, *factors, self.clamp)
+        triton_int8_windows.resize(
+            values[0],
+            out,
+            chw(self.output)[0],
+            self._rows,
+            self._columns,
+            self.inputs[0].zero_point,
+            self.number("multiplier"),
+            self.number("bias"),
+            self.clamp,
+        )
 
 
 class Pool(Step):

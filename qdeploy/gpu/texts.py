@@ -42,15 +42,12 @@ class GpuTextModel(GpuModel):
         Raises InputError for any other dtype, shape or device, an id that the vocabulary does not have, a mask with
         holes, or an unknown tap.
         """
-        found = super().__call__(self._packed(ids, mask), taps)
-        last = self._programs[0].steps[-1]
-        if isinstance(found, Tensor):
-            return last.first_rows(found, ids.shape[1])
-        output, tapped = found
-        steps = self._steps()
-        return last.first_rows(output, ids.shape[1]), {
-            name: steps[name].first_rows(value, ids.shape[1]) for name, value in tapped.items()
-        }
+        texts, last = self._packed(ids, mask), self._programs[0].steps[-1]
+        if not len(taps):
+            return last.first_rows(super().__call__(texts), ids.shape[1])
+        (output, tapped), steps = super().__call__(texts, taps), self._steps()
+        cut = {name: steps[name].first_rows(value, ids.shape[1]) for name, value in tapped.items()}
+        return last.first_rows(output, ids.shape[1]), cut
 
     def predict(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """The class of each text, int64 [N]. Arguments as of a call."""

@@ -41,10 +41,11 @@ class Embedding(Step):
 
     def __init__(self, *place: Any):
         super().__init__(*place)
-        self._constants = [self.constant(key) for key in ("weight", "multiplier", "rows")]
+        self._weight, self._multiplier = self.constant("weight"), self.constant("multiplier")
+        self._rows = self.constant("rows")
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
-        triton_int8_tokens.embedding(values[0], *self._constants, out, self.clamp)
+        triton_int8_tokens.embedding(values[0], self._weight, self._multiplier, self._rows, out, self.clamp)
 
 
 class Norm(Step):
@@ -63,13 +64,12 @@ class OverRows(Step):
     """An op that sums over the rows of its last input, as many of them as the text has."""
 
     @property
-    def reads_lengths(self) -> bool:  # type: ignore[override]
+    def reads_lengths(self) -> bool:
         return self.rows[-2] is not None
 
-    def lengths(self, values: Sequence[Tensor]) -> dict[str, Any]:
-        if not self.reads_lengths:
-            return {"ids": None, "more": 0}
-        return {"ids": values[len(self.inputs)], "more": self.rows[-2]}
+    def lengths(self, values: Sequence[Tensor]) -> tuple[Tensor | None, int]:
+        """The token ids, and how many more rows than tokens there are; None and 0 where the rows are always all."""
+        return (values[-1] if self.reads_lengths else None), self.rows[-2] or 0
 
 
 class Mean(OverRows):
@@ -80,9 +80,8 @@ class Mean(OverRows):
         self._multiplier = self.constant("multiplier")
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
-        zero_point, lengths = self.inputs[0].zero_point, self.lengths(values)
-        options = chw(self.output)[0], zero_point, self.number("bias"), self.clamp
-        triton_int8_tokens.mean(values[0], self._multiplier, out, *options, **lengths)
+        options = chw(self.output)[0], self.inputs[0].zero_point, self.number("bias"), self.clamp
+        triton_int8_tokens.mean(values[0], self._multiplier, out, *options, *self.lengths(values))
 
 
 class Attention(OverRows):
@@ -91,25 +90,29 @@ class Attention(OverRows):
     def __init__(self, *place: Any):
         super().__init__(*place)
         keys = ("logit_bias", "regions")
-        self._constants = {key: self.constant(key) if key in self.node.constants else None for key in keys}
+        self._logit_bias, self._regions = (self.constant(key) if key in self.node.constants else None for key in keys)
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
         q, k, v = self.inputs
-        attributes = self.node.attributes
+        ids, more = self.lengths(values)
         triton_int8_attention.attention(
-            *values[:3],
+            values[0],
+            values[1],
+            values[2],
             out,
-            heads=attributes["heads"],
+            heads=self.node.attributes["heads"],
             channels=(q.shape[1], v.shape[1]),
-            block=attributes["block"],
+            block=self.node.attributes["block"],
             zero_points=(q.zero_point, k.zero_point, v.zero_point),
             logit_multiplier=self.number("logit_multiplier"),
-            peak=attributes["peak"],
+            peak=self.node.attributes["peak"],
             multiplier=self.number("multiplier"),
             bias=self.number("bias"),
             clamp=self.clamp,
-            **self._constants,
-            **self.lengths(values),
+            logit_bias=self._logit_bias,
+            regions=self._regions,
+            ids=ids,
+            more=more,
         )
 
     @property
