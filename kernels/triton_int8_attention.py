@@ -55,7 +55,7 @@ def _logits(
     constant,  # what the padded channels add to the products, and 128 - zero point of both for every channel
     multiplier,
     logit_bias_ptr,  # of the head
-    keys,
+    bias_keys,
     regions_ptr,
     BIAS: tl.constexpr,
     REGIONS: tl.constexpr,
@@ -79,7 +79,7 @@ def _logits(
     zeros = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     added = zeros
     if BIAS:
-        added = tl.load(logit_bias_ptr + row.to(tl.int64)[:, None] * keys + key[None, :])
+        added = tl.load(logit_bias_ptr + row.to(tl.int64)[:, None] * bias_keys + key[None, :])
     logits = tl.fma((acc + constant).to(tl.float32), zeros + multiplier, added)
     seen = (index < present)[None, :]
     if REGIONS:
@@ -93,7 +93,7 @@ def _attention_kernel(
     q_ptr,  # u8 [N * blocks, queries, q_stride]
     k_ptr,  # u8 [N * blocks, keys, k_stride]
     v_ptr,  # u8 [N * blocks, keys, v_stride]
-    logit_bias_ptr,  # f32 [heads, queries, keys]
+    logit_bias_ptr,  # f32 [heads, bias_queries, bias_keys], as many and more
     regions_ptr,  # i32 [blocks * keys]
     ids_ptr,  # i32 [N, ids_stride], read where lengths VARY
     out_ptr,  # u8 [N * blocks, queries, out_stride]
@@ -101,6 +101,8 @@ def _attention_kernel(
     queries,
     keys,
     heads,
+    bias_queries,
+    bias_keys,
     depth,  # channels of a head of q and k
     width,  # channels of a head of v
     ids_stride,
@@ -138,14 +140,15 @@ def _attention_kernel(
     present = tl.load(ids_ptr + segment * ids_stride + ids_stride - 1) + more if VARY else keys
     q_ptrs = q_ptr + (segment * queries + row) * q_stride + head * depth
     k_ptr += segment * keys * k_stride + head * depth
-    logit_bias_ptr += head.to(tl.int64) * queries * keys
+    logit_bias_ptr += head.to(tl.int64) * bias_queries * bias_keys
     segment_row = segment % blocks * keys
 
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     for first in range(0, present, BLOCK_K):
         t = _logits(
             q_ptrs, k_ptr, row, first, present, segment_row, k_stride, depth, q_offset, k_offset, constant,
-            logit_multiplier, logit_bias_ptr, keys, regions_ptr, BIAS, REGIONS, D_BLOCKS, BLOCK_Q, BLOCK_K, BLOCK_D,
+            logit_multiplier, logit_bias_ptr, bias_keys, regions_ptr, BIAS, REGIONS,
+            D_BLOCKS, BLOCK_Q, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         largest = tl.maximum(largest, tl.max(t, 1))
 
@@ -155,7 +158,8 @@ def _attention_kernel(
     for first in range(0, present, BLOCK_K):
         t = _logits(
             q_ptrs, k_ptr, row, first, present, segment_row, k_stride, depth, q_offset, k_offset, constant,
-            logit_multiplier, logit_bias_ptr, keys, regions_ptr, BIAS, REGIONS, D_BLOCKS, BLOCK_Q, BLOCK_K, BLOCK_D,
+            logit_multiplier, logit_bias_ptr, bias_keys, regions_ptr, BIAS, REGIONS,
+            D_BLOCKS, BLOCK_Q, BLOCK_K, BLOCK_D,
         )  # fmt: skip
         p = _weights(t - largest[:, None], peak)
         total += tl.sum(p, 1)
@@ -198,7 +202,7 @@ def attention(
     """u8 q and out [N, T, 1, stride], k and v [N, S, 1, stride].
 
     channels: of q and k, and of v and the output. ids: token ids of texts of any length, which have `more` keys than
-    tokens. block, logit_bias (f32 [heads, T, S] of a segment) and regions (i32 [S]) are those of the format.
+    tokens. block, logit_bias (f32 [heads, T, S] of the longest segment) and regions (i32 [S]) are those of the format.
     """
     n, rows, _, out_stride = out.shape
     queries, keys = block or rows, block or k.shape[1]
@@ -221,6 +225,7 @@ def attention(
         queries,
         keys,
         heads,
+        *((0, 0) if logit_bias is None else logit_bias.shape[1:]),
         depth,
         width,
         0 if ids is None else ids.shape[-1],

@@ -29,7 +29,7 @@ from qdeploy.kernels import triton_ensemble
 from qdeploy.model import check_has_classes
 from qdeploy.terminal import progress
 
-MAX_GRAPHS = 8  # batch sizes whose launches are kept; the one used longest ago goes
+MAX_GRAPHS = 8  # sizes of batches whose launches are kept; the one used longest ago goes
 MAX_OFFSET = 2**31  # elements: offsets in the kernels are 32 bits
 LAUNCHES_TIMED, ROUNDS_TIMED = 20, 10
 SMALL_BATCH = 16  # up to here one network leaves multiprocessors idle, and the members of an ensemble run side by side
@@ -60,7 +60,7 @@ class GpuModel:
         except ModelError as error:
             raise ModelError(f"{error} in {path}") from None
         self._images_per_chunk = max(1, (MAX_OFFSET - 1) // max(p.largest for p in self._programs))
-        self._captured: OrderedDict[int, _Captured] = OrderedDict()
+        self._captured: OrderedDict[torch.Size, _Captured] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: Any = None  # of memory for the graphs
         # To capture on: the main one, then one for each member. Memory of a graph belongs to the stream that took it.
@@ -147,7 +147,7 @@ class GpuModel:
         rows = []
         for program in self._programs:
             for step in program.steps:
-                node, tile = step.node, step.tile(batch) if isinstance(step, Conv) else None
+                node, tile = step.node, step.tile(batch * step.pixels) if isinstance(step, Conv) else None
                 rows.append(
                     {
                         "member": program.member.name,
@@ -186,7 +186,7 @@ class GpuModel:
 
             def tune(step: Step, inputs: list[Tensor], output: Tensor) -> None:
                 if isinstance(step, Conv):
-                    step.tune(inputs, _milliseconds)
+                    step.tune(inputs, output, _milliseconds)
                     advance()
 
             self._visit(images, tune)
@@ -207,7 +207,7 @@ class GpuModel:
             return self._nothing()
         if self.device.type == "cuda":
             return self._replay(images)
-        codes = [program.empty_codes(len(images)) for program in self._programs]  # in Triton's interpreter
+        codes = self._empty_codes(images)  # in Triton's interpreter
         self._quantize(images, codes)()
         return self._forward(codes)
 
@@ -218,7 +218,7 @@ class GpuModel:
             stream = torch.cuda.current_stream()
             if self._done is not None:  # of the last call, maybe on another stream: it has the same memory
                 stream.wait_event(self._done)
-            captured = self._captured_for(len(images))
+            captured = self._captured_for(images)
             check = self._quantize(images, captured.codes)
             captured.graph.replay()
             results = tuple(result.clone() for result in captured.results)
@@ -261,22 +261,26 @@ class GpuModel:
             main.wait_stream(side)
         return outputs
 
-    def _captured_for(self, n: int) -> _Captured:
-        if n in self._captured:
-            self._captured.move_to_end(n)
-            return self._captured[n]
-        codes = [program.empty_codes(n) for program in self._programs]
+    def _empty_codes(self, images: Tensor) -> list[Tensor]:
+        return [program.empty_codes(images) for program in self._programs]
+
+    def _captured_for(self, images: Tensor) -> _Captured:
+        size = images.shape[: 2 if self._graph.vocabulary else 1]
+        if size in self._captured:
+            self._captured.move_to_end(size)
+            return self._captured[size]
+        codes = self._empty_codes(images)
         self._forward(codes)  # compiles the kernels, which a capture cannot
         if not self._captured:  # a pool is gone with the last graph that used it
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with _capture(graph, self._streams[0], self._pool):
             results = self._forward(codes)
-        self._captured[n] = _Captured(codes, graph, results)
+        self._captured[size] = _Captured(codes, graph, results)
         if len(self._captured) > MAX_GRAPHS:
             self._wait()
             self._captured.popitem(last=False)
-        return self._captured[n]
+        return self._captured[size]
 
     def _wait(self) -> None:
         """For the last replay."""
@@ -301,7 +305,7 @@ class GpuModel:
             raise InputError(f"expected {limit}, got {len(images)} - at the input")
         images = images.contiguous()
         with self._context():
-            codes = [program.empty_codes(len(images)) for program in self._programs]
+            codes = self._empty_codes(images)
             self._quantize(images, codes)()
             return self._forward(codes, visit)
 

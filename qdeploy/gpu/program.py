@@ -54,9 +54,10 @@ class Program:
         table = member.preprocess_table
         self._preprocess = None if table is None else torch.from_numpy(np.array(table)).to(device)
 
-    def empty_codes(self, n: int) -> Tensor:
-        """Memory for the codes of `n` inputs."""
-        return empty(self.member.tensors[0], n, self.device)
+    def empty_codes(self, images: Tensor) -> Tensor:
+        """Memory for the codes of images, or for texts, i32 [N, tokens + 1]."""
+        target = self.member.tensors[0]
+        return empty(target, len(images), self.device, images.shape[1] - 1 if target.dtype == "i32" else None)
 
     def quantize(self, images: Tensor, codes: Tensor, bad: Tensor) -> None:
         """f32 [N, C, H, W] or u8 [N, H, W, C] to the codes of the input; sets bad (i32 [1]) at NaN or infinity.
@@ -76,7 +77,7 @@ class Program:
         values = {0: codes}
         for index, step in enumerate(self.steps):
             inputs = [values[i] for i in step.node.inputs] + [codes] * step.reads_lengths
-            output = values[step.node.output] = step(inputs, len(codes))
+            output = values[step.node.output] = step(inputs, len(codes), codes.shape[-1] - 1)
             if visit is not None:
                 visit(step, inputs, output)
             for i in set(step.node.inputs):

@@ -34,10 +34,12 @@ def chw(activation: Activation) -> tuple[int, int, int]:
     return c, h, w
 
 
-def empty(activation: Activation, n: int, device: torch.device) -> Tensor:
-    """Memory for `n` images of the activation."""
+def empty(activation: Activation, n: int, device: torch.device, rows: int | None = None) -> Tensor:
+    """Memory for `n` images of the activation; `rows`: so many tokens instead of those that its shape says."""
     c, h, w = chw(activation)
-    stride = {"f32": c, "i32": c + 1}.get(activation.dtype) or channel_stride(c)
+    if activation.dtype == "i32":
+        return torch.empty((n, 1, 1, (rows or c) + 1), dtype=torch.int32, device=device)
+    h, stride = rows or h, c if activation.dtype == "f32" else channel_stride(c)
     return torch.empty((n, h, w, stride), dtype=DTYPES[activation.dtype], device=device)
 
 
@@ -50,7 +52,7 @@ def as_array(value: Tensor, activation: Activation) -> Tensor:
 
 
 class Step:
-    """One node: called with its inputs and the number of images it returns its output.
+    """One node: called with its inputs, the number of images and the tokens of the longest text, it returns its output.
 
     rows: of the inputs and, last, of the output: how many more than the text has, where they vary with its length.
     """
@@ -62,8 +64,9 @@ class Step:
     ):
         self.node, self.inputs, self.output, self.device, self.rows = node, inputs, output, device, rows
 
-    def __call__(self, values: Sequence[Tensor], n: int) -> Tensor:
-        out = empty(self.output, n, self.device)
+    def __call__(self, values: Sequence[Tensor], n: int, tokens: int) -> Tensor:
+        more = self.rows[-1]
+        out = empty(self.output, n, self.device, None if more is None else tokens + more)
         self.launch(values, out)
         return out
 
@@ -129,7 +132,7 @@ class Conv(Step):
         self._tiles: dict[int, Tile] = {}
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
-        self.launch_with(self.tile(len(out)), values, out)
+        self.launch_with(self.tile(_pixels(out)), values, out)
 
     def launch_with(self, tile: Tile, values: Sequence[Tensor], out: Tensor) -> None:
         triton_int8_conv.conv(
@@ -143,40 +146,40 @@ class Conv(Step):
             residual_multiplier=self.number("residual_multiplier") if len(values) > 1 else 0.0,
         )
 
-    def tile(self, n: int) -> Tile:
-        """The fastest tile for `n` images, where this GPU has been tuned for them; else one chosen by rule."""
-        if n not in self._tiles:
+    def tile(self, pixels: int) -> Tile:
+        """The fastest tile for so many pixels, where this GPU has been tuned for them; else one chosen by rule."""
+        if pixels not in self._tiles:
             packed = self._packed
-            shape = (self._pixels(n), packed.rows_per_superblock, packed.superblocks, packed.k_unit)
-            self._tiles[n] = self._tuned.get(self._key(n)) or int8_tiles.default(*shape)
-        return self._tiles[n]
+            shape = (pixels, packed.rows_per_superblock, packed.superblocks, packed.k_unit)
+            self._tiles[pixels] = self._tuned.get(self._key(pixels)) or int8_tiles.default(*shape)
+        return self._tiles[pixels]
 
-    def tune(self, values: Sequence[Tensor], milliseconds: Callable[[Callable], float]) -> None:
-        """Times the tiles for so many images, unless this shape has been tuned before."""
-        n, out = len(values[0]), empty(self.output, len(values[0]), self.device)
+    def tune(self, values: Sequence[Tensor], out: Tensor, milliseconds: Callable[[Callable], float]) -> None:
+        """Times the tiles for so many pixels, unless this shape has been tuned before."""
+        key = self._key(_pixels(out))
 
         def time(tile: Tile) -> float:
             return milliseconds(lambda: self.launch_with(tile, values, out))
 
-        if self._tuned.get(self._key(n)) is None:
+        if self._tuned.get(key) is None:
             candidates = int8_tiles.fitting(self._packed.rows_per_superblock, self._packed.k_unit)
-            self._tuned.tune(self._key(n), candidates, time)
-        self._tiles.pop(n, None)
+            self._tuned.tune(key, candidates, time)
+        self._tiles.pop(_pixels(out), None)
 
     @property
     def macs(self) -> int:
-        _, h, w = chw(self.output)
-        return h * w * math.prod(self._weight_shape)
+        return self.pixels * math.prod(self._weight_shape)
 
-    def _pixels(self, n: int) -> int:
-        _, h, w = chw(self.output)
-        return n * h * w
+    @property
+    def pixels(self) -> int:
+        """Of one image, or of the longest text."""
+        return math.prod(chw(self.output)[1:])
 
-    def _key(self, n: int) -> str:
+    def _key(self, pixels: int) -> str:
         packed, stride = self._packed, self._window.get("stride", (1, 1))
         rows, k = packed.codes.shape
         return (
-            f"{self._pixels(n)} pixels, {rows}x{k} codes, {packed.superblocks} superblocks, "
+            f"{pixels} pixels, {rows}x{k} codes, {packed.superblocks} superblocks, "
             f"kernel {packed.kh}x{packed.kw}, stride {stride[0]}x{stride[1]}, {len(self.inputs)} inputs"
         )
 
@@ -287,11 +290,11 @@ class Reshape(Step):
 
     kernel = "copy"
 
-    def __call__(self, values: Sequence[Tensor], n: int) -> Tensor:
+    def __call__(self, values: Sequence[Tensor], n: int, tokens: int) -> Tensor:
         x, out = self.inputs[0], self.output
         if chw(x) == chw(out) and (len(x.shape) == 2) == (len(out.shape) == 2):  # [C, 1, 1] to [C]
             return values[0]
-        return super().__call__(values, n)
+        return super().__call__(values, n, tokens)
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
         as_array(out, self.output).copy_(as_array(values[0], self.inputs[0]).reshape(len(out), *self.output.shape))
@@ -302,12 +305,16 @@ class View(Step):
 
     kernel = "view"
 
-    def __call__(self, values: Sequence[Tensor], n: int) -> Tensor:
+    def __call__(self, values: Sequence[Tensor], n: int, tokens: int) -> Tensor:
         _, h, w = chw(self.output)
         return values[0].view(n, h, w, -1)
 
     def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
         pass
+
+
+def _pixels(value: Tensor) -> int:
+    return value.shape[0] * value.shape[1] * value.shape[2]
 
 
 def _name_of(device: torch.device) -> str:

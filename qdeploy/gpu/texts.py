@@ -11,9 +11,14 @@ from torch import Tensor
 from qdeploy.errors import InputError
 from qdeploy.gpu.model import GpuModel
 
+TOKENS_STEP = 64
+
 
 class GpuTextModel(GpuModel):
-    """As `qdeploy.TextModel`, with tensors on a GPU. Every text takes the time of the longest that the file allows."""
+    """As `qdeploy.TextModel`, with tensors on a GPU. Every text of a batch takes the time of T tokens.
+
+    There is a CUDA graph for each number of texts and each T, which is rounded up to a multiple of TOKENS_STEP.
+    """
 
     @property
     def inputs(self) -> list[dict]:
@@ -65,7 +70,7 @@ class GpuTextModel(GpuModel):
         """Packed texts have been checked."""
 
     def _packed(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """The ids of each text, zeros up to the longest there may be, and its length, i32 [N, longest + 1]."""
+        """The ids of each text, zeros behind them, and its length, i32 [N, tokens + 1]."""
         self._check_ids(ids)
         lengths = torch.full((len(ids),), ids.shape[1], device=self.device)
         if mask is not None:
@@ -75,7 +80,8 @@ class GpuTextModel(GpuModel):
         wrong = ids[exists & ((ids < 0) | (ids >= vocabulary))]
         if len(wrong):
             raise InputError(f"expected token ids from 0 to {vocabulary - 1}, got {int(wrong[0])} - at the input")
-        packed = torch.zeros((len(ids), self._graph.input_shape[0] + 1), dtype=torch.int32, device=self.device)
+        tokens = min(self._graph.input_shape[0], -(-ids.shape[1] // TOKENS_STEP) * TOKENS_STEP)
+        packed = torch.zeros((len(ids), tokens + 1), dtype=torch.int32, device=self.device)
         packed[:, : ids.shape[1]] = torch.where(exists, ids, 0)
         packed[:, -1] = lengths
         return packed

@@ -12,12 +12,13 @@ import pytest
 pytest.importorskip("triton_on_cpu", reason="the kernels for GPUs need Triton", exc_type=ImportError)
 import torch
 from builder import Builder, small_text, text_batch
+from test_gpu_model import with_fake_graphs
 from test_texts import BAD, IDS, LONGEST, VOCABULARY, mask_of, rows_graph
 
 import qdeploy
 from qdeploy import cli, format, reference
 from qdeploy.errors import InputError
-from qdeploy.gpu import GpuTextModel, loading
+from qdeploy.gpu import GpuTextModel, loading, texts
 from qdeploy.gpu import model as gpu
 from qdeploy.graph import Graph
 
@@ -39,7 +40,9 @@ def path(tmp_path) -> Path:
     return tmp_path / "m.safetensors"
 
 
-def test_neighbours_and_padding_change_no_bit(path):
+@pytest.mark.parametrize("step", [1, 4, 64])
+def test_neighbours_and_padding_change_no_bit(path, monkeypatch, step):
+    monkeypatch.setattr(texts, "TOKENS_STEP", step)
     model = load(rows_graph(), path)
     ids = torch.randint(0, VOCABULARY, (3, LONGEST), generator=torch.Generator().manual_seed(0))
     lengths = [1, 9, 4]
@@ -58,18 +61,30 @@ def test_chunks_classes_pickles_and_times(path, monkeypatch):
     graph = small_text()
     model = load(graph, path)
     ids, mask = text_batch(graph, 5, np.random.default_rng(1))
-    texts = torch.from_numpy(ids), torch.from_numpy(mask)
+    batch = torch.from_numpy(ids), torch.from_numpy(mask)
     expected = reference.run(graph, ids, mask=mask)
     model._images_per_chunk = 2
-    assert model(*texts).numpy().tobytes() == expected.tobytes()
-    assert model.predict(*texts).tolist() == reference.predict(graph, ids, mask).tolist()
-    assert model(texts[0][:0], texts[1][:0]).shape == (0, 3)
-    assert model(texts[0][:0], taps=["mul.12"])[1]["mul.12"].shape == (0, LONGEST + 1, 12)
+    assert model(*batch).numpy().tobytes() == expected.tobytes()
+    assert model.predict(*batch).tolist() == reference.predict(graph, ids, mask).tolist()
+    assert model(batch[0][:0], batch[1][:0]).shape == (0, 3)
+    assert model(batch[0][:0], taps=["mul.12"])[1]["mul.12"].shape == (0, LONGEST + 1, 12)
     monkeypatch.setattr(gpu, "checked_device", torch.device)
-    assert pickle.loads(pickle.dumps(model))(*texts).numpy().tobytes() == expected.tobytes()
+    assert pickle.loads(pickle.dumps(model))(*batch).numpy().tobytes() == expected.tobytes()
     monkeypatch.setattr(gpu, "_milliseconds", lambda launch: (launch(), 0.25)[1])
-    assert len(model.profile(texts[0][:2], texts[1][:2])) == len(model.plan())
-    model.tune(texts[0][:2], texts[1][:2])
+    assert len(model.profile(batch[0][:2], batch[1][:2])) == len(model.plan())
+    model.tune(batch[0][:2], batch[1][:2])
+
+
+def test_graphs_by_number_of_texts_and_tokens(path, monkeypatch):
+    model = load(rows_graph(), path)
+    monkeypatch.setattr(texts, "TOKENS_STEP", 4)
+    ids = torch.randint(0, VOCABULARY, (2, LONGEST), generator=torch.Generator().manual_seed(0))
+    expected = {width: model(ids[:, :width]) for width in (3, 4, 9)}
+    with_fake_graphs(model, monkeypatch)
+    monkeypatch.setattr(GpuTextModel, "_run_chunk", GpuTextModel._replay)
+    for width in (9, 3, 4, 3, 9):
+        assert torch.equal(model(ids[:, :width]), expected[width])
+    assert [tuple(size) for size in model._captured] == [(2, 5), (2, 10)]
 
 
 @pytest.mark.parametrize("rule", ["logits", "probs"])
