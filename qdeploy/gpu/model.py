@@ -270,6 +270,7 @@ class GpuModel:
             self._captured.move_to_end(size)
             return self._captured[size]
         codes = self._empty_codes(images)
+        self._quantize(images, codes)  # or token ids and lengths would be what was in the memory
         self._forward(codes)  # compiles the kernels, which a capture cannot
         if not self._captured:  # a pool is gone with the last graph that used it
             self._pool = torch.cuda.graph_pool_handle()
