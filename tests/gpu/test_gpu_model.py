@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import subprocess
@@ -184,6 +185,7 @@ class FakeGraph:
 
 
 def with_fake_graphs(model: gpu.GpuModel, monkeypatch) -> None:
+    gc.collect()  # the graphs of other tests
     capturing = []
     forward = model._forward
 
