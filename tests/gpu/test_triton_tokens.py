@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton_on_cpu", reason="the kernels for GPUs need Triton", exc_type=ImportError)
 import torch
 from test_norm_attention import attention_case, clamp_of, codes, most_peak
+from triton_on_cpu import warps_in_any_order
 
 from qdeploy.kernels import triton_int8_attention, triton_int8_tokens
 from qdeploy.kernels.int8_weights import channel_stride
@@ -123,6 +124,16 @@ def test_attention_of_texts_sees_their_own_keys():
     logit_bias = rng.normal(0, 3, (case[4], 75, 80)).astype(f32)  # of longer texts
     for lengths in ([4, 70], [64, 65]):
         assert_attention(case, most_peak(70), logit_bias=logit_bias, lengths=lengths)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_order_of_warps_changes_no_bit(seed):
+    """What a warp reads of shared memory, others have written before."""
+    rng = np.random.default_rng(seed)
+    case = attention_case(rng, 20, 70)
+    with warps_in_any_order(seed):
+        assert_attention(case, most_peak(70))
+        assert_norm(codes(rng, (2, 5, 60), np.int16), 2, np.uint8, rng, 1.0)
 
 
 @pytest.mark.parametrize(("keys", "depth", "width"), [(257, 300, 70), (1024, 64, 16)])
