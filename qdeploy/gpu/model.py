@@ -23,7 +23,7 @@ from qdeploy.arguments import integer
 from qdeploy.errors import InputError, ModelError
 from qdeploy.gpu.devices import checked_device
 from qdeploy.gpu.program import Program, Visit
-from qdeploy.gpu.steps import DTYPES, Conv, Step
+from qdeploy.gpu.steps import DTYPES, Conv, Step, View
 from qdeploy.graph import Activation, Graph
 from qdeploy.kernels import triton_ensemble
 from qdeploy.model import check_has_classes
@@ -170,7 +170,8 @@ class GpuModel:
         times = []
 
         def measure(step: Step, inputs: list[Tensor], output: Tensor) -> None:
-            times.append(_milliseconds(lambda: step.launch(inputs, output)) * 1e3)
+            launched = not isinstance(step, View)
+            times.append(_milliseconds(lambda: step.launch(inputs, output)) * 1e3 if launched else 0.0)
 
         self._visit(images, measure)
         return [row | {"microseconds": t} for row, t in zip(plan, times, strict=True)]

@@ -309,9 +309,6 @@ class View(Step):
         _, h, w = chw(self.output)
         return values[0].view(n, h, w, -1)
 
-    def launch(self, values: Sequence[Tensor], out: Tensor) -> None:
-        pass
-
 
 def _pixels(value: Tensor) -> int:
     return value.shape[0] * value.shape[1] * value.shape[2]

@@ -452,6 +452,14 @@ def test_profile_times_every_node(model, monkeypatch):
     assert {row["microseconds"] for row in rows} == {250.0}
 
 
+def test_a_view_takes_no_time(path, monkeypatch):
+    builder = Builder(np.random.default_rng(0), (3, 4, 5), (0.1, 0))
+    builder.rescale(builder.tokens(0))
+    monkeypatch.setattr(gpu, "_milliseconds", lambda launch: (launch(), 0.25)[1])
+    rows = load(Graph([builder.member()]), path).profile(torch.zeros(2, 3, 4, 5))
+    assert [(row["kernel"], row["microseconds"]) for row in rows] == [("view", 0.0), ("rescale", 250.0)]
+
+
 def test_a_cache_that_cannot_be_written(own_cache):
     own_cache.parent.write_text("a file where the folder should be")
     with pytest.raises(InputError, match=r"expected to write .*int8_tiles.json, got: .* - at the tuned tiles"):
