@@ -139,6 +139,12 @@ def int8_variants() -> dict[str, Variant]:
         )
         for tile in TILES[:5]  # the others have fewer accumulators per thread
     }
+    found |= {
+        f"int8 conv 1x1, s16 residual, {'x'.join(map(str, tile[:3]))}": conv(
+            (256, 256, 1, 1), 14, "copies16", *WIDE, dtype=torch.int16, residual=True, tile=tile
+        )
+        for tile in TILES[:2]
+    }
     x = activation(56, 256)
     return found | {
         "int8 conv 3x3, residual, 16x32x32": conv((256, 256, 3, 3), 14, residual=True, tile=TILES[-1]),
