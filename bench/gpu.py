@@ -28,6 +28,7 @@ from checkout import ROOT  # first: all others import qdeploy
 # isort: split
 import gpu_cases
 import gpu_checks
+import token_nets
 import torch
 import triton
 from gpu_cases import Report
@@ -36,7 +37,9 @@ from networks import Networks, float_net
 from results import Results
 from targets import ENSEMBLE, EOQ_MEMBERS, INT8_BATCHES, LSQ
 
+from qdeploy import format
 from qdeploy.demo import MODEL
+from qdeploy.graph import Graph
 from qdeploy.training import MODELS
 
 Case = Callable[[Timer], Report]
@@ -52,13 +55,14 @@ def cases(networks: Networks) -> dict[str, Case]:
     make = partial(MODELS["resnet50"], 1000)
     with torch.device("meta"):
         weights = [module.weight.shape for module in make().modules() if isinstance(module, torch.nn.Conv2d)]
-    files = (MODEL, *sorted(ROOT.glob("tests/data/v1/*.safetensors")))
+    files = {path.name: format.load(path) for path in (MODEL, *sorted(ROOT.glob("tests/data/v*/*.safetensors")))}
     averages = [(5, 1000, 345), (3, 7, 7), (1, 33, 1000), (5, 3, 100_000)]
     found: dict[str, Case] = {
         "check/lsq": lambda t: gpu_checks.check_lsq(t, gpu_checks.RAGGED, runs=200, large=2**31 + 4096),
         "check/weights": lambda t: gpu_checks.check_weights(t, weights, runs=200),
         "check/ensemble": lambda t: gpu_checks.check_ensemble(t, averages),
         "check/int8": lambda t: gpu_checks.check_int8(t, files, batches=(1, 64, 3, 1)),
+        "check/tokens": lambda t: gpu_checks.check_int8(t, blocks(), batches=(1, 9, 2)),
         "copy": lambda t: gpu_cases.copies(t, [2**i for i in range(22, 32)]),
         "peak": lambda t: gpu_cases.matrix_peak(t, 8192),
         "weights": lambda t: gpu_cases.all_weights(t, weights),
@@ -71,6 +75,11 @@ def cases(networks: Networks) -> dict[str, Case]:
     for kind, tune in (("int8", False), ("tuned", True)):
         found |= {f"{kind}/{batch}": partial(int8, batch=batch, tune=tune) for batch in INT8_BATCHES}
     return found
+
+
+def blocks() -> dict[str, Graph]:
+    """Those of a DeiT-S and of a DistilBERT."""
+    return {"vision": token_nets.vision(224, 384, 6, 1000), "text": token_nets.text(128, 768, 12, 30_522)}
 
 
 def machine() -> dict:

@@ -4,9 +4,9 @@ numbers, and of sizes, and returns a Report whose `wrong` is to be empty."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from gpu_cases import QMAX, QMIN, Report, differing, quantized_normal
 from gpu_timer import Timer
@@ -14,7 +14,7 @@ from targets import LsqCase
 from torch import Tensor
 
 from qdeploy import format, reference
-from qdeploy.graph import COMBINE
+from qdeploy.graph import COMBINE, Graph
 from qdeploy.kernels.ensemble import combine
 from qdeploy.kernels.lsq import lsq, lsq_backward, lsq_many
 
@@ -143,18 +143,34 @@ def check_ensemble(timer: Timer, shapes: Sequence[tuple[int, int, int]]) -> Repo
     return report
 
 
-def check_int8(timer: Timer, paths: Sequence[Path], batches: Sequence[int]) -> Report:
-    """Model files against qdeploy/reference.py."""
+def check_int8(timer: Timer, graphs: Mapping[str, Graph], batches: Sequence[int]) -> Report:
+    """Models, each by its name, against qdeploy/reference.py."""
     from qdeploy import gpu
 
-    report = Report("INT8 against qdeploy/reference.py")
-    for path in paths:
-        graph, model = format.load(path), gpu.load(path, timer.device)
+    report = Report(f"INT8 against qdeploy/reference.py: {', '.join(graphs)}")
+    for name, graph in graphs.items():
+        model = gpu.load(name, timer.device, format.dump(graph))
         for batch in batches:
-            images = timer.randn(batch, *graph.input_shape)
-            of = {"float32": images}
-            if graph.preprocess:
-                of["uint8"] = (images.permute(0, 2, 3, 1) * 64 + 128).clamp(0, 255).to(torch.uint8).contiguous()
-            wrong = {name: differing(model(x), reference.run(graph, x.cpu().numpy())) for name, x in of.items()}
-            report.check(f"{path.name}, batch {batch}", **wrong)
+            inputs = inputs_of(timer, graph, batch)
+            wrong = {kind: differing(model(*x), reference_of(graph, *x)) for kind, x in inputs.items()}
+            report.check(f"{name}, batch {batch}", **wrong)
     return report
+
+
+def inputs_of(timer: Timer, graph: Graph, batch: int) -> dict[str, tuple[Tensor, ...]]:
+    """What a model is called with, by its kind: images or texts, of which the first is the longest there may be."""
+    if graph.vocabulary:
+        longest = graph.input_shape[0]
+        ids = (timer.randn(batch, longest).abs() * 1e6).long() % graph.vocabulary
+        lengths = longest - torch.arange(batch, device=ids.device)[:, None] * 7 % longest
+        mask = (torch.arange(longest, device=ids.device) < lengths).long()
+        return {"ids": (ids, mask) if graph.variable else (ids,)}
+    images = timer.randn(batch, *graph.input_shape)
+    if not graph.preprocess:
+        return {"float32": (images,)}
+    raw = (images.permute(0, 2, 3, 1) * 64 + 128).clamp(0, 255).to(torch.uint8).contiguous()
+    return {"float32": (images,), "uint8": (raw,)}
+
+
+def reference_of(graph: Graph, x: Tensor, mask: Tensor | None = None) -> np.ndarray:
+    return reference.run(graph, x.cpu().numpy(), mask=None if mask is None else mask.cpu().numpy())

@@ -1,7 +1,6 @@
-"""Input, tables, sums and pools of an int8 model on a GPU: docs/format.md section 4, bit for bit.
+"""Input, and ops on element after element, of an int8 model on a GPU: docs/format.md section 4, bit for bit.
 
-An activation is uint8 [N, H, W, stride]: NHWC with `channel_stride` bytes a pixel, so that loads of 16 bytes are
-aligned. What lies in the bytes after the last channel does not matter: their weights are 0.
+Activations are those of triton_pixels.py.
 """
 
 from __future__ import annotations
@@ -12,14 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qdeploy.kernels.triton_math import clamp, round_to_u8
-
-
-@triton.jit
-def _offsets(channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The pixels and channels of this program; programs of the same pixels follow each other."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    pid = tl.program_id(0)
-    return pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P), pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+from qdeploy.kernels.triton_pixels import blocks_of, offsets, requantized
 
 
 @triton.jit
@@ -37,7 +29,7 @@ def _quantize_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """This program quantizes BLOCK_P pixels of BLOCK_C channels, and sets `bad` where a number is not finite."""
-    pixel, channel = _offsets(STRIDE, BLOCK_P, BLOCK_C)
+    pixel, channel = offsets(STRIDE, BLOCK_P, BLOCK_C)
     mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
     offs = (pixel // HW * C * HW + pixel % HW)[:, None] + (channel * HW)[None, :]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)
@@ -65,7 +57,7 @@ def _lookup_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """This program maps BLOCK_P pixels of BLOCK_C channels through a table."""
-    pixel, channel = _offsets(C, BLOCK_P, BLOCK_C)
+    pixel, channel = offsets(C, BLOCK_P, BLOCK_C)
     mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
     q = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=mask, other=0)
     value = tl.load(table_ptr + (channel * table_stride)[None, :] + q.to(tl.int32), mask=mask, other=0)
@@ -74,9 +66,9 @@ def _lookup_kernel(
 
 @triton.jit
 def _add_kernel(
-    a_ptr,  # u8 [pixels, a_stride]
-    b_ptr,  # u8 [pixels, b_stride]
-    out_ptr,  # u8 or f32 [pixels, out_stride]
+    a_ptr,  # u8 or s16 [pixels, a_stride]
+    b_ptr,  # u8 or s16 [pixels, b_stride]
+    out_ptr,  # u8, s16 or f32 [pixels, out_stride]
     pixels,
     C,
     a_stride,
@@ -87,20 +79,42 @@ def _add_kernel(
     bias,
     low,
     high,
-    CODES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """This program adds BLOCK_P pixels of BLOCK_C channels."""
-    pixel, channel = _offsets(C, BLOCK_P, BLOCK_C)
+    pixel, channel = offsets(C, BLOCK_P, BLOCK_C)
     mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
     a = tl.load(a_ptr + pixel[:, None] * a_stride + channel[None, :], mask=mask, other=0).to(tl.float32)
     b = tl.load(b_ptr + pixel[:, None] * b_stride + channel[None, :], mask=mask, other=0).to(tl.float32)
     zeros = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     result = tl.fma(a, zeros + a_multiplier, tl.fma(b, zeros + b_multiplier, zeros + bias))
-    if CODES:
-        result = round_to_u8(clamp(result, low, high))
-    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], result, mask=mask)
+    value = requantized(result, low, high, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], value, mask=mask)
+
+
+@triton.jit
+def _rescale_kernel(
+    x_ptr,  # u8 or s16 [pixels, x_stride]
+    out_ptr,  # u8, s16 or f32 [pixels, out_stride]
+    pixels,
+    C,
+    x_stride,
+    out_stride,
+    multiplier,
+    bias,
+    low,
+    high,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """This program brings BLOCK_P pixels of BLOCK_C channels to another grid."""
+    pixel, channel = offsets(C, BLOCK_P, BLOCK_C)
+    mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
+    q = tl.load(x_ptr + pixel[:, None] * x_stride + channel[None, :], mask=mask, other=0).to(tl.float32)
+    zeros = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    value = requantized(tl.fma(q, zeros + multiplier, zeros + bias), low, high, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], value, mask=mask)
 
 
 @triton.jit
@@ -113,112 +127,43 @@ def _mul_kernel(
     a_stride,
     b_stride,
     out_stride,
-    repeat,  # pixels that share one of b: 1, or those of an image where b is a gate
+    repeat,  # pixels that share one of b: 1, or those of an image where b is a gate of the channels
     a_zero_point,
     b_zero_point,
     multiplier,
     bias,
     low,
     high,
-    CODES: tl.constexpr,
+    ONE_CHANNEL: tl.constexpr,  # of b, for all of a
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """This program multiplies BLOCK_P pixels of BLOCK_C channels."""
-    pixel, channel = _offsets(C, BLOCK_P, BLOCK_C)
+    pixel, channel = offsets(C, BLOCK_P, BLOCK_C)
     mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
     a = tl.load(a_ptr + pixel[:, None] * a_stride + channel[None, :], mask=mask, other=0).to(tl.int32)
-    b = tl.load(b_ptr + (pixel // repeat)[:, None] * b_stride + channel[None, :], mask=mask, other=0).to(tl.int32)
+    b_channel = channel * 0 if ONE_CHANNEL else channel
+    b = tl.load(b_ptr + (pixel // repeat)[:, None] * b_stride + b_channel[None, :], mask=mask, other=0).to(tl.int32)
     acc = ((a - a_zero_point) * (b - b_zero_point)).to(tl.float32)
     zeros = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     result = tl.fma(acc, zeros + multiplier, zeros + bias)
-    if CODES:
-        result = round_to_u8(clamp(result, low, high))
-    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], result, mask=mask)
-
-
-@triton.jit
-def _pool_kernel(
-    x_ptr,  # u8 [N, H, W, x_stride]
-    multiplier_ptr,  # f32 [1] or [KH * KW]; not read by max
-    out_ptr,  # u8 or f32 [pixels, out_stride]
-    pixels,
-    C,
-    H,
-    W,
-    OH,
-    OW,
-    x_stride,
-    out_stride,
-    KW,
-    cells,
-    stride_h,
-    stride_w,
-    top,
-    left,
-    dilation_h,
-    dilation_w,
-    zero_point,
-    bias,
-    low,
-    high,
-    MAX: tl.constexpr,
-    BY_COUNT: tl.constexpr,  # one multiplier for each number of real elements
-    CODES: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """This program pools BLOCK_P windows of BLOCK_C channels, BLOCK_T elements of each window at a time."""
-    pixel, channel = _offsets(C, BLOCK_P, BLOCK_C)
-    line = pixel // OW
-    h0 = (line % OH * stride_h - top)[:, None]
-    w0 = (pixel % OW * stride_w - left)[:, None]
-    image = (line // OH * H)[:, None]
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.int32)
-    count = tl.zeros((BLOCK_P,), tl.int32)
-    for first in range(0, cells, BLOCK_T):
-        cell = (first + tl.arange(0, BLOCK_T))[None, :]
-        h = h0 + cell // KW * dilation_h
-        w = w0 + cell % KW * dilation_w
-        real = (cell < cells) & (h >= 0) & (h < H) & (w >= 0) & (w < W) & (pixel < pixels)[:, None]
-        offs = (((image + h) * W + w) * x_stride)[:, :, None] + channel[None, None, :]
-        q = tl.load(x_ptr + offs, mask=real[:, :, None] & (channel < C)[None, None, :], other=0).to(tl.int32)
-        if MAX:
-            total = tl.maximum(total, tl.max(q, 1))
-        else:
-            total += tl.sum(q, 1)
-            count += tl.sum(real.to(tl.int32), 1)
-    mask = (pixel < pixels)[:, None] & (channel < C)[None, :]
-    if MAX:
-        result = total.to(tl.uint8)
-    else:
-        if BY_COUNT:
-            multiplier = tl.load(multiplier_ptr + tl.maximum(count - 1, 0))
-        else:
-            multiplier = tl.zeros((BLOCK_P,), tl.float32) + tl.load(multiplier_ptr)
-        acc = (total - (count * zero_point)[:, None]).to(tl.float32)
-        zeros = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        result = tl.fma(acc, tl.broadcast_to(multiplier[:, None], (BLOCK_P, BLOCK_C)), zeros + bias)
-        if CODES:
-            result = round_to_u8(clamp(result, low, high))
-    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], result, mask=mask)
+    value = requantized(result, low, high, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + pixel[:, None] * out_stride + channel[None, :], value, mask=mask)
 
 
 def quantize(x: Tensor, out: Tensor, scale: float, zero_point: int, bad: Tensor) -> None:
-    """f32 [N, C, H, W] or [N, F] to codes, u8 [N, H, W, stride]; sets bad (i32 [1]) where x has NaN or infinity."""
+    """f32 [N, C, H, W], [N, T, D] or [N, F] to codes, u8 [N, H, W, stride]; sets bad (i32 [1]) at NaN or infinity."""
     n, h, w, stride = out.shape
-    grid, blocks = _elementwise(n * h * w, stride)
+    grid, blocks = blocks_of(n * h * w, stride)
     inverse = float(np.float32(1) / np.float32(scale))  # one f32 division
-    _quantize_kernel[grid](
-        x, out, bad, n * h * w, h * w, x.shape[1], inverse, float(zero_point), STRIDE=stride, **blocks
-    )
+    plane, channels = (1, x.shape[2]) if x.dim() == 3 else (h * w, x.shape[1])  # tokens have their channels last
+    _quantize_kernel[grid](x, out, bad, n * h * w, plane, channels, inverse, float(zero_point), STRIDE=stride, **blocks)
 
 
 def lookup(x: Tensor, table: Tensor, out: Tensor, channels: int) -> None:
     """out = table[x] for the first `channels` of u8 [N, H, W, stride]; table [256], or [channels, 256]: one each."""
     n, h, w, x_stride = x.shape
-    grid, blocks = _elementwise(n * h * w, channels)
+    grid, blocks = blocks_of(n * h * w, channels)
     table_stride = 256 if table.dim() == 2 else 0
     _lookup_kernel[grid](x, table, out, n * h * w, channels, x_stride, out.shape[3], table_stride, **blocks)
 
@@ -232,9 +177,9 @@ def add(
     bias: float,
     clamp: tuple[int, int],
 ) -> None:
-    """The requantized sum of two u8 [N, H, W, stride]."""
+    """The requantized sum of two [N, H, W, stride]."""
     n, h, w, out_stride = out.shape
-    grid, blocks = _elementwise(n * h * w, channels)
+    grid, blocks = blocks_of(n * h * w, channels)
     _add_kernel[grid](
         a,
         b,
@@ -248,9 +193,16 @@ def add(
         bias,
         float(clamp[0]),
         float(clamp[1]),
-        CODES=out.dtype.itemsize == 1,
         **blocks,
     )
+
+
+def rescale(x: Tensor, out: Tensor, channels: int, multiplier: float, bias: float, clamp: tuple[int, int]) -> None:
+    """[N, H, W, stride] on another grid."""
+    n, h, w, out_stride = out.shape
+    grid, blocks = blocks_of(n * h * w, channels)
+    limits = float(clamp[0]), float(clamp[1])
+    _rescale_kernel[grid](x, out, n * h * w, channels, x.shape[3], out_stride, multiplier, bias, *limits, **blocks)
 
 
 def mul(
@@ -262,10 +214,11 @@ def mul(
     multiplier: float,
     bias: float,
     clamp: tuple[int, int],
+    one_channel: bool = False,
 ) -> None:
-    """The requantized product of two u8 [N, H, W, stride]; b may be a gate [N, 1, 1, stride]."""
+    """The requantized product of two u8 [N, H, W, stride]; b may be a gate [N, 1, 1, stride], or have `one_channel`."""
     n, h, w, out_stride = out.shape
-    grid, blocks = _elementwise(n * h * w, channels)
+    grid, blocks = blocks_of(n * h * w, channels)
     _mul_kernel[grid](
         a,
         b,
@@ -281,67 +234,6 @@ def mul(
         bias,
         float(clamp[0]),
         float(clamp[1]),
-        CODES=out.dtype.itemsize == 1,
+        ONE_CHANNEL=one_channel,
         **blocks,
     )
-
-
-def pool(
-    x: Tensor,
-    out: Tensor,
-    channels: int,
-    *,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int] = (1, 1),
-    multiplier: Tensor | None = None,
-    zero_point: int = 0,
-    bias: float = 0.0,
-    clamp: tuple[int, int] = (0, 255),
-) -> None:
-    """Maximum of the codes (multiplier None), or their requantized average; shapes as for `conv`."""
-    n, oh, ow, out_stride = out.shape
-    _, h, w, x_stride = x.shape
-    cells = kernel[0] * kernel[1]
-    block_t = min(triton.next_power_of_2(cells), 32)
-    block_c = min(triton.next_power_of_2(channels), 64)
-    block_p = max(1, 2048 // (block_t * block_c))  # 4096 take 96 registers, with Triton 3.9 more than there are
-    grid = (triton.cdiv(n * oh * ow, block_p) * triton.cdiv(channels, block_c),)
-    _pool_kernel[grid](
-        x,
-        x if multiplier is None else multiplier,
-        out,
-        n * oh * ow,
-        channels,
-        h,
-        w,
-        oh,
-        ow,
-        x_stride,
-        out_stride,
-        kernel[1],
-        cells,
-        *stride,
-        *padding[:2],
-        *dilation,
-        zero_point,
-        bias,
-        float(clamp[0]),
-        float(clamp[1]),
-        MAX=multiplier is None,
-        BY_COUNT=multiplier is not None and multiplier.numel() > 1,
-        CODES=out.dtype.itemsize == 1,
-        BLOCK_P=block_p,
-        BLOCK_T=block_t,
-        BLOCK_C=block_c,
-        enable_fp_fusion=False,
-    )
-
-
-def _elementwise(pixels: int, channels: int) -> tuple[tuple[int], dict]:
-    """Grid and blocks of 4096 elements, 32 for each thread of 4 warps: up to 128 channels, more of few pixels."""
-    block_c = min(triton.next_power_of_2(channels), max(128, 4096 // triton.next_power_of_2(max(pixels, 1))))
-    block_p = 4096 // block_c
-    grid = (triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),)
-    return grid, {"BLOCK_P": block_p, "BLOCK_C": block_c, "enable_fp_fusion": False}

@@ -11,7 +11,7 @@ any order, so no tile shape can change a bit; requantization is one conversion a
 Groups: as many groups as fill 32 input channels form a superblock, whose weights are block-diagonal (ResNeXt's 4
 channels a group: 8 groups; depthwise: 32). The zeros cost products that tensor cores have to spare.
 
-Activations are those of triton_int8.py.
+Activations are those of triton_pixels.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qdeploy.kernels.int8_tiles import Tile
 from qdeploy.kernels.int8_weights import PackedConv
-from qdeploy.kernels.triton_math import clamp, round_to_u8
+from qdeploy.kernels.triton_pixels import requantized
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def _conv_kernel(
     compensation_ptr,  # i32 [rows]
     multiplier_ptr,  # f32 [rows]
     bias_ptr,  # f32 [rows]
-    residual_ptr,  # u8 [M, residual_stride]
-    out_ptr,  # u8 or f32 [M, out_stride]
+    residual_ptr,  # u8 or s16 [M, residual_stride]
+    out_ptr,  # u8, s16 or f32 [M, out_stride]
     M,
     H,
     W,
@@ -71,7 +71,6 @@ def _conv_kernel(
     POINTWISE: tl.constexpr,  # 1x1, stride 1, no padding: pixel m of the output is pixel m of x
     PADDED: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    CODES: tl.constexpr,  # the output is u8
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -134,9 +133,8 @@ def _conv_kernel(
         q = tl.load(residual_ptr + m[:, None] * residual_stride + channel[None, :], mask=mask, other=0)
         factor = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + residual_multiplier
         result = tl.fma(q.to(tl.float32), factor, result)
-    if CODES:
-        result = round_to_u8(clamp(result, low, high))
-    tl.store(out_ptr + m[:, None] * out_stride + channel[None, :], result, mask=mask)
+    value = requantized(result, low, high, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + m[:, None] * out_stride + channel[None, :], value, mask=mask)
 
 
 def conv(
@@ -154,7 +152,8 @@ def conv(
 ) -> None:
     """Convolution or linear layer (then H = W = 1) with its requantization.
 
-    x: u8 [N, H, W, stride]; out: u8 (clamped) or f32 [N, OH, OW, stride]; residual: u8 [N, OH, OW, stride] or None.
+    x: u8 [N, H, W, stride]; out: u8, s16 (clamped) or f32 [N, OH, OW, stride].
+    residual: u8 or s16 [N, OH, OW, stride], or None.
     padding: top, left, bottom, right.
     """
     n, h, w, x_stride = x.shape
@@ -200,7 +199,6 @@ def conv(
         POINTWISE=plain and not packed.flat,
         PADDED=any(padding),
         RESIDUAL=residual is not None,
-        CODES=out.dtype.itemsize == 1,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

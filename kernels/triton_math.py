@@ -31,3 +31,9 @@ def round_half_even(v):
 def round_to_u8(v):
     """rint(v) as uint8, for float32 within 0..255: the low byte of the number with its fraction rounded away."""
     return ((v + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def round_to_s16(v):
+    """rint(v) as int16, for float32 within -32767..32767: the low 16 bits are those of the two's complement."""
+    return ((v + 12582912.0).to(tl.int32, bitcast=True) & 0xFFFF).to(tl.int16)

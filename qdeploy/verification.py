@@ -53,11 +53,13 @@ def _runs(path: str | os.PathLike[str], device: str) -> list[tuple[str, int | No
 def _with_arrays(model: GpuModel) -> Callable:
     import torch
 
-    def run(x: np.ndarray, taps: list[str] | tuple = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
-        images = torch.from_numpy(x).to(model.device)
+    call: Callable = model  # with images, or with ids and maybe a mask
+
+    def run(*inputs: np.ndarray, taps: list[str] | tuple = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+        tensors = [torch.from_numpy(x).to(model.device) for x in inputs]
         if not taps:
-            return model(images).cpu().numpy()
-        output, tapped = model(images, taps=taps)
+            return call(*tensors).cpu().numpy()
+        output, tapped = call(*tensors, taps=taps)
         return output.cpu().numpy(), {name: value.cpu().numpy() for name, value in tapped.items()}
 
     return run

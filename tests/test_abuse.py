@@ -483,9 +483,9 @@ def test_sources_of_a_model(odd_path, kind):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_is_no_source(source, text, device, monkeypatch):
     if device == "cuda":
-        from qdeploy.gpu import model
+        from qdeploy.gpu import loading
 
-        monkeypatch.setattr(model, "_checked_device", lambda device: device)
+        monkeypatch.setattr(loading, "checked_device", lambda device: device)
     with pytest.raises(qdeploy.QdeployError) as raised:
         qdeploy.load_int_model(source, device=device)
     assert text in str(raised.value)

@@ -81,7 +81,6 @@ PHASES: dict[str, Callable[[], Iterable[str]]] = {
 }
 BEHIND = {  # the phases that have the ops of version EVERYWHERE
     "ONNX, qdeploy/onnx.py OPS",
-    "GPU, qdeploy/gpu/program.py STEPS",
     "tests/builder.py, every_op",
     "tests/builder.py, small_network",
     "tests/data, written by tests/test_golden.py",

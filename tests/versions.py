@@ -1,4 +1,4 @@
-"""ONNX and GPU programs know less than the newest format version, which all else reads.
+"""ONNX files hold less than the newest format version, which all else reads.
 
 Where all are the same again this file, and what uses it, is not needed any more.
 """

@@ -1,5 +1,7 @@
 """A model file on an NVIDIA GPU: the same graph, the same bits as on a CPU. Needs PyTorch and Triton."""
 
-from qdeploy.gpu.model import GpuModel, load
+from qdeploy.gpu.loading import load
+from qdeploy.gpu.model import GpuModel
+from qdeploy.gpu.texts import GpuTextModel
 
-__all__ = ["GpuModel", "load"]
+__all__ = ["GpuModel", "GpuTextModel", "load"]

@@ -6,7 +6,6 @@ graph for each number of images.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,47 +21,18 @@ from torch import Tensor
 from qdeploy import format
 from qdeploy.arguments import integer
 from qdeploy.errors import InputError, ModelError
-from qdeploy.gpu.program import Conv, Program, Step, as_array
-from qdeploy.graph import Activation
+from qdeploy.gpu.devices import checked_device
+from qdeploy.gpu.program import Program, Visit
+from qdeploy.gpu.steps import DTYPES, Conv, Step, View
+from qdeploy.graph import Activation, Graph
 from qdeploy.kernels import triton_ensemble
 from qdeploy.model import check_has_classes
 from qdeploy.terminal import progress
 
-MAX_GRAPHS = 8  # batch sizes whose launches are kept; the one used longest ago goes
+MAX_GRAPHS = 8  # sizes of batches whose launches are kept; the one used longest ago goes
 MAX_OFFSET = 2**31  # elements: offsets in the kernels are 32 bits
 LAUNCHES_TIMED, ROUNDS_TIMED = 20, 10
 SMALL_BATCH = 16  # up to here one network leaves multiprocessors idle, and the members of an ensemble run side by side
-
-
-def load(path: str | os.PathLike[str], device: str | torch.device = "cuda", content: bytes | None = None) -> GpuModel:
-    """Load a model file onto a GPU of compute capability 8.0 or newer; `path` only names its `content` where given.
-
-    Raises ModelError for a file that cannot be run, InputError for a device that is not there.
-    """
-    device = _checked_device(device)
-    return GpuModel(format.read(path) if content is None else content, Path(os.fsdecode(path)), device)
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise InputError(f"expected cpu, cuda or cuda:N, got {device!r} - at device") from None
-    if device.type != "cuda":
-        raise InputError(f"expected cpu, cuda or cuda:N, got {device} - at device")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        raise InputError("expected a CUDA GPU that PyTorch can use, got none - at device")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= count:
-        raise InputError(f"expected cuda:0 to cuda:{count - 1}, got {device} - at device")
-    capability = torch.cuda.get_device_capability(index)
-    if capability < (8, 0):
-        raise InputError(f"expected compute capability 8.0 or newer, got {capability[0]}.{capability[1]} - at device")
-    return torch.device("cuda", index)
-
-
-Visit = Callable[[Step, list[Tensor], Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -80,17 +50,17 @@ class GpuModel:
     The first call with a number of images compiles and captures: meanwhile no other thread may synchronize the GPU.
     """
 
-    def __init__(self, content: bytes, path: Path, device: torch.device):
+    def __init__(self, graph: Graph, content: bytes, path: Path, device: torch.device):
+        """`graph` is what `content` holds, which pickles."""
         self._done: torch.cuda.Event | None = None  # of the last replay
-        graph = format.parse(content, path)
         self._content, self._path, self.device = content, path, device
         self._graph = graph
         try:
-            self._programs = [Program(member, device) for member in graph.members]
+            self._programs = [Program(member, device, graph.variable) for member in graph.members]
         except ModelError as error:
             raise ModelError(f"{error} in {path}") from None
         self._images_per_chunk = max(1, (MAX_OFFSET - 1) // max(p.largest for p in self._programs))
-        self._captured: OrderedDict[int, _Captured] = OrderedDict()
+        self._captured: OrderedDict[torch.Size, _Captured] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: Any = None  # of memory for the graphs
         # To capture on: the main one, then one for each member. Memory of a graph belongs to the stream that took it.
@@ -107,14 +77,14 @@ class GpuModel:
     def inputs(self) -> list[dict]:
         """One entry: `shape` (without the batch), `layouts` accepted, and `scale`, `zero_point` of the codes inside."""
         entry = self._graph.members[0].tensors[0]
-        layouts = ["f32 NCHW" if len(entry.shape) == 3 else "f32 [N, F]"]
+        layouts = [{1: "f32 [N, F]", 2: "f32 [N, T, D]", 3: "f32 NCHW"}[len(entry.shape)]]
         if self._graph.preprocess:
             layouts.append("u8 NHWC")
         return [_described(entry) | {"layouts": layouts}]
 
     @property
     def outputs(self) -> list[dict]:
-        """One entry: `shape` (without the batch), `dtype` and, for u8 codes, `scale` and `zero_point`."""
+        """One entry: `shape` (without the batch), `dtype` and, for codes, `scale` and `zero_point`."""
         return [_described(self._graph.members[0].output)]
 
     @property
@@ -150,9 +120,9 @@ class GpuModel:
     def __call__(self, images: Tensor, taps: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Run a batch of any size.
 
-        images: on this device, float32 [N, C, H, W] (or [N, F]), or, where the file has `preprocess`, uint8
-            [N, H, W, C]. float32 images are checked for NaN and infinity, which waits for the GPU; uint8 ones are not,
-            and the call returns as soon as the work is queued on the current stream.
+        images: on this device, float32 [N, C, H, W] (or [N, T, D] or [N, F]), or, where the file has `preprocess`,
+            uint8 [N, H, W, C]. float32 images are checked for NaN and infinity, which waits for the GPU; uint8 ones are
+            not, and the call returns as soon as the work is queued on the current stream.
         taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
         Returns new tensors on this device, as `qdeploy.Model` returns arrays.
         Raises InputError for any other dtype, shape or device, NaN or infinity, or an unknown tap.
@@ -177,7 +147,7 @@ class GpuModel:
         rows = []
         for program in self._programs:
             for step in program.steps:
-                node, tile = step.node, step.tile(batch) if isinstance(step, Conv) else None
+                node, tile = step.node, step.tile(batch * step.pixels) if isinstance(step, Conv) else None
                 rows.append(
                     {
                         "member": program.member.name,
@@ -200,7 +170,8 @@ class GpuModel:
         times = []
 
         def measure(step: Step, inputs: list[Tensor], output: Tensor) -> None:
-            times.append(_milliseconds(lambda: step.launch(inputs, output)) * 1e3)
+            launched = not isinstance(step, View)
+            times.append(_milliseconds(lambda: step.launch(inputs, output)) * 1e3 if launched else 0.0)
 
         self._visit(images, measure)
         return [row | {"microseconds": t} for row, t in zip(plan, times, strict=True)]
@@ -216,7 +187,7 @@ class GpuModel:
 
             def tune(step: Step, inputs: list[Tensor], output: Tensor) -> None:
                 if isinstance(step, Conv):
-                    step.tune(inputs, _milliseconds)
+                    step.tune(inputs, output, _milliseconds)
                     advance()
 
             self._visit(images, tune)
@@ -237,7 +208,7 @@ class GpuModel:
             return self._nothing()
         if self.device.type == "cuda":
             return self._replay(images)
-        codes = [program.empty_codes(len(images)) for program in self._programs]  # in Triton's interpreter
+        codes = self._empty_codes(images)  # in Triton's interpreter
         self._quantize(images, codes)()
         return self._forward(codes)
 
@@ -248,7 +219,7 @@ class GpuModel:
             stream = torch.cuda.current_stream()
             if self._done is not None:  # of the last call, maybe on another stream: it has the same memory
                 stream.wait_event(self._done)
-            captured = self._captured_for(len(images))
+            captured = self._captured_for(images)
             check = self._quantize(images, captured.codes)
             captured.graph.replay()
             results = tuple(result.clone() for result in captured.results)
@@ -271,7 +242,7 @@ class GpuModel:
     def _forward(self, codes: list[Tensor], visit: Visit | None = None) -> tuple[Tensor, ...]:
         """The output; of an ensemble probabilities and classes."""
         outputs = self._run_members(codes, visit)
-        arrays = [as_array(o, member.output) for o, member in zip(outputs, self._graph.members, strict=True)]
+        arrays = [program.steps[-1].array(o, codes[0]) for program, o in zip(self._programs, outputs, strict=True)]
         if self._graph.combine is None:
             return (arrays[0],)
         return triton_ensemble.average(torch.stack(arrays), self._graph.combine)
@@ -291,22 +262,27 @@ class GpuModel:
             main.wait_stream(side)
         return outputs
 
-    def _captured_for(self, n: int) -> _Captured:
-        if n in self._captured:
-            self._captured.move_to_end(n)
-            return self._captured[n]
-        codes = [program.empty_codes(n) for program in self._programs]
+    def _empty_codes(self, images: Tensor) -> list[Tensor]:
+        return [program.empty_codes(images) for program in self._programs]
+
+    def _captured_for(self, images: Tensor) -> _Captured:
+        size = images.shape[: 2 if self._graph.vocabulary else 1]
+        if size in self._captured:
+            self._captured.move_to_end(size)
+            return self._captured[size]
+        codes = self._empty_codes(images)
+        self._quantize(images, codes)  # or token ids and lengths would be what was in the memory
         self._forward(codes)  # compiles the kernels, which a capture cannot
         if not self._captured:  # a pool is gone with the last graph that used it
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with _capture(graph, self._streams[0], self._pool):
             results = self._forward(codes)
-        self._captured[n] = _Captured(codes, graph, results)
+        self._captured[size] = _Captured(codes, graph, results)
         if len(self._captured) > MAX_GRAPHS:
             self._wait()
             self._captured.popitem(last=False)
-        return self._captured[n]
+        return self._captured[size]
 
     def _wait(self) -> None:
         """For the last replay."""
@@ -318,7 +294,7 @@ class GpuModel:
         tapped = {}
 
         def keep(step: Step, inputs: list[Tensor], output: Tensor) -> None:
-            tapped[names[step]] = as_array(output, step.output).contiguous()
+            tapped[names[step]] = step.array(output, images).contiguous()
 
         output = self._visit(images, keep)[0]
         return output, {name: tapped[name] for name in taps}
@@ -331,14 +307,13 @@ class GpuModel:
             raise InputError(f"expected {limit}, got {len(images)} - at the input")
         images = images.contiguous()
         with self._context():
-            codes = [program.empty_codes(len(images)) for program in self._programs]
+            codes = self._empty_codes(images)
             self._quantize(images, codes)()
             return self._forward(codes, visit)
 
     def _nothing(self) -> tuple[Tensor, ...]:
         output = self._graph.members[0].output
-        dtype = torch.float32 if output.dtype == "f32" else torch.uint8
-        empty = torch.empty((0, *output.shape), dtype=dtype, device=self.device)
+        empty = torch.empty((0, *output.shape), dtype=DTYPES[output.dtype], device=self.device)
         if self._graph.combine is None:
             return (empty,)
         return empty, torch.empty(0, dtype=torch.int64, device=self.device)
@@ -355,14 +330,17 @@ class GpuModel:
         accepted = {torch.float32: shape}
         if self._graph.preprocess:
             accepted[torch.uint8] = (*shape[1:], shape[0])
-        if not isinstance(images, Tensor):
-            raise InputError(f"expected a tensor on {self.device}, got {type(images).__name__} - at the input")
-        if images.device != self.device:
-            raise InputError(f"expected a tensor on {self.device}, got one on {images.device} - at the input")
+        self._check_device(images)
         if images.dim() == 0 or accepted.get(images.dtype) != tuple(images.shape[1:]):
             layouts = (f"{_short(dtype)} [N, {', '.join(map(str, size))}]" for dtype, size in accepted.items())
             got = f"{_short(images.dtype)} {list(images.shape)}"
             raise InputError(f"expected {' or '.join(layouts)}, got {got} - at the input")
+
+    def _check_device(self, value: Tensor, what: str = "input") -> None:
+        if not isinstance(value, Tensor):
+            raise InputError(f"expected a tensor on {self.device}, got {type(value).__name__} - at the {what}")
+        if value.device != self.device:
+            raise InputError(f"expected a tensor on {self.device}, got one on {value.device} - at the {what}")
 
     def _steps(self) -> dict[str, Step]:
         """Every step by the name of its node, in an ensemble "member/node"."""
@@ -376,11 +354,11 @@ class GpuModel:
     # ---- Pickle ---------------------------------------------------------------------------------------------------
 
     def __reduce__(self) -> tuple[Callable[..., GpuModel], tuple[Any, ...]]:
-        return _restore, (self._content, self._path, str(self.device))
+        return _restore, (type(self), self._content, self._path, str(self.device))
 
 
-def _restore(content: bytes, path: Path, device: str) -> GpuModel:
-    return GpuModel(content, path, _checked_device(device))
+def _restore(kind: type[GpuModel], content: bytes, path: Path, device: str) -> GpuModel:
+    return kind(format.parse(content, path), content, path, checked_device(device))
 
 
 def _described(entry: Activation) -> dict:

@@ -48,7 +48,7 @@ class Variant(NamedTuple):
 
 
 def variants() -> dict[str, Variant]:
-    return average_variants() | lsq_variants() | int8_variants()
+    return average_variants() | lsq_variants() | int8_variants() | token_variants()
 
 
 def average_variants() -> dict[str, Variant]:
@@ -104,7 +104,7 @@ def lsq_variants() -> dict[str, Variant]:
 
 
 def int8_variants() -> dict[str, Variant]:
-    from qdeploy.kernels import triton_int8, triton_int8_conv
+    from qdeploy.kernels import triton_int8, triton_int8_conv, triton_int8_windows
     from qdeploy.kernels.int8_tiles import TILES, Tile, default
     from qdeploy.kernels.int8_weights import channel_stride, pack_conv
 
@@ -139,6 +139,12 @@ def int8_variants() -> dict[str, Variant]:
         )
         for tile in TILES[:5]  # the others have fewer accumulators per thread
     }
+    found |= {
+        f"int8 conv 1x1, s16 residual, {'x'.join(map(str, tile[:3]))}": conv(
+            (256, 256, 1, 1), 14, "copies16", *WIDE, dtype=torch.int16, residual=True, tile=tile
+        )
+        for tile in TILES[:2]
+    }
     x = activation(56, 256)
     return found | {
         "int8 conv 3x3, residual, 16x32x32": conv((256, 256, 3, 3), 14, residual=True, tile=TILES[-1]),
@@ -160,12 +166,20 @@ def int8_variants() -> dict[str, Variant]:
             {"_mul_kernel": WIDE},
         ),
         "int8 max pool": Variant(
-            partial(triton_int8.pool, x, activation(28, 256), 256, kernel=(3, 3), stride=(2, 2), padding=(1, 1, 1, 1)),
+            partial(
+                triton_int8_windows.pool,
+                x,
+                activation(28, 256),
+                256,
+                kernel=(3, 3),
+                stride=(2, 2),
+                padding=(1, 1, 1, 1),
+            ),
             {"_pool_kernel": ("loads16",)},
         ),
         "int8 average pool": Variant(
             partial(
-                triton_int8.pool,
+                triton_int8_windows.pool,
                 activation(7, 2048),
                 activation(1, 2048),
                 2048,
@@ -176,6 +190,66 @@ def int8_variants() -> dict[str, Variant]:
             ),
             {"_pool_kernel": ("loads16",)},
         ),
+    }
+
+
+def token_variants() -> dict[str, Variant]:
+    """Of 32 images of 197 tokens of 384 channels in 6 heads."""
+    from qdeploy.kernels import triton_int8, triton_int8_attention, triton_int8_tokens, triton_int8_windows
+
+    tokens, wide, image = torch.empty(32, 197, 1, 384, dtype=torch.uint8), torch.int16, (32, 14, 14, 384)
+    stream, pixels = torch.empty(tokens.shape, dtype=wide), torch.empty(image, dtype=torch.uint8)
+    rows, factors, limits = torch.empty(197, 384), torch.empty(384), (-32767, 32767)
+    index, ids = torch.empty(384, dtype=torch.int32), torch.empty(32, 1, 1, 198, dtype=torch.int32)
+    axis = torch.empty(28, dtype=torch.int32), torch.empty(28, 2, dtype=torch.int32)
+
+    def attention(**options: Tensor | int | None) -> Variant:
+        segments = {"block": None, "logit_bias": None, "regions": None, "ids": None, "more": 0} | options
+        numbers = {"logit_multiplier": 0.1, "peak": 32767, "multiplier": 0.1, "bias": 3.0, "clamp": (0, 255)}
+        sizes = {"heads": 6, "channels": (384, 384), "zero_points": (3, 4, 5)}
+        launch = partial(triton_int8_attention.attention, *[tokens] * 4, **sizes, **numbers, **segments)
+        return Variant(launch, {"_attention_kernel": ("tensor_cores", "copies16")})
+
+    def variant(kernel: str, has: tuple[str, ...], launch: Callable, *arguments: object) -> Variant:
+        return Variant(partial(launch, *arguments), {kernel: has})
+
+    space, loads = triton_int8_tokens, ("loads16",)
+    grown = torch.empty(32, 28, 28, 384, dtype=torch.uint8)
+    return {
+        "int8 rescale": variant("_rescale_kernel", WIDE, triton_int8.rescale, stream, tokens, 384, 0.1, 1.0, (0, 255)),
+        "int8 resize": variant(
+            "_resize_kernel", loads, triton_int8_windows.resize, pixels, grown, 384, axis, axis, 3, 0.1, 1.0, (0, 255)
+        ),
+        "int8 gather of rows": variant("_gather_kernel", WIDE, space.gather, stream, index[:197], stream, 384, 0, True),
+        "int8 gather of channels": variant(
+            "_gather_kernel", ("stores16",), space.gather, stream, index, stream, 384, 0, False
+        ),
+        "int8 position": variant("_position_kernel", WIDE, space.position, tokens, rows, stream, 0, 0.1, limits),
+        "int8 embedding": variant(
+            "_embedding_kernel",
+            WIDE,
+            space.embedding,
+            ids,
+            torch.empty(30522, 384, dtype=torch.int8),
+            factors,
+            rows,
+            stream,
+            limits,
+        ),
+        "int8 mean of texts": variant(
+            "_mean_kernel", (), space.mean, tokens, rows[:, 0], pixels[:, :1, :1], 384, 3, 1.0, (0, 255), ids, 0
+        ),
+        "int8 norm of rows": variant(
+            "_norm_kernel", WIDE, space.norm, stream, factors, factors, tokens, None, 0.1, (0, 255)
+        ),
+        "int8 norm of groups": variant(
+            "_norm_kernel", (), space.norm, pixels, factors, factors, pixels, 32, 0.1, (0, 255)
+        ),
+        "int8 attention": attention(),
+        "int8 attention, bias, regions": attention(
+            logit_bias=torch.empty(6, 197, 197), regions=torch.empty(197, dtype=torch.int32)
+        ),
+        "int8 attention of texts": attention(ids=ids),
     }
 
 

@@ -476,6 +476,7 @@ ARITHMETIC = {
     "min.NaN": (_extreme(np.minimum, np.bitwise_or), "tt", "t"),
     "max.NaN": (_extreme(np.maximum, np.bitwise_and), "tt", "t"),
     "abs": (np.abs, "t", "t"),
+    "sqrt": (np.sqrt, "t", "t"),
     "neg": (np.negative, "t", "t"),
     "not": (np.invert, "t", "t"),
     "and": (np.bitwise_and, "tt", "t"),
@@ -506,14 +507,24 @@ def _arithmetic(run: _Launch, instruction: Instruction) -> None:
     if rounding and rounding[0] in ("lo", "hi", "wide", "NaN"):
         name = f"{name}.{rounding.pop(0)}"
     # Without .rn the assembler may contract a multiplication and an addition; .approx, .full, .ftz: inexact.
-    exact = name in ("add", "sub", "mul", "fma", "div") and "f" in kind
+    exact = name in ("add", "sub", "mul", "fma", "div", "sqrt") and "f" in kind
     if rounding != ["rn"] * exact:
         raise PtxError("expected the rounding .rn" if exact else "unknown here")
+    if kind in ("s16x2", "u16x2"):
+        return _pairwise(run, instruction, ARITHMETIC[name][0], kind)
     function, sources, result = ARITHMETIC[name]
     *sources, result = [kind if k == "t" else wide(kind) if k == "w" else k for k in (*sources, result)]
     first, *operands = instruction.operands
     values = [run.read(operand, k) for operand, k in zip(operands, sources, strict=True)]
     run.write(first, function(*values), result)
+
+
+def _pairwise(run: _Launch, instruction: Instruction, function: Callable, kind: str) -> None:
+    """Of the lower and of the upper half of 32 bits."""
+    target, *operands = instruction.operands
+    pairs = zip(*[halves(run.read(operand, "b32"), kind) for operand in operands], strict=True)
+    low, high = (function(*pair).astype(np.uint16).astype(np.uint32) for pair in pairs)
+    run.write(target, high << np.uint32(16) | low, "b32")
 
 
 def _mov(run: _Launch, instruction: Instruction) -> None:

@@ -23,6 +23,7 @@ from gpu_timer import GRAPH, Timer
 from networks import Networks
 from results import Results
 from targets import TARGETS, LsqCase
+from token_nets import text, vision
 from torch import nn
 
 import qdeploy.gpu.model
@@ -72,7 +73,7 @@ def small(tmp_path):
 @pytest.fixture
 def on_cpu(monkeypatch, tmp_path):
     """Models for a GPU run in the interpreter; every tile takes the same time."""
-    monkeypatch.setattr(qdeploy.gpu.model, "_checked_device", torch.device)
+    monkeypatch.setattr(qdeploy.gpu.loading, "checked_device", torch.device)
     monkeypatch.setattr(qdeploy.gpu.model, "_milliseconds", lambda launch: launch() or 1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -144,7 +145,8 @@ def test_checks(timer, small, on_cpu):
     checked(gpu_checks.check_lsq(timer, tensors, runs=2, large=10_000))
     checked(gpu_checks.check_weights(timer, [(4, 3, 3, 3), (5, 4, 1, 1)], runs=2))
     checked(gpu_checks.check_ensemble(timer, [(3, 2, 7)]))
-    checked(gpu_checks.check_int8(timer, [small[1]], (1, 2)))
+    graphs = {"small": format.load(small[1]), "vision": vision(64, 8, 2, 3), "text": text(9, 8, 2, 11)}
+    checked(gpu_checks.check_int8(timer, graphs, (1, 2)))
 
 
 def test_a_check_sees_what_is_wrong(timer, monkeypatch):

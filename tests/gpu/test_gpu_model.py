@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import subprocess
@@ -16,17 +17,19 @@ import pytest
 
 pytest.importorskip("triton_on_cpu", reason="the kernels for GPUs need Triton", exc_type=ImportError)
 import torch
-from builder import Builder, batch
+from builder import Builder, batch, small_text, small_vision, text_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_graphs import ensembles, generators, graphs
+from random_graphs import ensembles, generators, graphs, texts
 from test_engine import LAYERS
+from versions import NEWEST
 
 import qdeploy
 from qdeploy import cli, format, reference
 from qdeploy.errors import InputError, ModelError
+from qdeploy.gpu import loading, program, steps
 from qdeploy.gpu import model as gpu
-from qdeploy.gpu import program
+from qdeploy.gpu.loading import build
 from qdeploy.graph import Graph
 from qdeploy.kernels import int8_tiles, int8_weights
 from qdeploy.kernels.int8_tiles import TILES, TunedTiles
@@ -53,7 +56,7 @@ def path(tmp_path_factory) -> Path:
 
 def load(graph: Graph, path: Path) -> gpu.GpuModel:
     format.save(graph, path)
-    return gpu.GpuModel(format.read(path), path, CPU)
+    return build(format.read(path), path, CPU)
 
 
 def assert_same(found: torch.Tensor, expected: np.ndarray, what: str = "output") -> None:
@@ -61,23 +64,43 @@ def assert_same(found: torch.Tensor, expected: np.ndarray, what: str = "output")
     assert found.numpy().tobytes() == expected.tobytes(), what
 
 
-def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path) -> None:
+def assert_equals_reference(graph: Graph, x: np.ndarray, path: Path, mask: np.ndarray | None = None) -> None:
     """Every activation, the output and the classes."""
-    output, scores, tapped = reference.run_all(graph, x)
+    output, scores, tapped = reference.run_all(graph, x, mask)
     model = load(graph, path)
-    found, found_taps = model(torch.from_numpy(x), taps=list(tapped))
+    inputs = [torch.from_numpy(array) for array in (x, mask) if array is not None]
+    found, found_taps = model(*inputs, taps=list(tapped))
     for name, expected in tapped.items():
         assert_same(found_taps[name], expected, name)
     assert_same(found, output)
     if graph.combine and scores.shape[1] > 1:
-        assert np.array_equal(model.predict(torch.from_numpy(x)).numpy(), scores.argmax(axis=1))
+        assert np.array_equal(model.predict(*inputs).numpy(), scores.argmax(axis=1))
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.one_of(graphs(), graphs(), graphs(), ensembles()), generators())
+@given(st.one_of(graphs(version=NEWEST), graphs(version=NEWEST), graphs(), ensembles()), generators())
 def test_random_graphs(path, graph, rng):
     dtype = np.uint8 if graph.preprocess and rng.integers(2) else np.float32
     assert_equals_reference(graph, batch(graph, int(rng.integers(0, 4)), rng, dtype), path)
+
+
+@settings(max_examples=10, deadline=None)
+@given(texts(), generators())
+def test_random_texts(path, graph, rng):
+    """Where texts have any length, of as many tokens as the longest of the batch has, and for kernels a few more."""
+    ids, mask = text_batch(graph, int(rng.integers(0, 4)), rng)
+    if mask is not None and len(ids):
+        longest = mask.sum(1).max()
+        ids, mask = ids[:, :longest].copy(), mask[:, :longest].copy()
+    with patch("qdeploy.gpu.texts.TOKENS_STEP", 8):
+        assert_equals_reference(graph, ids, path, mask)
+
+
+def test_every_op_of_version_3(path):
+    for graph in (small_vision(), small_text()):
+        rng = np.random.default_rng(0)
+        inputs = text_batch(graph, 3, rng) if graph.vocabulary else (batch(graph, 2, rng), None)
+        assert_equals_reference(graph, inputs[0], path, inputs[1])
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -161,8 +184,8 @@ class FakeGraph:
             static.copy_(new)
 
 
-def test_graphs_by_number_of_images(model, monkeypatch):
-    """What a GPU does but for the launches: static memory, one graph a batch size, the oldest dropped."""
+def with_fake_graphs(model: gpu.GpuModel, monkeypatch) -> None:
+    gc.collect()  # the graphs of other tests
     capturing = []
     forward = model._forward
 
@@ -188,6 +211,11 @@ def test_graphs_by_number_of_images(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(model, "_forward", recorded)
+
+
+def test_graphs_by_number_of_images(model, monkeypatch):
+    """What a GPU does but for the launches: static memory, one graph a batch size, the oldest dropped."""
+    with_fake_graphs(model, monkeypatch)
     monkeypatch.setattr(gpu, "MAX_GRAPHS", 2)
     expected = {n: model(images(n, seed=n)) for n in (1, 2, 3)}
     first = model._replay(images(1, seed=1))[0]
@@ -215,7 +243,7 @@ def test_members_run_side_by_side_in_a_graph(model, monkeypatch):
         def wait_stream(self, other):
             log.append(f"{self.name} waits for {other.name}")
 
-    codes = [program.empty_codes(1).fill_(5) for program in model._programs]
+    codes = [program.empty_codes(images(1)).fill_(5) for program in model._programs]
     expected = model._run_members(codes, None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -312,7 +340,7 @@ def test_a_node_that_no_gpu_can_run_is_named(tmp_path, monkeypatch):
     def refuse(*args: object) -> None:
         raise ModelError("expected little, got much")
 
-    monkeypatch.setattr(program, "pack_conv", refuse)
+    monkeypatch.setattr(steps, "pack_conv", refuse)
     builder = Builder(np.random.default_rng(0), (3, 4, 4), (0.1, 0))
     builder.conv2d(0, 5)
     path = tmp_path / "net.safetensors"
@@ -320,6 +348,17 @@ def test_a_node_that_no_gpu_can_run_is_named(tmp_path, monkeypatch):
         load(Graph([builder.member()]), path)
     name = builder.nodes[0].name
     assert str(error.value) == f"expected little, got much - at node `{name}` of member `net` in {path}"
+
+
+def test_an_op_without_a_kernel_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delitem(program.STEPS, "norm")
+    builder = Builder(np.random.default_rng(0), (3, 4, 4), (0.1, 0))
+    builder.norm(0)
+    path = tmp_path / "net.safetensors"
+    with pytest.raises(ModelError) as error:
+        load(Graph([builder.member()]), path)
+    reason = "expected an op that runs on a GPU, got `norm` (device='cpu' runs it)"
+    assert str(error.value) == f"{reason} - at node `norm.0` of member `net` in {path}"
 
 
 def test_devices_that_are_not_there(model, tmp_path):
@@ -335,7 +374,7 @@ def test_devices_that_are_not_there(model, tmp_path):
 
 
 def test_verify_on_a_gpu(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "_checked_device", lambda device: CPU)
+    monkeypatch.setattr(loading, "checked_device", lambda device: CPU)
     path = str(tmp_path / "model.safetensors")
     assert cli.main(["verify", path, "--batch", "1", "--device", "cuda", "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
@@ -359,7 +398,7 @@ def test_without_torch_the_error_says_what_to_install(model, tmp_path):
 
 
 def test_pickle_carries_the_file(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "_checked_device", torch.device)
+    monkeypatch.setattr(gpu, "checked_device", torch.device)
     content = pickle.dumps(model)
     (tmp_path / "model.safetensors").unlink()
     assert torch.equal(pickle.loads(content)(images(2)), model(images(2)))
@@ -411,6 +450,14 @@ def test_profile_times_every_node(model, monkeypatch):
     rows = model.profile(images(2))
     assert [row["name"] for row in rows] == [row["name"] for row in model.plan(2)]
     assert {row["microseconds"] for row in rows} == {250.0}
+
+
+def test_a_view_takes_no_time(path, monkeypatch):
+    builder = Builder(np.random.default_rng(0), (3, 4, 5), (0.1, 0))
+    builder.rescale(builder.tokens(0))
+    monkeypatch.setattr(gpu, "_milliseconds", lambda launch: (launch(), 0.25)[1])
+    rows = load(Graph([builder.member()]), path).profile(torch.zeros(2, 3, 4, 5))
+    assert [(row["kernel"], row["microseconds"]) for row in rows] == [("view", 0.0), ("rescale", 250.0)]
 
 
 def test_a_cache_that_cannot_be_written(own_cache):

@@ -63,6 +63,8 @@ NAN = 0x7FC00000
         ("max.f32 %r4, %r3, 0f00000000", bits(-0.0), 0),
         ("min.f32 %r4, %r3, 0f80000000", 0, bits(-0.0)),
         ("max.f32 %r4, %r3, 0fBF800000", NAN, bits(-1)),
+        ("sqrt.rn.f32 %r4, %r3", bits(2), 0x3FB504F3),
+        ("add.s16x2 %r4, %r3, 0x00010001", 0x7FFFFFFF, 0x80000000),  # no carry from half to half
         ("div.s32 %r4, %r3, 2", 2**32 - 7, 2**32 - 3),
         ("rem.s32 %r4, %r3, 4", 2**32 - 7, 2**32 - 3),
         ("mul.hi.s32 %r4, %r3, 2", 2**32 - 1, 2**32 - 1),
