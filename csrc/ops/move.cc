@@ -137,8 +137,7 @@ std::unique_ptr<const OpData> read_gather(const NodeSource& node) {
     node.require_output(expected);
     return gather;
   }
-  node.require(x.shape.size() > 1, "an input of shape [T, D] or [C, H, W]", shape_text(x.shape));
-  node.require(out.shape.size() > 1 && out.h * out.w == count && out.c == x.c,
+  node.require(out.h * out.w == count && out.c == x.c,
                "an output of " + std::to_string(count) + " rows of " + std::to_string(x.c) + " channels",
                shape_text(out.shape));
   return gather;
