@@ -63,7 +63,8 @@ uint64_t checksum(const ModelFile& file, int threads, const std::string& isa, co
   const std::vector<int32_t> ids = random_ids(program);
   const std::vector<int64_t> lengths = {program.longest / 2 + 1, program.longest, 1};
   Images images = {numbers.data(), false, kImages};
-  if (!ids.empty()) images = {ids.data(), false, kImages, program.longest, program.graph.variable ? lengths.data() : nullptr};
+  if (!ids.empty())
+    images = {ids.data(), false, kImages, program.longest, program.graph.variable ? lengths.data() : nullptr};
   std::vector<uint8_t> output(bytes(program.activations[program.member_output[0]]));
   std::vector<std::vector<uint8_t>> nodes;
   Results with_taps, results;
