@@ -248,10 +248,12 @@ def rows_at_the_bound(draft: Draft, rng: Random) -> bool:
         struct.pack_into("<f", draft.data, rng.randrange(begin, end, 4) if begin < end else begin, value)
     else:
         node.set(key, value)
-    if isinstance(node.get("multiplier"), str) and rng.random() < 0.8:
+    if rng.random() < 0.2:
+        return True
+    if isinstance(node.get("multiplier"), str):
         begin, end = draft.header.get(node.get("multiplier")).get("data_offsets")
         draft.data[begin:end] = bytes(end - begin)
-    elif rng.random() < 0.8:
+    else:
         node.set("multiplier", 0.0)
     return True
 
