@@ -109,7 +109,8 @@ void set_panels(const Layer& layer) {
 void lower(const Layer& layer, const Kernels& kernels, ConvForm form) {
   PackedConv* conv = layer.conv.get();
   const bool one_each = layer.data.groups > 1 && layer.depth() == 1 && layer.channels() == layer.in.c;
-  conv->is_depthwise = one_each && !layer.node.has_residual && layer.out.type == Dtype::u8;
+  conv->is_depthwise = one_each;
+  conv->through_f32 = one_each && (layer.node.has_residual || layer.out.type != Dtype::u8);
   set_cells(layer);
   if (conv->is_depthwise) {
     conv->repeat = depthwise_repeat(layer.data);

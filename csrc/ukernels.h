@@ -192,6 +192,9 @@ struct DepthwiseParams {
 };
 using DepthwiseFn = void (*)(const DepthwiseParams* params, size_t pixels);
 
+// r itself, to c[p*c_stride + n] for `pixels` neighbours; DepthwiseParams::c is not looked at.
+using DepthwiseF32Fn = void (*)(const DepthwiseParams* params, size_t pixels, float* c);
+
 // ---- Pools, elementwise, input --------------------------------------------------------------------------------------
 //
 // A pool sees the part of each window that lies inside the image: rows x cols pixels of n channels. It writes `pixels`
@@ -258,7 +261,7 @@ using QuantizeFn = bool (*)(const QuantizeParams* params);
 // below 2^30. Strides are in elements.
 
 // r = fma(float(a), multiplier_a, x), where x is `bias`; with codes b, u8 or s16, fma(float(b), multiplier_b, bias);
-// with floats b, b itself. c may be a or b where the types agree. s8 goes with floats.
+// with floats b, b itself. c may be a or b where the types agree. s8 goes with floats, i32 (sums) with the bias alone.
 struct ScaleAddParams {
   size_t n;
   const void* a;
@@ -270,11 +273,11 @@ struct ScaleAddParams {
 };
 using ScaleAddFn = void (*)(const ScaleAddParams* params);
 
-// acc = sum of a over the rows - offset, a of u8 or s16; r = fma(float(acc), multiplier, bias).
+// acc = sum of a over rows x columns - offset, a of u8 or s16; r = fma(float(acc), multiplier, bias).
 struct MeanParams {
-  size_t rows, n;
+  size_t rows, columns, n;
   const void* a;
-  ptrdiff_t a_stride;
+  ptrdiff_t row_stride, column_stride;
   Dtype a_type, c_type;
   int32_t offset;
   float multiplier, bias;
@@ -282,6 +285,19 @@ struct MeanParams {
   void* c;
 };
 using MeanFn = void (*)(const MeanParams* params);
+
+// c = start + sum over the taps k of weights[k] * a[k*a_stride + i], modulo 2^32; a of u8 or i32. c is written up to a
+// multiple of 16 elements.
+struct WeighParams {
+  size_t taps, n;
+  const void* a;
+  ptrdiff_t a_stride;
+  Dtype a_type;
+  const int32_t* weights;
+  int32_t start;
+  int32_t* c;
+};
+using WeighFn = void (*)(const WeighParams* params);
 
 // ---- Norm -----------------------------------------------------------------------------------------------------------
 //
@@ -396,6 +412,7 @@ struct Kernels {
   ConvKernel grouped;  // u8 output only; qu8 is null where an ISA has no such kernel
   WinogradKernel winograd[2];  // F(4x4) and F(2x2)
   DepthwiseFn depthwise;
+  DepthwiseF32Fn depthwise_f32;
   MaxPoolFn max_pool;
   AvgPoolQu8Fn avg_pool_qu8;
   AvgPoolF32Fn avg_pool_f32;
@@ -407,6 +424,7 @@ struct Kernels {
   QuantizeFn quantize;
   ScaleAddFn scale_add;
   MeanFn mean;
+  WeighFn weigh;
   NormSumsFn norm_row_sums, norm_channel_sums;
   NormFn norm;
   AttentionPackFn attention_q, attention_keys, attention_values;

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_graphs import graphs, texts
 from test_format import assert_equal, header_of
-from test_hostile_files import CHANGES, changed, check_message, edited, mutate_bytes, mutate_json, paths
+from test_hostile_files import CHANGES, changed, check_message, edited, mutate_bytes, mutate_json, paths, verdict
 
-from qdeploy import cli, reference
+import qdeploy
+from qdeploy import cli, format, reference
 from qdeploy.errors import ModelError
 from qdeploy.format import dump, load, lowest_version, parse, save
 from qdeploy.graph import Activation, Graph, Node
+from qdeploy.ops.op import Op
 
 FILES = {"vision": small_vision, "text": small_text}
 I32, F32 = np.int32, np.float32
@@ -111,6 +115,14 @@ def test_a_file_has_the_lowest_version_that_holds_it(tmp_path, case):
             check_message(str(error.value))
 
 
+def said_of(content: bytes, path: Path) -> str:
+    """What both readers say of a file, "a model" or one line."""
+    path.write_bytes(content)
+    said = verdict(load, path)
+    assert said == verdict(qdeploy.load_int_model, path)
+    return said
+
+
 OLD = {  # of a file of version 2: what it is made to hold, what is said
     "s16": (
         lambda graph: graph["members"][0]["tensors"][1].update(dtype="s16"),
@@ -134,9 +146,8 @@ OLD = {  # of a file of version 2: what it is made to hold, what is said
 @pytest.mark.parametrize("case", OLD)
 def test_a_file_of_version_2_holds_nothing_of_version_3(tmp_path, case):
     change, message = OLD[case]
-    with pytest.raises(ModelError) as error:
-        parse(edited(change_graph=change)(dump(small_network())), "m")
-    assert str(error.value) == f"{message} in m"
+    said = said_of(edited(change_graph=change)(dump(small_network())), tmp_path / "m")
+    assert said == f"{message} in {tmp_path / 'm'}"
 
 
 # ---- Hostile graphs --------------------------------------------------------------------------------------------------
@@ -546,16 +557,33 @@ BAD_TEXT = {
 }
 
 
+# What no file that is written can hold.
+NO_FILE = {"an epsilon that is none", "codes beyond the bits", "texts without a vocabulary", "no words"}
+
+
 @pytest.mark.parametrize(("name", "case"), [("vision", c) for c in BAD_VISION] + [("text", c) for c in BAD_TEXT])
-def test_keys_out_of_bounds(tmp_path, name, case):
-    graph = FILES[name]()
+def test_keys_out_of_bounds(tmp_path, monkeypatch, name, case):
+    graph, path = FILES[name](), tmp_path / "m.safetensors"
     change, message = {"vision": BAD_VISION, "text": BAD_TEXT}[name][case]
     change(graph)
     with pytest.raises(ModelError) as error:
-        save(graph, tmp_path / "m.safetensors")
+        save(graph, path)
     assert str(error.value).startswith(f"expected {message}")
     check_message(str(error.value))
     assert not list(tmp_path.iterdir())
+    if case not in NO_FILE:
+        assert said_of_file(graph, path, monkeypatch) == f"{error.value} in {path}"
+
+
+def said_of_file(graph: Graph, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What both readers say of a file of this graph, which `save` would refuse to write."""
+    with monkeypatch.context() as patch:
+        patch.setattr(format, "validate", lambda graph: None)
+        patch.setattr(format, "lowest_version", lambda graph: 3)
+        patch.setattr(Op, "attribute_types", lambda op, node, output: defaultdict(lambda: object))
+        patch.setattr(format, "_attribute_json", lambda value, kind: json.loads(json.dumps(value, default=float)))
+        content = dump(graph)
+    return said_of(content, path)
 
 
 def tokens(rows: int, channels: int, dtype: str, build: Callable[[Builder, int], object]) -> Graph:
@@ -632,13 +660,16 @@ BOUNDS = {  # what fits, what does not, and what is said of it
 
 
 @pytest.mark.parametrize("case", BOUNDS)
-def test_the_last_that_fits(case):
+def test_the_last_that_fits(tmp_path, monkeypatch, case):
     good, bad, message = BOUNDS[case]
-    dump(good)
+    path = tmp_path / "m.safetensors"
+    save(good, path)
+    qdeploy.load_int_model(path)
     with pytest.raises(ModelError) as error:
         dump(bad)
     assert str(error.value).startswith(f"expected {message}")
     check_message(str(error.value))
+    assert said_of_file(bad, path, monkeypatch) == f"{error.value} in {path}"
 
 
 # ---- Hostile files ---------------------------------------------------------------------------------------------------
@@ -702,6 +733,10 @@ BAD_FILES = {
         edited(change_graph=lambda graph: graph["input"].update(dtype="u8")),
         "dtype i32 of token ids, got `u8` - at key `input` of the graph",
     ),
+    "a vocabulary of 0": (
+        edited(change_graph=lambda graph: graph["input"].update(vocabulary=0)),
+        "an integer in [1, 268435456], got 0 - at key `vocabulary` of key `input` of the graph",
+    ),
     "no vocabulary": (
         edited(change_graph=lambda graph: graph["input"].update(vocabulary=None)),
         "an integer, got null - at key `vocabulary` of key `input` of the graph",
@@ -726,8 +761,6 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_bad_files(case):
+def test_bad_files(tmp_path, case):
     change, message = BAD_FILES[case]
-    with pytest.raises(ModelError) as error:
-        parse(change(dump(small_text())), "m")
-    assert str(error.value) == f"expected {message} in m"
+    assert said_of(change(dump(small_text())), tmp_path / "m") == f"expected {message} in {tmp_path / 'm'}"

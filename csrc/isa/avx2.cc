@@ -491,6 +491,8 @@ void init_avx2(Kernels* kernels) {
   kernels->quantize = quantize;
   kernels->scale_add = scale_add<Avx2Lanes>;
   kernels->mean = mean<Avx2Lanes>;
+  kernels->weigh = weigh<Avx2Lanes>;
+  kernels->depthwise_f32 = depthwise_f32<Avx2Lanes>;
   kernels->norm_row_sums = norm_row_sums<Avx2Lanes>;
   kernels->norm_channel_sums = norm_channel_sums<Avx2Lanes>;
   kernels->norm = norm<Avx2Lanes>;

@@ -16,8 +16,8 @@ struct Avx2Lanes {
   // ---- Loads --------------------------------------------------------------------------------------------------------
 
   static QD_INLINE I32 load(const uint8_t* a) {
-    const __m128i a_u8x16 = load_x16(a);
-    return {_mm256_cvtepu8_epi32(a_u8x16), _mm256_cvtepu8_epi32(_mm_srli_si128(a_u8x16, 8))};
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a))),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a + 8)))};
   }
   static QD_INLINE I32 load(const int8_t* a) {
     const __m128i a_i8x16 = load_x16(a);
@@ -49,6 +49,10 @@ struct Avx2Lanes {
   static QD_INLINE I32 sub(I32 x, I32 y) { return {_mm256_sub_epi32(x.low, y.low), _mm256_sub_epi32(x.high, y.high)}; }
   static QD_INLINE I32 mul(I32 x, I32 y) {
     return {_mm256_mullo_epi32(x.low, y.low), _mm256_mullo_epi32(x.high, y.high)};
+  }
+  // Where x is in [0, 2^15) and y in [-2^15, 2^15): the upper halves are 0 times the sign. Half of mullo's instructions.
+  static QD_INLINE I32 mul_s16(I32 x, I32 y) {
+    return {_mm256_madd_epi16(x.low, y.low), _mm256_madd_epi16(x.high, y.high)};
   }
 
   // x * 2^n, n being the low bits of `shifted`; neither x nor the result is subnormal.

@@ -441,6 +441,8 @@ void init_avx512(Kernels* kernels) {
   kernels->quantize = quantize;
   kernels->scale_add = scale_add<Avx512Lanes>;
   kernels->mean = mean<Avx512Lanes>;
+  kernels->weigh = weigh<Avx512Lanes>;
+  kernels->depthwise_f32 = depthwise_f32<Avx512Lanes>;
   kernels->norm = norm<Avx512Lanes>;
   kernels->attention_weights = attention_weights<Avx512Lanes>;
   kernels->attention_output = attention_output<Avx512Lanes>;

@@ -36,6 +36,7 @@ struct Avx512Lanes {
   static QD_INLINE I32 add(I32 x, I32 y) { return _mm512_add_epi32(x, y); }
   static QD_INLINE I32 sub(I32 x, I32 y) { return _mm512_sub_epi32(x, y); }
   static QD_INLINE I32 mul(I32 x, I32 y) { return _mm512_mullo_epi32(x, y); }
+  static QD_INLINE I32 mul_s16(I32 x, I32 y) { return _mm512_madd_epi16(x, y); }  // as in avx2_lanes.h
 
   // x * 2^n, n being the low bits of `shifted`; neither x nor the result is subnormal.
   static QD_INLINE F32 add_exponent(F32 x, F32 shifted) {
@@ -64,6 +65,7 @@ struct Avx512Lanes {
   }
   static QD_INLINE void store(F32 r, uint8_t, uint8_t, size_t n, float* c) { _mm512_mask_storeu_ps(c, mask(n), r); }
   static QD_INLINE void store(F32 x, float* c) { _mm512_storeu_ps(c, x); }
+  static QD_INLINE void store(I32 x, int32_t* c) { _mm512_storeu_si512(c, x); }
   static QD_INLINE void store_i16(I32 x, int16_t* c) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(c), _mm512_cvtepi32_epi16(x));
   }

@@ -374,6 +374,8 @@ void init_neon(Kernels* kernels) {
   kernels->quantize = quantize;
   kernels->scale_add = scale_add<NeonLanes>;
   kernels->mean = mean<NeonLanes>;
+  kernels->weigh = weigh<NeonLanes>;
+  kernels->depthwise_f32 = depthwise_f32<NeonLanes>;
   kernels->norm_row_sums = norm_row_sums<NeonLanes>;
   kernels->norm_channel_sums = norm_channel_sums<NeonLanes>;
   kernels->norm = norm<NeonLanes>;

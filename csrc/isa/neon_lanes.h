@@ -68,6 +68,7 @@ struct NeonLanes {
   static QD_INLINE I32 mul(const I32& x, const I32& y) {
     return each<I32>([&](int i) { return vmulq_s32(x.v[i], y.v[i]); });
   }
+  static QD_INLINE I32 mul_s16(const I32& x, const I32& y) { return mul(x, y); }
 
   // x * 2^n, n being the low bits of `shifted`; neither x nor the result is subnormal.
   static QD_INLINE F32 add_exponent(const F32& x, const F32& shifted) {

@@ -329,6 +329,8 @@ void init_scalar(Kernels* kernels) {
   kernels->quantize = quantize;
   kernels->scale_add = scale_add;
   kernels->mean = mean;
+  kernels->weigh = weigh;
+  kernels->depthwise_f32 = depthwise_f32;
   kernels->norm_row_sums = norm_row_sums;
   kernels->norm_channel_sums = norm_channel_sums;
   kernels->norm = norm;

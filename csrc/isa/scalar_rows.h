@@ -18,11 +18,12 @@ uint8_t quantize_u8(float r, uint8_t qmin, uint8_t qmax) {
 
 int32_t code(const void* a, Dtype type, size_t i) {
   if (type == Dtype::u8) return static_cast<const uint8_t*>(a)[i];
+  if (type == Dtype::i32) return static_cast<const int32_t*>(a)[i];
   return type == Dtype::s16 ? static_cast<const int16_t*>(a)[i] : static_cast<const int8_t*>(a)[i];
 }
 
 const void* row_of(const void* a, Dtype type, ptrdiff_t elements) {
-  return static_cast<const uint8_t*>(a) + elements * (type == Dtype::s16 ? 2 : 1);
+  return static_cast<const uint8_t*>(a) + elements * (type == Dtype::i32 ? 4 : type == Dtype::s16 ? 2 : 1);
 }
 
 void store(float r, Dtype type, uint8_t qmin, uint8_t qmax, void* c, size_t i) {
@@ -45,10 +46,35 @@ void mean(const MeanParams* params) {
   const MeanParams& p = *params;
   for (size_t i = 0; i < p.n; ++i) {
     int32_t acc = -p.offset;
-    for (size_t row = 0; row < p.rows; ++row) {
-      acc += code(row_of(p.a, p.a_type, static_cast<ptrdiff_t>(row) * p.a_stride), p.a_type, i);
+    for (size_t j = 0; j < p.rows * p.columns; ++j) {
+      const ptrdiff_t row = static_cast<ptrdiff_t>(j / p.columns), column = static_cast<ptrdiff_t>(j % p.columns);
+      acc += code(row_of(p.a, p.a_type, row * p.row_stride + column * p.column_stride), p.a_type, i);
     }
     store(fmaf(static_cast<float>(acc), p.multiplier, p.bias), p.c_type, p.qmin, p.qmax, p.c, i);
+  }
+}
+
+void weigh(const WeighParams* params) {
+  const WeighParams& p = *params;
+  for (size_t i = 0; i < (p.n + 15) / 16 * 16; ++i) {
+    uint32_t acc = static_cast<uint32_t>(p.start);
+    for (size_t k = 0; k < p.taps && i < p.n; ++k) {
+      const int32_t a = code(row_of(p.a, p.a_type, static_cast<ptrdiff_t>(k) * p.a_stride), p.a_type, i);
+      acc += static_cast<uint32_t>(p.weights[k]) * static_cast<uint32_t>(a);
+    }
+    p.c[i] = static_cast<int32_t>(acc);
+  }
+}
+
+void depthwise_f32(const DepthwiseParams* params, size_t pixels, float* c) {
+  const DepthwiseParams& p = *params;
+  for (size_t pixel = 0; pixel < pixels; ++pixel, c += p.c_stride) {
+    const uint8_t* a = p.a + static_cast<ptrdiff_t>(pixel) * p.a_stride;
+    for (int32_t n = 0; n < p.n; ++n) {
+      int32_t acc = p.comp[n];
+      for (int32_t t = 0; t < p.cells; ++t) acc += a[p.cell_offset[t] + n] * p.w[t * p.w_stride + n];
+      c[n] = fmaf(static_cast<float>(acc), p.multiplier[n], p.bias[n]);
+    }
   }
 }
 

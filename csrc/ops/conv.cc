@@ -122,6 +122,20 @@ void run_tiles(const StepRun& run, int64_t panel, Range range, ConvParams params
   conv(&params, run.tiling.tiles.data() + range.begin, static_cast<size_t>(range.end - range.begin));
 }
 
+// What makes rows of numbers, with the residual, the output.
+ScaleAddParams scale_add_of(const StepRun& run) {
+  ScaleAddParams add = {};
+  add.b_type = Dtype::f32;
+  add.c_type = run.out().type;
+  add.qmin = run.node().qmin;
+  add.qmax = run.node().qmax;
+  if (run.node().has_residual) {
+    add.a_type = run.in(1).type;
+    add.multiplier_a = run.data<ConvData>().residual_multiplier;
+  }  // else r = fma(0, 0, r), of whatever u8
+  return add;
+}
+
 void run_panels(const StepRun& run) {
   const PackedConv& conv = *run.step.conv;
   const ConvPart part = part_of(run.step, run.tiling, run.share);
@@ -140,10 +154,8 @@ void run_panels(const StepRun& run) {
   }
 }
 
-void run_depthwise(const StepRun& run) {
+DepthwiseParams depthwise_params(const StepRun& run) {
   const PackedConv& conv = *run.step.conv;
-  const Activation &in = run.in(), &out = run.out();
-  const Window& window = run.data<ConvData>().window;
   DepthwiseParams params = {};
   params.cells = static_cast<int32_t>(conv.cell_offset.size());
   params.cell_offset = conv.cell_offset.data();
@@ -154,21 +166,77 @@ void run_depthwise(const StepRun& run) {
   params.bias = reinterpret_cast<const float*>(conv.bias.data());
   params.qmin = run.node().qmin;
   params.qmax = run.node().qmax;
+  return params;
+}
+
+// `repeat` neighbours count as one pixel.
+void repeat_pixels(const StepRun& run, int64_t repeat, DepthwiseParams* params) {
+  params->n = static_cast<int32_t>(run.out().c * repeat);
+  params->a_stride = run.data<ConvData>().window.stride[1] * run.in().c * repeat;
+  params->c_stride = run.out().c * repeat;
+}
+
+void run_depthwise(const StepRun& run) {
+  const PackedConv& conv = *run.step.conv;
+  const Activation &in = run.in(), &out = run.out();
+  const Window& window = run.data<ConvData>().window;
+  DepthwiseParams params = depthwise_params(run);
   const Range rows = run.rows();
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t y = row % out.h * window.stride[0] - window.padding[0];
     params.a = run.from() + row / out.h * in.image_pitch + in.origin + y * in.row_pitch - window.padding[1] * in.c;
     params.c = run.to() + out.row_offset(row);
-    const auto run_pixels = [&](int64_t repeat, int64_t pixels) {  // `repeat` neighbours count as one pixel
-      params.n = static_cast<int32_t>(out.c * repeat);
-      params.a_stride = window.stride[1] * in.c * repeat;
-      params.c_stride = out.c * repeat;
+    const auto run_pixels = [&](int64_t repeat, int64_t pixels) {
+      repeat_pixels(run, repeat, &params);
       run.kernels().depthwise(&params, static_cast<size_t>(pixels));
       params.a += pixels * params.a_stride;
       params.c += pixels * params.c_stride;
     };
     run_pixels(conv.repeat, out.w / conv.repeat);
     run_pixels(1, out.w % conv.repeat);
+  }
+}
+
+// Of a depthwise convolution: so many numbers are made before scale_add takes them from L1, whole pixels, at least one
+// with its repetitions.
+int64_t pixels_through_f32(const PackedConv& conv, int64_t channels) {
+  constexpr int64_t kNumbers = 4096;
+  return std::max<int64_t>(1, kNumbers / channels / conv.repeat) * conv.repeat;
+}
+
+// What run_depthwise does, where there is a residual, or the output is not u8.
+void run_depthwise_through_f32(const StepRun& run) {
+  const PackedConv& conv = *run.step.conv;
+  const Activation &in = run.in(), &out = run.out();
+  const Window& window = run.data<ConvData>().window;
+  const bool has_residual = run.node().has_residual, straight = out.is_f32() && !has_residual;
+  DepthwiseParams params = depthwise_params(run);
+  ScaleAddParams add = scale_add_of(run);
+  const Range rows = run.rows();
+  const int64_t most = pixels_through_f32(conv, out.c);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const int64_t y = row % out.h * window.stride[0] - window.padding[0];
+    params.a = run.from() + row / out.h * in.image_pitch + in.origin + y * in.row_pitch - window.padding[1] * in.c;
+    for (int64_t x = 0, pixels; x < out.w; x += pixels) {
+      pixels = std::min(most, out.w - x);
+      uint8_t* to = run.row_to(row) + x * out.c * out.bytes();
+      float* const numbers = reinterpret_cast<float*>(straight ? to : run.scratch());
+      float* c = numbers;
+      const auto run_pixels = [&](int64_t repeat, int64_t count) {
+        repeat_pixels(run, repeat, &params);
+        run.kernels().depthwise_f32(&params, static_cast<size_t>(count), c);
+        params.a += count * params.a_stride;
+        c += count * params.c_stride;
+      };
+      run_pixels(conv.repeat, pixels / conv.repeat);
+      run_pixels(1, pixels % conv.repeat);
+      if (straight) continue;
+      add.n = static_cast<size_t>(pixels * out.c);
+      add.a = has_residual ? run.row_from(row, 1) + x * out.c * run.in(1).bytes() : static_cast<const void*>(numbers);
+      add.b = numbers;
+      add.c = to;
+      run.kernels().scale_add(&add);
+    }
   }
 }
 
@@ -179,12 +247,18 @@ int64_t conv_macs(const Member& member, const Node& node) {
 }
 
 size_t conv_scratch(const Program&, const Step& step, const Activations& activations, int64_t images) {
+  const int64_t channels = activations[step.output].c;
+  if (step.conv->is_depthwise) {
+    const int64_t pixels = step.conv->through_f32 ? pixels_through_f32(*step.conv, channels) : 0;
+    return static_cast<size_t>(pixels * channels) * sizeof(float) + kOverread;
+  }
   if (!step.conv->winograd) return 0;
   const int64_t block = make_tiling(activations, step, images).tiles_per_block;
   return winograd_scratch(*step.conv->winograd, activations[step.inputs[0]].c, block).bytes;
 }
 
 void run_conv(const StepRun& run) {
+  if (run.step.conv->is_depthwise && run.step.conv->through_f32) return run_depthwise_through_f32(run);
   if (run.step.conv->is_depthwise) return run_depthwise(run);
   if (run.step.conv->winograd) return run_winograd(run);
   run_panels(run);

@@ -63,16 +63,6 @@ void write_numbers(const StepRun& run, size_t n, const float* numbers, const voi
   run.kernels().scale_add(&params);
 }
 
-void write_sums(const StepRun& run, size_t n, const int32_t* acc, float multiplier, float bias, float* numbers,
-                void* to) {
-  for (size_t i = 0; i < n; ++i) numbers[i] = std::fma(static_cast<float>(acc[i]), multiplier, bias);
-  if (run.out().is_f32()) {
-    memcpy(to, numbers, n * sizeof(float));
-  } else {
-    write_numbers(run, n, numbers, acc, Dtype::u8, to);
-  }
-}
-
 const std::vector<OpInfo>& all_ops() {
   static const std::vector<OpInfo> all = [] {
     std::vector<OpInfo> joined;

@@ -135,10 +135,6 @@ const OpInfo* find_op(const std::string& name);
 // elements of that type, and does not count.
 void write_numbers(const StepRun& run, size_t n, const float* numbers, const void* some, Dtype some_type, void* to);
 
-// The same of n sums: r = fma(float(acc), multiplier, bias). Portable, and so slow; `numbers` holds n of them.
-void write_sums(const StepRun& run, size_t n, const int32_t* acc, float multiplier, float bias, float* numbers,
-                void* to);
-
 // Throws unless results up to `largest` stay below 2^30, so that no conversion to u8 wraps (cvtps2dq), or, as f32,
 // below 2^100, so that the softmax of such logits stays finite. The error names `channel`, -1: none.
 void require_bounded(double largest, bool is_f32, const std::string& where, int64_t channel = -1);

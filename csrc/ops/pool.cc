@@ -129,41 +129,24 @@ void run_max_pool2d(const StepRun& run) {
   });
 }
 
-// Sums of a window, channel by channel.
-template <class T>
-void add_up(const PoolParams& window, int32_t zero_point, const T* a, int32_t* acc) {
-  std::fill_n(acc, window.n, -zero_point * static_cast<int32_t>(window.rows * window.cols));
-  for (size_t y = 0; y < window.rows; ++y) {
-    for (size_t x = 0; x < window.cols; ++x) {
-      const T* pixel =
-          a + static_cast<ptrdiff_t>(y) * window.row_stride + static_cast<ptrdiff_t>(x) * window.col_stride;
-      for (size_t i = 0; i < window.n; ++i) acc[i] += pixel[i];
-    }
-  }
-}
-
-// Windows of or to s16, portably: networks with such pools have few of them.
+// Windows of or to s16: each is a mean of rows.
 void avg_pool_s16(const StepRun& run, const AvgPoolParams& params, int64_t offset) {
   const PoolParams& window = params.window;
-  int32_t* acc = reinterpret_cast<int32_t*>(run.scratch());
-  float* numbers = reinterpret_cast<float*>(acc + window.n);
+  MeanParams mean = {};
+  mean.rows = window.rows, mean.columns = window.cols, mean.n = window.n;
+  mean.row_stride = window.row_stride, mean.column_stride = window.col_stride;
+  mean.a_type = run.in().type, mean.c_type = run.out().type;
+  mean.offset = params.zero_point * static_cast<int32_t>(window.rows * window.cols);
+  mean.multiplier = params.multiplier, mean.bias = params.bias;
+  mean.qmin = params.qmin, mean.qmax = params.qmax;
   for (size_t pixel = 0; pixel < window.pixels; ++pixel, offset += window.c_stride) {
-    const int64_t first = static_cast<int64_t>(pixel) * window.a_stride;
-    if (run.in().type == Dtype::s16) {
-      add_up(window, 0, reinterpret_cast<const int16_t*>(window.a) + first, acc);
-    } else {
-      add_up(window, params.zero_point, window.a + first, acc);
-    }
-    write_sums(run, window.n, acc, params.multiplier, params.bias, numbers, run.to() + offset * run.out().bytes());
+    mean.a = window.a + static_cast<int64_t>(pixel) * window.a_stride * run.in().bytes();
+    mean.c = run.to() + offset * run.out().bytes();
+    run.kernels().mean(&mean);
   }
 }
 
 bool has_s16(const Activation& in, const Activation& out) { return in.type == Dtype::s16 || out.type == Dtype::s16; }
-
-size_t avg_pool_scratch(const Program&, const Step& step, const Activations& activations, int64_t) {
-  const Activation &in = activations[step.inputs[0]], &out = activations[step.output];
-  return has_s16(in, out) ? static_cast<size_t>(in.c) * (sizeof(int32_t) + sizeof(float)) + kOverread : 0;
-}
 
 void run_avg_pool2d(const StepRun& run) {
   const AvgPoolData& pool = run.data<AvgPoolData>();
@@ -216,8 +199,7 @@ std::vector<OpInfo> pool_ops() {
        fixed_rows,
        avg,
        read_avg_pool2d,
-       run_avg_pool2d,
-       avg_pool_scratch},
+       run_avg_pool2d},
   };
 }
 

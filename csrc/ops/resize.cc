@@ -1,5 +1,4 @@
 // resize: each axis of an image by a banded matrix of integers, rows first.
-#include <algorithm>
 #include <cmath>
 
 #include "../errors.h"
@@ -63,42 +62,51 @@ std::unique_ptr<const OpData> read_resize(const NodeSource& node) {
   return resize;
 }
 
+// Sums that kernels write up to a multiple of 16.
+int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
 size_t resize_scratch(const Program&, const Step& step, const Activations& activations, int64_t) {
   const Activation& in = activations[step.inputs[0]];
-  return static_cast<size_t>(in.w * in.c + 2 * in.c) * sizeof(int32_t) + kOverread;
+  return static_cast<size_t>(padded(in.w * in.c) + padded(in.c)) * sizeof(int32_t) + 2 * kOverread;
 }
 
-uint32_t weight_of(const Axis& axis, int64_t i) {
-  return static_cast<uint32_t>(axis.weight->values[static_cast<size_t>(i)]);
-}
+// Where the weights of output i begin.
+const int32_t* weights_of(const Axis& axis, int64_t i) { return axis.weight->values.data() + i * axis.taps(); }
 
 // A sum of rows of the input, by their weights, and then of its columns. Modulo 2^32: the first may be larger.
 void run_resize(const StepRun& run) {
   const Activation &in = run.in(), &out = run.out();
   const ResizeData& resize = run.data<ResizeData>();
-  const int64_t width = in.w * in.c, row_taps = resize.rows.taps(), column_taps = resize.columns.taps();
-  uint32_t* sums = reinterpret_cast<uint32_t*>(run.scratch());
-  uint32_t* acc = sums + width;
-  float* numbers = reinterpret_cast<float*>(acc + in.c);
+  int32_t* const sums = reinterpret_cast<int32_t*>(run.scratch() + kOverread);
+  int32_t* const acc = sums + padded(in.w * in.c);
+  WeighParams by_rows = {}, by_columns = {};
+  by_rows.taps = static_cast<size_t>(resize.rows.taps()), by_columns.taps = static_cast<size_t>(resize.columns.taps());
+  by_rows.n = static_cast<size_t>(in.w * in.c), by_columns.n = static_cast<size_t>(in.c);
+  by_rows.a_stride = in.row_pitch, by_columns.a_stride = in.c;
+  by_rows.a_type = Dtype::u8, by_columns.a_type = Dtype::i32;
+  by_rows.c = sums, by_columns.c = acc;
+  ScaleAddParams write = {};
+  write.n = static_cast<size_t>(in.c);
+  write.a = acc, write.a_type = Dtype::i32;
+  write.c_type = out.type;
+  write.multiplier_a = resize.multiplier, write.bias = resize.bias;
+  write.qmin = run.node().qmin, write.qmax = run.node().qmax;
   const Range rows = run.rows();
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const int64_t image = row / out.h, y = row % out.h;
-    std::fill_n(sums, width, 0);
-    for (int64_t k = 0; k < row_taps; ++k) {
-      const uint8_t* from = run.row_from(image * in.h + resize.rows.start->values[static_cast<size_t>(y)] + k);
-      const uint32_t weight = weight_of(resize.rows, y * row_taps + k);
-      for (int64_t i = 0; i < width; ++i) sums[i] += weight * static_cast<uint32_t>(from[i] - in.zero_point);
-    }
+    by_rows.a = run.row_from(image * in.h + resize.rows.start->values[static_cast<size_t>(y)]);
+    by_rows.weights = weights_of(resize.rows, y);
+    uint32_t of_weights = 0;
+    for (size_t k = 0; k < by_rows.taps; ++k) of_weights += static_cast<uint32_t>(by_rows.weights[k]);
+    by_rows.start = static_cast<int32_t>(0 - of_weights * in.zero_point);
+    run.kernels().weigh(&by_rows);
     uint8_t* to = run.row_to(row);
     for (int64_t x = 0; x < out.w; ++x, to += out.c * out.bytes()) {
-      std::fill_n(acc, in.c, 0);
-      for (int64_t k = 0; k < column_taps; ++k) {
-        const uint32_t* from = sums + (resize.columns.start->values[static_cast<size_t>(x)] + k) * in.c;
-        const uint32_t weight = weight_of(resize.columns, x * column_taps + k);
-        for (int64_t i = 0; i < in.c; ++i) acc[i] += weight * from[i];
-      }
-      write_sums(run, static_cast<size_t>(in.c), reinterpret_cast<int32_t*>(acc), resize.multiplier, resize.bias,
-                 numbers, to);
+      by_columns.a = sums + resize.columns.start->values[static_cast<size_t>(x)] * in.c;
+      by_columns.weights = weights_of(resize.columns, x);
+      run.kernels().weigh(&by_columns);
+      write.c = to;
+      run.kernels().scale_add(&write);
     }
   }
 }

@@ -145,7 +145,8 @@ void run_mean(const StepRun& run) {
   const MeanData& mean = run.data<MeanData>();
   MeanParams params = {};
   params.rows = static_cast<size_t>(in.h);
-  params.a_stride = in.row_pitch;
+  params.columns = 1;
+  params.row_stride = in.row_pitch;
   params.a_type = in.type;
   params.c_type = out.type;
   params.offset = static_cast<int32_t>(in.zero_point * in.h);

@@ -59,11 +59,32 @@ bool check_case(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   kernels.depthwise(&p, pixels);
   p.c = outputs.expected;
   scalar.depthwise(&p, pixels);
-  return same_outputs("depthwise");
+  if (!same_outputs("depthwise")) return false;
+  const Outputs numbers = place_outputs((pixels - 1) * p.c_stride + p.n, sizeof(float), at_end, random);
+  kernels.depthwise_f32(&p, pixels, reinterpret_cast<float*>(numbers.c));
+  scalar.depthwise_f32(&p, pixels, reinterpret_cast<float*>(numbers.expected));
+  return same_outputs("depthwise_f32");
 }
 
 bool check(const Kernels& scalar, const Kernels& kernels) {
   return check_seeds([&](uint64_t seed) { return check_case(scalar, kernels, seed); });
+}
+
+// The first layers of ConvNeXt: 7x7, and 96 channels.
+void bench_f32(const Kernels& kernels) {
+  constexpr int kN = 96, kPixels = 42, kCells = 49;
+  Aligned<uint8_t> a(1 << 20, 7);
+  Aligned<int8_t> w(kCells * 128, 1);
+  Aligned<int32_t> comp(128);
+  Aligned<float> multiplier(128, 0.01f), bias(128, 1.f), c(kN * kPixels);
+  int32_t offsets[kCells];
+  for (int t = 0; t < kCells; ++t) offsets[t] = (t / 7 * 62 + t % 7) * kN;
+  DepthwiseParams p{};
+  p.cells = kCells, p.n = kN, p.a = a.data(), p.a_stride = kN, p.cell_offset = offsets, p.w = w.data(),
+  p.w_stride = 128;
+  p.comp = comp.data(), p.multiplier = multiplier.data(), p.bias = bias.data(), p.c_stride = kN;
+  printf("%-46s depthwise 7x7 n=96 to f32: %.1f GMAC/s\n", kernels.isa,
+         rate(double{kCells} * kN * kPixels, [&] { kernels.depthwise_f32(&p, kPixels, c.data()); }));
 }
 
 void bench(const Kernels& kernels) {
@@ -79,6 +100,7 @@ void bench(const Kernels& kernels) {
   printf("%-46s depthwise 3x3 n=128: %.1f GMAC/s\n", kernels.isa, rate(9.0 * kN * kPixels * 20, [&] {
            for (int i = 0; i < 20; ++i) kernels.depthwise(&p, kPixels);
          }));
+  bench_f32(kernels);
 }
 
 }  // namespace

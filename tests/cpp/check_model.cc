@@ -1,6 +1,7 @@
 // Runs model files on every instruction set of this CPU and compares all activations and the output bit for bit:
 // check_model FILE...
-// The images are pseudo-random and the same on every machine: so are the printed checksums, or something is wrong.
+// The images (or texts, of several lengths where they may differ) are pseudo-random and the same on every machine: so are
+// the printed checksums, or something is wrong.
 // Exit status 1 where two instruction sets differ.
 #include "cpu.h"
 #include "session.h"
@@ -60,8 +61,10 @@ uint64_t checksum(const ModelFile& file, int threads, const std::string& isa, co
   const Program& program = session.program();
   const std::vector<float> numbers = random_images(program.activations[program.member_input[0]]);
   const std::vector<int32_t> ids = random_ids(program);
+  const std::vector<int64_t> lengths = {program.longest / 2 + 1, program.longest, 1};
   Images images = {numbers.data(), false, kImages};
-  if (!ids.empty()) images = {ids.data(), false, kImages, program.longest};
+  if (!ids.empty())
+    images = {ids.data(), false, kImages, program.longest, program.graph.variable ? lengths.data() : nullptr};
   std::vector<uint8_t> output(bytes(program.activations[program.member_output[0]]));
   std::vector<std::vector<uint8_t>> nodes;
   Results with_taps, results;

@@ -1,4 +1,4 @@
-// Rows of codes of every type: scale_add with each kind of addend, the mean of rows, and gather.
+// Rows of codes of every type: scale_add with each kind of addend, sums of rows, and gather.
 #include "check_ukernels.h"
 #include "gather.h"
 
@@ -7,7 +7,10 @@ namespace {
 
 constexpr Dtype kCodes[] = {Dtype::u8, Dtype::s16}, kOutputs[] = {Dtype::u8, Dtype::s16, Dtype::f32};
 
-float largest_code(Dtype type) { return type == Dtype::u8 ? 255 : type == Dtype::s16 ? 32767 : 128; }
+float largest_code(Dtype type) {
+  if (type == Dtype::i32) return 1 << 30;
+  return type == Dtype::u8 ? 255 : type == Dtype::s16 ? 32767 : 128;
+}
 
 // A multiplier by which codes fill the range of an output about twice, or make ties.
 float random_scale(Dtype from, Dtype to, Random& random) {
@@ -18,10 +21,10 @@ bool check_scale_add(const Kernels& scalar, const Kernels& kernels, uint64_t see
   Memory& m = memory();
   Random random(seed);
   const bool at_end = random.range(0, 1);
-  const int addend = random.range(0, 3);  // none, codes, floats, floats for weights
+  const int addend = random.range(0, 4);  // none, codes, floats, floats for weights, none for sums
   ScaleAddParams p = {};
   p.n = random.range(1, random.range(0, 3) ? 100 : 3000);
-  p.a_type = addend == 3 ? Dtype::s8 : random.pick(kCodes);
+  p.a_type = addend == 3 ? Dtype::s8 : addend == 4 ? Dtype::i32 : random.pick(kCodes);
   p.b_type = addend == 1 ? random.pick(kCodes) : Dtype::f32;
   p.c_type = random.pick(kOutputs);
   p.multiplier_a = random_scale(p.a_type, p.c_type, random);
@@ -41,7 +44,7 @@ bool check_scale_add(const Kernels& scalar, const Kernels& kernels, uint64_t see
     uint8_t* b = m.b.place<uint8_t>(p.n * size_of(p.b_type), at_end, random, size_of(p.b_type));
     fill_codes(b, p.b_type, p.n, random.pick(kFills), random);
     p.b = b;
-  } else if (addend > 1) {
+  } else if (addend == 2 || addend == 3) {
     float* b = m.b.place<float>(p.n, at_end, random);
     for (size_t i = 0; i < p.n; ++i) b[i] = random_bias(random);
     p.b = b;
@@ -59,20 +62,28 @@ bool check_mean(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   Random random(seed);
   const bool at_end = random.range(0, 1);
   MeanParams p = {};
-  p.rows = random.range(1, random.range(0, 7) ? 12 : 600);
+  p.rows = random.range(1, random.range(0, 7) ? 12 : 200);
+  p.columns = random.range(0, 1) ? 1 : random.range(1, 5);
   p.n = random.range(1, random.range(0, 3) ? 50 : 400);
-  p.a_stride = static_cast<ptrdiff_t>(p.n) + random.range(0, 1) * random.range(0, 30);
+  p.column_stride = static_cast<ptrdiff_t>(p.n) + random.range(0, 1) * random.range(0, 30);
+  p.row_stride = p.column_stride * static_cast<ptrdiff_t>(p.columns) + random.range(0, 1) * random.range(0, 30);
   p.a_type = random.pick(kCodes), p.c_type = random.pick(kOutputs);
-  p.offset = p.a_type == Dtype::u8 ? random.range(0, 255) * static_cast<int32_t>(p.rows) : 0;
-  p.multiplier = random_scale(p.a_type, p.c_type, random) / static_cast<float>(p.rows);
+  const auto elements = static_cast<int32_t>(p.rows * p.columns);
+  p.offset = p.a_type == Dtype::u8 ? random.range(0, 255) * elements : 0;
+  p.multiplier = random_scale(p.a_type, p.c_type, random) / static_cast<float>(elements);
   p.bias = random_bias(random);
   random_clamp(&p.qmin, &p.qmax, random);
   const Fill fill = random.pick(kFills);
   describe(
-      "%s mean rows=%zu n=%zu a_stride=%td types=%d,%d offset=%d multiplier=%a bias=%a fill=%s at_end=%d seed=%llu",
-      kernels.isa, p.rows, p.n, p.a_stride, static_cast<int>(p.a_type), static_cast<int>(p.c_type), p.offset,
-      p.multiplier, p.bias, fill_name(fill), at_end, static_cast<unsigned long long>(seed));
-  const size_t count = (p.rows - 1) * static_cast<size_t>(p.a_stride) + p.n, size = size_of(p.a_type);
+      "%s mean rows=%zu columns=%zu n=%zu strides=%td,%td types=%d,%d offset=%d multiplier=%a bias=%a fill=%s "
+      "at_end=%d "
+      "seed=%llu",
+      kernels.isa, p.rows, p.columns, p.n, p.row_stride, p.column_stride, static_cast<int>(p.a_type),
+      static_cast<int>(p.c_type), p.offset, p.multiplier, p.bias, fill_name(fill), at_end,
+      static_cast<unsigned long long>(seed));
+  const ptrdiff_t last =
+      static_cast<ptrdiff_t>(p.rows - 1) * p.row_stride + static_cast<ptrdiff_t>(p.columns - 1) * p.column_stride;
+  const size_t count = static_cast<size_t>(last) + p.n, size = size_of(p.a_type);
   uint8_t* a = memory().a.place<uint8_t>(count * size, at_end, random, size);
   fill_codes(a, p.a_type, count, fill, random);
   p.a = a;
@@ -82,6 +93,37 @@ bool check_mean(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   p.c = outputs.c;
   kernels.mean(&p);
   return same_outputs("mean");
+}
+
+bool check_weigh(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
+  Memory& m = memory();
+  Random random(seed);
+  const bool at_end = random.range(0, 1);
+  WeighParams p = {};
+  p.taps = random.range(1, 9);
+  p.n = random.range(1, 300);
+  p.a_type = random.range(0, 1) ? Dtype::u8 : Dtype::i32;
+  p.a_stride = static_cast<ptrdiff_t>(p.n) + random.range(0, 1) * random.range(0, 30);
+  p.start = random.range(-(1 << 30), (1 << 30) - 1);
+  const Fill fill = random.pick(kFills);
+  describe("%s weigh taps=%zu n=%zu a_stride=%td type=%d start=%d fill=%s at_end=%d seed=%llu", kernels.isa, p.taps,
+           p.n, p.a_stride, static_cast<int>(p.a_type), p.start, fill_name(fill), at_end,
+           static_cast<unsigned long long>(seed));
+  const size_t count = (p.taps - 1) * static_cast<size_t>(p.a_stride) + p.n, size = size_of(p.a_type);
+  uint8_t* a = m.a.place<uint8_t>(count * size, at_end, random, size);
+  int32_t* weights = m.b.place<int32_t>(p.taps, at_end, random);
+  fill_codes(a, p.a_type, count, fill, random);
+  for (size_t k = 0; k < p.taps; ++k) weights[k] = random.range(-32767, 32767);
+  p.a = a, p.weights = weights;
+  const size_t written = (p.n + 15) / 16 * 16;
+  const Outputs outputs = place_outputs(written, sizeof(int32_t), at_end, random);
+  p.c = reinterpret_cast<int32_t*>(outputs.expected);
+  scalar.weigh(&p);
+  p.c = reinterpret_cast<int32_t*>(outputs.c);
+  kernels.weigh(&p);
+  for (uint8_t* c : {outputs.c, outputs.expected})
+    memset(c + p.n * sizeof(int32_t), 0, (written - p.n) * sizeof(int32_t));
+  return same_outputs("weigh");
 }
 
 // Slices, shuffles and zero points, by rows and by channels.
@@ -120,7 +162,8 @@ bool check_gather(const Kernels& kernels, uint64_t seed) {
 
 bool check(const Kernels& scalar, const Kernels& kernels) {
   return check_seeds([&](uint64_t seed) {
-    return check_scale_add(scalar, kernels, seed) && check_mean(scalar, kernels, seed) && check_gather(kernels, seed);
+    return check_scale_add(scalar, kernels, seed) && check_mean(scalar, kernels, seed) &&
+           check_weigh(scalar, kernels, seed) && check_gather(kernels, seed);
   });
 }
 
@@ -134,7 +177,7 @@ void bench(const Kernels& kernels) {
   const double add = rate(kN, [&] { kernels.scale_add(&p); });
   p.b = floats.data(), p.b_type = Dtype::f32, p.a_type = Dtype::u8;
   const double position = rate(kN, [&] { kernels.scale_add(&p); });
-  const MeanParams mean = {32, kN / 32, a.data(), kN / 32, Dtype::s16, Dtype::u8, 0, 0.01f, 0, 0, 255, c.data()};
+  const MeanParams mean = {32, 1, kN / 32, a.data(), kN / 32, 0, Dtype::s16, Dtype::u8, 0, 0.01f, 0, 0, 255, c.data()};
   std::vector<int32_t> index(116);
   for (int i = 0; i < 116; ++i) index[i] = i % 2 * 58 + i / 2;
   const ChannelGather shuffle(index.data(), 116, 116, 1);

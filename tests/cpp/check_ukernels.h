@@ -84,7 +84,7 @@ inline void fill_u8(uint8_t* a, size_t n, Fill fill, Random& random) {
   for (size_t i = 0; i < n; ++i) a[i] = static_cast<uint8_t>(fill_value(fill, 0, 255, random));
 }
 
-inline size_t size_of(Dtype type) { return type == Dtype::f32 ? 4 : type == Dtype::s16 ? 2 : 1; }
+inline size_t size_of(Dtype type) { return type == Dtype::f32 || type == Dtype::i32 ? 4 : type == Dtype::s16 ? 2 : 1; }
 
 // n codes of any type.
 inline void fill_codes(void* a, Dtype type, size_t n, Fill fill, Random& random) {
@@ -92,6 +92,7 @@ inline void fill_codes(void* a, Dtype type, size_t n, Fill fill, Random& random)
     if (type == Dtype::u8) static_cast<uint8_t*>(a)[i] = static_cast<uint8_t>(fill_value(fill, 0, 255, random));
     if (type == Dtype::s8) static_cast<int8_t*>(a)[i] = static_cast<int8_t>(fill_value(fill, -128, 127, random));
     if (type == Dtype::s16) static_cast<int16_t*>(a)[i] = static_cast<int16_t>(fill_value(fill, -32767, 32767, random));
+    if (type == Dtype::i32) static_cast<int32_t*>(a)[i] = fill_value(fill, -(1 << 30), (1 << 30) - 1, random);
   }
 }
 

@@ -24,6 +24,7 @@ sys.path += [str(Path(__file__).resolve().parents[i]) for i in (0, 1)]
 import draft
 import seeds
 from forms import FORMS, conv_form
+from keys import KEYS
 from mutations import BYTES, MODEL, TREE
 from oracle import check
 
@@ -44,7 +45,7 @@ def changed(content: bytes, rng: random.Random) -> tuple[bytes, list[str]]:
     of_model = rng.random() < 0.5  # all of them: half of these files are models
     levels = [0 if of_model else rng.choice([0, 1, 1, 2]) for _ in range(count)]
     file = draft.read(content)
-    names = [mutated(file, [MODEL, TREE][level], rng) for level in sorted(levels) if level < 2]
+    names = [mutated(file, [MODEL + KEYS, TREE][level], rng) for level in sorted(levels) if level < 2]
     content = file.to_bytes()
     for _ in range(levels.count(2)):
         mutation = rng.choice(BYTES)

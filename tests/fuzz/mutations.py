@@ -154,8 +154,8 @@ def unnamed_tensor(draft: Draft, rng: Random) -> bool:
     shape = [rng.choice([0, 1, 1, 1, 2, 3, 5]) for _ in range(rank)]
     if 0 in shape:
         shape[rng.randrange(rank)] = rng.choice([0, 2**39, 2**40, 2**40 + 1, 2**63 - 1])
-    dtype = rng.choice(["U8", "F32"])
-    size = math.prod(shape) * (4 if dtype == "F32" else 1)
+    dtype = rng.choice(["U8", "F32", "I32"])
+    size = math.prod(shape) * (1 if dtype == "U8" else 4)
     if name in draft.header or size > 10_000:
         return False
     add_tensor(draft, name, dtype, shape, rng.randbytes(size))
@@ -643,6 +643,7 @@ def extra_key(draft: Draft, rng: Random) -> bool:
         return False
     container = rng.choice(objects)
     known = ["clamp", "bias", "multiplier", "dilation", "groups", "residual_multiplier", "kernel", "table", "extra"]
+    known += ["axis", "block", "peak", "prefix", "rows", "vocabulary", "variable"]
     container.insert(rng.randrange(len(container) + 1), [rng.choice([*known, *NAMES]), any_value(rng)])
     return True
 
@@ -735,7 +736,7 @@ def other_offsets(draft: Draft, rng: Random) -> bool:
     elif kind == 2:
         entry.set("data_offsets", [offsets[0], rng.choice([*INTEGERS, len(draft.data), len(draft.data) + 1])])
     elif kind == 3:
-        entry.set("dtype", rng.choice(["U8", "F32", "F16", "BF16", "I8", "u8", ""]))
+        entry.set("dtype", rng.choice(["U8", "F32", "I32", "F16", "BF16", "I8", "u8", ""]))
     elif isinstance(entry.get("shape"), list) if "shape" in entry else False:
         shape = entry.get("shape")
         shape.insert(rng.randrange(len(shape) + 1), rng.choice([1, 1, 1, 0, 2, 2**40, 2**41]))

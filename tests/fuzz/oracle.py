@@ -125,6 +125,10 @@ def work(graph: Graph) -> int:
         weight = node.constants.get("weight")
         taps = weight[0].size if weight is not None else math.prod(node.attributes.get("kernel", (1, 1)))
         top, left, bottom, right = node.attributes.get("padding", (0, 0, 0, 0))
+        if node.op == "attention":  # of every pair of rows
+            taps = member.tensors[node.inputs[1]].shape[0] * 2
+        if node.op == "resize":
+            taps = node.constants["row_weight"].shape[1] * node.constants["column_weight"].shape[1]
         size = x.shape if len(x.shape) == 3 else (x.shape[0], 1, 1)
         padded = size[0] * (size[1] + top + bottom) * (size[2] + left + right)
         return math.prod(output.shape) * taps + padded
