@@ -44,13 +44,20 @@ struct Layer {
 
 // ---- Lowering: how a layer is taken apart into cells and panels, for the kernel of its number of bits --------------
 
-// Neighbouring pixels are neighbouring bytes where the stride is 1: a few of them at once fill the vectors of kMaxNr
-// lanes, of which 32 channels alone would use half. Weights and constants then follow each other that many times.
-int64_t depthwise_repeat(const ConvData& data) {
-  for (int64_t repeat = 1; repeat <= 8 && data.window.stride[1] == 1; repeat *= 2) {
-    if (data.channels() * repeat % kMaxNr == 0) return repeat;
+// Neighbouring pixels are neighbouring bytes where the stride is 1: a few of them at once may fill the vectors better.
+// But then their windows share fewer columns, each of which takes 8 instructions, and sums and requantization 29.
+// Weights and constants follow each other as many times.
+int64_t depthwise_repeat(const ConvData& data, int64_t channels_at_once) {
+  if (data.window.stride[1] != 1) return 1;
+  const auto cost = [&](int64_t repeat) {  // of 8 pixels
+    const int64_t vectors = (data.channels() * repeat + channels_at_once - 1) / channels_at_once;
+    return 8 / repeat * vectors * (29 + 8 * std::min(repeat, data.window.kernel[1]));
+  };
+  int64_t best = 1;
+  for (int64_t repeat = 2; repeat <= 8; repeat *= 2) {
+    if (cost(repeat) < cost(best)) best = repeat;
   }
-  return 1;
+  return best;
 }
 
 bool is_s16(const Activation* activation) { return activation && activation->type == Dtype::s16; }
@@ -113,7 +120,7 @@ void lower(const Layer& layer, const Kernels& kernels, ConvForm form) {
   conv->through_f32 = one_each && (layer.node.has_residual || layer.out.type != Dtype::u8);
   set_cells(layer);
   if (conv->is_depthwise) {
-    conv->repeat = depthwise_repeat(layer.data);
+    conv->repeat = depthwise_repeat(layer.data, kernels.depthwise_channels);
     conv->depthwise_stride = round_up(layer.channels() * conv->repeat, kMaxNr);
     return;
   }
@@ -317,6 +324,16 @@ bool fits_s16(const Pairs& pairs, const PackedConv& conv, const ConvKernel& kern
   return true;
 }
 
+// Of one channel of a depthwise convolution: DepthwiseParams::fits_s16.
+bool rows_fit_s16(const int8_t* codes, const Window& window) {
+  const int64_t count = window.kernel[0] * window.kernel[1], two_rows = 2 * window.kernel[1];
+  for (int64_t begin = 0; begin < count; begin += two_rows) {
+    const Sums sums = sums_of(codes + begin, std::min(two_rows, count - begin));
+    if (sums.magnitudes + std::abs(sums.codes) > 2 * 128) return false;  // as in fits_s16
+  }
+  return true;
+}
+
 // ---- Packing ------------------------------------------------------------------------------------------------------
 
 // Reads the codes of one layer after another; each thread has one.
@@ -412,6 +429,7 @@ void Packer::pack_panel(int64_t panel, Layer* of) {
   rows_.resize(lanes * row_stride);
   const uint8_t* packed = read_bits(layer.data.codes, first * count * bits, lanes * count * bits);
   uint8_t* to = weights_ + conv.weight_offset + panel * conv.panel_bytes;
+  if (conv.is_depthwise) of->conv->fits_s16 = true;  // until a channel does not
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const int64_t channel = first + lane, bit = first * count * bits % 8 + lane * count * bits;
     unpack_codes(packed, layer.data.bits, bit, count, codes_.data());
@@ -424,6 +442,7 @@ void Packer::pack_panel(int64_t panel, Layer* of) {
       order_channel(layer, codes_.data(), channel, rows_.data() + lane * row_stride);
       continue;
     }
+    if (!rows_fit_s16(codes_.data(), layer.data.window)) of->conv->fits_s16 = false;
     for (int64_t i = 0; i < count * conv.repeat; ++i) {
       to[i / conv.repeat * conv.depthwise_stride + i % conv.repeat * out + channel] = codes_[i / conv.repeat];
     }
@@ -587,7 +606,10 @@ void pack_weights(const ModelFile& file, Footprint* footprint, Program* program)
   }
   for_each(file, program->weights, program->threads, panels.size(),
            [&](Packer& packer, size_t i) { packer.pack_panel(panels[i].second, panels[i].first); });
-  for (const Layer& layer : layers.all) set_constants(layer, layers.all[layer.weights].sums);
+  for (const Layer& layer : layers.all) {
+    set_constants(layer, layers.all[layer.weights].sums);
+    layer.conv->fits_s16 = layers.all[layer.weights].conv->fits_s16;
+  }
   for (size_t i = 0; i < program->steps.size(); ++i) {
     if (conv_of(*program->steps[i].node)) program->steps[i].conv = layers.all[layers.of_step[i]].conv;
   }

@@ -43,6 +43,7 @@ struct PackedConv {
   bool is_depthwise = false;
   bool through_f32 = false;            // depthwise, but not from u8 to u8 alone: Kernels::depthwise_f32, then scale_add
   int64_t repeat = 1;                  // depthwise: neighbouring pixels that one row of weights covers
+  bool fits_s16 = false;               // depthwise: DepthwiseParams::fits_s16
   int64_t depthwise_stride = 0;        // bytes from one cell of a depthwise convolution to the next
   const ConvKernel* kernel = nullptr;  // null for depthwise and Winograd
   const WinogradKernel* winograd = nullptr;

@@ -172,25 +172,30 @@ struct WinogradKernel {
 
 // ---- Depthwise convolution ------------------------------------------------------------------------------------------
 //
-// `pixels` neighbouring output pixels of one row, all channels: acc[p][n] = comp[n] + sum over cells t of
+// `rows` rows of `pixels` neighbouring output pixels, all channels: acc[p][n] = comp[n] + sum over cells t of
 //     a[p*a_stride + cell_offset[t] + n] * w[t*w_stride + n]
 // requantized as above. w is int8; w, comp, multiplier and bias are readable up to the next multiple of kMaxNr of n.
 struct DepthwiseParams {
-  int32_t cells;
+  int32_t cells;  // a window, row by row
+  int32_t columns;
   int32_t n;
   const uint8_t* a;
-  ptrdiff_t a_stride;
-  const int32_t* cell_offset;
+  ptrdiff_t a_row_stride, a_stride;  // from one output row or pixel to the next
+  const int32_t* cell_offset;        // of the cells of a row each column_stride > 0 after the one before it
+  ptrdiff_t column_stride;
   const int8_t* w;
   ptrdiff_t w_stride;
+  // Whether for each channel the positive codes of two rows of the window, counted in pairs from the first, add up to
+  // at most 128, and the negative ones too: 255 * 128 < 2^15.
+  bool fits_s16;
   const int32_t* comp;
   const float* multiplier;
   const float* bias;
   uint8_t* c;
-  ptrdiff_t c_stride;
+  ptrdiff_t c_row_stride, c_stride;
   uint8_t qmin, qmax;
 };
-using DepthwiseFn = void (*)(const DepthwiseParams* params, size_t pixels);
+using DepthwiseFn = void (*)(const DepthwiseParams* params, size_t rows, size_t pixels);
 
 // r itself, to c[p*c_stride + n] for `pixels` neighbours; DepthwiseParams::c is not looked at.
 using DepthwiseF32Fn = void (*)(const DepthwiseParams* params, size_t pixels, float* c);
@@ -413,6 +418,7 @@ struct Kernels {
   WinogradKernel winograd[2];  // F(4x4) and F(2x2)
   DepthwiseFn depthwise;
   DepthwiseF32Fn depthwise_f32;
+  int32_t depthwise_channels;  // that `depthwise` takes at once: at most kMaxNr
   MaxPoolFn max_pool;
   AvgPoolQu8Fn avg_pool_qu8;
   AvgPoolF32Fn avg_pool_f32;

@@ -27,6 +27,7 @@
 #include "attention.h"
 #include "avx2_attention.h"
 #include "avx2_conv.h"
+#include "avx2_depthwise.h"
 #include "avx2_lanes.h"
 #include "avx2_winograd.h"
 #include "norm.h"
@@ -55,6 +56,7 @@ struct NarrowWeights {
   static constexpr int kMaxRows = 2;
   static constexpr int kElementBytes = 1;
   static constexpr int kS16Quads = kSums;
+  static constexpr int kBlock = kSums == 8 ? 32 : 16;
 
   // kBytes of k, a multiple of 4, as many at a time as fit s16.
   template <int kBytes, int kRows, int kVectors>
@@ -65,6 +67,7 @@ struct NarrowWeights {
       QD_UNROLL for (int r = 0; r < kRows; ++r) {
         __m256i sum_i16x16[kVectors];
         QD_UNROLL for (int q = 0; q < kQuads; ++q) {
+          if (i + 4 * q >= kBytes) continue;
           __m256i a_u8x32;
           broadcast(a_u8x32, a[r] + i + 4 * q);
           QD_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -85,24 +88,78 @@ struct NarrowWeights {
     w += kBytes / 4 * kPanelVectors * kVectorBytes;
   }
 
+  // The bytes beyond whole blocks.
+  template <int kRows, int kVectors>
+  static QD_INLINE void multiply_rest(int32_t bytes, const uint8_t* (&a)[kRows], const int8_t*& w, const __m256i& ones,
+                                      Accumulators<kRows, kVectors>& acc_i32x8) {
+    switch (bytes) {
+      case 4:
+        return multiply<4>(a, w, ones, acc_i32x8);
+      case 8:
+        return multiply<8>(a, w, ones, acc_i32x8);
+      case 12:
+        return multiply<12>(a, w, ones, acc_i32x8);
+      case 16:
+        return multiply<16>(a, w, ones, acc_i32x8);
+      case 20:
+        return multiply<20>(a, w, ones, acc_i32x8);
+      case 24:
+        return multiply<24>(a, w, ones, acc_i32x8);
+      case 28:
+        return multiply<28>(a, w, ones, acc_i32x8);
+    }
+  }
+
   template <int kRows, int kVectors>
   static QD_INLINE void accumulate(const Slab& slab, const uint8_t* const* pixels,
                                    Accumulators<kRows, kVectors>& acc_i32x8) {
-    constexpr int kBlock = kSums == 8 ? 32 : 16;
     const int8_t* w = slab.w;
     const __m256i ones = _mm256_set1_epi16(1);
-    const uint32_t k = static_cast<uint32_t>(slab.k);
+    const uint32_t blocks = static_cast<uint32_t>(slab.k) / kBlock;
     for (int32_t t = 0; t < slab.cells; ++t) {
       const uint8_t* a[kRows];
       QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.cell_offset[t] + slab.begin;
-      for (uint32_t i = k / kBlock; i > 0; --i) {
+      for (uint32_t i = blocks; i > 0; --i) {
         asm("" : "+r"(i));  // a plain counter: GCC would compute the end of w instead, for every cell anew
         multiply<kBlock>(a, w, ones, acc_i32x8);
       }
-      if (k % kBlock & 16) multiply<16>(a, w, ones, acc_i32x8);
-      if (k & 8) multiply<8>(a, w, ones, acc_i32x8);
-      if (k & 4) multiply<4>(a, w, ones, acc_i32x8);
+      multiply_rest(slab.k % kBlock, a, w, ones, acc_i32x8);
     }
+  }
+
+  // One block, a pixel at a time and without a branch: 4 stores instead of what it takes to walk through a slab.
+  template <int kBytes, int kVectors>
+  static __attribute__((noinline)) void sum_pixels(const ConvParams& p, const uint8_t* const* pixels,
+                                                   int32_t (*acc)[kNr], int count) {
+    const ptrdiff_t offset = p.cell_offset[0];
+    const auto* const w = static_cast<const int8_t*>(p.w);
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int i = 0; i < count; ++i) {
+      const uint8_t* a[1] = {pixels[i] + offset};
+      const int8_t* from = w;
+      Accumulators<1, kVectors> acc_i32x8;
+      QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+        acc_i32x8[0][v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.comp + 8 * v));
+      }
+      multiply<kBytes>(a, from, ones, acc_i32x8);
+      QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(acc[i] + 8 * v), acc_i32x8[0][v]);
+      }
+    }
+  }
+
+  template <int kVectors>
+  static bool short_sums(const ConvParams& p, const uint8_t* const* pixels, int32_t (*acc)[kNr], int count) {
+    using Sum = void (*)(const ConvParams&, const uint8_t* const*, int32_t (*)[kNr], int);
+    static constexpr Sum kSum[] = {sum_pixels<8, kVectors>,  sum_pixels<16, kVectors>, sum_pixels<24, kVectors>,
+                                   sum_pixels<32, kVectors>, sum_pixels<48, kVectors>, sum_pixels<64, kVectors>};
+    static constexpr int kBytes[] = {8, 16, 24, 32, 48, 64};
+    for (int i = 0; i < 6; ++i) {
+      if (p.k != kBytes[i]) continue;
+      kSum[i](p, pixels, acc, count);
+      return true;
+    }
+    return false;
   }
 };
 
@@ -159,6 +216,11 @@ struct WideWeights {
     for (uint32_t i = k / 8; i > 0; --i) multiply<8>(a, w, acc_i32x8);
     if (k & 4) multiply<4>(a, w, acc_i32x8);
   }
+
+  template <int kVectors>
+  static bool short_sums(const ConvParams&, const uint8_t* const*, int32_t (*)[kNr], int) {
+    return false;
+  }
 };
 
 struct WinogradMadd {
@@ -172,51 +234,11 @@ struct WinogradMadd {
 };
 
 // ---- Depthwise convolution ------------------------------------------------------------------------------------------
-//
-// a widened to s16 meets (w[0], 0, w[2], 0, ...) and (0, w[1], 0, w[3], ...) in vpmaddwd: s32 products of the even and
-// of the odd channels, exact for any s8 weight. That is one shuffle (the widening load) for 16 products; widening to
-// s32 takes two: per cell 12 instructions for port 5 of 28 in all.
 
-template <int kPixels>
-QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const uint8_t* a, uint8_t* c) {
-  for (int32_t n = 0; n < p.n; n += 32) {
-    __m256i even_i32x8[kPixels][2] = {}, odd_i32x8[kPixels][2] = {};
-    const int8_t* w = p.w + n;
-    for (int32_t t = 0; t < p.cells; ++t, w += p.w_stride) {
-      const uint8_t* a_cell = a + p.cell_offset[t] + n;
-      QD_UNROLL for (int h = 0; h < 2; ++h) {  // 16 channels
-        const __m256i w_s16x16 = _mm256_cvtepi8_epi16(load_x16(w + 16 * h));
-        const __m256i w_even_s16x16 = _mm256_and_si256(w_s16x16, _mm256_set1_epi32(0xffff));
-        const __m256i w_odd_s16x16 = _mm256_xor_si256(w_s16x16, w_even_s16x16);
-        QD_UNROLL for (int i = 0; i < kPixels; ++i) {
-          const __m256i a_u16x16 = _mm256_cvtepu8_epi16(load_x16(a_cell + i * p.a_stride + 16 * h));
-          add_i32(even_i32x8[i][h], _mm256_madd_epi16(a_u16x16, w_even_s16x16));
-          add_i32(odd_i32x8[i][h], _mm256_madd_epi16(a_u16x16, w_odd_s16x16));
-        }
-      }
-    }
-    QD_UNROLL for (int i = 0; i < kPixels; ++i) {
-      __m256 r_f32x8[4];
-      QD_UNROLL for (int v = 0; v < 4; ++v) {
-        const __m256i even = even_i32x8[i][v / 2], odd = odd_i32x8[i][v / 2];
-        const __m256i low = _mm256_unpacklo_epi32(even, odd), high = _mm256_unpackhi_epi32(even, odd);  // 0..3 | 8..11
-        const __m256i sum =
-            v % 2 == 0 ? _mm256_permute2x128_si256(low, high, 0x20) : _mm256_permute2x128_si256(low, high, 0x31);
-        const __m256i comp = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p.comp + n + 8 * v));
-        r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(sum, comp)),
-                                     _mm256_loadu_ps(p.multiplier + n + 8 * v), _mm256_loadu_ps(p.bias + n + 8 * v));
-      }
-      store(r_f32x8, p.qmin, p.qmax, static_cast<size_t>(p.n - n), c + i * p.c_stride + n);
-    }
-  }
-}
-
-void depthwise(const DepthwiseParams* params, size_t pixels) {
-  const DepthwiseParams& p = *params;
-  const uint8_t* a = p.a;
-  uint8_t* c = p.c;
-  for (; pixels >= 2; pixels -= 2, a += 2 * p.a_stride, c += 2 * p.c_stride) depthwise_pixels<2>(p, a, c);
-  if (pixels > 0) depthwise_pixels<1>(p, a, c);
+void depthwise(const DepthwiseParams* params, size_t rows, size_t pixels) {
+  const auto run =
+      params->fits_s16 ? depthwise_by<Avx2Vectors, MaddubsProducts> : depthwise_by<Avx2Vectors, MaddProducts>;
+  run(*params, rows, pixels);
 }
 
 // ---- Pools ----------------------------------------------------------------------------------------------------------
@@ -277,8 +299,8 @@ void add(const AddParams* params, size_t n, const uint8_t* a, const uint8_t* b, 
   for (size_t i = 0; i < n; i += 32) {
     __m256 r_f32x8[4];
     QD_UNROLL for (int v = 0; v < 4; ++v) {
-      const __m256 r_b_f32x8 = _mm256_fmadd_ps(u8_to_f32x8(b + i + 8 * v), multiplier_b_f32x8, bias_f32x8);
-      r_f32x8[v] = _mm256_fmadd_ps(u8_to_f32x8(a + i + 8 * v), multiplier_a_f32x8, r_b_f32x8);
+      const __m256 r_b_f32x8 = _mm256_fmadd_ps(to_f32x8(b + i + 8 * v), multiplier_b_f32x8, bias_f32x8);
+      r_f32x8[v] = _mm256_fmadd_ps(to_f32x8(a + i + 8 * v), multiplier_a_f32x8, r_b_f32x8);
     }
     store(r_f32x8, params->qmin, params->qmax, n - i, c + i);
   }
@@ -296,8 +318,8 @@ void mul(const MulParams* params, const uint8_t* a, const uint8_t* b, Out* c) {
     for (size_t i = 0; i < p.n; i += 32) {
       __m256 r_f32x8[4];
       QD_UNROLL for (int v = 0; v < 4; ++v) {
-        const __m256 a_f32x8 = _mm256_sub_ps(u8_to_f32x8(a + i + 8 * v), zero_a_f32x8);
-        const __m256 b_f32x8 = _mm256_sub_ps(u8_to_f32x8(b + i + 8 * v), zero_b_f32x8);
+        const __m256 a_f32x8 = _mm256_sub_ps(to_f32x8(a + i + 8 * v), zero_a_f32x8);
+        const __m256 b_f32x8 = _mm256_sub_ps(to_f32x8(b + i + 8 * v), zero_b_f32x8);
         const __m256 acc_f32x8 = _mm256_fmadd_ps(a_f32x8, b_f32x8, _mm256_setzero_ps());
         r_f32x8[v] = _mm256_fmadd_ps(acc_f32x8, multiplier_f32x8, bias_f32x8);
       }
@@ -480,6 +502,7 @@ void init_avx2(Kernels* kernels) {
   kernels->winograd[0] = winograd_kernel<Winograd4, WinogradMadd>("qu8_qc8w_winograd_4x4_6x16__avx2");
   kernels->winograd[1] = winograd_kernel<Winograd2, WinogradMadd>("qu8_qc8w_winograd_2x2_6x16__avx2");
   kernels->depthwise = depthwise;
+  kernels->depthwise_channels = Avx2Vectors::kChannels;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;
   kernels->avg_pool_f32 = avg_pool<float>;

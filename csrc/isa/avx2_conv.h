@@ -3,6 +3,7 @@
 //     kElementBytes         of a packed weight
 //     kMaxRows              pixels that share the registers
 //     accumulate<R, V>(slab, pixels, acc)   adds a slab of the panel to R pixels x V vectors
+//     short_sums<V>(p, a, acc, pixels)      all sums of many pixels, where they are so short that it has code for them
 //
 // Four vectors need weights at 19 bytes a cycle, which L2 does not keep up with (4 bits: 94 instead of 105). So the
 // pixels of all tiles are taken in batches, and a batch finishes one L1-sized slab of the panel before the next one;
@@ -29,11 +30,11 @@ typedef int16_t __attribute__((may_alias, aligned(1))) AnyInt16;
 
 // ---- Requantization -------------------------------------------------------------------------------------------------
 
-QD_INLINE __m256 u8_to_f32x8(const uint8_t* a) {
+QD_INLINE __m256 to_f32x8(const uint8_t* a) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a))));
 }
 
-QD_INLINE __m256 s16_to_f32x8(const int16_t* a) {
+QD_INLINE __m256 to_f32x8(const int16_t* a) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a))));
 }
 
@@ -129,7 +130,7 @@ struct Slab {
   int32_t begin;
   int32_t k;
   const int8_t* w;
-  bool first, last;
+  bool first;
 };
 
 // Pixels that go through the panel together.
@@ -139,8 +140,8 @@ struct Batch {
   const uint8_t* a[kBatch];
   ptrdiff_t c[kBatch];
   ptrdiff_t residual[kBatch];
-  alignas(32) int32_t acc[kBatch][kNr];  // between two slabs
-  const char* prefetch;                  // what is left to fetch of the next panel
+  alignas(32) int32_t acc[kBatch][kNr];
+  const char* prefetch;  // what is left to fetch of the next panel
   size_t prefetch_lines;
 };
 
@@ -148,39 +149,38 @@ struct Batch {
 template <int kRows, int kVectors>
 using Accumulators = __m256i[kRows][kVectors];
 
-// Requantizes and writes kRows pixels of the batch from `pixel` on.
-template <int kRows, int kVectors>
-QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVectors>& acc_i32x8, const Batch& batch,
-                            int pixel) {
+// Requantizes and writes kRows pixels of the batch from `pixel` on, step by step: they hide each other's latencies.
+template <int kRows, int kVectors, class Residual, typename Out>
+QD_INLINE void write_pixels(const ConvParams& p, const Batch& batch, int pixel, uint8_t qmin, uint8_t qmax) {
   __m256 r_f32x8[kRows][4] = {};
   QD_UNROLL for (int v = 0; v < kVectors; ++v) {
     const __m256 multiplier_f32x8 = _mm256_loadu_ps(p.multiplier + 8 * v), bias_f32x8 = _mm256_loadu_ps(p.bias + 8 * v);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      r_f32x8[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[r][v]), multiplier_f32x8, bias_f32x8);
+      const __m256i acc_i32x8 = _mm256_load_si256(reinterpret_cast<const __m256i*>(batch.acc[pixel + r] + 8 * v));
+      r_f32x8[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8), multiplier_f32x8, bias_f32x8);
     }
   }
-  if (p.residual) {
+  if constexpr (!kIsNone<Residual>) {
     const __m256 multiplier_f32x8 = _mm256_set1_ps(p.residual_multiplier);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      const ptrdiff_t at = batch.residual[pixel + r];
+      const Residual* residual = static_cast<const Residual*>(p.residual) + batch.residual[pixel + r];
       QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-        const __m256 residual_f32x8 = p.residual_type == Dtype::s16
-                                          ? s16_to_f32x8(static_cast<const int16_t*>(p.residual) + at + 8 * v)
-                                          : u8_to_f32x8(static_cast<const uint8_t*>(p.residual) + at + 8 * v);
-        r_f32x8[r][v] = _mm256_fmadd_ps(residual_f32x8, multiplier_f32x8, r_f32x8[r][v]);
+        r_f32x8[r][v] = _mm256_fmadd_ps(to_f32x8(residual + 8 * v), multiplier_f32x8, r_f32x8[r][v]);
       }
     }
   }
   const size_t n = static_cast<size_t>(p.n);
   QD_UNROLL for (int r = 0; r < kRows; ++r) {
-    if (batch.out == Dtype::s16) {
-      store(r_f32x8[r], p.qmin, p.qmax, n, static_cast<int16_t*>(p.c) + batch.c[pixel + r]);
-    } else if (batch.out == Dtype::f32) {
-      store(r_f32x8[r], p.qmin, p.qmax, n, static_cast<float*>(p.c) + batch.c[pixel + r]);
-    } else {
-      store(r_f32x8[r], p.qmin, p.qmax, n, static_cast<uint8_t*>(p.c) + batch.c[pixel + r]);
-    }
+    store(r_f32x8[r], qmin, qmax, n, static_cast<Out*>(p.c) + batch.c[pixel + r]);
   }
+}
+
+template <int kVectors, class Residual, typename Out>
+__attribute__((noinline)) void write_batch(const ConvParams& p, const Batch& batch) {
+  const uint8_t qmin = p.qmin, qmax = p.qmax;  // copies, which no store can change
+  int pixel = 0;
+  for (; pixel + 2 <= batch.pixels; pixel += 2) write_pixels<2, kVectors, Residual, Out>(p, batch, pixel, qmin, qmax);
+  if (pixel < batch.pixels) write_pixels<1, kVectors, Residual, Out>(p, batch, pixel, qmin, qmax);
 }
 
 // The next panel comes from DRAM: every few pixels fetch a piece of it, so that it is in L2 when it is due.
@@ -192,8 +192,8 @@ QD_INLINE void prefetch_share(Batch* batch) {
   batch->prefetch_lines -= lines;
 }
 
-// Adds one slab to the pixels begin.. of the batch, kRows at a time as long as so many are left, and writes them after
-// the last slab. Returns the first pixel that is not done.
+// Adds one slab to the pixels begin.. of the batch, kRows at a time as long as so many are left. Returns the first pixel
+// that is not done.
 template <typename Weights, int kRows, int kVectors>
 __attribute__((noinline)) int run_slab(const ConvParams& p, const Slab& slab, Batch* batch, int begin) {
   int pixel = begin;
@@ -207,13 +207,9 @@ __attribute__((noinline)) int run_slab(const ConvParams& p, const Slab& slab, Ba
     }
     if (batch->prefetch_lines > 0) prefetch_share(batch);
     Weights::accumulate(slab, batch->a + pixel, acc_i32x8);
-    if (slab.last) {
-      write_pixels<kRows, kVectors>(p, acc_i32x8, *batch, pixel);
-    } else {
-      QD_UNROLL for (int r = 0; r < kRows; ++r) {
-        QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-          _mm256_store_si256(reinterpret_cast<__m256i*>(batch->acc[pixel + r] + 8 * v), acc_i32x8[r][v]);
-        }
+    QD_UNROLL for (int r = 0; r < kRows; ++r) {
+      QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(batch->acc[pixel + r] + 8 * v), acc_i32x8[r][v]);
       }
     }
   }
@@ -229,7 +225,8 @@ void run_pixels(const ConvParams& p, const Slab& slab, Batch* batch, int begin) 
 
 template <typename Weights, int kVectors>
 void run_batch(const ConvParams& p, int32_t slab_cells, int32_t slab_k, Batch* batch) {
-  for (int32_t t = 0; t < p.cells; t += slab_cells) {
+  const bool done = p.cells == 1 && Weights::template short_sums<kVectors>(p, batch->a, batch->acc, batch->pixels);
+  for (int32_t t = 0; t < p.cells && !done; t += slab_cells) {
     for (int32_t i = 0; i < p.k; i += slab_k) {
       Slab slab;
       slab.cell_offset = p.cell_offset + t;
@@ -238,14 +235,40 @@ void run_batch(const ConvParams& p, int32_t slab_cells, int32_t slab_k, Batch* b
       slab.k = p.k - i < slab_k ? p.k - i : slab_k;
       slab.w = static_cast<const int8_t*>(p.w) + (static_cast<size_t>(t) * p.k + i) * (kNr * Weights::kElementBytes);
       slab.first = t == 0 && i == 0;
-      slab.last = t + slab_cells >= p.cells && i + slab_k >= p.k;
       run_pixels<Weights, Weights::kMaxRows, kVectors>(p, slab, batch, 0);
     }
+  }
+  const auto write = [&](auto residual) {
+    using Residual = decltype(residual);
+    if (batch->out == Dtype::f32) return write_batch<kVectors, Residual, float>(p, *batch);
+    batch->out == Dtype::s16 ? write_batch<kVectors, Residual, int16_t>(p, *batch)
+                             : write_batch<kVectors, Residual, uint8_t>(p, *batch);
+  };
+  if (!p.residual) {
+    write(None());
+  } else {
+    p.residual_type == Dtype::s16 ? write(int16_t()) : write(uint8_t());
   }
   batch->pixels = 0;
 }
 
 int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+// Adds the pixels of a strip from `first` on, as many as there is room for; returns how many. Where sums are short this
+// is a quarter of the time: in local variables, that no store might change.
+QD_INLINE int add_strip(const ConvParams& p, const ConvTile& tile, int strip, int first, Batch* batch) {
+  const int left = tile.r - first, room = kBatch - batch->pixels, count = left < room ? left : room;
+  const ptrdiff_t a_stride = p.a_stride, c_stride = p.c_stride, residual_stride = p.residual_stride;
+  const uint8_t* a = p.a + tile.a[strip] + first * a_stride;
+  ptrdiff_t c = tile.c[strip] + first * c_stride, residual = tile.residual[strip] + first * residual_stride;
+  const uint8_t** to = batch->a + batch->pixels;
+  ptrdiff_t *to_c = batch->c + batch->pixels, *to_residual = batch->residual + batch->pixels;
+  for (int i = 0; i < count; ++i, a += a_stride, c += c_stride, residual += residual_stride) {
+    to[i] = a, to_c[i] = c, to_residual[i] = residual;
+  }
+  batch->pixels += count;
+  return count;
+}
 
 template <typename Weights, Dtype kOut>
 void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
@@ -262,11 +285,9 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   batch.prefetch_lines = p.prefetch_bytes / 64;
   for (const ConvTile* tile = tiles; tile != tiles + n_tiles; ++tile) {
     for (int s = 0; s < tile->strips; ++s) {
-      for (int i = 0; i < tile->r; ++i) {
-        batch.a[batch.pixels] = p.a + tile->a[s] + i * p.a_stride;
-        batch.c[batch.pixels] = tile->c[s] + i * p.c_stride;
-        batch.residual[batch.pixels] = tile->residual[s] + i * p.residual_stride;
-        if (++batch.pixels == kBatch) run(p, slab_cells, slab_k, &batch);
+      for (int done = 0; done < tile->r;) {
+        done += add_strip(p, *tile, s, done, &batch);
+        if (batch.pixels == kBatch) run(p, slab_cells, slab_k, &batch);
       }
     }
   }

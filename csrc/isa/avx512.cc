@@ -195,21 +195,11 @@ struct WinogradMadd {
 
 // ---- Depthwise ------------------------------------------------------------------------------------------------------
 
-// Four cells as two pairs: the even bytes and the odd bytes of each dword, widened to 16 bits by a mask and a shift.
-struct DepthwiseMadd {
-  struct Weights {
-    __m512i even_i16x32, odd_i16x32;
-  };
-  static QD_INLINE Weights weights(__m512i w_i8x64) {
-    return {_mm512_srai_epi16(_mm512_slli_epi16(w_i8x64, 8), 8), _mm512_srai_epi16(w_i8x64, 8)};
-  }
-  static QD_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, const Weights& w) {
-    const __m512i even_u16x32 = _mm512_and_si512(a_u8x64, _mm512_set1_epi16(255)),
-                  odd_u16x32 = _mm512_srli_epi16(a_u8x64, 8);
-    acc_i32x16 = _mm512_add_epi32(acc_i32x16, _mm512_madd_epi16(even_u16x32, w.even_i16x32));
-    acc_i32x16 = _mm512_add_epi32(acc_i32x16, _mm512_madd_epi16(odd_u16x32, w.odd_i16x32));
-  }
-};
+void depthwise(const DepthwiseParams* params, size_t rows, size_t pixels) {
+  const auto run =
+      params->fits_s16 ? depthwise_by<Avx512Vectors, MaddubsProducts> : depthwise_by<Avx512Vectors, MaddProducts>;
+  run(*params, rows, pixels);
+}
 
 // ---- Pools: 64 channels at a time -----------------------------------------------------------------------------------
 
@@ -429,7 +419,8 @@ void init_avx512(Kernels* kernels) {
   kernels->conv[8] = conv_kernel<Madd>("qu8_qc8w_conv_14x32c2__avx512");
   kernels->winograd[0] = winograd_kernel<Winograd4, WinogradMadd>("qu8_qc8w_winograd_4x4_14x32__avx512");
   kernels->winograd[1] = winograd_kernel<Winograd2, WinogradMadd>("qu8_qc8w_winograd_2x2_14x32__avx512");
-  kernels->depthwise = depthwise<DepthwiseMadd>;
+  kernels->depthwise = depthwise;
+  kernels->depthwise_channels = Avx512Vectors::kChannels;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;
   kernels->avg_pool_f32 = avg_pool<float>;

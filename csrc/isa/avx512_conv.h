@@ -82,13 +82,6 @@ QD_INLINE __m512 residual_f32x16(const int16_t* residual) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(residual))));
 }
 
-// The type of the codes of a residual, where there is none.
-struct None {};
-template <class T>
-constexpr bool kIsNone = false;
-template <>
-constexpr bool kIsNone<None> = true;
-
 QD_INLINE ptrdiff_t residual_offset(const ConvParams& params, const ConvTile& tile, int strip, int pixel) {
   return tile.residual[strip] + pixel * params.residual_stride;
 }

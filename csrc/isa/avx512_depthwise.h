@@ -1,16 +1,8 @@
-// Depthwise convolution for AVX-512, and the 64-channel blocks that the other channel-wise kernels use too.
-//
-// Formula: acc[n] = comp[n] + sum over cells t of a_t[n] * w_t[n]. A dot product of four bytes adds four cells at once,
-// so the bytes of four cells are interleaved first, 64 channels at a time:
-//
-//     x0 = a0 a1 a2 ..  (cell t)     unpack bytes, then words      block 0, lane l: channels 16l+0..3,   4 cells each
-//     x1 = b0 b1 b2 ..  (cell t+1)  ------------------------>      block 1, lane l: channels 16l+4..7
-//     x2, x3                                                       block 2: 16l+8..11     block 3: 16l+12..15
-//
-// "Block order" costs nothing at the end: packssdw and packuswb undo it. Weights are interleaved the same way, once for
-// four pixels: 8 + 8/4 shuffles (port 5) and 4 dot products for 256 products.
+// Depthwise convolution by 64 channels, and the blocks of 64 channels that the other channel-wise kernels use too.
+// "Block order" is that of depthwise.h.
 #pragma once
 #include "avx512_conv.h"
+#include "depthwise.h"
 
 namespace qdeploy {
 namespace {
@@ -43,79 +35,61 @@ QD_INLINE __m512i quantize_u8x64(const __m512 (&r_f32x16)[4], uint8_t qmin, uint
                          _mm512_set1_epi8(static_cast<char>(qmax)));
 }
 
-QD_INLINE void interleave(const __m512i (&x_u8x64)[4], __m512i (&block)[4]) {
-  const __m512i low01 = _mm512_unpacklo_epi8(x_u8x64[0], x_u8x64[1]),
-                low23 = _mm512_unpacklo_epi8(x_u8x64[2], x_u8x64[3]);
-  const __m512i high01 = _mm512_unpackhi_epi8(x_u8x64[0], x_u8x64[1]),
-                high23 = _mm512_unpackhi_epi8(x_u8x64[2], x_u8x64[3]);
-  block[0] = _mm512_unpacklo_epi16(low01, low23);
-  block[1] = _mm512_unpackhi_epi16(low01, low23);
-  block[2] = _mm512_unpacklo_epi16(high01, high23);
-  block[3] = _mm512_unpackhi_epi16(high01, high23);
-}
-
 // What 64 channels need besides their weights, in block order.
 struct DepthwiseChannels {
-  __m512 comp_i32x16[4], multiplier_f32x16[4], bias_f32x16[4];
+  __m512i comp[4];
+  __m512 multiplier_f32x16[4], bias_f32x16[4];
+  uint8_t qmin, qmax;
   __mmask64 mask;
+
+  QD_INLINE void set(const DepthwiseParams& p, int32_t n) {
+    __m512 comp_i32x16[4];
+    load_block_order(p.comp + n, comp_i32x16);
+    for (int j = 0; j < 4; ++j) comp[j] = _mm512_castps_si512(comp_i32x16[j]);
+    load_block_order(p.multiplier + n, multiplier_f32x16);
+    load_block_order(p.bias + n, bias_f32x16);
+    qmin = p.qmin, qmax = p.qmax;
+    mask = first_lanes(static_cast<size_t>(p.n - n));
+  }
+
+  template <int kPixels>
+  QD_INLINE void write(const __m512i* acc, uint8_t* c, ptrdiff_t c_stride) const {
+    __m512 r_f32x16[kPixels][4];
+    QD_UNROLL for (int j = 0; j < 4; ++j) {
+      QD_UNROLL for (int q = 0; q < kPixels; ++q) {
+        const __m512 acc_f32x16 = _mm512_cvtepi32_ps(_mm512_loadu_si512(acc + 4 * q + j));
+        r_f32x16[q][j] = _mm512_fmadd_ps(acc_f32x16, multiplier_f32x16[j], bias_f32x16[j]);
+      }
+    }
+    QD_UNROLL for (int q = 0; q < kPixels; ++q) {
+      _mm512_mask_storeu_epi8(c + q * c_stride, mask, quantize_u8x64(r_f32x16[q], qmin, qmax));
+    }
+  }
 };
 
-// P neighbouring pixels of 64 channels. Dot::Weights is what Dot::weights makes of a block of codes, for Dot::dot.
-template <class Dot, int P>
-QD_INLINE void depthwise_pixels(const DepthwiseParams& p, const DepthwiseChannels& channels, const uint8_t* a,
-                                const int8_t* w, uint8_t* c) {
-  __m512i acc[P][4];
-  QD_UNROLL for (int q = 0; q < P; ++q) {
-    QD_UNROLL for (int j = 0; j < 4; ++j) acc[q][j] = _mm512_castps_si512(channels.comp_i32x16[j]);
-  }
+// Instructions on 64 channels.
+struct Avx512Vectors {
+  using Int = __m512i;
+  using Channels = DepthwiseChannels;
+  static constexpr int kChannels = 64;
 
-  for (int32_t t = 0; t < p.cells; t += 4) {
-    __m512i x[4], block[4];
-    ptrdiff_t offset[4];
-    QD_UNROLL for (int i = 0; i < 4; ++i) {  // beyond the last cell: that cell again, with zero weights
-      const int32_t cell = t + i < p.cells ? t + i : p.cells - 1;
-      offset[i] = p.cell_offset[cell];
-      x[i] = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(t + i < p.cells ? 0xff : 0), w + cell * p.w_stride);
-    }
-    interleave(x, block);
-    typename Dot::Weights weights[4];
-    QD_UNROLL for (int j = 0; j < 4; ++j) weights[j] = Dot::weights(block[j]);
-    QD_UNROLL for (int q = 0; q < P; ++q) {
-      QD_UNROLL for (int i = 0; i < 4; ++i) x[i] = _mm512_loadu_si512(a + q * p.a_stride + offset[i]);
-      interleave(x, block);
-      QD_UNROLL for (int j = 0; j < 4; ++j) Dot::dot(acc[q][j], block[j], weights[j]);
-    }
-  }
-
-  QD_UNROLL for (int q = 0; q < P; ++q) {
-    __m512 r_f32x16[4];
-    QD_UNROLL for (int j = 0; j < 4; ++j) {
-      r_f32x16[j] =
-          _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[q][j]), channels.multiplier_f32x16[j], channels.bias_f32x16[j]);
-    }
-    _mm512_mask_storeu_epi8(c + q * p.c_stride, channels.mask, quantize_u8x64(r_f32x16, p.qmin, p.qmax));
-  }
-}
-
-template <class Dot>
-void depthwise(const DepthwiseParams* params, size_t pixels) {
-  const DepthwiseParams& p = *params;
-  for (int32_t n = 0; n < p.n; n += 64) {
-    DepthwiseChannels channels;
-    load_block_order(p.comp + n, channels.comp_i32x16);
-    load_block_order(p.multiplier + n, channels.multiplier_f32x16);
-    load_block_order(p.bias + n, channels.bias_f32x16);
-    channels.mask = first_lanes(static_cast<size_t>(p.n - n));
-    const uint8_t* a = p.a + n;
-    uint8_t* c = p.c + n;
-    size_t left = pixels;
-    for (; left >= 4; left -= 4, a += 4 * p.a_stride, c += 4 * p.c_stride)
-      depthwise_pixels<Dot, 4>(p, channels, a, p.w + n, c);
-    for (; left >= 2; left -= 2, a += 2 * p.a_stride, c += 2 * p.c_stride)
-      depthwise_pixels<Dot, 2>(p, channels, a, p.w + n, c);
-    if (left > 0) depthwise_pixels<Dot, 1>(p, channels, a, p.w + n, c);
-  }
-}
+  static QD_INLINE Int load(const void* from) { return _mm512_loadu_si512(from); }
+  static QD_INLINE void store(Int* to, Int x) { _mm512_storeu_si512(to, x); }
+  static QD_INLINE Int zero() { return _mm512_setzero_si512(); }
+  static QD_INLINE Int ones_16() { return _mm512_set1_epi16(1); }
+  static QD_INLINE Int unpack_low_8(Int a, Int b) { return _mm512_unpacklo_epi8(a, b); }
+  static QD_INLINE Int unpack_high_8(Int a, Int b) { return _mm512_unpackhi_epi8(a, b); }
+  static QD_INLINE Int unpack_low_16(Int a, Int b) { return _mm512_unpacklo_epi16(a, b); }
+  static QD_INLINE Int unpack_high_16(Int a, Int b) { return _mm512_unpackhi_epi16(a, b); }
+  static QD_INLINE Int even_bytes_u16(Int a) { return _mm512_and_si512(a, _mm512_set1_epi16(255)); }
+  static QD_INLINE Int odd_bytes_u16(Int a) { return _mm512_srli_epi16(a, 8); }
+  static QD_INLINE Int even_bytes_s16(Int a) { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
+  static QD_INLINE Int odd_bytes_s16(Int a) { return _mm512_srai_epi16(a, 8); }
+  static QD_INLINE Int madd(Int a, Int b) { return _mm512_madd_epi16(a, b); }
+  static QD_INLINE Int maddubs(Int a, Int b) { return _mm512_maddubs_epi16(a, b); }
+  static QD_INLINE Int add_16(Int a, Int b) { return _mm512_add_epi16(a, b); }
+  static QD_INLINE Int add_32(Int a, Int b) { return _mm512_add_epi32(a, b); }
+};
 
 }  // namespace
 }  // namespace qdeploy

@@ -316,13 +316,17 @@ void conv_grouped(const ConvParams* params, const ConvTile* tiles, size_t n_tile
   params->residual ? conv_grouped<uint8_t>(*params, tiles, n_tiles) : conv_grouped<None>(*params, tiles, n_tiles);
 }
 
-struct DepthwiseVnni {
-  using Weights = __m512i;
-  static QD_INLINE Weights weights(__m512i w_i8x64) { return w_i8x64; }
-  static QD_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, Weights w_i8x64) {
+// ---- Depthwise ------------------------------------------------------------------------------------------------------
+
+struct Avx512VnniVectors : Avx512Vectors {
+  static QD_INLINE void dot(__m512i& acc_i32x16, __m512i a_u8x64, __m512i w_i8x64) {
     qdeploy::dot(acc_i32x16, a_u8x64, w_i8x64);
   }
 };
+
+void depthwise(const DepthwiseParams* params, size_t rows, size_t pixels) {
+  depthwise_by<Avx512VnniVectors, DotProducts>(*params, rows, pixels);
+}
 
 // ---- Winograd -------------------------------------------------------------------------------------------------------
 
@@ -347,7 +351,7 @@ void init_avx512vnni(Kernels* kernels) {
       "qu8_qc8w_grouped_14x32c4__avx512vnni", conv_grouped, nullptr, nullptr, kMr, kStrips, kNr, Vnni::kFormat};
   kernels->winograd[0] = winograd_kernel<Winograd4, WinogradVnni>("qu8_qc8w_winograd_4x4_14x32__avx512vnni");
   kernels->winograd[1] = winograd_kernel<Winograd2, WinogradVnni>("qu8_qc8w_winograd_2x2_14x32__avx512vnni");
-  kernels->depthwise = depthwise<DepthwiseVnni>;
+  kernels->depthwise = depthwise;
 }
 
 }  // namespace qdeploy

@@ -162,14 +162,16 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const uint8
   QD_UNROLL for (int q = 0; q < kPixels; ++q) write_depthwise(p, n, acc_i32x4[q], c + q * p.c_stride);
 }
 
-void depthwise(const DepthwiseParams* params, size_t pixels) {
+void depthwise(const DepthwiseParams* params, size_t rows, size_t pixels) {
   const DepthwiseParams& p = *params;
-  for (int32_t n = 0; n < p.n; n += 16) {
-    const uint8_t* a = p.a + n;
-    uint8_t* c = p.c + n;
-    size_t left = pixels;
-    for (; left >= 4; left -= 4, a += 4 * p.a_stride, c += 4 * p.c_stride) depthwise_pixels<4>(p, n, a, c);
-    for (; left > 0; --left, a += p.a_stride, c += p.c_stride) depthwise_pixels<1>(p, n, a, c);
+  for (size_t row = 0; row < rows; ++row) {
+    for (int32_t n = 0; n < p.n; n += 16) {
+      const uint8_t* a = p.a + static_cast<ptrdiff_t>(row) * p.a_row_stride + n;
+      uint8_t* c = p.c + static_cast<ptrdiff_t>(row) * p.c_row_stride + n;
+      size_t left = pixels;
+      for (; left >= 4; left -= 4, a += 4 * p.a_stride, c += 4 * p.c_stride) depthwise_pixels<4>(p, n, a, c);
+      for (; left > 0; --left, a += p.a_stride, c += p.c_stride) depthwise_pixels<1>(p, n, a, c);
+    }
   }
 }
 
@@ -363,6 +365,7 @@ void init_neon(Kernels* kernels) {
   kernels->winograd[0] = winograd_kernel<Winograd4>("qu8_qc8w_winograd_4x4_4x16__neon");
   kernels->winograd[1] = winograd_kernel<Winograd2>("qu8_qc8w_winograd_2x2_4x16__neon");
   kernels->depthwise = depthwise;
+  kernels->depthwise_channels = 16;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;
   kernels->avg_pool_f32 = avg_pool<float>;

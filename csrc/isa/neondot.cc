@@ -149,7 +149,7 @@ QD_INLINE void depthwise_pixels(const DepthwiseParams& p, int32_t n, const int32
   QD_UNROLL for (int q = 0; q < kPixels; ++q) write_depthwise(p, n, acc_i32x4[q], c + q * p.c_stride);
 }
 
-void depthwise(const DepthwiseParams* params, size_t pixels) {
+void depthwise(const DepthwiseParams* params, size_t rows, size_t pixels) {
   const DepthwiseParams& p = *params;
   for (int32_t n = 0; n < p.n; n += 16) {
     int32x4_t comp_i32x4[4];  // plus 128 * sum(w), because activations are a - 128
@@ -162,13 +162,15 @@ void depthwise(const DepthwiseParams* params, size_t pixels) {
         comp_i32x4[j] = vsubq_s32(comp_i32x4[j], sum_i32x4);
       }
     }
-    const uint8_t* a = p.a + n;
-    uint8_t* c = p.c + n;
-    size_t left = pixels;
-    for (; left >= 4; left -= 4, a += 4 * p.a_stride, c += 4 * p.c_stride) {
-      depthwise_pixels<4>(p, n, comp_i32x4, a, c);
+    for (size_t row = 0; row < rows; ++row) {
+      const uint8_t* a = p.a + static_cast<ptrdiff_t>(row) * p.a_row_stride + n;
+      uint8_t* c = p.c + static_cast<ptrdiff_t>(row) * p.c_row_stride + n;
+      size_t left = pixels;
+      for (; left >= 4; left -= 4, a += 4 * p.a_stride, c += 4 * p.c_stride) {
+        depthwise_pixels<4>(p, n, comp_i32x4, a, c);
+      }
+      for (; left > 0; --left, a += p.a_stride, c += p.c_stride) depthwise_pixels<1>(p, n, comp_i32x4, a, c);
     }
-    for (; left > 0; --left, a += p.a_stride, c += p.c_stride) depthwise_pixels<1>(p, n, comp_i32x4, a, c);
   }
 }
 

@@ -75,11 +75,12 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
   }
 }
 
-void depthwise(const DepthwiseParams* params, size_t pixels) {
+void depthwise(const DepthwiseParams* params, size_t rows, size_t pixels) {
   const DepthwiseParams& p = *params;
-  for (size_t pixel = 0; pixel < pixels; ++pixel) {
-    const uint8_t* a = p.a + static_cast<ptrdiff_t>(pixel) * p.a_stride;
-    uint8_t* c = p.c + static_cast<ptrdiff_t>(pixel) * p.c_stride;
+  for (size_t i = 0; i < rows * pixels; ++i) {
+    const ptrdiff_t row = static_cast<ptrdiff_t>(i / pixels), pixel = static_cast<ptrdiff_t>(i % pixels);
+    const uint8_t* a = p.a + row * p.a_row_stride + pixel * p.a_stride;
+    uint8_t* c = p.c + row * p.c_row_stride + pixel * p.c_stride;
     for (int32_t n = 0; n < p.n; ++n) {
       int32_t acc = p.comp[n];
       for (int32_t t = 0; t < p.cells; ++t) acc += a[p.cell_offset[t] + n] * p.w[t * p.w_stride + n];
@@ -318,6 +319,7 @@ void init_scalar(Kernels* kernels) {
   kernels->winograd[0] = winograd_kernel<Form<4>, kForm4>("qu8_qc8w_winograd_4x4_1x16__scalar");
   kernels->winograd[1] = winograd_kernel<Form<2>, kForm2>("qu8_qc8w_winograd_2x2_1x16__scalar");
   kernels->depthwise = depthwise;
+  kernels->depthwise_channels = 1;
   kernels->max_pool = max_pool;
   kernels->avg_pool_qu8 = avg_pool<uint8_t>;
   kernels->avg_pool_f32 = avg_pool<float>;

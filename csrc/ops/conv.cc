@@ -154,16 +154,26 @@ void run_panels(const StepRun& run) {
   }
 }
 
+// So many output pixels a call that weights and constants, which each call brings in order, weigh little.
+constexpr int64_t kDepthwisePixels = 112;
+
 DepthwiseParams depthwise_params(const StepRun& run) {
   const PackedConv& conv = *run.step.conv;
+  const Activation &in = run.in(), &out = run.out();
+  const Window& window = run.data<ConvData>().window;
   DepthwiseParams params = {};
   params.cells = static_cast<int32_t>(conv.cell_offset.size());
+  params.columns = static_cast<int32_t>(window.kernel[1]);
+  params.a_row_stride = window.stride[0] * in.row_pitch;
   params.cell_offset = conv.cell_offset.data();
+  params.column_stride = window.dilation[1] * in.c;
   params.w = reinterpret_cast<const int8_t*>(run.chunk.program.weights.data() + conv.weight_offset);
   params.w_stride = conv.depthwise_stride;
+  params.fits_s16 = conv.fits_s16;
   params.comp = reinterpret_cast<const int32_t*>(conv.comp.data());
   params.multiplier = reinterpret_cast<const float*>(conv.multiplier.data());
   params.bias = reinterpret_cast<const float*>(conv.bias.data());
+  params.c_row_stride = out.row_pitch;
   params.qmin = run.node().qmin;
   params.qmax = run.node().qmax;
   return params;
@@ -182,18 +192,20 @@ void run_depthwise(const StepRun& run) {
   const Window& window = run.data<ConvData>().window;
   DepthwiseParams params = depthwise_params(run);
   const Range rows = run.rows();
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
+  const int64_t most = std::max<int64_t>(1, kDepthwisePixels / out.w);
+  for (int64_t row = rows.begin, count; row < rows.end; row += count) {
+    count = std::min({most, rows.end - row, out.h - row % out.h});  // of one image
     const int64_t y = row % out.h * window.stride[0] - window.padding[0];
     params.a = run.from() + row / out.h * in.image_pitch + in.origin + y * in.row_pitch - window.padding[1] * in.c;
     params.c = run.to() + out.row_offset(row);
     const auto run_pixels = [&](int64_t repeat, int64_t pixels) {
       repeat_pixels(run, repeat, &params);
-      run.kernels().depthwise(&params, static_cast<size_t>(pixels));
+      run.kernels().depthwise(&params, static_cast<size_t>(count), static_cast<size_t>(pixels));
       params.a += pixels * params.a_stride;
       params.c += pixels * params.c_stride;
     };
     run_pixels(conv.repeat, out.w / conv.repeat);
-    run_pixels(1, out.w % conv.repeat);
+    if (out.w % conv.repeat) run_pixels(1, out.w % conv.repeat);
   }
 }
 
