@@ -91,10 +91,12 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     rule = LOWERING.get(getattr(site.target, "overloadpacket", site.target))
     if rule is not None and any(isinstance(x, Unknown) for x in inputs):
         return missing(site, site.node.meta["val"], inputs)
-    weight = isinstance(args[0], LearnedWeight) and rule in (moves.same, moves.move)  # the codes stay
+    if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], LearnedWeight):
+        return _computed(site, (args[0], args[1].dequantized(), *args[2:]), kwargs)  # of constants, as learned queries
+    moved = rule in (moves.same, moves.move, moves.getitem)  # the codes stay
     for i, value in enumerate(inputs):
         right = i == 1 and rule in WEIGHTED or i == 0 and rule is weighted.embedding
-        if isinstance(value, LearnedWeight) and not weight and not right:
+        if isinstance(value, LearnedWeight) and not moved and not right:
             expected = "a learned quantizer right before its conv2d or linear (quantize_ after pruning and the like)"
             site.fail(expected, f"aten.{site.operator} of its result")
     if not any(map(depends, inputs)):
@@ -113,8 +115,9 @@ def _computed(site: Site, args: tuple, kwargs: dict) -> Any:
     """What depends on nothing but the size of the batch, for a batch of BATCH."""
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    target = aten.reshape.default if site.operator == "view" else site.target  # strides may be others than in the trace
     with torch.no_grad():
-        return site.target(*args, **kwargs)
+        return target(*args, **kwargs)
 
 
 WEIGHTED = (weighted.conv1d, weighted.conv2d, weighted.linear)
@@ -125,6 +128,7 @@ FLOAT_MOVES = """upsample_nearest2d _upsample_nearest_exact2d upsample_nearest1d
     replication_pad1d replication_pad2d"""
 IDENTITIES = """clone alias detach contiguous to _to_copy dropout feature_dropout alpha_dropout lift_fresh_copy
     _assert_tensor_metadata"""
+FILLED = "new_zeros new_ones new_full zeros_like ones_like full_like"
 FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh prelu rrelu
     threshold log_sigmoid exp expm1 log log1p sqrt rsqrt square pow reciprocal abs sign erf sin cos atan floor ceil
     round gt ge lt le where max min maximum minimum"""
@@ -135,6 +139,7 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     aten.conv2d: weighted.conv2d,
     aten.linear: weighted.linear,
     aten.embedding: weighted.embedding,
+    aten.ne: weighted.no_padding,
     aten.batch_norm: elementwise.batch_norm,
     aten._native_batch_norm_legit_no_training: elementwise.batch_norm_functional,
     aten.layer_norm: norms.layer_norm,
@@ -177,6 +182,7 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     aten.amax: windows.maximum_over,
     **{getattr(aten, name): moves.move for name in MOVES.split()},
     **{getattr(aten, name): moves.move_in_float for name in FLOAT_MOVES.split()},
+    **{getattr(aten, name): moves.filled for name in FILLED.split()},
     **{getattr(aten, name): moves.same for name in IDENTITIES.split()},
     **{getattr(aten, name): elementwise.table for name in FUNCTIONS.split()},
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, around_batch
-from qdeploy.exporter.layers import Attention, Layer
+from qdeploy.exporter.layers import Attention, Gather, Layer, Position
 from qdeploy.exporter.lowering.moved import Value, index_of, layer_of, regrouped, seen
 from qdeploy.exporter.lowering.site import OPERATOR, Site, float64
 from qdeploy.ops.op import channels_of
@@ -38,6 +38,7 @@ class Scores:
 def product(site: Site, a: Any, b: Any) -> Any:
     if isinstance(a, Scores) and a.is_softmax and not isinstance(b, (Tensor, Scores)):
         return _attention(site, a, b)
+    a = _queries(site, a)
     if isinstance(a, (Tensor, Scores)) or isinstance(b, (Tensor, Scores)):
         site.fail("a product of queries and keys, or of softmax and values", "a matrix product outside a Linear")
     if index_of(a).ndim < 3 or index_of(a).ndim != index_of(b).ndim:
@@ -108,15 +109,17 @@ def scaled_dot_product(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Value:
+    q = _queries(site, q)
     for x in (q, k, v):
         if isinstance(x, (Tensor, Scores)):
-            site.fail("queries, keys and values that depend on the input", "constant ones")
-    sizes = (*index_of(q).shape[:-1], index_of(k).shape[-2])
-    scores = Scores(q, k, sizes, index_of(q).shape[-1] ** -0.5 if scale is None else float(scale), None, True)
+            site.fail("keys and values that depend on the input", "constant ones")
     if enable_gqa:
         times = index_of(q).shape[-3] // index_of(k).shape[-3]
         k, v = (seen(layer_of(x), np.repeat(index_of(x), times, axis=-3)) for x in (k, v))
-        scores = replace(scores, k=k)
+    lead = np.broadcast_shapes(*(index_of(x).shape[:-2] for x in (q, k, v)))  # one head of keys for all queries
+    q, k, v = (seen(layer_of(x), np.broadcast_to(index_of(x), (*lead, *index_of(x).shape[-2:]))) for x in (q, k, v))
+    sizes = (*index_of(q).shape[:-1], index_of(k).shape[-2])
+    scores = Scores(q, k, sizes, index_of(q).shape[-1] ** -0.5 if scale is None else float(scale), None, True)
     if is_causal:
         mask = torch.ones(sizes[-2:], dtype=torch.bool).tril()
     if mask is not None:
@@ -125,6 +128,25 @@ def scaled_dot_product(
         bias = float64(torch.where(mask, 0.0, -math.inf) if mask.dtype == torch.bool else mask)
         scores = replace(scores, bias=np.broadcast_to(bias, sizes))
     return _attention(site, scores, v)
+
+
+def _queries(site: Site, q: Any) -> Any:
+    """Learned queries, of a pool by attention, are rows that take nothing from the input."""
+    if not isinstance(q, Tensor) or q.dim() < 3 or len(q) % BATCH:
+        return q
+    *_, count, width = q.shape
+    by_image = float64(q).reshape(BATCH, -1, count, width)
+    if (by_image[0] != by_image[1]).any():
+        site.fail("the same queries for all images", "others")
+    heads = by_image.shape[1]
+    shape = (count, heads * width)
+    index = np.arange(q.numel()).reshape(BATCH, count, heads, width).swapaxes(1, 2).reshape(q.shape)
+    at = Site(site.node.args[0], site.trace, site.layers)
+    source = next(layer for layer in site.layers if layer.op != "input" or not site.trace.ids)
+    rows = at.layer(Gather, [source], (count, channels_of(source.shape)), axis="rows", index=np.full(count, -1))
+    empty = at.layer(Gather, [rows], shape, axis="channels", index=np.full(shape[1], -1))
+    table = by_image[0].swapaxes(0, 1).reshape(shape)
+    return seen(at.layer(Position, [empty], shape, index, factor=0.0, rows=table), index)
 
 
 # ---- The layer -------------------------------------------------------------------------------------------------------

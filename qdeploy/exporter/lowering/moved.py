@@ -192,8 +192,11 @@ def regrouped(site: Site, layer: Layer, rows: np.ndarray, shape: Shape) -> Layer
     if rows.size == own.size:
         if rows.shape[1] == channels_of(layer.shape) and (rows.reshape(-1) == np.arange(own.size)).all():
             return _viewed(site, layer, shape)
-        if np.array_equal(in_order_of_torch(rows, shape).reshape(-1), own):
+        order = in_order_of_torch(rows, shape).reshape(-1)
+        if np.array_equal(order, own):
             return site.layer(Reshape, [layer], shape)
+        if len(layer.shape) == 2 and np.array_equal(order, own.reshape(layer.shape).T.reshape(-1)):
+            return site.layer(Reshape, [_viewed(site, layer, (*layer.shape[::-1], 1))], shape)  # rows as channels
     separated = _separated(rows, channels_of(layer.shape))
     if separated is not None:
         return _gathered(site, layer, *separated, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,11 @@ def same(site: Site, x: Any, *_: Any, **__: Any) -> Any:
     return x
 
 
+def filled(site: Site, x: Value, *args: Any, **kwargs: Any) -> Tensor:
+    """One number everywhere: of x it takes the sizes at most."""
+    return site.target(torch.empty(index_of(x).shape), *args, **kwargs | {"device": torch.device("cpu")})
+
+
 def getitem(site: Site, x: Any, index: int) -> Any:
     """BatchNorm and pools with indices return tuples; only their first element is a value."""
     if isinstance(x, (tuple, list)):  # of a split
@@ -37,7 +43,7 @@ def getitem(site: Site, x: Any, index: int) -> Any:
 
 def move(site: Site, x: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(x, LearnedWeight):
-        return _reshaped_weight(site, x)
+        return _moved_weight(site, x, *args, **kwargs)
     if isinstance(x, Scores):
         return reshaped_scores(site, x)
     layer = layer_of(x)
@@ -54,11 +60,25 @@ def move_in_float(site: Site, x: Value, *args: Any, **kwargs: Any) -> Value:
     return seen(layer_of(x), moved.numpy().astype(np.int64))
 
 
-def _reshaped_weight(site: Site, weight: LearnedWeight) -> LearnedWeight:
-    shape = site.node.meta["val"].shape
-    if weight.step.numel() > 1 and shape[0] != weight.shape[0] or math.prod(shape) != weight.value.numel():
-        site.fail("a reshape that keeps the output channels of a quantized weight", f"{list(shape)}")
-    return weight.reshaped(shape)
+def _moved_weight(site: Site, weight: LearnedWeight, *args: Any, **kwargs: Any) -> Any:
+    """Its output channels, all or some of them, in another shape."""
+    moved = site.target(torch.arange(weight.value.numel()).reshape(weight.shape), *args, **kwargs)
+    if isinstance(moved, Tensor):
+        return _channels_of(site, weight, moved)
+    return tuple(_channels_of(site, weight, part) for part in moved)
+
+
+def _channels_of(site: Site, weight: LearnedWeight, elements: Tensor) -> LearnedWeight:
+    width = math.prod(weight.shape[1:])
+    rows = elements.reshape(len(elements), -1)
+    channels = rows[:, 0] // width
+    whole = rows.shape[1] == width and torch.equal(rows, channels[:, None] * width + torch.arange(width))
+    if weight.step.numel() > 1 and not whole:
+        got = f"{list(elements.shape)}"
+        site.fail("a reshape that keeps the output channels of a quantized weight", got)
+    if whole:
+        return weight.of(channels.numpy()).reshaped(elements.shape)
+    return replace(weight, value=weight.value.reshape(-1)[elements])
 
 
 def pad(site: Site, x: Value, padding: list[int], mode: str = "constant", value: float | None = None) -> Value:
