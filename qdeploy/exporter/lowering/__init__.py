@@ -115,7 +115,7 @@ def _computed(site: Site, args: tuple, kwargs: dict) -> Any:
     """What depends on nothing but the size of the batch, for a batch of BATCH."""
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    target = aten.reshape.default if site.operator == "view" else site.target  # strides may be others than in the trace
+    target = aten.reshape.default if "view" in site.operator else site.target  # strides may be others than in the trace
     with torch.no_grad():
         return target(*args, **kwargs)
 
@@ -126,7 +126,7 @@ MOVES = """view reshape flatten squeeze unsqueeze unflatten _unsafe_view expand 
     tensor_split unsafe_split unsafe_chunk view_as reshape_as pixel_shuffle pixel_unshuffle channel_shuffle"""
 FLOAT_MOVES = """upsample_nearest2d _upsample_nearest_exact2d upsample_nearest1d reflection_pad1d reflection_pad2d
     replication_pad1d replication_pad2d"""
-IDENTITIES = """clone alias detach contiguous to _to_copy dropout feature_dropout alpha_dropout lift_fresh_copy
+IDENTITIES = """clone alias detach contiguous to type_as _to_copy dropout feature_dropout alpha_dropout lift_fresh_copy
     _assert_tensor_metadata"""
 FILLED = "new_zeros new_ones new_full zeros_like ones_like full_like"
 FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh prelu rrelu

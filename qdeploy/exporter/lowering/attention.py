@@ -153,9 +153,10 @@ def _queries(site: Site, q: Any) -> Any:
 
 
 def _attention(site: Site, scores: Scores, v: Value) -> Value:
-    q = _heads(site, scores.q, None)
-    blocks, heads, rows, _ = q.shape
-    k, v_heads = (_heads(site, x, heads) for x in (scores.k, v))
+    entries, _ = _by_image(site, scores.q)
+    heads = _count_heads(scores.q, entries, scores.bias is not None)
+    q, k, v_heads = (_heads(site, x, heads) for x in (scores.q, scores.k, v))
+    blocks, _, rows, _ = q.shape
     if k.shape[:2] != v_heads.shape[:2] or k.shape[0] != blocks:
         site.fail("as many blocks and heads of queries, keys and values", f"{q.shape}, {k.shape} and {v_heads.shape}")
     layers = [_tokens(site, x, part) for x, part in ((scores.q, q), (scores.k, k), (v, v_heads))]
@@ -182,16 +183,24 @@ def _by_image(site: Site, x: Value) -> tuple[np.ndarray, np.ndarray]:
     return parts[0], order
 
 
-def _heads(site: Site, x: Value, heads: int | None) -> Heads:
-    """Heads are entries that have the same rows."""
+def _heads(site: Site, x: Value, heads: int) -> Heads:
     entries, _ = _by_image(site, x)
-    row = entries[:, :, 0] // channels_of(layer_of(x).shape)
-    if heads is None:
-        differs = (row != row[:1]).any(1)
-        heads = int(np.argmax(differs)) if differs.any() else len(entries)
     if len(entries) % heads:
         site.fail("as many heads in each block", f"{len(entries)} of {heads}")
     return entries.reshape(-1, heads, *entries.shape[1:])
+
+
+def _count_heads(x: Value, entries: np.ndarray, is_biased: bool) -> int:
+    """Heads are entries that have the same rows. Of rows that are channels, and where each head has rows of its own,
+    each head is a block; but a bias is one for all blocks, and then the sizes say how many heads there are."""
+    width = channels_of(layer_of(x).shape)
+    row = entries[:, :, 0] // width
+    if row.shape[1] > 1 and (row == row[:, :1]).all():
+        return 1
+    if is_biased and width == entries.shape[2] and index_of(x).ndim > 3:
+        return index_of(x).shape[-3]
+    differs = (row != row[:1]).any(1)
+    return int(np.argmax(differs)) if differs.any() else len(entries)
 
 
 def _tokens(site: Site, x: Value, part: Heads) -> Layer:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qdeploy.exporter.elements import BATCH, channel_axis
 from qdeploy.exporter.grid import Grid
@@ -28,7 +28,7 @@ from qdeploy.exporter.layers import (
 )
 from qdeploy.exporter.lowering.attention import Scores, biased, scaled
 from qdeploy.exporter.lowering.moved import Value, index_of, is_bijective, layer_of, regrouped, seen, settled
-from qdeploy.exporter.lowering.site import Site, float64
+from qdeploy.exporter.lowering.site import Site, aten, float64
 from qdeploy.ops.op import channels_of, rows_of
 
 FUNCTION = "an elementwise operator on functions of one tensor, a sum or a product"
@@ -152,20 +152,35 @@ def subtract_reversed(site: Site, a: Any, b: Any, alpha: float = 1) -> Any:
 def multiply(site: Site, a: Any, b: Any) -> Any:
     if isinstance(a, Scores) or isinstance(b, Scores):
         return scaled(site, a, b)
-    if not _is_value(b):
-        return affine(site, a, b, 0.0)
     if not _is_value(a):
-        return affine(site, b, a, 0.0)
+        return _by_constant(site, b, a, *site.node.args[::-1])
+    if not _is_value(b):
+        return _by_constant(site, a, b, *site.node.args)
     a, b, index = _pair(site, a, b, gate=True)
     if a.shape == b.shape and _ancestor([a, b]) is not None:
         return _function(site, index, a, b)
     return seen(site.layer(Mul, [a, b], a.shape, index), index)
 
 
+def _by_constant(site: Site, x: Value, constant: Any, x_node: fx.Node, constant_node: Any) -> Value:
+    """By one number, or one for each channel; of another for each place, as in rotary embeddings, an activation is
+    made."""
+    layer, index = settled(site, x)
+    factors = _by_element(site, constant, layer, index)
+    if len(factors) == 1:
+        return affine(site, x, constant, 0.0)
+    graph = site.trace.module.graph
+    with graph.inserting_before(site.node):
+        spread = graph.call_function(aten.expand_as.default, (constant_node, x_node))
+    spread.meta = site.node.meta
+    filled = _position(Site(spread, site.trace, site.layers), layer, index, 0.0, factors)
+    return seen(site.layer(Mul, [layer, filled], layer.shape, index), index)
+
+
 def divide(site: Site, a: Any, b: Any, **kwargs: Any) -> Any:
     if kwargs or _is_value(b):
         return table(site, a, b, **kwargs)
-    return multiply(site, a, torch.as_tensor(b).double().reciprocal())
+    return affine(site, a, torch.as_tensor(b).double().reciprocal(), 0.0)
 
 
 def negate(site: Site, x: Value) -> Value:

@@ -192,14 +192,14 @@ def regrouped(site: Site, layer: Layer, rows: np.ndarray, shape: Shape) -> Layer
     if rows.size == own.size:
         if rows.shape[1] == channels_of(layer.shape) and (rows.reshape(-1) == np.arange(own.size)).all():
             return _viewed(site, layer, shape)
-        order = in_order_of_torch(rows, shape).reshape(-1)
-        if np.array_equal(order, own):
+        if np.array_equal(in_order_of_torch(rows, shape).reshape(-1), own):
             return site.layer(Reshape, [layer], shape)
-        if len(layer.shape) == 2 and np.array_equal(order, own.reshape(layer.shape).T.reshape(-1)):
-            return site.layer(Reshape, [_viewed(site, layer, (*layer.shape[::-1], 1))], shape)  # rows as channels
     separated = _separated(rows, channels_of(layer.shape))
     if separated is not None:
         return _gathered(site, layer, *separated, shape)
+    turned = _separated(rows.T, channels_of(layer.shape))
+    if turned is not None:
+        return _viewed(site, _turned(site, _gathered(site, layer, *turned, rows.shape[::-1])), shape)
     for along, axis in ((1, "channels"), (0, "rows")):
         parts = _alike(rows, channels_of(layer.shape), along)
         if parts is not None:
@@ -221,6 +221,11 @@ def _joined(site: Site, layer: Layer, rows: np.ndarray, parts: list[np.ndarray],
     return _viewed(
         site, joined if np.array_equal(order, np.arange(len(order))) else _take_rows(site, joined, order, shape), shape
     )
+
+
+def _turned(site: Site, layer: Layer) -> Layer:
+    """Tokens whose rows are the channels of `layer`: an image in the order [C, H, W] has one row after the other."""
+    return site.layer(Reshape, [_viewed(site, layer, (*layer.shape[::-1], 1))], layer.shape[::-1])
 
 
 def _viewed(site: Site, layer: Layer, shape: Shape) -> Layer:
