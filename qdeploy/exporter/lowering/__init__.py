@@ -20,8 +20,18 @@ from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
 from qdeploy.exporter.layers import Input, Layer, LearnedWeight, Network
 from qdeploy.exporter.lowering import attention, elementwise, moves, norms, weighted, windows
-from qdeploy.exporter.lowering.moved import Moved, plain
-from qdeploy.exporter.lowering.site import OPERATOR, Obstacle, Site, Unknown, all_of, aten, depends, missing
+from qdeploy.exporter.lowering.moved import Moved, layer_of, plain
+from qdeploy.exporter.lowering.site import (
+    OPERATOR,
+    Missing,
+    Obstacle,
+    Site,
+    Unknown,
+    all_of,
+    aten,
+    depends,
+    missing,
+)
 from qdeploy.exporter.lowering.words import described
 from qdeploy.exporter.trace import LSQ, Trace, is_random, trace
 
@@ -60,8 +70,10 @@ def _lowered(trace: Trace) -> Network:
             try:
                 values[node] = _lower_node(site, args, kwargs)
             except Obstacle as obstacle:
-                obstacles.append(obstacle)
-                values[node] = missing(site, found, tree_leaves((args, kwargs)))
+                inputs = tree_leaves((args, kwargs))
+                if _rule(site) is None or not any(map(_is_missing, inputs)):  # else it follows from another one
+                    obstacles.append(obstacle)
+                values[node] = missing(site, found, inputs)
     if obstacles:
         raise all_of(obstacles)
     output = values.get(trace.output)
@@ -80,6 +92,15 @@ def _constant(node: fx.Node, trace: Trace) -> Any:
     return trace.constants[node]
 
 
+def _rule(site: Site) -> Callable[..., Any] | None:
+    return LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+
+
+def _is_missing(x: Any) -> bool:
+    of = x.q if isinstance(x, attention.Scores) else x
+    return isinstance(of, (Layer, Moved)) and isinstance(layer_of(of), Missing)
+
+
 def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     inputs = tree_leaves((args, kwargs))
     if is_random(site.node):
@@ -88,7 +109,7 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
         site.fail("an operator that gives the same every time", got)
     if site.node in site.trace.stateful:
         site.fail("a forward that changes no buffer in eval mode", "a change that the output depends on")
-    rule = LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+    rule = _rule(site)
     if rule is not None and any(isinstance(x, Unknown) for x in inputs):
         return missing(site, site.node.meta["val"], inputs)
     if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], LearnedWeight):

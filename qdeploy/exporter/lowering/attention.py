@@ -85,7 +85,8 @@ def masked(site: Site, scores: Any, mask: Any, value: float) -> Any:
 
 def reshaped_scores(site: Site, scores: Scores) -> Scores:
     if site.sizes[-2:] != scores.sizes[-2:] or math.prod(site.sizes) != math.prod(scores.sizes):
-        site.fail("attention scores as they are", f"aten.{site.operator} of them")
+        got = "scores of several heads mixed (talking heads)" if site.operator == "permute" else f"aten.{site.operator}"
+        site.fail("attention scores of each head by itself", got)
     return scores
 
 
