@@ -170,7 +170,7 @@ def drawn(size: str) -> np.ndarray:
 
 
 def settle(net: nn.Module, inputs: np.ndarray) -> None:
-    """Gains and shifts that are all alike get numbers that matter, BatchNorm statistics after which numbers keep their
+    """Parameters that are all alike get numbers that matter, BatchNorm statistics after which numbers keep their
     size. Were they centered as well, each layer of a random network would amplify the rounding of those before it."""
     import torch
     from torch import nn
@@ -185,7 +185,7 @@ def settle(net: nn.Module, inputs: np.ndarray) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for parameter in net.parameters():
-            if parameter.dim() < 2 and parameter.numel() > 1 and parameter.min() == parameter.max():
+            if parameter.numel() > 1 and parameter.min() == parameter.max():
                 parameter.add_(torch.rand_like(parameter) * 0.4 - 0.2)
         net(torch.from_numpy(inputs))
     for handle in handles:
