@@ -537,10 +537,6 @@ UNSUPPORTED = {
         lambda x: F.relu(x.permute(0, 2, 1, 3).reshape(-1, 8, 6, 6)) + x,
         r"expected a move of whole rows \(pixels, tokens\) or whole channels, got .* - at module `add`",
     ),
-    "pixel_factor": (
-        lambda x: x * torch.arange(36.0).reshape(6, 6),
-        r"a factor that is one number or one per channel, got one of shape \[6, 6\] - at module `mul`",
-    ),
     "images_apart": (lambda x: x.flip(0), "expected an operator that keeps the .*batch .* - at module `flip`"),
     "matmul": (
         lambda x: x.flatten(1) @ torch.ones(288, 2),

@@ -116,6 +116,54 @@ def one_dimension(net, x):
     return x.unsqueeze(-1)
 
 
+def choice(net, x):
+    """Softmax over two branches, as in SKNet: in integers the sigmoid of a difference."""
+    a, b = (net.q("stack", y) for y in (x, net.q("body", net.body(x))))
+    total = net.q("add", a + b)
+    scores = net.q("score", net.score(net.q("mean", total.mean((2, 3), keepdim=True))))
+    scores = scores.reshape(-1, 2, 8, 1, 1)
+    if net.grids is None:
+        return (torch.stack([a, b], 1) * scores.softmax(1)).sum(1)
+    difference = net.q("score#2", scores[:, 0] - net.q("score", scores[:, 1]))
+    shares = [net.q("stack#2", torch.sigmoid(d)) for d in (difference, -difference)]
+    both = [net.q("mul", x * share) for x, share in zip((a, b), shares, strict=True)]
+    return net.q("add#2", both[0] + both[1])
+
+
+def mixing_of_rows(net, x):
+    """A linear layer over the pixels, as in MLP-Mixer."""
+    y = net.q("body", net.body(x.flatten(2)))
+    return y.reshape(x.shape)
+
+
+def mixing_of_tokens(net, x):
+    x = net.q("norm", net.norm(x.flatten(2).transpose(1, 2)))
+    return net.q("body", net.body(x.transpose(1, 2))).reshape(-1, 8, 8, 8)
+
+
+def difference_of_parts(net, x):
+    """Of a part and a whole tensor, in this order."""
+    return net.q("body", x[:, :4] - net.body(x))
+
+
+def difference_of_functions(net, x):
+    """x - f(x) is a table, and so is f(x) - 2x."""
+    y = net.q("sub", x - torch.sigmoid(x))
+    return net.q("rsub", torch.rsub(y, torch.sigmoid(y), alpha=2))
+
+
+def pixel_factor(net, x):
+    factor = torch.linspace(-1, 2, 64).reshape(8, 8).to(x.dtype)
+    if net.grids is not None:
+        factor = net.q("expand_as", factor)
+    return net.q("mul", x * factor)
+
+
+def fused_product(net, x):
+    gate = net.q("body", net.body(x))
+    return net.q("add", torch.addcmul(x, x, gate) if net.grids is None else x + net.q("mul", x * gate))
+
+
 FLOWS = {  # flow, modules, the ops that must be there, and those that must not
     "split": (split, {"body": conv(4, 4)}, {"gather"}, set()),
     "split_of_a_convolution": (split_of_a_convolution, {"body": conv(8, 8)}, {"concat"}, {"gather"}),
@@ -139,6 +187,17 @@ FLOWS = {  # flow, modules, the ops that must be there, and those that must not
     "sum_with_a_row": (sum_with_a_row, {}, {"add", "gather"}, set()),
     "product": (product, {"body": conv(8, 8)}, {"mul"}, {"gather"}),
     "pixel_constant": (pixel_constant, {}, {"position", "image"}, set()),
+    "choice": (choice, {"body": conv(8, 8), "score": conv(8, 16, 1)}, {"mul", "table"}, set()),
+    "mixing_of_rows": (mixing_of_rows, {"body": nn.Linear(64, 64)}, {"linear"}, {"gather"}),
+    "mixing_of_tokens": (
+        mixing_of_tokens,
+        {"norm": nn.LayerNorm(8), "body": nn.Linear(64, 64)},
+        {"reshape", "linear"},
+        {"gather"},
+    ),
+    "difference_of_functions": (difference_of_functions, {}, {"table"}, {"add"}),
+    "pixel_factor": (pixel_factor, {}, {"position", "mul"}, {"gather"}),
+    "fused_product": (fused_product, {"body": conv(8, 8)}, {"mul", "add"}, set()),
     "uneven_pool": (uneven_pool, {"body": nn.AdaptiveAvgPool2d((4, 3))}, {"resize"}, set()),
     "one_dimension": (one_dimension, {"body": nn.Conv1d(8, 8, 3, padding=1)}, set(), {"gather", "linear#2"}),
 }
@@ -156,6 +215,11 @@ def test_flow(name, path):
     body = {*ops(graph)[1:-2]}
     assert there <= body and not absent & body, ops(graph)
     assert report.output_sqnr_db > 20
+
+
+def test_difference_of_a_part_and_a_whole(path):
+    report, graph = check(between(difference_of_parts, 4, body=conv(8, 4)), (3, 8, 8), path)
+    assert "conv2d" in ops(graph)[1:] and report.output_sqnr_db > 25
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])

@@ -4,7 +4,8 @@ The codes in the file are those of training: rint(clamp(w / step size)) of the w
 biases and all scales go into one multiplier and one bias per channel, computed once in float64 (docs/format.md section
 4 is the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass. Needs PyTorch.
 
-    trace -> lowering    torch.export, then one layer for each ATen operator (layers.py), in real numbers
+    trace -> lowering    torch.export, some operators in terms of others (rewriting.py), then one layer for each ATen
+                         operator (layers.py), in real numbers
     fusion               few layers of the many, each an operation of the file
     weights, calibrate   codes of the weights, grids (grid.py) of the activations
     emit                 the integer graph

@@ -274,7 +274,7 @@ def _express_function(network: Network, layer: Layer) -> None:
 
 def _express_affine(network: Network, layer: Affine) -> None:
     """A table where it is one function; else a 1x1 depthwise convolution, whose multipliers do it."""
-    if layer.uniform and any(isinstance(user, (Norm, Position)) for user in network.users(layer)):
+    if layer.uniform and _leads_to_norm(network, layer):
         own = (layer.name, layer.inputs, layer.shape, layer.value, layer.low, layer.high)
         network.replace(layer, Rescale(*own, scale=layer.scale[:1], shift=layer.shift[:1]))
         return
@@ -293,6 +293,11 @@ def _express_affine(network: Network, layer: Affine) -> None:
     network.replace(layer, after)
     place = network.layers.index(after)
     network.layers[place:place] = [before, conv]
+
+
+def _leads_to_norm(network: Network, layer: Layer) -> bool:
+    users = network.users(layer)
+    return any(isinstance(x, (Norm, Position)) or x.same_grid and _leads_to_norm(network, x) for x in users)
 
 
 def _express_pad(network: Network, layer: Pad) -> None:

@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import qdeploy.kernels.lsq  # noqa: F401  (registers the operator qdeploy::lsq)
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import BATCH
+from qdeploy.exporter.rewriting import rewrite
 from qdeploy.networks.wrappers import plain_names, unwrapped
 
 LSQ = torch.ops.qdeploy.lsq.default
@@ -158,6 +159,7 @@ def trace(net: nn.Module, example: Tensor) -> Trace:
             _inline_regions(program.graph_module, names)
             if _reads_stale_alias(program.graph):
                 program = program.run_decompositions({})  # every operator functional; as slow as two traces
+            rewrite(program.graph)
     except ExportError:
         raise
     except Exception as error:

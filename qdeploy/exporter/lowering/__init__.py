@@ -20,8 +20,18 @@ from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
 from qdeploy.exporter.layers import Input, Layer, LearnedWeight, Network
 from qdeploy.exporter.lowering import attention, elementwise, moves, norms, weighted, windows
-from qdeploy.exporter.lowering.moved import Moved, plain
-from qdeploy.exporter.lowering.site import OPERATOR, Obstacle, Site, Unknown, all_of, aten, depends, missing
+from qdeploy.exporter.lowering.moved import Moved, layer_of, plain
+from qdeploy.exporter.lowering.site import (
+    OPERATOR,
+    Missing,
+    Obstacle,
+    Site,
+    Unknown,
+    all_of,
+    aten,
+    depends,
+    missing,
+)
 from qdeploy.exporter.lowering.words import described
 from qdeploy.exporter.trace import LSQ, Trace, is_random, trace
 
@@ -60,8 +70,10 @@ def _lowered(trace: Trace) -> Network:
             try:
                 values[node] = _lower_node(site, args, kwargs)
             except Obstacle as obstacle:
-                obstacles.append(obstacle)
-                values[node] = missing(site, found, tree_leaves((args, kwargs)))
+                inputs = tree_leaves((args, kwargs))
+                if _rule(site) is None or not any(map(_is_missing, inputs)):  # else it follows from another one
+                    obstacles.append(obstacle)
+                values[node] = missing(site, found, inputs)
     if obstacles:
         raise all_of(obstacles)
     output = values.get(trace.output)
@@ -80,6 +92,15 @@ def _constant(node: fx.Node, trace: Trace) -> Any:
     return trace.constants[node]
 
 
+def _rule(site: Site) -> Callable[..., Any] | None:
+    return LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+
+
+def _is_missing(x: Any) -> bool:
+    of = x.q if isinstance(x, attention.Scores) else x
+    return isinstance(of, (Layer, Moved)) and isinstance(layer_of(of), Missing)
+
+
 def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     inputs = tree_leaves((args, kwargs))
     if is_random(site.node):
@@ -88,13 +109,15 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
         site.fail("an operator that gives the same every time", got)
     if site.node in site.trace.stateful:
         site.fail("a forward that changes no buffer in eval mode", "a change that the output depends on")
-    rule = LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+    rule = _rule(site)
     if rule is not None and any(isinstance(x, Unknown) for x in inputs):
         return missing(site, site.node.meta["val"], inputs)
-    weight = isinstance(args[0], LearnedWeight) and rule in (moves.same, moves.move)  # the codes stay
+    if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], LearnedWeight):
+        return _computed(site, (args[0], args[1].dequantized(), *args[2:]), kwargs)  # of constants, as learned queries
+    moved = rule in (moves.same, moves.move, moves.getitem)  # the codes stay
     for i, value in enumerate(inputs):
         right = i == 1 and rule in WEIGHTED or i == 0 and rule is weighted.embedding
-        if isinstance(value, LearnedWeight) and not weight and not right:
+        if isinstance(value, LearnedWeight) and not moved and not right:
             expected = "a learned quantizer right before its conv2d or linear (quantize_ after pruning and the like)"
             site.fail(expected, f"aten.{site.operator} of its result")
     if not any(map(depends, inputs)):
@@ -113,8 +136,9 @@ def _computed(site: Site, args: tuple, kwargs: dict) -> Any:
     """What depends on nothing but the size of the batch, for a batch of BATCH."""
     if "device" in kwargs:
         kwargs = {**kwargs, "device": torch.device("cpu")}
+    target = aten.reshape.default if "view" in site.operator else site.target  # strides may be others than in the trace
     with torch.no_grad():
-        return site.target(*args, **kwargs)
+        return target(*args, **kwargs)
 
 
 WEIGHTED = (weighted.conv1d, weighted.conv2d, weighted.linear)
@@ -123,8 +147,9 @@ MOVES = """view reshape flatten squeeze unsqueeze unflatten _unsafe_view expand 
     tensor_split unsafe_split unsafe_chunk view_as reshape_as pixel_shuffle pixel_unshuffle channel_shuffle"""
 FLOAT_MOVES = """upsample_nearest2d _upsample_nearest_exact2d upsample_nearest1d reflection_pad1d reflection_pad2d
     replication_pad1d replication_pad2d"""
-IDENTITIES = """clone alias detach contiguous to _to_copy dropout feature_dropout alpha_dropout lift_fresh_copy
+IDENTITIES = """clone alias detach contiguous to type_as _to_copy dropout feature_dropout alpha_dropout lift_fresh_copy
     _assert_tensor_metadata"""
+FILLED = "new_zeros new_ones new_full zeros_like ones_like full_like"
 FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh prelu rrelu
     threshold log_sigmoid exp expm1 log log1p sqrt rsqrt square pow reciprocal abs sign erf sin cos atan floor ceil
     round gt ge lt le where max min maximum minimum"""
@@ -135,6 +160,7 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     aten.conv2d: weighted.conv2d,
     aten.linear: weighted.linear,
     aten.embedding: weighted.embedding,
+    aten.ne: weighted.no_padding,
     aten.batch_norm: elementwise.batch_norm,
     aten._native_batch_norm_legit_no_training: elementwise.batch_norm_functional,
     aten.layer_norm: norms.layer_norm,
@@ -177,6 +203,7 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     aten.amax: windows.maximum_over,
     **{getattr(aten, name): moves.move for name in MOVES.split()},
     **{getattr(aten, name): moves.move_in_float for name in FLOAT_MOVES.split()},
+    **{getattr(aten, name): moves.filled for name in FILLED.split()},
     **{getattr(aten, name): moves.same for name in IDENTITIES.split()},
     **{getattr(aten, name): elementwise.table for name in FUNCTIONS.split()},
 }

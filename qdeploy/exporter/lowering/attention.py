@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, around_batch
-from qdeploy.exporter.layers import Attention, Layer
+from qdeploy.exporter.layers import Attention, Gather, Layer, Position
 from qdeploy.exporter.lowering.moved import Value, index_of, layer_of, regrouped, seen
 from qdeploy.exporter.lowering.site import OPERATOR, Site, float64
 from qdeploy.ops.op import channels_of
@@ -38,6 +38,7 @@ class Scores:
 def product(site: Site, a: Any, b: Any) -> Any:
     if isinstance(a, Scores) and a.is_softmax and not isinstance(b, (Tensor, Scores)):
         return _attention(site, a, b)
+    a = _queries(site, a)
     if isinstance(a, (Tensor, Scores)) or isinstance(b, (Tensor, Scores)):
         site.fail("a product of queries and keys, or of softmax and values", "a matrix product outside a Linear")
     if index_of(a).ndim < 3 or index_of(a).ndim != index_of(b).ndim:
@@ -84,7 +85,8 @@ def masked(site: Site, scores: Any, mask: Any, value: float) -> Any:
 
 def reshaped_scores(site: Site, scores: Scores) -> Scores:
     if site.sizes[-2:] != scores.sizes[-2:] or math.prod(site.sizes) != math.prod(scores.sizes):
-        site.fail("attention scores as they are", f"aten.{site.operator} of them")
+        got = "scores of several heads mixed (talking heads)" if site.operator == "permute" else f"aten.{site.operator}"
+        site.fail("attention scores of each head by itself", got)
     return scores
 
 
@@ -108,15 +110,17 @@ def scaled_dot_product(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Value:
+    q = _queries(site, q)
     for x in (q, k, v):
         if isinstance(x, (Tensor, Scores)):
-            site.fail("queries, keys and values that depend on the input", "constant ones")
-    sizes = (*index_of(q).shape[:-1], index_of(k).shape[-2])
-    scores = Scores(q, k, sizes, index_of(q).shape[-1] ** -0.5 if scale is None else float(scale), None, True)
+            site.fail("keys and values that depend on the input", "constant ones")
     if enable_gqa:
         times = index_of(q).shape[-3] // index_of(k).shape[-3]
         k, v = (seen(layer_of(x), np.repeat(index_of(x), times, axis=-3)) for x in (k, v))
-        scores = replace(scores, k=k)
+    lead = np.broadcast_shapes(*(index_of(x).shape[:-2] for x in (q, k, v)))  # one head of keys for all queries
+    q, k, v = (seen(layer_of(x), np.broadcast_to(index_of(x), (*lead, *index_of(x).shape[-2:]))) for x in (q, k, v))
+    sizes = (*index_of(q).shape[:-1], index_of(k).shape[-2])
+    scores = Scores(q, k, sizes, index_of(q).shape[-1] ** -0.5 if scale is None else float(scale), None, True)
     if is_causal:
         mask = torch.ones(sizes[-2:], dtype=torch.bool).tril()
     if mask is not None:
@@ -127,13 +131,33 @@ def scaled_dot_product(
     return _attention(site, scores, v)
 
 
+def _queries(site: Site, q: Any) -> Any:
+    """Learned queries, of a pool by attention, are rows that take nothing from the input."""
+    if not isinstance(q, Tensor) or q.dim() < 3 or len(q) % BATCH:
+        return q
+    *_, count, width = q.shape
+    by_image = float64(q).reshape(BATCH, -1, count, width)
+    if (by_image[0] != by_image[1]).any():
+        site.fail("the same queries for all images", "others")
+    heads = by_image.shape[1]
+    shape = (count, heads * width)
+    index = np.arange(q.numel()).reshape(BATCH, count, heads, width).swapaxes(1, 2).reshape(q.shape)
+    at = Site(site.node.args[0], site.trace, site.layers)
+    source = next(layer for layer in site.layers if layer.op != "input" or not site.trace.ids)
+    rows = at.layer(Gather, [source], (count, channels_of(source.shape)), axis="rows", index=np.full(count, -1))
+    empty = at.layer(Gather, [rows], shape, axis="channels", index=np.full(shape[1], -1))
+    table = by_image[0].swapaxes(0, 1).reshape(shape)
+    return seen(at.layer(Position, [empty], shape, index, factor=0.0, rows=table), index)
+
+
 # ---- The layer -------------------------------------------------------------------------------------------------------
 
 
 def _attention(site: Site, scores: Scores, v: Value) -> Value:
-    q = _heads(site, scores.q, None)
-    blocks, heads, rows, _ = q.shape
-    k, v_heads = (_heads(site, x, heads) for x in (scores.k, v))
+    entries, _ = _by_image(site, scores.q)
+    heads = _count_heads(scores.q, entries, scores.bias is not None)
+    q, k, v_heads = (_heads(site, x, heads) for x in (scores.q, scores.k, v))
+    blocks, _, rows, _ = q.shape
     if k.shape[:2] != v_heads.shape[:2] or k.shape[0] != blocks:
         site.fail("as many blocks and heads of queries, keys and values", f"{q.shape}, {k.shape} and {v_heads.shape}")
     layers = [_tokens(site, x, part) for x, part in ((scores.q, q), (scores.k, k), (v, v_heads))]
@@ -160,16 +184,24 @@ def _by_image(site: Site, x: Value) -> tuple[np.ndarray, np.ndarray]:
     return parts[0], order
 
 
-def _heads(site: Site, x: Value, heads: int | None) -> Heads:
-    """Heads are entries that have the same rows."""
+def _heads(site: Site, x: Value, heads: int) -> Heads:
     entries, _ = _by_image(site, x)
-    row = entries[:, :, 0] // channels_of(layer_of(x).shape)
-    if heads is None:
-        differs = (row != row[:1]).any(1)
-        heads = int(np.argmax(differs)) if differs.any() else len(entries)
     if len(entries) % heads:
         site.fail("as many heads in each block", f"{len(entries)} of {heads}")
     return entries.reshape(-1, heads, *entries.shape[1:])
+
+
+def _count_heads(x: Value, entries: np.ndarray, is_biased: bool) -> int:
+    """Heads are entries that have the same rows. Of rows that are channels, and where each head has rows of its own,
+    each head is a block; but a bias is one for all blocks, and then the sizes say how many heads there are."""
+    width = channels_of(layer_of(x).shape)
+    row = entries[:, :, 0] // width
+    if row.shape[1] > 1 and (row == row[:, :1]).all():
+        return 1
+    if is_biased and width == entries.shape[2] and index_of(x).ndim > 3:
+        return index_of(x).shape[-3]
+    differs = (row != row[:1]).any(1)
+    return int(np.argmax(differs)) if differs.any() else len(entries)
 
 
 def _tokens(site: Site, x: Value, part: Heads) -> Layer:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qdeploy.exporter.elements import BATCH, channel_axis
 from qdeploy.exporter.grid import Grid
@@ -28,7 +29,7 @@ from qdeploy.exporter.layers import (
 )
 from qdeploy.exporter.lowering.attention import Scores, biased, scaled
 from qdeploy.exporter.lowering.moved import Value, index_of, is_bijective, layer_of, regrouped, seen, settled
-from qdeploy.exporter.lowering.site import Site, float64
+from qdeploy.exporter.lowering.site import Site, aten, float64
 from qdeploy.ops.op import channels_of, rows_of
 
 FUNCTION = "an elementwise operator on functions of one tensor, a sum or a product"
@@ -135,10 +136,11 @@ def add(site: Site, a: Any, b: Any, alpha: float = 1) -> Any:
         return affine(site, a, 1.0, torch.as_tensor(b) * alpha)
     if not _is_value(a):
         return affine(site, b, alpha, a)
-    a, b, index = _pair(site, a, b)
+    a, b, index, swapped = _pair(site, a, b)
     if _ancestor([a, b]) is not None:
-        return _function(site, index, a, b, alpha=alpha)
-    return seen(site.layer(Add, [a, b], a.shape, index, factors=(1.0, float(alpha))), index)
+        return _function(site, torch.add, index, *((b, a) if swapped else (a, b)), alpha=alpha)
+    factors = (float(alpha), 1.0) if swapped else (1.0, float(alpha))
+    return seen(site.layer(Add, [a, b], a.shape, index, factors=factors), index)
 
 
 def subtract(site: Site, a: Any, b: Any, alpha: float = 1) -> Any:
@@ -152,20 +154,35 @@ def subtract_reversed(site: Site, a: Any, b: Any, alpha: float = 1) -> Any:
 def multiply(site: Site, a: Any, b: Any) -> Any:
     if isinstance(a, Scores) or isinstance(b, Scores):
         return scaled(site, a, b)
-    if not _is_value(b):
-        return affine(site, a, b, 0.0)
     if not _is_value(a):
-        return affine(site, b, a, 0.0)
-    a, b, index = _pair(site, a, b, gate=True)
+        return _by_constant(site, b, a, *site.node.args[::-1])
+    if not _is_value(b):
+        return _by_constant(site, a, b, *site.node.args)
+    a, b, index, _ = _pair(site, a, b, gate=True)
     if a.shape == b.shape and _ancestor([a, b]) is not None:
-        return _function(site, index, a, b)
+        return _function(site, torch.mul, index, a, b)
     return seen(site.layer(Mul, [a, b], a.shape, index), index)
+
+
+def _by_constant(site: Site, x: Value, constant: Any, x_node: fx.Node, constant_node: Any) -> Value:
+    """By one number, or one for each channel; of another for each place, as in rotary embeddings, an activation is
+    made."""
+    layer, index = settled(site, x)
+    factors = _by_element(site, constant, layer, index)
+    if len(factors) == 1:
+        return affine(site, x, constant, 0.0)
+    graph = site.trace.module.graph
+    with graph.inserting_before(site.node):
+        spread = graph.call_function(aten.expand_as.default, (constant_node, x_node))
+    spread.meta = site.node.meta
+    filled = _position(Site(spread, site.trace, site.layers), layer, index, 0.0, factors)
+    return seen(site.layer(Mul, [layer, filled], layer.shape, index), index)
 
 
 def divide(site: Site, a: Any, b: Any, **kwargs: Any) -> Any:
     if kwargs or _is_value(b):
         return table(site, a, b, **kwargs)
-    return multiply(site, a, torch.as_tensor(b).double().reciprocal())
+    return affine(site, a, torch.as_tensor(b).double().reciprocal(), 0.0)
 
 
 def negate(site: Site, x: Value) -> Value:
@@ -176,18 +193,19 @@ def _is_value(x: Any) -> bool:
     return not isinstance(x, (Tensor, int, float, bool)) and x is not None
 
 
-def _pair(site: Site, a: Value, b: Value, gate: bool = False) -> tuple[Layer, Layer, np.ndarray | None]:
-    """Two activations of one shape, and where their elements are in the result. The second of a product may be a gate:
-    one number for all rows, or of an image one for all channels."""
+def _pair(site: Site, a: Value, b: Value, gate: bool = False) -> tuple[Layer, Layer, np.ndarray | None, bool]:
+    """Two activations of one shape, where their elements are in the result, and whether they are b and a. The second of
+    a product may be a gate: one number for all rows, or of an image one for all channels."""
     if isinstance(a, Layer) and isinstance(b, Layer):
         if a.shape == b.shape:
-            return a, b, None
+            return a, b, None, False
         if gate and len(a.shape) == len(b.shape) == 3:
             x, other = (a, b) if (BATCH, *a.shape) == site.sizes else (b, a)
             if (BATCH, *x.shape) == site.sizes and other.shape in ((x.shape[0], 1, 1), (1, *x.shape[1:])):
-                return x, other, None
+                return x, other, None, x is b
     whole = [index_of(x).shape == site.sizes for x in (a, b)]
-    if not whole[0] or whole[1] and not is_bijective(index_of(a), layer_of(a)):
+    swapped = not whole[0] or whole[1] and not is_bijective(index_of(a), layer_of(a))
+    if swapped:
         a, b = b, a
     if not any(whole):
         got = " and ".join(str([*index_of(x).shape[1:]]) for x in (a, b))
@@ -195,7 +213,7 @@ def _pair(site: Site, a: Value, b: Value, gate: bool = False) -> tuple[Layer, La
     x, index = settled(site, a)
     places = index_of(seen(x, index))
     if layer_of(b).shape == x.shape and np.array_equal(index_of(b), places):
-        return x, layer_of(b), index
+        return x, layer_of(b), index, swapped
     elements = np.empty(places.size, np.int64)
     elements[places.reshape(-1)] = np.broadcast_to(index_of(b), site.sizes).reshape(-1)
     size = math.prod(layer_of(b).shape)
@@ -208,7 +226,7 @@ def _pair(site: Site, a: Value, b: Value, gate: bool = False) -> tuple[Layer, La
         rows, shape = rows[:1], (shape[0], 1, 1) if len(shape) == 3 else (1, shape[1])
     elif gate and len(shape) == 3 and shape[0] > 1 and (rows == rows[:, :1]).all():
         rows, shape = rows[:, :1], (1, *shape[1:])
-    return x, regrouped(site, layer_of(b), rows, shape), index
+    return x, regrouped(site, layer_of(b), rows, shape), index, swapped
 
 
 # ---- Functions of one tensor -----------------------------------------------------------------------------------------
@@ -249,14 +267,15 @@ def table(site: Site, *args: Any, **kwargs: Any) -> Value:
             site.fail(
                 "an elementwise operator on functions of one tensor, a sum or a product", "two tensors of two shapes"
             )
-        first, other, index = _pair(site, first if index is None else seen(first, index), x)
+        first, other, index, _ = _pair(site, first if index is None else seen(first, index), x)
         layers.append(other)
     own = iter([first, *layers[1:]])
-    return _function(site, index, *(next(own) if _is_value(x) else x for x in args), **kwargs)
+    return _function(site, site.target, index, *(next(own) if _is_value(x) else x for x in args), **kwargs)
 
 
-def _function(site: Site, index: np.ndarray | None, *args: Any, **kwargs: Any) -> Value:
-    target = site.target
+def _function(
+    site: Site, target: Callable[..., Tensor], index: np.ndarray | None, *args: Any, **kwargs: Any
+) -> Value:
     root = _ancestor([a for a in args if isinstance(a, Layer)])
     if root is None:
         site.fail(FUNCTION, "two tensors")

@@ -197,6 +197,9 @@ def regrouped(site: Site, layer: Layer, rows: np.ndarray, shape: Shape) -> Layer
     separated = _separated(rows, channels_of(layer.shape))
     if separated is not None:
         return _gathered(site, layer, *separated, shape)
+    turned = _separated(rows.T, channels_of(layer.shape))
+    if turned is not None:
+        return _viewed(site, _turned(site, _gathered(site, layer, *turned, rows.shape[::-1])), shape)
     for along, axis in ((1, "channels"), (0, "rows")):
         parts = _alike(rows, channels_of(layer.shape), along)
         if parts is not None:
@@ -218,6 +221,11 @@ def _joined(site: Site, layer: Layer, rows: np.ndarray, parts: list[np.ndarray],
     return _viewed(
         site, joined if np.array_equal(order, np.arange(len(order))) else _take_rows(site, joined, order, shape), shape
     )
+
+
+def _turned(site: Site, layer: Layer) -> Layer:
+    """Tokens whose rows are the channels of `layer`: an image in the order [C, H, W] has one row after the other."""
+    return site.layer(Reshape, [_viewed(site, layer, (*layer.shape[::-1], 1))], layer.shape[::-1])
 
 
 def _viewed(site: Site, layer: Layer, shape: Shape) -> Layer:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qdeploy.exporter.elements import BATCH, channel_axis
+from qdeploy.exporter.elements import BATCH, channel_axis, with_channels
 from qdeploy.exporter.layers import Concat, Layer, LearnedWeight, Pad, Position
 from qdeploy.exporter.lowering.attention import Scores, reshaped_scores
-from qdeploy.exporter.lowering.moved import Moved, Value, arranged, has_channels, image, index_of, layer_of, seen
+from qdeploy.exporter.lowering.moved import (
+    Moved,
+    Value,
+    arranged,
+    has_channels,
+    image,
+    index_of,
+    layer_of,
+    seen,
+    settled,
+)
 from qdeploy.exporter.lowering.site import Site, float64
+from qdeploy.ops.op import channels_of
 
 HOLE = np.iinfo(np.int64).min
 
@@ -23,6 +35,11 @@ def same(site: Site, x: Any, *_: Any, **__: Any) -> Any:
     if dtype != torch.float32:
         site.fail("float32 throughout", str(dtype))
     return x
+
+
+def filled(site: Site, x: Value, *args: Any, **kwargs: Any) -> Tensor:
+    """One number everywhere: of x it takes the sizes at most."""
+    return site.target(torch.empty(index_of(x).shape), *args, **kwargs | {"device": torch.device("cpu")})
 
 
 def getitem(site: Site, x: Any, index: int) -> Any:
@@ -37,7 +54,7 @@ def getitem(site: Site, x: Any, index: int) -> Any:
 
 def move(site: Site, x: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(x, LearnedWeight):
-        return _reshaped_weight(site, x)
+        return _moved_weight(site, x, *args, **kwargs)
     if isinstance(x, Scores):
         return reshaped_scores(site, x)
     layer = layer_of(x)
@@ -54,11 +71,25 @@ def move_in_float(site: Site, x: Value, *args: Any, **kwargs: Any) -> Value:
     return seen(layer_of(x), moved.numpy().astype(np.int64))
 
 
-def _reshaped_weight(site: Site, weight: LearnedWeight) -> LearnedWeight:
-    shape = site.node.meta["val"].shape
-    if weight.step.numel() > 1 and shape[0] != weight.shape[0] or math.prod(shape) != weight.value.numel():
-        site.fail("a reshape that keeps the output channels of a quantized weight", f"{list(shape)}")
-    return weight.reshaped(shape)
+def _moved_weight(site: Site, weight: LearnedWeight, *args: Any, **kwargs: Any) -> Any:
+    """Its output channels, all or some of them, in another shape."""
+    moved = site.target(torch.arange(weight.value.numel()).reshape(weight.shape), *args, **kwargs)
+    if isinstance(moved, Tensor):
+        return _channels_of(site, weight, moved)
+    return tuple(_channels_of(site, weight, part) for part in moved)
+
+
+def _channels_of(site: Site, weight: LearnedWeight, elements: Tensor) -> LearnedWeight:
+    width = math.prod(weight.shape[1:])
+    rows = elements.reshape(len(elements), -1)
+    channels = rows[:, 0] // width
+    whole = rows.shape[1] == width and torch.equal(rows, channels[:, None] * width + torch.arange(width))
+    if weight.step.numel() > 1 and not whole:
+        got = f"{list(elements.shape)}"
+        site.fail("a reshape that keeps the output channels of a quantized weight", got)
+    if whole:
+        return weight.of(channels.numpy()).reshaped(elements.shape)
+    return replace(weight, value=weight.value.reshape(-1)[elements])
 
 
 def pad(site: Site, x: Value, padding: list[int], mode: str = "constant", value: float | None = None) -> Value:
@@ -91,13 +122,19 @@ def concat(site: Site, tensors: list[Any], dim: int = 0) -> Value:
         return _behind(site, constants, tensors, dim)
     if all(isinstance(x, Layer) for x in tensors) and (dim == 1 or rank == 3):
         return site.layer(Concat, list(tensors))
-    return _joined(site, tensors, dim)
+    if site.sizes[0] == BATCH:
+        return _beside(site, tensors, dim) if rank > 4 else _joined(site, tensors, dim)
+    apart = [seen(layer_of(x), index_of(x).reshape(BATCH, -1, *index_of(x).shape[1:])) for x in tensors]  # of windows
+    joined = _joined(site, apart, dim + 1)
+    return seen(layer_of(joined), index_of(joined).reshape(site.sizes))
 
 
 def _joined(site: Site, tensors: list[Value], dim: int) -> Value:
     """Of tensors that are no plain activations, or along rows. Their channels are the dimension behind the batch where
     that is so for all, else the last one."""
-    rank, images = len(site.sizes), all(len(layer_of(x).shape) == 3 for x in tensors)
+    whole_sizes = list(index_of(tensors[0]).shape)
+    whole_sizes[dim] = sum(index_of(x).shape[dim] for x in tensors)
+    rank, images = len(whole_sizes), all(len(layer_of(x).shape) == 3 for x in tensors)
     axis = 1 if all(has_channels(x, 1) for x in tensors) else rank - 1
     by_channels = dim == axis
     pieces, placed, first = [], [], 0
@@ -110,16 +147,32 @@ def _joined(site: Site, tensors: list[Value], dim: int) -> Value:
         piece, index = arranged(site, x, axis, shape if rank > 2 else shape[-1:])
         pieces.append(piece)
         b, local = np.divmod(index, math.prod(shape))
-        width = site.sizes[axis]
+        width = whole_sizes[axis]
         row, column = np.divmod(local, sizes[axis])
         row, column = (row, column + first) if by_channels else (row + first, column)
-        placed.append(b * (math.prod(site.sizes) // BATCH) + row * width + column)
+        placed.append(b * (math.prod(whole_sizes) // BATCH) + row * width + column)
         first += sizes[axis] if by_channels else math.prod(lead)
     index = np.concatenate(placed, dim)
     whole = list(pieces[0].shape)
     place = channel_axis(whole) if by_channels else 0
     whole[place] = sum(piece.shape[place] for piece in pieces)
     return seen(site.layer(Concat, pieces, tuple(whole), index), index)
+
+
+def _beside(site: Site, tensors: list[Value], dim: int) -> Value:
+    """Of more dimensions than an activation has: the channels of one beside those of the other, wherever they go."""
+    parts = [settled(site, x) for x in tensors]
+    widths = [channels_of(layer.shape) for layer, _ in parts]
+    shapes = {with_channels(layer.shape, sum(widths)) for layer, _ in parts}
+    if len(shapes) > 1:
+        site.fail("a concatenation of activations of as many rows", f"{len(site.sizes)} dimensions")
+    placed, first = [], 0
+    for (layer, index), width in zip(parts, widths, strict=True):
+        row, column = np.divmod(index_of(seen(layer, index)), width)
+        placed.append(row * sum(widths) + first + column)
+        first += width
+    whole = np.concatenate(placed, dim)
+    return seen(site.layer(Concat, [layer for layer, _ in parts], shapes.pop(), whole), whole)
 
 
 def _behind(site: Site, constants: list[Tensor], tensors: list[Any], dim: int) -> Value:

@@ -13,7 +13,7 @@ from torch import Tensor
 from qdeploy.exporter.elements import BATCH, numbered, with_channels
 from qdeploy.exporter.layers import Conv2d, Embedding, Input, Layer, LearnedWeight, Linear
 from qdeploy.exporter.lowering.moved import Value, arranged, image, index_of, layer_of, seen, vector
-from qdeploy.exporter.lowering.site import Site, float64
+from qdeploy.exporter.lowering.site import OPERATOR, Site, float64
 from qdeploy.graph import Shape
 from qdeploy.ops.op import channels_of
 
@@ -146,3 +146,10 @@ def embedding(site: Site, weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
     ones = np.ones(weight.shape[0])
     rows = np.zeros(shape)
     return site.layer(Embedding, [ids], shape, weight=weight, scale=ones, shift=np.zeros(1), rows=rows)
+
+
+def no_padding(site: Site, ids: Any, padding: Any) -> Tensor:
+    """Whether tokens are no padding (RoBERTa counts positions by it): texts of the engine have none."""
+    if not isinstance(ids, Input) or isinstance(padding, Layer) or site.sizes != (BATCH, *ids.shape):
+        site.fail(OPERATOR, "aten.ne")
+    return torch.ones(site.sizes, dtype=torch.bool)
