@@ -27,6 +27,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import qdeploy
+from qdeploy.training import equalize_
 
 LONGEST = 128  # tokens
 
@@ -148,6 +149,7 @@ def pooled(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Sentences to embeddings")
     parser.add_argument("--bits", type=int, default=8, help="of the weights (8)")
+    parser.add_argument("--equalize", type=float, default=0.5, help="exponent for the channels of norms; 0: none (0.5)")
     parser.add_argument("--rounds", type=int, default=10, help="of the timing (10)")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -155,14 +157,16 @@ def main() -> None:
     alone = [texts([sentence]) for sentence in TEST]
     with torch.no_grad():
         wanted = torch.cat([net(torch.from_numpy(ids)).last_hidden_state.mean(1) for ids, _ in alone]).numpy()
+    sizes = {"ids": {0: "N", 1: "T"}, "mask": {0: "N", 1: "T"}}
+    content = float32_onnx(Pooled(net), tuple(map(torch.from_numpy, batch)), ["ids", "mask"], sizes)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "embeddings.safetensors"
         calibration = longest_texts(48)
+        if options.equalize:
+            equalize_(net, calibration, exponent=options.equalize)  # the same network in float
         qdeploy.export(net, calibration[:1], path, calibration, fallback_bits=options.bits)
         model = qdeploy.load_int_model(path, num_threads=1)
         runs = {"qdeploy int8": (lambda text: pooled(model(*text), text[1]), path.stat().st_size)}
-    sizes = {"ids": {0: "N", 1: "T"}, "mask": {0: "N", 1: "T"}}
-    content = float32_onnx(Pooled(net), tuple(map(torch.from_numpy, batch)), ["ids", "mask"], sizes)
     for name, file in (("onnxruntime int8", dynamic_int8(content)), ("onnxruntime float32", content)):
         run = session(file).run
         runs[name] = (lambda text, run=run: run(None, dict(zip(("ids", "mask"), text, strict=True)))[0]), len(file)

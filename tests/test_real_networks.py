@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ import qdeploy
 from qdeploy import _engine, reference
 
 torch = pytest.importorskip("torch", reason="it exports: pip install 'qdeploy[train]'")
+equalize_ = pytest.importorskip("qdeploy.training").equalize_
 for module in ("onnx", "onnxruntime", "transformers", "tokenizers"):
     pytest.importorskip(module, reason=f"the examples need it: pip install {module}")
 
@@ -91,10 +93,15 @@ def embeddings(sentences):
     return net, alone, sentences.texts(sentences.TEST), torch.cat(wanted).numpy()
 
 
-@pytest.mark.parametrize(("bits", "decibels", "cosine"), [(8, 15.5, 0.97), (7, 15.0, 0.97)])
-def test_embeddings_of_sentences(tmp_path, sentences, embeddings, bits, decibels, cosine):
+@pytest.mark.parametrize(
+    ("bits", "exponent", "decibels", "cosine"),
+    [(8, None, 15.5, 0.97), (8, 0.5, 19.3, 0.988), (7, 0.5, 18.4, 0.985)],
+)
+def test_embeddings_of_sentences(tmp_path, sentences, embeddings, bits, exponent, decibels, cosine):
     net, alone, (ids, mask), wanted = embeddings
     path, calibration = tmp_path / "m.safetensors", sentences.longest_texts(16)
+    if exponent is not None:
+        equalize_(net := copy.deepcopy(net), calibration, exponent=exponent)
     qdeploy.export(net, calibration[:1], path, calibration, fallback_bits=bits)
     model = qdeploy.load_int_model(path)
     tokens = model(ids, mask)
