@@ -12,10 +12,10 @@ from torch import nn
 
 import qdeploy
 from qdeploy import format
-from qdeploy.training import processes, quantize_like_, quantizers, trainer
+from qdeploy.training import processes, quantize_, quantize_like_, quantizers, trainer
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import load_benchmark
-from qdeploy.training.finished_runs import finish
+from qdeploy.training.finished_runs import fallback_for, finish
 from qdeploy.training.learner import Learner
 from qdeploy.training.networks_by_name import build
 from qdeploy.training.selected_network import load_trained
@@ -74,6 +74,40 @@ def test_a_row_with_images(row, tmp_path, monkeypatch):
     assert weights == linear - {"classifier"}
     file = finish([net], config, BENCHMARK, torch.device("cpu"), tmp_path / "m.safetensors")["file"]
     assert file["agreement"] >= 0.9
+
+
+class WithAttention(nn.Module):
+    """Of PyTorch's own attention, which no class of transformers has, between embeddings and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.norm = nn.Embedding(20, 16), nn.LayerNorm(16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.fc, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, ids):
+        x = self.words(ids)
+        y = self.norm(x)
+        return self.head(self.fc(self.norm(x + self.attention(y, y, y, need_weights=False)[0])[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("bits", "left"),
+    [
+        ({"fc": 4}, ["words", "attention", "head"]),
+        ({"*": 7, "attention": None}, ["attention", "head"]),
+        ({"*": 7, "attention.out_proj": None}, ["attention", "head"]),
+        ({"*": 7, "words": None}, ["words", "head"]),
+    ],
+)
+def test_what_bits_by_layer_leave_float_has_8_bits_in_the_file(bits, left, tmp_path):
+    net, ids = WithAttention().eval(), torch.randint(20, (8, 6), generator=torch.Generator().manual_seed(0))
+    quantize_(net, bits)
+    fallback = fallback_for(net, Config(bits=bits))
+    assert fallback == dict.fromkeys(left, 8)
+    report = qdeploy.export(net, ids[:1], tmp_path / "m.safetensors", ids, fallback_bits=fallback)
+    assert report.output_sqnr_db > 25
 
 
 # ---- Texts -----------------------------------------------------------------------------------------------------------
