@@ -34,9 +34,10 @@ def batches(
     shape: Shape | None = None,
     preprocess: Preprocess | None = None,
     most: int | None = None,
-    ids: bool = False,
+    ids: bool | None = False,
 ) -> Iterator[np.ndarray]:
-    """Checked f32 batches [N, ...] of `calibration`, which is read once and no further than needed; with `ids` int64.
+    """Checked f32 batches [N, ...] of `calibration`, which is read once and no further than needed; with `ids` int64;
+    where that is None, integers [N, T] are ids.
 
     shape: of one image, without the batch; None where any will do. preprocess: the mean and std with which uint8
     [N, H, W, C] become f32 [N, C, H, W]. most: how many batches are wanted; None for all of them. Of data without a
@@ -55,7 +56,8 @@ def batches(
             break
         where = f"{'item' if indexed else 'batch'} {index} of the calibration data"
         values = _images_of(item, shape, where)
-        images = _ids(values, where) if ids else _float32(values, shape, preprocess, where)
+        read_ids = ids or ids is None and values.dtype.kind in "iu" and values.ndim == 2
+        images = _ids(values, where) if read_ids else _float32(values, shape, preprocess, where)
         single = images.shape == shape if shape is not None else indexed and images.ndim < 4
         images = images[None] if single else images
         _check(images, shape, where)

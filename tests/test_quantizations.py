@@ -238,6 +238,33 @@ def test_the_scope_says_what_trains(scope, weights, steps):
     assert not torch.equal(net.bn.weight, before["bn.weight"])
 
 
+def test_bn_head_freezes_the_projections_of_attention_and_embeddings():
+    net = nn.ModuleDict(
+        {"words": nn.Embedding(5, 8), "attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 2)}
+    )
+    LSQ(0, 4, scope="bn_head").attach(net, None, [])
+    frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    assert {name.rpartition(".")[2] for name in frozen if "original" not in name} == {"step"}
+    assert {name.replace("parametrizations.", "") for name in frozen if "original" in name} == {
+        "words.weight.original", "attention.in_proj_weight.original", "attention.out_proj.weight.original",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [INQ(0, 4), OBC(), UniformNoise()], ids=lambda method: type(method).__name__)
+def test_methods_without_embeddings_refuse_one_by_name(method):
+    net = nn.ModuleDict({"words": nn.Embedding(5, 8), "fc": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    expected = r"expected convolutions and linear layers alone \(LSQ quantizes embeddings; else allow it: allow_float\)"
+    with pytest.raises(InputError, match=rf"^{expected}, got an nn.Embedding - at layer `words`$"):
+        method.attach(net, None, [])
+    assert {name: value.tolist() for name, value in net.state_dict().items()} == {
+        name: value.tolist() for name, value in before.items()
+    }
+    if not isinstance(method, OBC):  # that sees images first
+        method.allow_float = ("words.*",)
+        method.attach(net, None, [])
+
+
 def test_steps_stay_positive():
     net = trained(LSQ(4, 4, lr_step_size=10.0))
     assert all((quantizer.step >= 1e-8).all() for quantizer in quantizers(net).values())

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attached_quantizers import project_steps_, quantizers, step_group
+    from .equalize import equalize_
     from .models import MODELS
     from .quantize import quantize_, summary
     from .quantize_like import quantize_like_
 
 _HOMES = {
     "MODELS": "models",
+    "equalize_": "equalize",
     "project_steps_": "attached_quantizers",
     "quantize_": "quantize",
     "quantize_like_": "quantize_like",
@@ -20,7 +22,16 @@ _HOMES = {
     "step_group": "attached_quantizers",
     "summary": "quantize",
 }
-__all__ = ["MODELS", "project_steps_", "quantize_", "quantize_like_", "quantizers", "step_group", "summary"]
+__all__ = [
+    "MODELS",
+    "equalize_",
+    "project_steps_",
+    "quantize_",
+    "quantize_like_",
+    "quantizers",
+    "step_group",
+    "summary",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -121,10 +121,15 @@ def export_networks(
 def fallback_for(net: nn.Module, config: Config) -> dict[str, int] | None:
     """8 bits for the layers of a quantized network that `bits` leaves float by name, which is said; an engine of
     integers has no float. None where the export's own rule does (the classifier alone may lack a quantizer)."""
+    from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
     from qdeploy.networks.quantizable import classifier, quantizable_layers
     from qdeploy.training.attached_quantizers import quantizers, weight_quantizer
 
-    left = [name for name, layer in quantizable_layers(net).items() if weight_quantizer(layer) is None]
+    layers = {name: layer for name, layer in quantizable_layers(net).items() if weight_quantizer(layer) is None}
+    # nn.MultiheadAttention multiplies by its `out_proj` itself: an export knows that under the name of the attention.
+    of_attention = {name for name, layer in layers.items() if isinstance(layer, NonDynamicallyQuantizableLinear)}
+    left = [*dict.fromkeys(name.removesuffix(".out_proj") if name in of_attention else name for name in layers)]
     head = classifier(net)
     others = [name for name in left if name != head]
     if not others or not quantizers(net) or not isinstance(config.bits, Mapping):

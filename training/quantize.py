@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qdeploy.calibration import batches, doubt
+from qdeploy.calibration import doubt
 from qdeploy.errors import InputError, one_line
 from qdeploy.networks.quantizable import float_only_layers, quantizable_layers, weight_name
 from qdeploy.networks.wrappers import plain_names
@@ -27,11 +27,10 @@ from qdeploy.training.initial_steps import initial_step, training_scale
 from qdeploy.training.one_launch import quantize_together
 from qdeploy.training.quantize_checks import Layers, check_input, check_weight, checked_network, select
 from qdeploy.training.quantizer import Quantizer
-from qdeploy.training.ranges import observe
+from qdeploy.training.ranges import first_batches, observe
 from qdeploy.training.untouched import all_or_nothing, evaluating, undisturbed
 
 INITS, GRAD_SCALES = ("lsq", "mse", "minmax"), ("tensor", "channel", "none")
-CALIBRATION_BATCHES = 4
 
 
 def quantize_(
@@ -91,7 +90,7 @@ def quantize_(
     made = _weight_quantizers(net, weights, per_channel, init, grad_scale)
     for name, (layer, _) in inputs.items():
         check_input(layer, f"layer `{name}`")
-    images = _first_batches(net, calibration) if inputs else []
+    images = first_batches(net, calibration) if inputs else []
     with all_or_nothing(net):
         for name, (layer, _) in weights.items():
             attach(layer, made[name])
@@ -104,13 +103,6 @@ def quantize_(
     return step_parameters(net)
 
 
-def _first_batches(net: nn.Module, calibration: object) -> list[Tensor]:
-    """On the CPU, of the type of the network's first parameter."""
-    dtype = next(parameter.dtype for parameter in net.parameters() if parameter.is_floating_point())
-    with undisturbed(net):  # a loader that shuffles draws random numbers
-        return [torch.tensor(batch, dtype=dtype) for batch in batches(calibration, most=CALIBRATION_BATCHES)]
-
-
 def _refusal_of_export(net: nn.Module, images: list[Tensor]) -> str:
     """Why `export` will refuse the network, from a trace where there are `images`, else from the types of its layers;
     "" where nothing is known against it."""
@@ -120,7 +112,7 @@ def _refusal_of_export(net: nn.Module, images: list[Tensor]) -> str:
 
     try:
         with undisturbed(net):
-            check(net, images[0].float())
+            check(net, images[0].float() if images[0].is_floating_point() else images[0])
     except Exception as error:  # whatever it is, the network trains
         return f"a refusal: {one_line(error)}"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
@@ -18,6 +19,7 @@ from qdeploy.training.attached_quantizers import (
     quantizers,
     step_parameters,
 )
+from qdeploy.training.equalize import FACTOR, attach_factor
 from qdeploy.training.one_launch import quantize_together
 from qdeploy.training.quantize_checks import check_input, check_weight, checked_network
 from qdeploy.training.quantizer import Quantizer, checked_state
@@ -46,6 +48,8 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
             if not is_quantizable(path, layer):
                 continue
             prefix = f"{path}." if path else ""
+            if isinstance(factor := state.get(f"{prefix}{FACTOR}"), Tensor) and FACTOR not in layer._buffers:
+                attach_factor(layer, torch.empty_like(factor, device=next(layer.parameters()).device))
             if (found := _saved(state, f"{prefix}parametrizations.{weight_name(layer)}.{_depth(layer)}.")) is not None:
                 weight = check_weight(layer, f"layer `{path}`")
                 if found.step.shape not in ((), weight.shape[:1]):

@@ -8,10 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qdeploy.calibration import batches
 from qdeploy.errors import InputError, QdeployError, one_line
 from qdeploy.training.untouched import undisturbed
 
+CALIBRATION_BATCHES = 4
 SAMPLES_PER_BATCH = 65536
+
+
+def first_batches(net: nn.Module, calibration: object) -> list[Tensor]:
+    """On the CPU: token ids as int64, all else of the type of the network's first parameter."""
+    dtype = next(parameter.dtype for parameter in net.parameters() if parameter.is_floating_point())
+    with undisturbed(net):  # a loader that shuffles draws random numbers
+        found = batches(calibration, most=CALIBRATION_BATCHES, ids=None)
+        return [torch.tensor(batch, dtype=None if batch.dtype.kind == "i" else dtype) for batch in found]
 
 
 @dataclass
@@ -40,7 +50,6 @@ def observe(
     parent = {name: name for name in layers}
     by_layer: dict[str, Observed] = {name: Observed([]) for name in layers}
     generator = torch.Generator().manual_seed(0)
-    device = next(net.parameters()).device
     readers: dict[tuple[int, int], tuple[str, Tensor]] = {}
 
     def root(name: str) -> str:
@@ -66,7 +75,7 @@ def observe(
         with undisturbed(net):
             for index, batch in enumerate(images):
                 readers.clear()
-                _run(net, batch.to(device), f"batch {index} of the calibration data, {list(batch.shape)}")
+                run(net, batch, index)
     finally:
         for handle in handles:
             handle.remove()
@@ -90,11 +99,13 @@ def _check_input(layer: nn.Module, value: Tensor, name: str) -> None:
         raise InputError(f"expected finite inputs in calibration, got NaN or infinity - at layer `{name}`")
 
 
-def _run(net: nn.Module, images: Tensor, at: str) -> None:
+def run(net: nn.Module, images: Tensor, index: int) -> None:
+    """Shows the network the batch `index` of the calibration data."""
     try:
-        net(images)
+        net(images.to(next(net.parameters()).device))
     except QdeployError:
         raise
     except Exception as error:
         got = f"{type(error).__name__}: {one_line(error)}"
+        at = f"batch {index} of the calibration data, {list(images.shape)}"
         raise InputError(f"expected inputs that the network takes, got {got} - at {at}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,24 @@ def _fold_affine(network: Network, affine: Affine) -> bool:
         x.scale = x.scale * affine.scale[:size]
     x.value = affine.value
     network.replace(affine, x)
+    return True
+
+
+def _fold_into_copy(network: Network, affine: Affine) -> bool:
+    """A norm that others read as it is (a residual, in 16 bits) is written a second time with factors of its channels;
+    layers that read it with the same factors read one copy."""
+    x = affine.inputs[0]
+    if not isinstance(x, Norm) or x.clamped or affine.uniform:
+        return False
+    scale, shift = x.scale * affine.scale, x.shift * affine.scale + affine.shift
+    for other in network.users(x.inputs[0]):
+        if isinstance(other, Norm) and (other.groups, other.epsilon) == (x.groups, x.epsilon) and not other.clamped:
+            if np.array_equal(other.scale, scale) and np.array_equal(other.shift, shift):
+                network.replace(affine, other)
+                return True
+    copy = replace(x, inputs=[*x.inputs], value=affine.value, scale=scale, shift=shift)
+    copy.low, copy.high = affine.low, affine.high
+    network.replace(affine, copy)
     return True
 
 
@@ -244,7 +263,7 @@ def _rewrite(network: Network, layer: Layer) -> bool:
 
 
 REWRITES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
-    "affine": (_fold_affine, _fold_into_rows, _merge_table),
+    "affine": (_fold_affine, _fold_into_copy, _fold_into_rows, _merge_table),
     "clamp": (_fuse_clamp, _merge_table),
     "conv2d": (_fold_pad,),
     "linear": (),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
+from qdeploy.networks.quantizable import quantizable_layers
 from qdeploy.training.attached_quantizers import attach, identity
 from qdeploy.training.one_launch import quantize_together
 from qdeploy.training.quantize_checks import check_weight, checked_network, select
@@ -32,8 +34,11 @@ class SharedWeight:
 
 
 def shared_weights(net: nn.Module, bits: Bits, allow_float: Iterable[str] = ()) -> dict[str, SharedWeight]:
-    """The weights that `quantize_` would quantize, each by the name of the first layer that has it."""
+    """The weights of convolutions and linear layers that `quantize_` would quantize, each by the name of the first
+    layer that has it. Raises InputError for an nn.Embedding that it would quantize as well and that may not stay float.
+    """
     layers, _ = select(checked_network(net), bits, allow_float=allow_float)
+    _check_embeddings(net, [str(pattern) for pattern in allow_float])
     found: dict[str, SharedWeight] = {}
     names: dict[tuple[int, ...], str] = {}
     for name, (layer, width) in layers.items():
@@ -48,6 +53,13 @@ def shared_weights(net: nn.Module, bits: Bits, allow_float: Iterable[str] = ()) 
             got = f"{found[first].bits} for `{first}` and {width}"
             raise InputError(f"expected the same bits for layers that share a weight, got {got} - at layer `{name}`")
     return found
+
+
+def _check_embeddings(net: nn.Module, allowed: list[str]) -> None:
+    embeddings = [name for name, layer in quantizable_layers(net).items() if isinstance(layer, nn.Embedding)]
+    if left := [name for name in embeddings if not any(fnmatchcase(f"{name}.weight", one) for one in allowed)]:
+        expected = "convolutions and linear layers alone (LSQ quantizes embeddings; else allow it: allow_float)"
+        raise InputError(f"expected {expected}, got an nn.Embedding - at layer `{left[0]}`")
 
 
 def code_range(bits: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.terminal import note, status
 from qdeploy.training.attached_quantizers import attach, originals, project_steps_, quantizers, step_group
+from qdeploy.training.equalize import equalize_
 from qdeploy.training.initial_steps import initial_step
 from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.methods.fixed import Bits, attach_fixed, code_range, reattach_fixed, shared_weights
@@ -68,7 +69,9 @@ class LSQ(Quantization):
     """Learned step sizes (arXiv 1902.08153), as QT-DoG trains them: v = s * rint(clip(w / s)), w and s both train.
 
     The Parameter objects stay, so the optimizer keeps its moments, and the step sizes join it as a group of their own.
-    `scope` "no_s" freezes the step sizes, "bn_head" the quantized weights too. All else as for `quantize_`.
+    `scope` "no_s" freezes the step sizes, "bn_head" the quantized weights too. `equalize` is the exponent with which
+    channels of LayerNorms are made alike before (`equalize_`); the optimizer begins anew with the weights that this
+    changes. All else as for `quantize_`.
     """
 
     def __init__(
@@ -83,16 +86,21 @@ class LSQ(Quantization):
         scope: str = "all",
         lr_step_size: float = 1e-5,
         reset_optimizer: bool = False,
+        equalize: float | None = None,
         allow_float: tuple[str, ...] = (),
     ):
-        self.start, self.bits, self.activation_bits = start, bits, activation_bits
+        self.start, self.bits, self.activation_bits, self.equalize = start, bits, activation_bits, equalize
         self.options: dict[str, Any] = {"per_channel": per_channel, "init": init, "grad_scale": grad_scale}
         self.options["allow_float"] = allow_float
         self.scope, self.lr_step_size, self.reset_optimizer = scope, lr_step_size, reset_optimizer
         self.net: nn.Module | None = None
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
-        quantize_(net, self.bits, self.activation_bits, **self.options, calibration=[images for images, _ in batches])
+        calibration = [images for images, _ in batches]
+        for weight in [] if self.equalize is None else equalize_(net, calibration, exponent=self.equalize):
+            if optimizer is not None:
+                optimizer.state.pop(weight, None)
+        quantize_(net, self.bits, self.activation_bits, **self.options, calibration=calibration)
         self._train(net, optimizer)
 
     def reattach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Tensor]) -> None:
@@ -104,7 +112,7 @@ class LSQ(Quantization):
         for name, quantizer in quantizers(net).items():
             quantizer.step.requires_grad_(self.scope == "all")
             layer, _, kind = name.rpartition(".")
-            if self.scope == "bn_head" and kind == "weight":
+            if self.scope == "bn_head" and kind != "input":  # "in_proj_weight" of attention, too
                 for weight in originals(net.get_submodule(layer)):
                     weight.requires_grad_(False).grad = None  # or the optimizer would make a step with the last one
         if optimizer is None:
@@ -188,7 +196,8 @@ class Noise(nn.Module):
 
 
 class RTN(Quantization):
-    """Round to nearest, of a finished network: LSQ's codes at the first step sizes (`init`), and no update."""
+    """Round to nearest, of a finished network: LSQ's codes at the first step sizes (`init`), and no update. `equalize`
+    as for LSQ."""
 
     of_finished_runs = True
 
@@ -198,12 +207,15 @@ class RTN(Quantization):
         *,
         per_channel: bool = True,
         init: str = "mse",
+        equalize: float | None = None,
         allow_float: tuple[str, ...] = (),
     ):
-        self.bits = bits
+        self.bits, self.equalize = bits, equalize
         self.options: dict[str, Any] = {"per_channel": per_channel, "init": init, "allow_float": allow_float}
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer | None, batches: Minibatches) -> None:
+        if self.equalize is not None:
+            equalize_(net, [images for images, _ in batches], exponent=self.equalize)
         for step in quantize_(net, self.bits, **self.options):
             step.requires_grad_(False)
 
