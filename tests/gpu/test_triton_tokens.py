@@ -145,6 +145,13 @@ def test_attention_of_the_most_keys(keys, depth, width):
         assert_attention(case, most_peak(keys))
 
 
+def test_attention_of_heads_wider_than_a_tile():
+    rng = np.random.default_rng(9)
+    q, k, v = (rng.integers(0, 256, (n, 2 * size)).astype(np.uint8) for n, size in ((5, 200), (9, 200), (9, 130)))
+    case = q, k, v, (3, 255, 128), 2, (f32(2e-5), f32(0.7), f32(100.5)), (0, 255)
+    assert_attention(case, most_peak(9))
+
+
 def test_weights_of_far_keys_are_zero():
     """32 and more powers of two below the largest logit: no weight at all, so that values there do not matter."""
     q, k = np.full((1, 8), 255, np.uint8), np.zeros((40, 8), np.uint8)
