@@ -163,14 +163,13 @@ py::list plan(Session& session, int64_t batch) {
   py::list list;
   for (size_t s = 0; s < program.steps.size(); ++s) {
     const Step& step = program.steps[s];
-    const ConvData* conv = conv_of(*step.node);
     py::dict entry;
     entry["member"] = program.graph.members[step.member].name;
     entry["name"] = step.node->name;
     entry["op"] = step.node->op->name;
     entry["output"] = step.output;
     entry["kernel"] = kernel_of(program, step);
-    entry["bits"] = conv ? conv->bits : 0;
+    entry["bits"] = step.node->data ? step.node->data->bits : 0;
     entry["macs"] = py::int_(step.macs) * py::int_(batch);
     entry["tile"] = tile_of(step);
     entry["split"] = split_of(step, plan->tilings[s], threads);

@@ -41,6 +41,7 @@ struct Tensor {
 // What one op keeps of a node. An op that has keys of its own derives a struct that only its family in ops/ knows, but
 // for ConvData (ops/conv.h).
 struct OpData {
+  int bits = 0;  // of the weight codes in the file; 0: no weight
   virtual ~OpData() = default;
 };
 

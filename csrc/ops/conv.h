@@ -16,8 +16,7 @@ Weight read_weight(const NodeSource& node);
 struct ConvData : OpData {
   Window window;  // linear is a 1x1 window
   int64_t groups = 1;
-  int bits = 0;                   // width of the codes in the file
-  int used_bits = 0;              // the width that all codes fit: below `bits` in some layers of 8 bits
+  int used_bits = 0;              // the width that all codes fit: below OpData::bits in some layers of 8 bits
   uint64_t codes = 0;             // where the packed codes begin in the file
   SharedFloats multiplier, bias;  // per output channel
   float residual_multiplier = 0;  // 0 without a residual

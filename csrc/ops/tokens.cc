@@ -36,6 +36,7 @@ std::unique_ptr<const OpData> read_embedding(const NodeSource& node) {
   embedding->rows = node.floats("rows", out.shape);
   require_bounded((1 << (weight.bits - 1)) * embedding->multiplier->largest + embedding->rows->largest, out.is_f32(),
                   node.where);
+  embedding->bits = weight.bits;
   embedding->codes = node.constants.codes(weight.codes, weight.bits, weight.count);
   return embedding;
 }
