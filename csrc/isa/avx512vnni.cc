@@ -106,22 +106,38 @@ struct Vnni {
 // Measured on Zen 5 (peak 541 GMAC/s), before and after: K = 64 450 and 500, with residual 398 and 455; K = 128 486 and
 // 510, 459 and 490; K = 256 510 and 525; K = 512 526 and 537.
 
+using Copies = uint8_t[kMr][kNr];  // of the residual of a strip
+
 template <bool kResidual>
 struct Destination {
   uint8_t* c = nullptr;  // the next pixel to write; null: none
   const uint8_t* residual = nullptr;
+  ptrdiff_t residual_stride;
   __mmask32 mask;
 
-  explicit Destination(const ConvParams& params) : mask(static_cast<__mmask32>((uint64_t{1} << params.n) - 1)) {}
+  explicit Destination(const ConvParams& params)
+      : residual_stride(params.residual_stride), mask(static_cast<__mmask32>((uint64_t{1} << params.n) - 1)) {}
 
   // Residuals are often in L2 or beyond.
-  void set(const ConvParams& params, const ConvTile& tile, int strip, int pixels) {
+  void set(const ConvParams& params, const ConvTile& tile, int strip, int pixels, Copies& copies) {
     c = static_cast<uint8_t*>(params.c) + tile.c[strip];
     if (!kResidual) return;
     residual = params.residual + tile.residual[strip];
     QD_UNROLL for (int p = 0; p < pixels; ++p) {
       _mm_prefetch(reinterpret_cast<const char*>(residual + p * params.residual_stride), _MM_HINT_T0);
     }
+    if (params.n < kNr) copy_residual(params, pixels, copies);
+  }
+
+  // A store of fewer channels ends, but for its mask, within the next pixel, whose residual could not be read until it
+  // has reached L1: 24 channels took twice as long.
+  QD_INLINE void copy_residual(const ConvParams& params, int pixels, Copies& copies) {
+    QD_UNROLL for (int p = 0; p < pixels; ++p) {
+      const auto* from = reinterpret_cast<const __m256i*>(residual + p * params.residual_stride);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(copies[p]), _mm256_loadu_si256(from));
+    }
+    residual = copies[0];
+    residual_stride = kNr;
   }
 
   QD_INLINE void write(const ConvParams& params, const __m512i (&acc_i32x16)[2]) {
@@ -141,7 +157,7 @@ struct Destination {
         _mm256_set1_epi8(static_cast<char>(params.qmax)));
     _mm256_mask_storeu_epi8(c, mask, c_u8x32);
     c += params.c_stride;
-    if (kResidual) residual += params.residual_stride;
+    if (kResidual) residual += residual_stride;
   }
 };
 
@@ -172,6 +188,7 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
   asm("" : "+r"(stride3), "+r"(stride5));
   __m512i acc[1][R][2], previous[R][2];
   Destination<kResidual> to(params);
+  alignas(32) Copies copies;
   size_t done = 0;
   do {
     const ConvTile& tile = tiles[done];
@@ -193,7 +210,7 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
       } else {
         start();
       }
-      to.set(params, tile, s, R);
+      to.set(params, tile, s, R, copies);
       w = Vnni::cell<R, 1>(acc, a, w, k, ahead);
       for (int32_t t = 1; t < params.cells; ++t) {
         a[0].p = params.a + tile.a[s] + params.cell_offset[t];
@@ -268,7 +285,8 @@ __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const Con
         }
       }
       Destination<kResidual> to(params);
-      to.set(params, tile, s, R);
+      alignas(32) Copies copies;
+      to.set(params, tile, s, R, copies);
       QD_UNROLL for (int p = 0; p < R; ++p) to.write(params, acc[p]);
     }
   } while (++done < n_tiles && tiles[done].r == R);
