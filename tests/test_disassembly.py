@@ -49,8 +49,8 @@ def dot_products(loop: list[Instruction]) -> set[str]:
 
 
 def spills(loop: list[Instruction]) -> list[Instruction]:
-    """Vectors that the loop stores on the stack: sums and products belong in registers. What a loop over pixels has of a
-    pixel in the end goes through a pointer.
+    """Vectors that the loop stores on the stack: sums and products belong in registers. What a loop over pixels has in
+    the end of each goes through a pointer.
     """
     return [step for step in loop if step[1].startswith("v") and re.search(r"\(%r[sb]p[^()]*\)$", step[2])]
 
