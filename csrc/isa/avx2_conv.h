@@ -3,7 +3,8 @@
 //     kElementBytes         of a packed weight
 //     kMaxRows              pixels that share the registers
 //     accumulate<R, V>(slab, pixels, acc)   adds a slab of the panel to R pixels x V vectors
-//     short_sums<V>(p, batch)   all sums of the batch, where they are so short that it has code for them; else false
+//     short_sums<V>(p, batch)               all sums of a batch to Batch::acc, where it has code for sums so short; or
+//                                           false
 //
 // Four vectors need weights at 19 bytes a cycle, which L2 does not keep up with (4 bits: 94 instead of 105). So the
 // pixels of all tiles are taken in batches, and a batch finishes one L1-sized slab of the panel before the next one;
@@ -125,8 +126,8 @@ struct Batch {
   const uint8_t* a[kBatch];
   ptrdiff_t c[kBatch];
   ptrdiff_t residual[kBatch];
-  alignas(32) int32_t acc[kBatch][kNr];
-  const char* prefetch;  // what is left to fetch of the next panel
+  alignas(32) int32_t acc[kBatch][kNr];  // between two slabs, or short sums and requantization
+  const char* prefetch;                  // what is left to fetch of the next panel
   size_t prefetch_lines;
 };
 
