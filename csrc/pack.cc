@@ -44,14 +44,18 @@ struct Layer {
 
 // ---- Lowering: how a layer is taken apart into cells and panels, for the kernel of its number of bits --------------
 
-// Neighbouring pixels are neighbouring bytes where the stride is 1: a few of them at once may fill the vectors better.
-// But then their windows share fewer columns, each of which takes 8 instructions, and sums and requantization 29.
-// Weights and constants follow each other as many times.
+// Neighbouring pixels are neighbouring bytes where the stride is 1: a few of them at once may fill the vectors better,
+// or keep vectors of a cache line within one. But then their windows share fewer columns. Weights and constants follow
+// each other as many times.
 int64_t depthwise_repeat(const ConvData& data, int64_t channels_at_once) {
+  constexpr int64_t kSums = 29, kColumn = 8, kCrossing = 16;  // instructions, or what they take
   if (data.window.stride[1] != 1) return 1;
   const auto cost = [&](int64_t repeat) {  // of 8 pixels
-    const int64_t vectors = (data.channels() * repeat + channels_at_once - 1) / channels_at_once;
-    return 8 / repeat * vectors * (29 + 8 * std::min(repeat, data.window.kernel[1]));
+    const int64_t channels = data.channels() * repeat;
+    const bool crosses = channels_at_once == 64 && channels % 64 != 0;
+    const int64_t vectors = (channels + channels_at_once - 1) / channels_at_once;
+    const int64_t columns = std::min(repeat, data.window.kernel[1]);
+    return 8 / repeat * vectors * (kSums + kColumn * columns + (crosses ? kCrossing : 0));
   };
   int64_t best = 1;
   for (int64_t repeat = 2; repeat <= 8; repeat *= 2) {

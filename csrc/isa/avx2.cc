@@ -88,54 +88,37 @@ struct NarrowWeights {
     w += kBytes / 4 * kPanelVectors * kVectorBytes;
   }
 
-  // The bytes beyond whole blocks.
-  template <int kRows, int kVectors>
-  static QD_INLINE void multiply_rest(int32_t bytes, const uint8_t* (&a)[kRows], const int8_t*& w, const __m256i& ones,
-                                      Accumulators<kRows, kVectors>& acc_i32x8) {
-    switch (bytes) {
-      case 4:
-        return multiply<4>(a, w, ones, acc_i32x8);
-      case 8:
-        return multiply<8>(a, w, ones, acc_i32x8);
-      case 12:
-        return multiply<12>(a, w, ones, acc_i32x8);
-      case 16:
-        return multiply<16>(a, w, ones, acc_i32x8);
-      case 20:
-        return multiply<20>(a, w, ones, acc_i32x8);
-      case 24:
-        return multiply<24>(a, w, ones, acc_i32x8);
-      case 28:
-        return multiply<28>(a, w, ones, acc_i32x8);
-    }
-  }
-
   template <int kRows, int kVectors>
   static QD_INLINE void accumulate(const Slab& slab, const uint8_t* const* pixels,
                                    Accumulators<kRows, kVectors>& acc_i32x8) {
     const int8_t* w = slab.w;
     const __m256i ones = _mm256_set1_epi16(1);
-    const uint32_t blocks = static_cast<uint32_t>(slab.k) / kBlock;
+    const uint32_t k = static_cast<uint32_t>(slab.k);
     for (int32_t t = 0; t < slab.cells; ++t) {
       const uint8_t* a[kRows];
       QD_UNROLL for (int r = 0; r < kRows; ++r) a[r] = pixels[r] + slab.cell_offset[t] + slab.begin;
-      for (uint32_t i = blocks; i > 0; --i) {
+      for (uint32_t i = k / kBlock; i > 0; --i) {
         asm("" : "+r"(i));  // a plain counter: GCC would compute the end of w instead, for every cell anew
         multiply<kBlock>(a, w, ones, acc_i32x8);
       }
-      multiply_rest(slab.k % kBlock, a, w, ones, acc_i32x8);
+      if (kBlock > 24 && k % kBlock == 24) {  // the rows of a 7x7 window over three channels
+        multiply<24>(a, w, ones, acc_i32x8);
+        continue;
+      }
+      if (k % kBlock & 16) multiply<16>(a, w, ones, acc_i32x8);
+      if (k & 8) multiply<8>(a, w, ones, acc_i32x8);
+      if (k & 4) multiply<4>(a, w, ones, acc_i32x8);
     }
   }
 
-  // One block, a pixel at a time and without a branch: 4 stores instead of what it takes to walk through a slab.
+  // A pixel at a time and without a branch: four loads and stores instead of what it takes to walk through a slab.
   template <int kBytes, int kVectors>
-  static __attribute__((noinline)) void sum_pixels(const ConvParams& p, const uint8_t* const* pixels,
-                                                   int32_t (*acc)[kNr], int count) {
+  static __attribute__((noinline)) void sum_pixels(const ConvParams& p, Batch* batch) {
     const ptrdiff_t offset = p.cell_offset[0];
     const auto* const w = static_cast<const int8_t*>(p.w);
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int i = 0; i < count; ++i) {
-      const uint8_t* a[1] = {pixels[i] + offset};
+    for (int i = 0; i < batch->pixels; ++i) {
+      const uint8_t* a[1] = {batch->a[i] + offset};
       const int8_t* from = w;
       Accumulators<1, kVectors> acc_i32x8;
       QD_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -143,21 +126,22 @@ struct NarrowWeights {
       }
       multiply<kBytes>(a, from, ones, acc_i32x8);
       QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(acc[i] + 8 * v), acc_i32x8[0][v]);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(batch->acc[i] + 8 * v), acc_i32x8[0][v]);
       }
     }
   }
 
   template <int kVectors>
-  static bool short_sums(const ConvParams& p, const uint8_t* const* pixels, int32_t (*acc)[kNr], int count) {
-    using Sum = void (*)(const ConvParams&, const uint8_t* const*, int32_t (*)[kNr], int);
-    static constexpr Sum kSum[] = {sum_pixels<8, kVectors>,  sum_pixels<16, kVectors>, sum_pixels<24, kVectors>,
-                                   sum_pixels<32, kVectors>, sum_pixels<48, kVectors>, sum_pixels<64, kVectors>};
-    static constexpr int kBytes[] = {8, 16, 24, 32, 48, 64};
-    for (int i = 0; i < 6; ++i) {
-      if (p.k != kBytes[i]) continue;
-      kSum[i](p, pixels, acc, count);
-      return true;
+  static bool short_sums(const ConvParams& p, Batch* batch) {
+    switch (p.k) {
+      case 8:
+        return sum_pixels<8, kVectors>(p, batch), true;
+      case 16:
+        return sum_pixels<16, kVectors>(p, batch), true;
+      case 24:
+        return sum_pixels<24, kVectors>(p, batch), true;
+      case 32:
+        return sum_pixels<32, kVectors>(p, batch), true;
     }
     return false;
   }
@@ -218,7 +202,7 @@ struct WideWeights {
   }
 
   template <int kVectors>
-  static bool short_sums(const ConvParams&, const uint8_t* const*, int32_t (*)[kNr], int) {
+  static bool short_sums(const ConvParams&, Batch*) {
     return false;
   }
 };

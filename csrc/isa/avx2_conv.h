@@ -3,7 +3,8 @@
 //     kElementBytes         of a packed weight
 //     kMaxRows              pixels that share the registers
 //     accumulate<R, V>(slab, pixels, acc)   adds a slab of the panel to R pixels x V vectors
-//     short_sums<V>(p, a, acc, pixels)      all sums of many pixels, where they are so short that it has code for them
+//     short_sums<V>(p, batch)               all sums of a batch to Batch::acc, where it has code for sums so short; or
+//                                           false
 //
 // Four vectors need weights at 19 bytes a cycle, which L2 does not keep up with (4 bits: 94 instead of 105). So the
 // pixels of all tiles are taken in batches, and a batch finishes one L1-sized slab of the panel before the next one;
@@ -130,7 +131,7 @@ struct Slab {
   int32_t begin;
   int32_t k;
   const int8_t* w;
-  bool first;
+  bool first, last;
 };
 
 // Pixels that go through the panel together.
@@ -140,8 +141,8 @@ struct Batch {
   const uint8_t* a[kBatch];
   ptrdiff_t c[kBatch];
   ptrdiff_t residual[kBatch];
-  alignas(32) int32_t acc[kBatch][kNr];
-  const char* prefetch;  // what is left to fetch of the next panel
+  alignas(32) int32_t acc[kBatch][kNr];  // between two slabs, or short sums and requantization
+  const char* prefetch;                  // what is left to fetch of the next panel
   size_t prefetch_lines;
 };
 
@@ -149,38 +150,59 @@ struct Batch {
 template <int kRows, int kVectors>
 using Accumulators = __m256i[kRows][kVectors];
 
-// Requantizes and writes kRows pixels of the batch from `pixel` on, step by step: they hide each other's latencies.
-template <int kRows, int kVectors, class Residual, typename Out>
-QD_INLINE void write_pixels(const ConvParams& p, const Batch& batch, int pixel, uint8_t qmin, uint8_t qmax) {
+// Requantizes and writes kRows pixels of the batch from `pixel` on.
+template <int kRows, int kVectors>
+QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVectors>& acc_i32x8, const Batch& batch,
+                            int pixel) {
   __m256 r_f32x8[kRows][4] = {};
   QD_UNROLL for (int v = 0; v < kVectors; ++v) {
     const __m256 multiplier_f32x8 = _mm256_loadu_ps(p.multiplier + 8 * v), bias_f32x8 = _mm256_loadu_ps(p.bias + 8 * v);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      const __m256i acc_i32x8 = _mm256_load_si256(reinterpret_cast<const __m256i*>(batch.acc[pixel + r] + 8 * v));
-      r_f32x8[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8), multiplier_f32x8, bias_f32x8);
+      r_f32x8[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8[r][v]), multiplier_f32x8, bias_f32x8);
     }
   }
-  if constexpr (!kIsNone<Residual>) {
+  if (p.residual) {
     const __m256 multiplier_f32x8 = _mm256_set1_ps(p.residual_multiplier);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Residual* residual = static_cast<const Residual*>(p.residual) + batch.residual[pixel + r];
+      const ptrdiff_t at = batch.residual[pixel + r];
       QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-        r_f32x8[r][v] = _mm256_fmadd_ps(to_f32x8(residual + 8 * v), multiplier_f32x8, r_f32x8[r][v]);
+        const __m256 residual_f32x8 = p.residual_type == Dtype::s16
+                                          ? to_f32x8(static_cast<const int16_t*>(p.residual) + at + 8 * v)
+                                          : to_f32x8(static_cast<const uint8_t*>(p.residual) + at + 8 * v);
+        r_f32x8[r][v] = _mm256_fmadd_ps(residual_f32x8, multiplier_f32x8, r_f32x8[r][v]);
       }
     }
   }
   const size_t n = static_cast<size_t>(p.n);
+  const uint8_t qmin = p.qmin, qmax = p.qmax;  // copies, which no store can change
   QD_UNROLL for (int r = 0; r < kRows; ++r) {
-    store(r_f32x8[r], qmin, qmax, n, static_cast<Out*>(p.c) + batch.c[pixel + r]);
+    if (batch.out == Dtype::s16) {
+      store(r_f32x8[r], qmin, qmax, n, static_cast<int16_t*>(p.c) + batch.c[pixel + r]);
+    } else if (batch.out == Dtype::f32) {
+      store(r_f32x8[r], qmin, qmax, n, static_cast<float*>(p.c) + batch.c[pixel + r]);
+    } else {
+      store(r_f32x8[r], qmin, qmax, n, static_cast<uint8_t*>(p.c) + batch.c[pixel + r]);
+    }
   }
 }
 
-template <int kVectors, class Residual, typename Out>
+template <int kRows, int kVectors>
+QD_INLINE void load_and_write(const ConvParams& p, const Batch& batch, int pixel) {
+  Accumulators<kRows, kVectors> acc_i32x8;
+  QD_UNROLL for (int r = 0; r < kRows; ++r) {
+    QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+      acc_i32x8[r][v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(batch.acc[pixel + r] + 8 * v));
+    }
+  }
+  write_pixels<kRows, kVectors>(p, acc_i32x8, batch, pixel);
+}
+
+// After short sums: right behind each pair of them, the latencies of requantization would fill the schedulers.
+template <int kVectors>
 __attribute__((noinline)) void write_batch(const ConvParams& p, const Batch& batch) {
-  const uint8_t qmin = p.qmin, qmax = p.qmax;  // copies, which no store can change
   int pixel = 0;
-  for (; pixel + 2 <= batch.pixels; pixel += 2) write_pixels<2, kVectors, Residual, Out>(p, batch, pixel, qmin, qmax);
-  if (pixel < batch.pixels) write_pixels<1, kVectors, Residual, Out>(p, batch, pixel, qmin, qmax);
+  for (; pixel + 2 <= batch.pixels; pixel += 2) load_and_write<2, kVectors>(p, batch, pixel);
+  if (pixel < batch.pixels) load_and_write<1, kVectors>(p, batch, pixel);
 }
 
 // The next panel comes from DRAM: every few pixels fetch a piece of it, so that it is in L2 when it is due.
@@ -192,8 +214,8 @@ QD_INLINE void prefetch_share(Batch* batch) {
   batch->prefetch_lines -= lines;
 }
 
-// Adds one slab to the pixels begin.. of the batch, kRows at a time as long as so many are left. Returns the first pixel
-// that is not done.
+// Adds one slab to the pixels begin.. of the batch, kRows at a time as long as so many are left, and writes them after
+// the last slab. Returns the first pixel that is not done.
 template <typename Weights, int kRows, int kVectors>
 __attribute__((noinline)) int run_slab(const ConvParams& p, const Slab& slab, Batch* batch, int begin) {
   int pixel = begin;
@@ -207,9 +229,13 @@ __attribute__((noinline)) int run_slab(const ConvParams& p, const Slab& slab, Ba
     }
     if (batch->prefetch_lines > 0) prefetch_share(batch);
     Weights::accumulate(slab, batch->a + pixel, acc_i32x8);
-    QD_UNROLL for (int r = 0; r < kRows; ++r) {
-      QD_UNROLL for (int v = 0; v < kVectors; ++v) {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(batch->acc[pixel + r] + 8 * v), acc_i32x8[r][v]);
+    if (slab.last) {
+      write_pixels<kRows, kVectors>(p, acc_i32x8, *batch, pixel);
+    } else {
+      QD_UNROLL for (int r = 0; r < kRows; ++r) {
+        QD_UNROLL for (int v = 0; v < kVectors; ++v) {
+          _mm256_store_si256(reinterpret_cast<__m256i*>(batch->acc[pixel + r] + 8 * v), acc_i32x8[r][v]);
+        }
       }
     }
   }
@@ -225,8 +251,12 @@ void run_pixels(const ConvParams& p, const Slab& slab, Batch* batch, int begin) 
 
 template <typename Weights, int kVectors>
 void run_batch(const ConvParams& p, int32_t slab_cells, int32_t slab_k, Batch* batch) {
-  const bool done = p.cells == 1 && Weights::template short_sums<kVectors>(p, batch->a, batch->acc, batch->pixels);
-  for (int32_t t = 0; t < p.cells && !done; t += slab_cells) {
+  if (p.cells == 1 && Weights::template short_sums<kVectors>(p, batch)) {
+    write_batch<kVectors>(p, *batch);
+    batch->pixels = 0;
+    return;
+  }
+  for (int32_t t = 0; t < p.cells; t += slab_cells) {
     for (int32_t i = 0; i < p.k; i += slab_k) {
       Slab slab;
       slab.cell_offset = p.cell_offset + t;
@@ -235,19 +265,9 @@ void run_batch(const ConvParams& p, int32_t slab_cells, int32_t slab_k, Batch* b
       slab.k = p.k - i < slab_k ? p.k - i : slab_k;
       slab.w = static_cast<const int8_t*>(p.w) + (static_cast<size_t>(t) * p.k + i) * (kNr * Weights::kElementBytes);
       slab.first = t == 0 && i == 0;
+      slab.last = t + slab_cells >= p.cells && i + slab_k >= p.k;
       run_pixels<Weights, Weights::kMaxRows, kVectors>(p, slab, batch, 0);
     }
-  }
-  const auto write = [&](auto residual) {
-    using Residual = decltype(residual);
-    if (batch->out == Dtype::f32) return write_batch<kVectors, Residual, float>(p, *batch);
-    batch->out == Dtype::s16 ? write_batch<kVectors, Residual, int16_t>(p, *batch)
-                             : write_batch<kVectors, Residual, uint8_t>(p, *batch);
-  };
-  if (!p.residual) {
-    write(None());
-  } else {
-    p.residual_type == Dtype::s16 ? write(int16_t()) : write(uint8_t());
   }
   batch->pixels = 0;
 }

@@ -106,22 +106,49 @@ struct Vnni {
 // Measured on Zen 5 (peak 541 GMAC/s), before and after: K = 64 450 and 500, with residual 398 and 455; K = 128 486 and
 // 510, 459 and 490; K = 256 510 and 525; K = 512 526 and 537.
 
+// Of the residual of a strip.
+template <class Residual>
+struct Copies {
+  alignas(64) Residual of[kMr][kNr];
+};
+template <>
+struct Copies<None> {};
+
 template <class Residual, typename T>
 struct Destination {
   T* c = nullptr;  // the next pixel to write; null: none
   const Residual* residual = nullptr;
+  ptrdiff_t residual_stride;
   __mmask32 mask;
 
-  explicit Destination(const ConvParams& params) : mask(static_cast<__mmask32>((uint64_t{1} << params.n) - 1)) {}
+  explicit Destination(const ConvParams& params)
+      : residual_stride(params.residual_stride), mask(static_cast<__mmask32>((uint64_t{1} << params.n) - 1)) {}
 
   // Residuals are often in L2 or beyond.
-  void set(const ConvParams& params, const ConvTile& tile, int strip, int pixels) {
+  void set(const ConvParams& params, const ConvTile& tile, int strip, int pixels, Copies<Residual>& copies) {
     c = static_cast<T*>(params.c) + tile.c[strip];
-    if constexpr (kIsNone<Residual>) return;
-    residual = static_cast<const Residual*>(params.residual) + tile.residual[strip];
-    QD_UNROLL for (int p = 0; p < pixels; ++p) {
-      _mm_prefetch(reinterpret_cast<const char*>(residual + p * params.residual_stride), _MM_HINT_T0);
+    if constexpr (!kIsNone<Residual>) {
+      residual = static_cast<const Residual*>(params.residual) + tile.residual[strip];
+      residual_stride = params.residual_stride;
+      QD_UNROLL for (int p = 0; p < pixels; ++p) {
+        _mm_prefetch(reinterpret_cast<const char*>(residual + p * params.residual_stride), _MM_HINT_T0);
+      }
+      if (params.n < kNr) copy_residual(params, pixels, copies);
     }
+  }
+
+  // A store of fewer channels ends, but for its mask, within the next pixel, whose residual could not be read until it
+  // has reached L1: 24 channels took twice as long.
+  QD_INLINE void copy_residual(const ConvParams& params, int pixels, Copies<Residual>& copies) {
+    QD_UNROLL for (int p = 0; p < pixels; ++p) {
+      for (size_t at = 0; at < sizeof copies.of[p]; at += 32) {
+        const auto* from = reinterpret_cast<const uint8_t*>(residual + p * params.residual_stride) + at;
+        auto* to = reinterpret_cast<__m256i*>(reinterpret_cast<uint8_t*>(copies.of[p]) + at);
+        _mm256_store_si256(to, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+      }
+    }
+    residual = copies.of[0];
+    residual_stride = kNr;
   }
 
   QD_INLINE void write(const ConvParams& params, const __m512i (&acc_i32x16)[2]) {
@@ -135,7 +162,7 @@ struct Destination {
     }
     store(params, _mm512_packs_epi32(_mm512_cvtps_epi32(x_f32x16[0]), _mm512_cvtps_epi32(x_f32x16[1])), c);
     c += params.c_stride;
-    residual += params.residual_stride;
+    if constexpr (!kIsNone<Residual>) residual += residual_stride;
   }
 
  private:
@@ -179,6 +206,7 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
   asm("" : "+r"(stride3), "+r"(stride5));
   __m512i acc[1][R][2], previous[R][2];
   Destination<Residual, T> to(params);
+  Copies<Residual> copies;
   size_t done = 0;
   do {
     const ConvTile& tile = tiles[done];
@@ -200,7 +228,7 @@ __attribute__((noinline)) size_t run_overlapped(const ConvParams& params, const 
       } else {
         start();
       }
-      to.set(params, tile, s, R);
+      to.set(params, tile, s, R, copies);
       w = Vnni::cell<R, 1>(acc, a, w, k, ahead);
       for (int32_t t = 1; t < params.cells; ++t) {
         a[0].p = params.a + tile.a[s] + params.cell_offset[t];
@@ -281,7 +309,8 @@ __attribute__((noinline)) size_t run_grouped(const ConvParams& params, const Con
         }
       }
       Destination<Residual, uint8_t> to(params);
-      to.set(params, tile, s, R);
+      Copies<Residual> copies;
+      to.set(params, tile, s, R, copies);
       QD_UNROLL for (int p = 0; p < R; ++p) to.write(params, acc[p]);
     }
   } while (++done < n_tiles && tiles[done].r == R);

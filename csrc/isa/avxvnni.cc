@@ -70,7 +70,7 @@ struct DotWeights {
   }
 
   template <int kVectors>
-  static bool short_sums(const ConvParams&, const uint8_t* const*, int32_t (*)[kNr], int) {
+  static bool short_sums(const ConvParams&, Batch*) {
     return false;
   }
 };

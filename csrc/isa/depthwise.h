@@ -196,6 +196,7 @@ class Depthwise {
 
   // The part of the window that begins there. Rows beyond the window: the last one again, with zero weights.
   void set_part(int32_t n, int row, int column) {
+    rows_ = at_most(window_rows_ - row, kPartRows);
     columns_ = at_most(p_.columns - column, kPartColumns);
     for (int i = 0; i < kPartRows; ++i) {
       offset_[i] = p_.cell_offset[at_most(row + i, window_rows_ - 1) * p_.columns] + column * p_.column_stride;
@@ -210,8 +211,13 @@ class Depthwise {
     }
   }
 
-  // Of `count` pixels. Those that share columns follow each other like one pixel of many columns.
   void set_entries(const uint8_t* a, int count) {
+    rows_ == 3 ? set_entries_of<3>(a, count) : set_entries_of<kPartRows>(a, count);
+  }
+
+  // Of `count` pixels. Those that share columns follow each other like one pixel of many columns.
+  template <int kRows>
+  void set_entries_of(const uint8_t* a, int count) {
     const bool shared = step_ < columns_;
     const int groups = shared ? 1 : count, columns = shared ? (count - 1) * step_ + columns_ : columns_;
     const ptrdiff_t column_stride = p_.column_stride, a_stride = p_.a_stride;
@@ -223,7 +229,9 @@ class Depthwise {
       Int* entry = first;
       for (int i = 0; i < columns; ++i, entry += P::kVectors, column += column_stride) {
         Int rows[4];
-        QD_UNROLL for (int row = 0; row < 4; ++row) rows[row] = V::load(column + offset[row]);
+        QD_UNROLL for (int row = 0; row < 4; ++row) {
+          rows[row] = row < kRows ? V::load(column + offset[row]) : rows[kRows - 1];
+        }
         P::activations(rows, entry);
       }
     }
@@ -239,7 +247,11 @@ class Depthwise {
   void add_columns(int count) {
     const int columns = kColumns ? kColumns : columns_;
     const ptrdiff_t next = static_cast<ptrdiff_t>(step_) * P::kVectors;
-    const Int *entry = entries_, *const w = weights_;
+    constexpr int kLocal = kColumns * P::kVectors <= 16 ? kColumns * P::kVectors : 0;
+    Int local[kLocal + 1];  // which no store changes: they stay in registers, as far as there are some
+    QD_UNROLL for (int i = 0; i < kLocal; ++i) local[i] = V::load(weights_ + i);
+    const Int* const w = kLocal ? local : weights_;
+    const Int* entry = entries_;
     Int* to = acc_;
     for (int x = 0; x < count; ++x, entry += next, to += 4) {
       Int acc[4], sums[4];
@@ -265,7 +277,7 @@ class Depthwise {
   const int window_rows_;
   bool many_parts_;
   int step_;                     // entries from one pixel to the next
-  int columns_;                  // of the part, and
+  int rows_, columns_;           // of the part, and
   ptrdiff_t offset_[kPartRows];  // where its rows begin
   Channels channels_;
   Int weights_[kPartColumns * P::kVectors];
