@@ -182,7 +182,8 @@ def _by_constant(site: Site, x: Value, constant: Any, x_node: fx.Node, constant_
 def divide(site: Site, a: Any, b: Any, **kwargs: Any) -> Any:
     if kwargs or _is_value(b):
         return table(site, a, b, **kwargs)
-    return affine(site, a, torch.as_tensor(b).double().reciprocal(), 0.0)
+    inverse = torch.as_tensor(b).double().reciprocal()
+    return scaled(site, a, inverse) if isinstance(a, Scores) else affine(site, a, inverse, 0.0)
 
 
 def negate(site: Site, x: Value) -> Value:
