@@ -135,6 +135,7 @@ def test_heads_that_are_mixed(tmp_path):
         return together(scores.softmax(-1) @ v)
 
     net = Attends(talking, talk=nn.Linear(HEADS, HEADS)).eval()
-    with pytest.raises(ExportError, match=r"scores of several heads mixed \(talking heads\) at module `permute`") as error:
+    text = r"scores of several heads mixed \(talking heads\) at module `permute`"
+    with pytest.raises(ExportError, match=text) as error:
         qdeploy.check(net, images((3, 16, 16)))
     assert "\n" not in str(error.value)

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated import between, check, conv, ops
+from emulated import between, check, conv, images, ops
 from torch import nn
+
+import qdeploy
+from qdeploy import export, format, reference
 
 torch.set_num_threads(1)
 
@@ -116,20 +119,6 @@ def one_dimension(net, x):
     return x.unsqueeze(-1)
 
 
-def choice(net, x):
-    """Softmax over two branches, as in SKNet: in integers the sigmoid of a difference."""
-    a, b = (net.q("stack", y) for y in (x, net.q("body", net.body(x))))
-    total = net.q("add", a + b)
-    scores = net.q("score", net.score(net.q("mean", total.mean((2, 3), keepdim=True))))
-    scores = scores.reshape(-1, 2, 8, 1, 1)
-    if net.grids is None:
-        return (torch.stack([a, b], 1) * scores.softmax(1)).sum(1)
-    difference = net.q("score#2", scores[:, 0] - net.q("score", scores[:, 1]))
-    shares = [net.q("stack#2", torch.sigmoid(d)) for d in (difference, -difference)]
-    both = [net.q("mul", x * share) for x, share in zip((a, b), shares, strict=True)]
-    return net.q("add#2", both[0] + both[1])
-
-
 def mixing_of_rows(net, x):
     """A linear layer over the pixels, as in MLP-Mixer."""
     y = net.q("body", net.body(x.flatten(2)))
@@ -148,7 +137,7 @@ def difference_of_parts(net, x):
 
 def difference_of_functions(net, x):
     """x - f(x) is a table, and so is f(x) - 2x."""
-    y = net.q("sub", x - torch.sigmoid(x))
+    y = x - torch.sigmoid(x)
     return net.q("rsub", torch.rsub(y, torch.sigmoid(y), alpha=2))
 
 
@@ -187,7 +176,6 @@ FLOWS = {  # flow, modules, the ops that must be there, and those that must not
     "sum_with_a_row": (sum_with_a_row, {}, {"add", "gather"}, set()),
     "product": (product, {"body": conv(8, 8)}, {"mul"}, {"gather"}),
     "pixel_constant": (pixel_constant, {}, {"position", "image"}, set()),
-    "choice": (choice, {"body": conv(8, 8), "score": conv(8, 16, 1)}, {"mul", "table"}, set()),
     "mixing_of_rows": (mixing_of_rows, {"body": nn.Linear(64, 64)}, {"linear"}, {"gather"}),
     "mixing_of_tokens": (
         mixing_of_tokens,
@@ -215,6 +203,22 @@ def test_flow(name, path):
     body = {*ops(graph)[1:-2]}
     assert there <= body and not absent & body, ops(graph)
     assert report.output_sqnr_db > 20
+
+
+def choice(net, x):
+    """Between two branches, as in SKNet and ResNeSt."""
+    a, b = x, net.body(x)
+    scores = net.score((a + b).mean((2, 3), keepdim=True)).reshape(-1, 2, 8, 1, 1)
+    return (torch.stack([a, b], 1) * scores.softmax(1)).sum(1)
+
+
+def test_softmax_over_two_is_a_sigmoid(path):
+    torch.manual_seed(0)
+    net, x = between(choice, body=conv(8, 8), score=conv(8, 16, 1)), images((3, 8, 8))
+    report = export(net, x[:1], path, x)
+    graph = format.load(path)
+    assert ops(graph).count("table") == 2 and "mul" in ops(graph) and report.output_sqnr_db > 35
+    assert np.array_equal(qdeploy.load_int_model(path)(x), reference.run(graph, x))
 
 
 def test_difference_of_a_part_and_a_whole(path):

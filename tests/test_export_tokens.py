@@ -278,6 +278,8 @@ MODELS = {
     "ConvNext": {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 16, 16], "num_labels": 5},
     "DistilBert": WORDS | {"n_layers": 1, "n_heads": 2, "dim": 16, "hidden_dim": 32},
     "Bert": WORDS | SMALL,
+    "Roberta": WORDS | SMALL | {"max_position_embeddings": 12},  # it counts the tokens that are no padding, id 1
+    "MPNet": WORDS | SMALL | {"max_position_embeddings": 12},
 }
 
 
@@ -289,7 +291,7 @@ def test_models_of_transformers(name, path):
     torch.manual_seed(0)
     net = getattr(transformers, name + kind)(getattr(transformers, f"{name}Config")(**MODELS[name])).eval()
     side = 32 if name == "ConvNext" else 16
-    x = np.random.default_rng(0).integers(0, 40, (8, 10)) if text else images((3, side, side))
+    x = np.random.default_rng(0).integers(2, 40, (8, 10)) if text else images((3, side, side))
     quantize_(net, 8, init="mse")
     qdeploy.check(net, x[:1])
     report = export(net, x[:1], path, x)

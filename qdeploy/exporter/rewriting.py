@@ -82,11 +82,11 @@ def _mul(pen: _Pen, a: Any, b: Any) -> fx.Node | None:
 
 
 def _is_product(x: Any) -> bool:
-    return isinstance(x, fx.Node) and x.target is aten.matmul.default and x.args[0].meta["val"].dim() > 3
+    return isinstance(x, fx.Node) and x.target is aten.matmul.default and x.meta["val"].dim() > 3
 
 
 def _is_of_heads(x: Any) -> bool:
-    sizes = x.meta["val"].shape if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor) else ()
+    sizes: Any = x.meta["val"].shape if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor) else ()
     return len(sizes) > 2 and tuple(sizes[-2:]) == (1, 1) and sizes[-3] != 1
 
 

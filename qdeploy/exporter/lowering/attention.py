@@ -142,7 +142,7 @@ def _queries(site: Site, q: Any) -> Any:
     heads = by_image.shape[1]
     shape = (count, heads * width)
     index = np.arange(q.numel()).reshape(BATCH, count, heads, width).swapaxes(1, 2).reshape(q.shape)
-    at = Site(site.node.args[0], site.trace, site.layers)
+    at = Site(site.argument(0), site.trace, site.layers)
     source = next(layer for layer in site.layers if layer.op != "input" or not site.trace.ids)
     rows = at.layer(Gather, [source], (count, channels_of(source.shape)), axis="rows", index=np.full(count, -1))
     empty = at.layer(Gather, [rows], shape, axis="channels", index=np.full(shape[1], -1))

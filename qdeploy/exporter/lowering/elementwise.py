@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, channel_axis
 from qdeploy.exporter.grid import Grid
@@ -155,25 +155,25 @@ def multiply(site: Site, a: Any, b: Any) -> Any:
     if isinstance(a, Scores) or isinstance(b, Scores):
         return scaled(site, a, b)
     if not _is_value(a):
-        return _by_constant(site, b, a, *site.node.args[::-1])
+        return _by_constant(site, b, a, 1)
     if not _is_value(b):
-        return _by_constant(site, a, b, *site.node.args)
+        return _by_constant(site, a, b, 0)
     a, b, index, _ = _pair(site, a, b, gate=True)
     if a.shape == b.shape and _ancestor([a, b]) is not None:
         return _function(site, torch.mul, index, a, b)
     return seen(site.layer(Mul, [a, b], a.shape, index), index)
 
 
-def _by_constant(site: Site, x: Value, constant: Any, x_node: fx.Node, constant_node: Any) -> Value:
-    """By one number, or one for each channel; of another for each place, as in rotary embeddings, an activation is
-    made."""
+def _by_constant(site: Site, x: Value, constant: Any, place: int) -> Value:
+    """Argument number `place` by one number, or one for each channel; of another for each place of the tensor, as in
+    rotary embeddings, an activation is made."""
     layer, index = settled(site, x)
     factors = _by_element(site, constant, layer, index)
     if len(factors) == 1:
         return affine(site, x, constant, 0.0)
     graph = site.trace.module.graph
     with graph.inserting_before(site.node):
-        spread = graph.call_function(aten.expand_as.default, (constant_node, x_node))
+        spread = graph.call_function(aten.expand_as.default, (site.argument(1 - place), site.argument(place)))
     spread.meta = site.node.meta
     filled = _position(Site(spread, site.trace, site.layers), layer, index, 0.0, factors)
     return seen(site.layer(Mul, [layer, filled], layer.shape, index), index)
@@ -182,7 +182,8 @@ def _by_constant(site: Site, x: Value, constant: Any, x_node: fx.Node, constant_
 def divide(site: Site, a: Any, b: Any, **kwargs: Any) -> Any:
     if kwargs or _is_value(b):
         return table(site, a, b, **kwargs)
-    return affine(site, a, torch.as_tensor(b).double().reciprocal(), 0.0)
+    inverse = torch.as_tensor(b).double().reciprocal()
+    return scaled(site, a, inverse) if isinstance(a, Scores) else affine(site, a, inverse, 0.0)
 
 
 def negate(site: Site, x: Value) -> Value:
@@ -273,9 +274,7 @@ def table(site: Site, *args: Any, **kwargs: Any) -> Value:
     return _function(site, site.target, index, *(next(own) if _is_value(x) else x for x in args), **kwargs)
 
 
-def _function(
-    site: Site, target: Callable[..., Tensor], index: np.ndarray | None, *args: Any, **kwargs: Any
-) -> Value:
+def _function(site: Site, target: Callable[..., Tensor], index: np.ndarray | None, *args: Any, **kwargs: Any) -> Value:
     root = _ancestor([a for a in args if isinstance(a, Layer)])
     if root is None:
         site.fail(FUNCTION, "two tensors")

@@ -58,6 +58,11 @@ class Site:
             return path
         return f"{path}.{self.operator}" if path else self.operator
 
+    def argument(self, place: int) -> fx.Node:
+        """The node of a tensor that it reads."""
+        node: Any = self.node.args[place]
+        return node
+
     @property
     def operator(self) -> str:
         return getattr(self.target, "_opname", self.target.__name__)
