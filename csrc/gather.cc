@@ -52,8 +52,10 @@ void copy_runs(const ChannelGather& gather, const Run* runs, size_t count, size_
 template <class T>
 void copy_elements(const ChannelGather& gather, size_t pixels, const T* a, T* c) {
   const T zero_point = static_cast<T>(gather.zero_point);
+  const int32_t* const index = gather.index;  // which a store of bytes could change otherwise
+  const size_t n = gather.n;
   for (size_t pixel = 0; pixel < pixels; ++pixel, a += gather.a_stride, c += gather.c_stride) {
-    for (size_t i = 0; i < gather.n; ++i) c[i] = gather.index[i] < 0 ? zero_point : a[gather.index[i]];
+    for (size_t i = 0; i < n; ++i) c[i] = index[i] < 0 ? zero_point : a[index[i]];
   }
 }
 
