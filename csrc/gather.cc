@@ -9,8 +9,28 @@ namespace {
 // Up to so many elements a loop is quicker than memcpy.
 constexpr int32_t kShort = 8;
 
+// Entries of an index that follow each other; first -1: so many zero points.
+struct Run {
+  int32_t first, count;
+};
+
+// Returns how many runs there are.
+size_t runs_of(const ChannelGather& gather, Run* runs) {
+  size_t count = 0;
+  for (size_t i = 0; i < gather.n; ++i) {
+    const int32_t from = gather.index[i];
+    Run* last = count > 0 ? &runs[count - 1] : nullptr;
+    if (last && from == (last->first < 0 ? -1 : last->first + last->count)) {
+      ++last->count;
+    } else {
+      runs[count++] = {from, 1};
+    }
+  }
+  return count;
+}
+
 template <class T>
-T* copy_run(const T* a, const GatherRun& run, T zero_point, T* c) {
+T* copy_run(const T* a, const Run& run, T zero_point, T* c) {
   if (run.first < 0) {
     std::fill_n(c, run.count, zero_point);
   } else if (run.count > kShort) {
@@ -22,73 +42,57 @@ T* copy_run(const T* a, const GatherRun& run, T zero_point, T* c) {
 }
 
 template <class T>
-void copy_rows(const std::vector<GatherRun>& runs, size_t n, const GatherRows& rows) {
-  const T* a = static_cast<const T*>(rows.a);
-  T* c = static_cast<T*>(rows.c);
-  for (const GatherRun& run : runs) {
-    for (int32_t i = 0; i < run.count; ++i, c += rows.c_stride) {
-      if (run.first < 0) {
-        std::fill_n(c, n, static_cast<T>(rows.zero_point));
-      } else {
-        memcpy(c, a + (run.first + i) * rows.a_stride, n * sizeof(T));
-      }
-    }
+void copy_runs(const ChannelGather& gather, const Run* runs, size_t count, size_t pixels, const T* a, T* c) {
+  for (size_t pixel = 0; pixel < pixels; ++pixel, a += gather.a_stride, c += gather.c_stride) {
+    T* to = c;
+    for (size_t i = 0; i < count; ++i) to = copy_run(a, runs[i], static_cast<T>(gather.zero_point), to);
   }
 }
 
 template <class T>
-void copy_channels(const std::vector<GatherRun>& runs, size_t count, const GatherRows& rows) {
-  const T* a = static_cast<const T*>(rows.a);
-  T* c = static_cast<T*>(rows.c);
-  for (size_t row = 0; row < count; ++row, a += rows.a_stride, c += rows.c_stride) {
-    T* to = c;
-    for (const GatherRun& run : runs) to = copy_run(a, run, static_cast<T>(rows.zero_point), to);
+void copy_elements(const ChannelGather& gather, size_t pixels, const T* a, T* c) {
+  const T zero_point = static_cast<T>(gather.zero_point);
+  const int32_t* const index = gather.index;  // which a store of bytes could change otherwise
+  const size_t n = gather.n;
+  for (size_t pixel = 0; pixel < pixels; ++pixel, a += gather.a_stride, c += gather.c_stride) {
+    for (size_t i = 0; i < n; ++i) c[i] = index[i] < 0 ? zero_point : a[index[i]];
+  }
+}
+
+// The index in codes, looked up in each pixel.
+void look_up(const Kernels& kernels, const ChannelGather& gather, size_t pixels, const uint8_t* a, uint8_t* c,
+             uint8_t* codes) {
+  for (size_t i = 0; i < gather.n; ++i) {
+    codes[i] = static_cast<uint8_t>(gather.index[i] < 0 ? gather.channels : gather.index[i]);
+  }
+  alignas(64) uint8_t table[256] = {};
+  table[gather.channels] = static_cast<uint8_t>(gather.zero_point);
+  for (size_t pixel = 0; pixel < pixels; ++pixel, a += gather.a_stride, c += gather.c_stride) {
+    memcpy(table, a, gather.channels);
+    kernels.table(gather.n, table, codes, c);
   }
 }
 
 }  // namespace
 
-std::vector<GatherRun> gather_runs(const int32_t* index, size_t n) {
-  std::vector<GatherRun> runs;
-  for (size_t i = 0; i < n; ++i) {
-    const bool continues =
-        !runs.empty() && (index[i] < 0 ? runs.back().first < 0
-                                       : runs.back().first >= 0 && index[i] == runs.back().first + runs.back().count);
-    if (continues) {
-      ++runs.back().count;
-    } else {
-      runs.push_back({index[i], 1});
-    }
-  }
-  return runs;
-}
+size_t gather_scratch(size_t n) { return n * sizeof(Run) + 2 * kOverread; }
 
-void gather_rows(const std::vector<GatherRun>& runs, size_t n, const GatherRows& rows) {
-  rows.element_bytes == 1 ? copy_rows<uint8_t>(runs, n, rows) : copy_rows<int16_t>(runs, n, rows);
-}
-
-// A slice is copied, 0.06 ns a byte. A shuffle of fewer than 256 channels is a look-up of its index in the row, by the
+// A slice is copied, 0.05 ns a byte. A shuffle of fewer than 256 channels is a look-up of its index in the pixel, by the
 // kernel of table.
-ChannelGather::ChannelGather(const int32_t* index, size_t n, size_t channels, size_t element_bytes)
-    : n_(n), channels_(channels), runs_(gather_runs(index, n)) {
-  if (element_bytes != 1 || channels > 255 || runs_.size() * kShort < n) return;
-  codes_ = AlignedBuffer(n);
-  for (size_t i = 0; i < n; ++i) codes_.data()[i] = static_cast<uint8_t>(index[i] < 0 ? channels : index[i]);
-}
-
-void ChannelGather::run(const Kernels& kernels, size_t count, const GatherRows& rows) const {
-  if (codes_.bytes() > 0) return look_up(kernels, count, rows);
-  rows.element_bytes == 1 ? copy_channels<uint8_t>(runs_, count, rows) : copy_channels<int16_t>(runs_, count, rows);
-}
-
-void ChannelGather::look_up(const Kernels& kernels, size_t count, const GatherRows& rows) const {
-  alignas(64) uint8_t table[256] = {};
-  table[channels_] = static_cast<uint8_t>(rows.zero_point);
-  const uint8_t* a = static_cast<const uint8_t*>(rows.a);
-  uint8_t* c = static_cast<uint8_t*>(rows.c);
-  for (size_t row = 0; row < count; ++row, a += rows.a_stride, c += rows.c_stride) {
-    memcpy(table, a, channels_);
-    kernels.table(n_, table, codes_.data(), c);
+void gather_channels(const Kernels& kernels, const ChannelGather& gather, size_t pixels, const void* a, void* c,
+                     uint8_t* scratch) {
+  Run* const runs = reinterpret_cast<Run*>(scratch);
+  const size_t count = runs_of(gather, runs);
+  const bool has_runs = count * kShort < gather.n;
+  const auto copy = [&](auto* from, auto* to) {
+    has_runs ? copy_runs(gather, runs, count, pixels, from, to) : copy_elements(gather, pixels, from, to);
+  };
+  if (gather.element_bytes == 2) {
+    copy(static_cast<const int16_t*>(a), static_cast<int16_t*>(c));
+  } else if (has_runs || gather.channels > 255) {
+    copy(static_cast<const uint8_t*>(a), static_cast<uint8_t*>(c));
+  } else {
+    look_up(kernels, gather, pixels, static_cast<const uint8_t*>(a), static_cast<uint8_t*>(c), scratch + kOverread);
   }
 }
 

@@ -1,45 +1,25 @@
-// Rows or channels by an index: slices, shuffles, windows, class tokens. -1 gives zero points.
+// Channels by an index: slices, shuffles. -1 gives zero points.
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
-#include "aligned.h"
+#include "ukernels.h"
 
 namespace qdeploy {
 
-// Entries of an index that follow each other; first -1: so many zero points.
-struct GatherRun {
-  int32_t first, count;
-};
-std::vector<GatherRun> gather_runs(const int32_t* index, size_t n);
-
-// Elements of one or two bytes; strides count them, from a row to the next.
-struct GatherRows {
+// The channels index[0..n) of pixels; elements of one or two bytes, which strides count, from a pixel to the next.
+struct ChannelGather {
+  const int32_t* index;
+  size_t n, channels;  // of the output and of the input
   size_t element_bytes;
   int16_t zero_point;
-  const void* a;
-  ptrdiff_t a_stride;
-  void* c;
-  ptrdiff_t c_stride;
+  ptrdiff_t a_stride, c_stride;
 };
 
-// Output row i is input row index[i], n elements.
-void gather_rows(const std::vector<GatherRun>& runs, size_t n, const GatherRows& rows);
+// The memory of a call of gather_channels.
+size_t gather_scratch(size_t n);
 
-// The same channels of every row.
-class ChannelGather {
- public:
-  ChannelGather(const int32_t* index, size_t n, size_t channels, size_t element_bytes);
-
-  void run(const Kernels& kernels, size_t count, const GatherRows& rows) const;
-
- private:
-  void look_up(const Kernels& kernels, size_t count, const GatherRows& rows) const;
-
-  size_t n_, channels_;
-  std::vector<GatherRun> runs_;
-  AlignedBuffer codes_;  // the index as codes of a table; empty: runs are copied
-};
+void gather_channels(const Kernels& kernels, const ChannelGather& gather, size_t pixels, const void* a, void* c,
+                     uint8_t* scratch);
 
 }  // namespace qdeploy

@@ -16,6 +16,7 @@ from qdeploy.errors import InputError
 from qdeploy.f32 import Numbers, fma32, power_weights, softmax, to_f32
 from qdeploy.graph import Activation, Graph, Member, Node
 from qdeploy.ops import rows_of_texts
+from qdeploy.texts import TextInput
 
 NUMPY: dict[str, type] = {"u8": np.uint8, "s16": np.int16, "i32": np.int32, "f32": np.float32}  # of activations
 
@@ -55,7 +56,8 @@ def run_all(
     if graph.vocabulary is None:
         check_input(graph, x)
     else:
-        lengths = text_lengths(graph, x, mask)
+        text = TextInput(graph.input_shape[0], graph.vocabulary, graph.variable)
+        lengths = text.checked(x, mask)[1]
     outputs, tapped = [], {}
     for member in graph.members:
         values = run_member(member, x) if lengths is None else run_texts(member, x, lengths)
@@ -78,39 +80,6 @@ def check_input(graph: Graph, x: np.ndarray) -> None:
         raise InputError(f"expected shape [N, {', '.join(map(str, shape))}], got {list(x.shape)} - at the input")
     if x.dtype == np.float32 and not np.isfinite(x).all():
         raise InputError("expected finite numbers, got NaN or infinity - at the input")
-
-
-def text_lengths(graph: Graph, ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray | None:
-    """The number of tokens of each text, [N]; None where all have as many as the graph says.
-
-    Raises InputError unless `run` takes ids and mask.
-    """
-    if ids.dtype not in (np.int32, np.int64):
-        raise InputError(f"expected dtype int32 or int64, got {ids.dtype} - at the input")
-    longest, fewest = graph.input_shape[0], 1 if graph.variable else graph.input_shape[0]
-    if ids.ndim != 2 or not fewest <= ids.shape[1] <= longest:
-        sizes = f"[N, T] with T from 1 to {longest}" if graph.variable else f"[N, {longest}]"
-        raise InputError(f"expected shape {sizes}, got {list(ids.shape)} - at the input")
-    if mask is not None and not graph.variable:
-        raise InputError("expected no mask for texts of one length, got one - at the mask")
-    lengths = np.full(len(ids), ids.shape[1]) if mask is None else _prefix_lengths(mask, ids.shape)
-    exists = np.arange(ids.shape[1]) < lengths[:, None]
-    wrong = ids[exists & ((ids < 0) | (ids >= (graph.vocabulary or 0)))]
-    if wrong.size:
-        raise InputError(f"expected token ids from 0 to {(graph.vocabulary or 0) - 1}, got {wrong[0]} - at the input")
-    return lengths if graph.variable else None
-
-
-def _prefix_lengths(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if mask.shape != shape:
-        raise InputError(f"expected a mask of shape {list(shape)}, got {list(mask.shape)} - at the mask")
-    lengths = (mask == 1).sum(axis=1)
-    fits = (mask == (np.arange(shape[1]) < lengths[:, None])).all(axis=1) & (lengths > 0)
-    if not fits.all():
-        raise InputError(
-            f"expected ones, at least one, and then zeros, got others - at text {fits.argmin()} of the mask"
-        )
-    return lengths
 
 
 def run_texts(member: Member, ids: np.ndarray, lengths: np.ndarray) -> dict[int, np.ndarray]:

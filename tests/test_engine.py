@@ -72,6 +72,18 @@ def assert_equals_reference(
                 )
 
 
+@pytest.mark.parametrize("residual", [None, "u8", "s16"])
+@pytest.mark.parametrize("dtype", ["u8", "s16", "f32"])
+def test_depthwise_of_every_type(path, residual, dtype):
+    """Few channels, whose neighbouring pixels go together, and rows of more numbers than are made at once."""
+    for channels, size in ((8, (4, 9)), (100, (3, 60))):
+        net = Builder(np.random.default_rng(channels), (channels, *size), (0.5, 9))
+        other = None if residual is None else net.rescale(0, residual)
+        net.conv2d(0, channels, (3, 3), padding=(1, 1, 1, 1), groups=channels, residual=other, dtype=dtype)
+        graph = Graph([net.member()])
+        assert_equals_reference(graph, batch(graph, 2, np.random.default_rng(0)), path, (2,), (1, 3))
+
+
 @settings(max_examples=120, deadline=None)
 @given(st.one_of(graphs(), graphs(), graphs(), ensembles()), generators())
 def test_random_graphs(path, graph, rng):

@@ -11,7 +11,7 @@ from builder import Builder, small_text, text_batch
 import qdeploy
 from qdeploy import _engine, reference
 from qdeploy.errors import InputError
-from qdeploy.format import save
+from qdeploy.format import load, save
 from qdeploy.graph import Graph
 
 LONGEST, VOCABULARY = 9, 11  # of small_text
@@ -112,6 +112,11 @@ def test_what_a_model_of_texts_says_of_itself(path):
 IDS = np.zeros((2, 4), np.int64)
 BAD = {  # name: arguments, the error
     "a list": (([[1]],), "expected int32 or int64 [N, T] with T from 1 to 9, got list - at the input"),
+    "padding before": (
+        (IDS, np.array([[0, 0, 1, 1], [1, 1, 1, 1]])),
+        "expected ones, at least one, and then zeros, got others - at text 0 of the mask",
+    ),
+    "bytes": ((IDS.astype(np.uint8),), "with T from 1 to 9, got uint8 [2, 4] - at the input"),
     "floats": ((IDS.astype(np.float32),), "with T from 1 to 9, got float32 [2, 4] - at the input"),
     "one text": ((IDS[0],), "with T from 1 to 9, got int64 [4] - at the input"),
     "no token": ((IDS[:, :0],), "with T from 1 to 9, got int64 [2, 0] - at the input"),
@@ -135,12 +140,19 @@ BAD = {  # name: arguments, the error
 }
 
 
+def runs(path):
+    """The engine and the reference, as functions of ids and a mask."""
+    graph = load(path)
+    return [qdeploy.load_int_model(path), lambda ids, mask=None: reference.run(graph, ids, mask=mask)]
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_no_batch_of_texts(path, case):
     arguments, error = BAD[case]
-    with pytest.raises(InputError) as raised:
-        qdeploy.load_int_model(path)(*arguments)
-    assert str(raised.value).endswith(error)
+    for run in runs(path):
+        with pytest.raises(InputError) as raised:
+            run(*arguments)
+        assert str(raised.value).endswith(error)
 
 
 def test_texts_of_one_length_take_no_mask(tmp_path):
@@ -154,6 +166,7 @@ def test_texts_of_one_length_take_no_mask(tmp_path):
         ((ids, np.ones_like(ids)), "expected no mask for texts of one length, got one - at the mask"),
         ((ids[:, :4],), "expected int32 or int64 [N, 9], got int64 [2, 4] - at the input"),
     ):
-        with pytest.raises(InputError) as raised:
-            model(*arguments)
-        assert str(raised.value) == error
+        for run in runs(tmp_path / "m.safetensors"):
+            with pytest.raises(InputError) as raised:
+                run(*arguments)
+            assert str(raised.value) == error

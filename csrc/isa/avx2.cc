@@ -24,13 +24,12 @@
 // that, with 3 pixels x 2 vectors, gains nothing: the bare instructions of 4 bits reach 214 (peak_loops.cc).
 //
 // The multiply-add operations are asm volatile: with intrinsics GCC 12 hoists all vpmaddubsw of a block and spills.
-#include "attention.h"
 #include "avx2_attention.h"
 #include "avx2_conv.h"
 #include "avx2_depthwise.h"
 #include "avx2_lanes.h"
 #include "avx2_winograd.h"
-#include "norm.h"
+#include "lanes.h"
 
 namespace qdeploy {
 namespace {
@@ -496,18 +495,12 @@ void init_avx2(Kernels* kernels) {
   kernels->mul_f32 = mul<float>;
   kernels->table = table;
   kernels->quantize = quantize;
-  kernels->scale_add = scale_add<Avx2Lanes>;
-  kernels->mean = mean<Avx2Lanes>;
-  kernels->weigh = weigh<Avx2Lanes>;
-  kernels->depthwise_f32 = depthwise_f32<Avx2Lanes>;
+  set_lane_kernels<Avx2Lanes>(kernels);
   kernels->norm_row_sums = norm_row_sums<Avx2Lanes>;
   kernels->norm_channel_sums = norm_channel_sums<Avx2Lanes>;
-  kernels->norm = norm<Avx2Lanes>;
   kernels->attention_q = attention_q;
   kernels->attention_keys = attention_keys;
   kernels->attention_values = attention_values;
-  kernels->attention_weights = attention_weights<Avx2Lanes>;
-  kernels->attention_output = attention_output<Avx2Lanes>;
   kernels->lsq_forward = lsq_forward;
   kernels->lsq_backward = lsq_backward;
   kernels->lsq_error = lsq_error;

@@ -25,11 +25,10 @@
 // 24 accumulators, 12 pixels. Eight sums are made for four pixels at a time, 8 pixels a tile: 12 pixels by twos give
 // 383 instead of 426 (two loads a cycle again), and with two or four sums 8 pixels are no faster. Every instruction is
 // volatile asm: given intrinsics GCC 12 issues all the products first and spills them.
-#include "attention.h"
 #include "avx512_depthwise.h"
 #include "avx512_lanes.h"
 #include "avx512_winograd.h"
-#include "norm.h"
+#include "lanes.h"
 
 namespace qdeploy {
 namespace {
@@ -430,13 +429,7 @@ void init_avx512(Kernels* kernels) {
   kernels->mul_f32 = mul<float>;
   kernels->table = table;
   kernels->quantize = quantize;
-  kernels->scale_add = scale_add<Avx512Lanes>;
-  kernels->mean = mean<Avx512Lanes>;
-  kernels->weigh = weigh<Avx512Lanes>;
-  kernels->depthwise_f32 = depthwise_f32<Avx512Lanes>;
-  kernels->norm = norm<Avx512Lanes>;
-  kernels->attention_weights = attention_weights<Avx512Lanes>;
-  kernels->attention_output = attention_output<Avx512Lanes>;
+  set_lane_kernels<Avx512Lanes>(kernels);
 }
 
 }  // namespace qdeploy

@@ -37,11 +37,10 @@
 //
 // Preconditions: those of ConvParams. Weights are read to 64 bytes beyond the panel: each is loaded one quad before
 // its use, which in-order CPUs need. The s16 sums are volatile asm: given intrinsics GCC 12 spills them.
-#include "attention.h"
+#include "lanes.h"
 #include "neon_conv.h"
 #include "neon_lanes.h"
 #include "neon_winograd.h"
-#include "norm.h"
 
 namespace qdeploy {
 namespace {
@@ -375,15 +374,9 @@ void init_neon(Kernels* kernels) {
   kernels->mul_f32 = mul<float>;
   kernels->table = table;
   kernels->quantize = quantize;
-  kernels->scale_add = scale_add<NeonLanes>;
-  kernels->mean = mean<NeonLanes>;
-  kernels->weigh = weigh<NeonLanes>;
-  kernels->depthwise_f32 = depthwise_f32<NeonLanes>;
+  set_lane_kernels<NeonLanes>(kernels);
   kernels->norm_row_sums = norm_row_sums<NeonLanes>;
   kernels->norm_channel_sums = norm_channel_sums<NeonLanes>;
-  kernels->norm = norm<NeonLanes>;
-  kernels->attention_weights = attention_weights<NeonLanes>;
-  kernels->attention_output = attention_output<NeonLanes>;
 }
 
 }  // namespace qdeploy

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "../errors.h"
+#include "../gather.h"
 #include "op.h"
 
 namespace qdeploy {
@@ -178,25 +179,28 @@ void gather_rows(const StepRun& run, const Array<int32_t>& index) {
   }
 }
 
-template <class T>
 void gather_channels(const StepRun& run, const Array<int32_t>& index) {
   const Activation &in = run.in(), &out = run.out();
-  const T zero = in.zero_point;
+  const ChannelGather gather = {
+      index.data(), index.size(), static_cast<size_t>(in.c), static_cast<size_t>(out.bytes()), in.zero_point,
+      in.c,         out.c};
+  const bool is_dense = !in.has_border() && !out.has_border();
   const Range rows = run.rows();
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const T* from = reinterpret_cast<const T*>(run.row_from(row));
-    T* to = reinterpret_cast<T*>(run.row_to(row));
-    for (int64_t x = 0; x < out.w; ++x, from += in.c) {
-      for (const int32_t i : index) *to++ = i < 0 ? zero : from[i];
-    }
+  for (int64_t row = rows.begin, end; row < rows.end; row = end) {
+    end = is_dense ? rows.end : row + 1;
+    gather_channels(run.kernels(), gather, static_cast<size_t>((end - row) * out.w), run.row_from(row), run.row_to(row),
+                    run.scratch());
   }
+}
+
+size_t scratch_of_gather(const Program&, const Step& step, const Activations& activations, int64_t) {
+  const bool by_rows = static_cast<const GatherData&>(*step.node->data).by_rows;
+  return by_rows ? 0 : gather_scratch(static_cast<size_t>(activations[step.output].c));
 }
 
 void run_gather(const StepRun& run) {
   const GatherData& gather = run.data<GatherData>();
-  if (gather.by_rows) return gather_rows(run, gather.index->values);
-  if (run.out().type == Dtype::u8) return gather_channels<uint8_t>(run, gather.index->values);
-  gather_channels<int16_t>(run, gather.index->values);
+  gather.by_rows ? gather_rows(run, gather.index->values) : gather_channels(run, gather.index->values);
 }
 
 // ---- tokens, image ------------------------------------------------------------------------------------------------
@@ -261,7 +265,8 @@ std::vector<OpInfo> move_ops() {
        rows_of_gather,
        {"axis", "index"},
        read_gather,
-       run_gather},
+       run_gather,
+       scratch_of_gather},
       {"tokens", 3, {1, 1}, Output::same_grid, InPlace::rows, kCodes, kCodes, fixed_rows, {}, read_tokens, run_rows},
       {"image", 3, {1, 1}, Output::same_grid, InPlace::rows, kCodes, kCodes, fixed_rows, {}, read_image, run_rows},
   };

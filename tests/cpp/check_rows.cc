@@ -126,37 +126,39 @@ bool check_weigh(const Kernels& scalar, const Kernels& kernels, uint64_t seed) {
   return same_outputs("weigh");
 }
 
-// Slices, shuffles and zero points, by rows and by channels.
+// Slices, shuffles and zero points.
 bool check_gather(const Kernels& kernels, uint64_t seed) {
   Random random(seed);
-  const bool at_end = random.range(0, 1), by_rows = random.range(0, 1);
-  const int rows = random.range(1, 40), channels = random.range(1, random.range(0, 1) ? 255 : 400);
-  const int bytes = random.range(1, 2), kind = random.range(0, 2), of = by_rows ? rows : channels;
-  const int n = kind == 1 ? of : random.range(1, of);
+  const bool at_end = random.range(0, 1);
+  const int pixels = random.range(1, 40), channels = random.range(1, random.range(0, 1) ? 255 : 400);
+  const int bytes = random.range(1, 2), kind = random.range(0, 2);
+  const int n = kind == 1 ? channels : random.range(1, channels);
   std::vector<int32_t> index(n);
-  for (int i = 0; i < n; ++i) index[i] = kind == 0 ? of - n + i : kind == 1 ? i * 7 % of : random.range(-1, of - 1);
-  const int out_rows = by_rows ? n : rows, out_channels = by_rows ? channels : n;
-  const int a_stride = channels + random.range(0, 1) * 5, c_stride = out_channels + random.range(0, 1) * 3;
-  const int zero_point = bytes == 1 ? random.range(0, 255) : 0;
-  describe("%s gather by_rows=%d rows=%d channels=%d bytes=%d kind=%d n=%d strides=%d,%d at_end=%d seed=%llu",
-           kernels.isa, by_rows, rows, channels, bytes, kind, n, a_stride, c_stride, at_end,
-           static_cast<unsigned long long>(seed));
-  const uint8_t* a = memory().a.place<uint8_t>(((rows - 1) * a_stride + channels) * bytes, at_end, random, bytes);
-  const Outputs outputs = place_outputs(((out_rows - 1) * c_stride + out_channels) * bytes, 1, at_end, random);
-  for (int i = 0; i < out_rows * out_channels; ++i) {
-    const int row = i / out_channels, channel = i % out_channels, from = index[by_rows ? row : channel];
-    const int16_t zero = static_cast<int16_t>(zero_point);
-    const int offset = by_rows ? from * a_stride + channel : row * a_stride + from;
-    const void* element = from < 0 ? static_cast<const void*>(&zero) : a + offset * bytes;
-    memcpy(outputs.expected + (row * c_stride + channel) * bytes, element, bytes);
+  for (int i = 0; i < n; ++i) {
+    index[i] = kind == 0 ? channels - n + i : kind == 1 ? i * 7 % channels : random.range(-1, channels - 1);
   }
-  const GatherRows run = {
-      static_cast<size_t>(bytes), static_cast<int16_t>(zero_point), a, a_stride, outputs.c, c_stride};
-  if (by_rows) {
-    gather_rows(gather_runs(index.data(), n), channels, run);
-  } else {
-    ChannelGather(index.data(), n, channels, bytes).run(kernels, rows, run);
+  const int a_stride = channels + random.range(0, 1) * 5, c_stride = n + random.range(0, 1) * 3;
+  const auto zero_point = static_cast<int16_t>(bytes == 1 ? random.range(0, 255) : 0);
+  describe("%s gather pixels=%d channels=%d bytes=%d kind=%d n=%d strides=%d,%d at_end=%d seed=%llu", kernels.isa,
+           pixels, channels, bytes, kind, n, a_stride, c_stride, at_end, static_cast<unsigned long long>(seed));
+  const uint8_t* a = memory().a.place<uint8_t>(((pixels - 1) * a_stride + channels) * bytes, at_end, random, bytes);
+  uint8_t* scratch = memory().b.place<uint8_t>(gather_scratch(n), at_end, random, 64);
+  const Outputs outputs = place_outputs(((pixels - 1) * c_stride + n) * bytes, 1, at_end, random);
+  for (int pixel = 0; pixel < pixels; ++pixel) {
+    for (int i = 0; i < n; ++i) {
+      const void* element =
+          index[i] < 0 ? static_cast<const void*>(&zero_point) : a + (pixel * a_stride + index[i]) * bytes;
+      memcpy(outputs.expected + (pixel * c_stride + i) * bytes, element, bytes);
+    }
   }
+  const ChannelGather gather = {index.data(),
+                                static_cast<size_t>(n),
+                                static_cast<size_t>(channels),
+                                static_cast<size_t>(bytes),
+                                zero_point,
+                                a_stride,
+                                c_stride};
+  gather_channels(kernels, gather, pixels, a, outputs.c, scratch);
   return same_outputs("gather");
 }
 
@@ -180,9 +182,10 @@ void bench(const Kernels& kernels) {
   const MeanParams mean = {32, 1, kN / 32, a.data(), kN / 32, 0, Dtype::s16, Dtype::u8, 0, 0.01f, 0, 0, 255, c.data()};
   std::vector<int32_t> index(116);
   for (int i = 0; i < 116; ++i) index[i] = i % 2 * 58 + i / 2;
-  const ChannelGather shuffle(index.data(), 116, 116, 1);
-  const GatherRows rows = {1, 0, a.data(), 116, c.data(), 116};
-  const double shuffled = rate(116.0 * 256, [&] { shuffle.run(kernels, 256, rows); });
+  const ChannelGather shuffle = {index.data(), 116, 116, 1, 0, 116, 116};
+  Aligned<uint8_t> scratch(gather_scratch(116));
+  const double shuffled =
+      rate(116.0 * 256, [&] { gather_channels(kernels, shuffle, 256, a.data(), c.data(), scratch.data()); });
   printf("%-46s s16 rescale: %.2f, add: %.2f, u8 position: %.2f, mean: %.2f, shuffle: %.2f Gelement/s\n", kernels.isa,
          rescale, add, position, rate(kN, [&] { kernels.mean(&mean); }), shuffled);
 }
