@@ -14,6 +14,7 @@ from test_training import assert_same_outcome
 
 import qdeploy
 from qdeploy import cli, format, reference
+from qdeploy.errors import InputError
 from qdeploy.training import processes, quantizers, trainer
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import benchmark_of
@@ -236,6 +237,16 @@ def test_what_does_not_fit_texts_is_one_line(folder, tokenizer, capsys):
         found
         == "expected texts: a folder of csv files, one a domain, or WILDS's amazon_v2.1, got debug - at --tokenizer"
     )
+
+
+@pytest.mark.parametrize(
+    ("place", "got"), [("distilbert", "BaseModelOutput"), ("distilbert.embeddings", f"[16, {TOKENS}, 16]")]
+)
+def test_styles_of_texts_are_refused(place, got, folder, tokenizer, tmp_path):
+    config = settings(folder, tokenizer, objective={"name": "mixstyle", "places": [place], "p": 1.0})
+    with pytest.raises(InputError) as error:
+        trainer.run(config, benchmark_of(config), tmp_path, fabric())
+    assert str(error.value) == f"expected maps [N, C, H, W] of 2 positions or more, got {got} - at `{place}`"
 
 
 def test_a_label_of_the_target_alone_is_said(folder, tokenizer, tmp_path, capsys):
