@@ -63,7 +63,7 @@ def images_per_second(benchmark: Benchmark, workers: int, batches: int) -> float
         began = time.perf_counter()
         for [(pixels, _)] in loaded:
             if not workers:
-                benchmark.normalized(pixels)
+                benchmark.inputs.for_network(pixels)
         return (batches - first) * BATCH / (time.perf_counter() - began)
 
 

@@ -44,7 +44,7 @@ def test_folders_are_sorted_domains_with_common_classes(tree):
     batch = photo.batch(np.array([2, 0, 0]))
     assert batch.shape == (3, 3, 24, 24) and batch.dtype == torch.uint8 and batch.is_contiguous()
     assert torch.equal(batch[1], batch[2])
-    assert benchmark.input_shape == (3, 24, 24)
+    assert benchmark.inputs.shape == (3, 24, 24)
 
 
 def test_images_are_resized_and_normalized(tree):
@@ -54,10 +54,10 @@ def test_images_are_resized_and_normalized(tree):
         pixels = np.asarray(file.convert("RGB").resize((24, 24), Image.Resampling.BILINEAR))
     assert np.array_equal(image[0].permute(1, 2, 0).numpy(), pixels)
     expected = (pixels.astype(np.float32) / np.float32(255) - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
-    found = benchmark.normalized(image)
+    found = benchmark.inputs.for_network(image)
     assert found.dtype == torch.float32 and np.array_equal(found[0].permute(1, 2, 0).numpy(), expected)
     every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    found = load_benchmark("debug").normalized(every)
+    found = load_benchmark("debug").inputs.for_network(every)
     assert np.array_equal(found.numpy(), every.numpy().astype(np.float32) / np.float32(255))
 
 
@@ -174,4 +174,4 @@ def test_debug_images_are_fixed():
     assert [d.name for d in first.domains] == ["debug0", "debug1", "debug2"]
     for a, b in zip(first.domains, second.domains, strict=True):
         assert np.array_equal(a.images, b.images) and np.array_equal(a.labels, b.labels)
-    assert first.input_shape == (1, 16, 16)
+    assert first.inputs.shape == (1, 16, 16)

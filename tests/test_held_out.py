@@ -15,7 +15,7 @@ from qdeploy.training.minibatches import in_domain_split, split
 from qdeploy.training.start import check_setting, describe, seed_hash
 
 BENCHMARK = load_benchmark("debug")  # debug0, debug1, debug2, 60 images each
-OUTLINE = Outline("debug", BENCHMARK.classes, [domain.name for domain in BENCHMARK.domains], (1, 16, 16))
+OUTLINE = Outline("debug", BENCHMARK.classes, [domain.name for domain in BENCHMARK.domains], BENCHMARK.inputs)
 SHORT = ("--data", "debug", "--updates", "2", "--quantize-at", "1", "--eval-every", "1", "--accelerator", "cpu")
 
 

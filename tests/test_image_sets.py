@@ -162,7 +162,7 @@ def test_a_set_is_made_once_and_says_its_terms(cifar10, tmp_path, monkeypatch, c
     (second,) = load_benchmark("cifar10", ["train"]).domains
     assert capsys.readouterr().err == ""
     assert [domain.name for domain in first.domains] == ["test", "train"] and second.environment == 1
-    assert np.array_equal(second.images, first.domains[1].images) and first.input_shape == (3, 32, 32)
+    assert np.array_equal(second.images, first.domains[1].images) and first.inputs.shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("data", image_sets.SETS)

@@ -189,7 +189,7 @@ def test_the_network_of_a_method_exports_with_the_codes_of_training(name, tmp_pa
     config = settings(name, **given)
     trainer.run(config, BENCHMARK, tmp_path / "run", fabric())
     net = load_trained(tmp_path / "run", BENCHMARK)
-    x = BENCHMARK.normalized(torch.from_numpy(BENCHMARK.domains[1].images))
+    x = BENCHMARK.inputs.for_network(torch.from_numpy(BENCHMARK.domains[1].images))
     fallback = None if quantizers(net) else 8
     report = qdeploy.export(net, x[:2], tmp_path / "m.safetensors", calibration=[x], fallback_bits=fallback)
     assert_codes_of_training(net, tmp_path / "m.safetensors", fallback)
@@ -217,7 +217,7 @@ def test_gaqat_at_three_and_four_bits_clamps_its_inputs_in_the_engine(bits, tmp_
     config = settings("gaqat", bits=bits, activation_bits=bits)
     trainer.run(config, BENCHMARK, tmp_path / "run", fabric())
     net = load_trained(tmp_path / "run", BENCHMARK)
-    x = BENCHMARK.normalized(torch.from_numpy(BENCHMARK.domains[1].images))
+    x = BENCHMARK.inputs.for_network(torch.from_numpy(BENCHMARK.domains[1].images))
     qdeploy.export(net, x[:2], tmp_path / "m.safetensors", calibration=[x])
     graph = format.load(tmp_path / "m.safetensors")
     names = [node.name for node in graph.members[0].nodes]
@@ -241,7 +241,7 @@ def test_the_first_convolution_as_gaqat_has_it_quantizes_its_input_alone(tmp_pat
     assert [*quantizers(net)] == [f"{name}.{kind}" for name in names for kind in ("weight", "input")][1:]
     nodes = {node.name: node for node in format.load(tmp_path / "model.safetensors").members[0].nodes}
     assert [nodes[name].bits for name in (*names, "classifier.conv")] == [8, 4, 4, 4, 4, 4, 8]
-    x = BENCHMARK.normalized(torch.from_numpy(BENCHMARK.domains[1].images)).numpy()
+    x = BENCHMARK.inputs.for_network(torch.from_numpy(BENCHMARK.domains[1].images)).numpy()
     model, graph = (load(tmp_path / "model.safetensors") for load in (qdeploy.load_int_model, format.load))
     assert model(x).tobytes() == reference.run(graph, x).tobytes()
 
@@ -516,7 +516,7 @@ def test_other_networks_export_with_the_codes_of_training(name, network, tmp_pat
     benchmark = replace(BENCHMARK, domains=data)  # 32 x 32
     trainer.run(config, benchmark, tmp_path / "run", fabric())
     net = load_trained(tmp_path / "run", benchmark)
-    x = benchmark.normalized(torch.from_numpy(data[1].images[:8]))
+    x = benchmark.inputs.for_network(torch.from_numpy(data[1].images[:8]))
     qdeploy.export(net, x[:2], tmp_path / "m.safetensors", calibration=[x])
     assert_codes_of_training(net, tmp_path / "m.safetensors", None)
     model, graph = (load(tmp_path / "m.safetensors") for load in (qdeploy.load_int_model, format.load))

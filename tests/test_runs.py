@@ -547,7 +547,7 @@ def test_a_run_says_first_what_it_has(tmp_path, capsys):
 def test_files_that_were_left_out_are_said():
     class Tree:
         left_out = [(f"photo/._{i}.jpg", "a file of macOS") for i in range(4)]
-        name, classes, domains, input_shape = BENCHMARK.name, BENCHMARK.classes, BENCHMARK.domains, (1, 16, 16)
+        name, classes, domains, inputs = BENCHMARK.name, BENCHMARK.classes, BENCHMARK.domains, BENCHMARK.inputs
 
     lines = start.describe(SMALL, Tree(), evaluation_sets(SMALL, BENCHMARK))
     named = "; ".join(f"photo/._{i}.jpg: a file of macOS" for i in range(3))
@@ -576,7 +576,7 @@ def test_long_evaluations_tell_how_far_they_are(fabric, monkeypatch, capsys):
 def test_the_end_tells_how_far_it_is(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
-    with progress.counted_images("2 trained networks", 300) as seen:
+    with progress.counted("2 trained networks", 300, "images") as seen:
         for _ in range(3):
             now[0] += 16
             seen(100)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qdeploy.errors import InputError
-from qdeploy.training.methods.schedules import Constant, Cosine, MultiStep
+from qdeploy.training.methods.schedules import Constant, Cosine, Linear, MultiStep
 
 
 def of_torch(make, updates):
@@ -71,3 +71,10 @@ def test_options_out_of_range(options, message):
     with pytest.raises(InputError) as error:
         MultiStep(updates=10, **options)
     assert str(error.value) == message
+
+
+def test_linear():
+    assert [Linear(updates=4).factor(t) for t in range(5)] == [1, 0.75, 0.5, 0.25, 0]
+    assert [Linear(0.5, updates=4).factor(t) for t in range(5)] == [0, 0.5, 1, 0.5, 0]
+    with pytest.raises(InputError, match="expected a share of the run from 0 to below 1, got 1.0 - at Linear"):
+        Linear(1.0, updates=4)

@@ -82,7 +82,7 @@ def test_minibatches_hold_training_images_of_the_sources():
         source = BENCHMARK.domains[domain]
         keys, _ = split(60, domain, 0)
         picked = keys[sample(0, 5, domain, len(keys), 8)]
-        assert torch.equal(images, BENCHMARK.normalized(source.batch(picked)))
+        assert torch.equal(images, BENCHMARK.inputs.for_network(source.batch(picked)))
         assert classes.tolist() == source.labels[picked].tolist()
 
 

@@ -126,7 +126,8 @@ def texts(seed: int, n: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("quantization", ["lsq", {"name": "lsq", "equalize": 0.5}], ids=["plain", "equalized"])
 def test_the_row_with_texts(quantization, tmp_path):
-    """QT-DoG, DistilBERT: `qdeploy train` has no texts; its updates, the switch and the export take them."""
+    """QT-DoG, DistilBERT, without data of a run: updates, the switch and the export take ids alone."""
+    torch.manual_seed(0)  # of the weights: half the loss is no bound that all reach
     run = {"data": "debug", "test_domain": "debug1", "updates": 60, "quantize_at": 30, "eval_every": 30}
     config = resolve(Config(**run, method="qt-dog", accelerator="cpu", lr=3e-3, quantization=quantization))
     net = build("transformers:DistilBertForSequenceClassification", 4, 1, **TEXT)

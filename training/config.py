@@ -43,13 +43,17 @@ class Config:
     data or the class of a choice says. An axis may be given as a name or as {"name": ..., option: value}.
     """
 
-    data: str = _option("digits-dg", f"{', '.join(NAMED)} (random images), or a folder root/domain/class/image")
+    data: str = _option(
+        "digits-dg", f"{', '.join(NAMED)} (random images), or a folder root/domain/class/image, or of texts"
+    )
     test_domain: str = _option(
         None, f"the domain held out of training, or several with commas, or {IN_DOMAIN}: a fifth of each (required)"
     )
     domains: str | None = _option(None, "use only these domains, separated by commas")
     skip_unreadable: str | None = _option(None, "train without the images in this list: --write-list of `qdeploy data`")
     image_size: int = _option(224, "height and width for images of a folder", least=1, most=16_384)
+    tokenizer: str | None = _option(None, "of texts: the tokenizer of the network in transformers, a folder or a name")
+    tokens: int = _option(128, "of texts: the most tokens, at which longer ones are cut", least=3, most=16_384)
 
     normalization: str = _option(None, "of the images: as usual for the data, or as CLIP has it", ("data", "clip"))
 
@@ -101,12 +105,18 @@ class Config:
         """The domains that are held out of training; none where a share of each is."""
         return [] if self.test_domain == IN_DOMAIN else self.test_domain.split(",")
 
+    @property
+    def what(self) -> str:
+        """What the data are, in words."""
+        return "images" if self.tokenizer is None else "texts"
 
+
+OF_IMAGES = ("image_size", "normalization", "skip_unreadable", "text_features")
 AXES_OF_CONFIG = (*AXES, "model")
 MACHINE = frozenset({"accelerator", "devices", "precision", "workers"})
-# What a run may go on with: other machines, more updates, images that lie elsewhere (of the same fingerprint).
+# What a run may go on with: other machines, more updates, data that lie elsewhere (of the same fingerprint).
 # `from_scratch` only consents, `method` only names what stands on the axes.
-MAY_CHANGE = MACHINE | {"updates", "epochs", "data", "skip_unreadable", "from_scratch", "method"}
+MAY_CHANGE = MACHINE | {"updates", "epochs", "data", "tokenizer", "skip_unreadable", "from_scratch", "method"}
 _DEFAULTS = {"optimizer": "adam", "schedule": "constant", "weight_decay": 0.0, "normalization": "data"}
 
 
@@ -126,8 +136,9 @@ def resolve(config: Config) -> Config:
             raise InputError(f"expected one of {', '.join(choices)}, got {value!r} - at {flag(setting.name)}")
         _check_number(value, flag(setting.name), setting.metadata)
     _check_bits(config)
+    _check_texts(config)
     if config.batch_size % config.devices:  # the mean over devices would weigh the images of a smaller share more
-        expected = f"a multiple of {config.devices} images, as many for each device"
+        expected = f"a multiple of {config.devices} {config.what}, as many for each device"
         raise InputError(f"expected {expected}, got {config.batch_size} - at --batch-size")
     if config.epochs is None:
         _check_switch(config)
@@ -228,6 +239,12 @@ def _check_switch(config: Config) -> None:
             raise InputError(f"expected {expected}, got {config.quantize_at} - at --quantize-at")
 
 
+def _check_texts(config: Config) -> None:
+    for name in OF_IMAGES if config.tokenizer is not None else ():
+        if getattr(config, name) not in (None, _DEFAULTS.get(name, getattr(Config, name))):
+            raise InputError(f"expected data of images, got texts (--tokenizer {config.tokenizer}) - at {flag(name)}")
+
+
 def may_change(config: Config) -> frozenset[str]:
     """The settings with which another part of a run may go on: the number of updates too, unless what stands on an axis
     goes by it."""
@@ -238,7 +255,7 @@ def may_change(config: Config) -> frozenset[str]:
 def _workers(config: Config) -> int:
     """As many as the cores suffice for, of which the training takes one for each device; 16 decode 2,000 images/s."""
     cores = int(min(len(os.sched_getaffinity(0)), _engine.cpu_quota()))
-    return 0 if config.data in NAMED else max(0, min(16, cores // config.devices - 1))
+    return 0 if config.data in NAMED or config.tokenizer is not None else max(0, min(16, cores // config.devices - 1))
 
 
 def flag(setting: str) -> str:

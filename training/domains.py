@@ -1,11 +1,11 @@
-"""Data of several domains: sets of small images in memory, and any folder root/domain/class/image."""
+"""Data of several domains: sets of small images in memory, any folder root/domain/class/image, and texts."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,10 @@ from qdeploy.training.fingerprint import fingerprint
 from qdeploy.training.image_sets import SETS
 from qdeploy.training.image_tree import ImageFile
 from qdeploy.training.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Draw, load_image
+from qdeploy.training.inputs import Images, Inputs, Texts
+from qdeploy.training.presets import NAMED
+from qdeploy.training.text_domains import TextDomain, encoded, load_tokenizer
+from qdeploy.training.text_files import holds_texts, read_texts
 
 if TYPE_CHECKING:
     from qdeploy.training.config import Config
@@ -35,16 +39,12 @@ class ArrayDomain:
     images: np.ndarray
     labels: np.ndarray
     published: None = None  # as of `FolderDomain`
+    users: None = None  # as of `TextDomain`
 
     @property
     def files(self) -> Sequence[tuple[str, int]]:
         """What stands for them in a fingerprint."""
         return [("images", self.images.nbytes)]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of an image as `batch` gives it."""
-        return self.images.shape[1:]
 
     def batch(
         self, positions: np.ndarray, augment: tuple[int, int, int] | None = None, places: Iterable[int] | None = None
@@ -68,11 +68,7 @@ class FolderDomain:
     labels: np.ndarray
     size: int
     published: tuple[np.ndarray, np.ndarray] | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of an image as `batch` gives it."""
-        return 3, self.size, self.size
+    users: None = None  # as of `TextDomain`
 
     def batch(
         self, positions: np.ndarray, augment: tuple[int, int, int] | None = None, places: Iterable[int] | None = None
@@ -90,15 +86,17 @@ class FolderDomain:
         return torch.stack(images)
 
 
+Domain = ArrayDomain | FolderDomain | TextDomain
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """Domains with the same classes, sorted by name."""
 
     name: str
     classes: list[str]
-    domains: Sequence[ArrayDomain | FolderDomain]
-    mean: tuple[float, ...]  # what was subtracted from and divided into pixels in [0, 1], by channel
-    std: tuple[float, ...]
+    domains: Sequence[Domain]
+    inputs: Inputs
     left_out: Sequence[tuple[str, str]] = ()  # files and folders that are no images of it: (path, reason)
 
     @cached_property
@@ -106,35 +104,14 @@ class Benchmark:
         """What a run that goes on has to find again."""
         return fingerprint(self.classes, {domain.name: domain.files for domain in self.domains})
 
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self.domains[0].shape
-
-    def normalized(self, images: Tensor) -> Tensor:
-        """u8 [N, C, H, W] as the network takes them, f32 on the same device: from [0, 1], less `mean`, over `std`."""
-        largest, mean, std = _scales(self.mean, self.std, images.device)
-        return images.float().div_(largest).sub_(mean).div_(std)
-
     def index(self, name: str) -> int:
         """The place of a domain in `domains`; raises InputError for an unknown name."""
         return _index(name, [domain.name for domain in self.domains], self.name)
 
-    def sources(self, held_out: Sequence[str]) -> list[ArrayDomain | FolderDomain]:
+    def sources(self, held_out: Sequence[str]) -> list[Domain]:
         """The domains but those held out; raises InputError for an unknown name."""
         targets = {self.index(name) for name in held_out}
         return [domain for i, domain in enumerate(self.domains) if i not in targets]
-
-
-@cache
-def _scales(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """255, `mean` and `std` on the device. By a number of Python's a GPU does not divide: it multiplies with the
-    reciprocal, which rounds to other bits."""
-    channels = (-1, 1, 1)
-    return (
-        torch.tensor(255.0, device=device),
-        torch.tensor(mean, device=device).reshape(channels),
-        torch.tensor(std, device=device).reshape(channels),
-    )
 
 
 @dataclass(frozen=True)
@@ -144,7 +121,7 @@ class Outline:
     name: str
     classes: list[str]
     domains: Sequence[str]
-    input_shape: tuple[int, ...]
+    inputs: Inputs
 
     def index(self, name: str) -> int:
         """As of the benchmark."""
@@ -163,41 +140,50 @@ def load_benchmark(
     image_size: int = 224,
     check: Callable[[Outline], None] = lambda outline: None,
     skip: str | None = None,
+    tokenizer: str | None = None,
+    tokens: int = 128,
 ) -> Benchmark:
-    """Loads one of SETS, "debug" (random images, for tests), or the folder `data` of the form root/domain/class/image.
+    """Loads one of SETS, "debug" (random images, for tests), or the folder `data` of the form root/domain/class/image,
+    or of texts.
 
     Args:
         domains: the names of the domains to use; all when None.
         image_size: height and width to which the images of a folder are resized.
         check: called before anything is downloaded; raises where that is not worth while.
         skip: a file with the paths of images of the folder that are left out.
+        tokenizer, tokens: of texts, the folder or name of a tokenizer of transformers, and the longest text.
 
     Raises:
         InputError: unknown data or domain, a folder of another form, or a failed download.
     """
     if domains is not None and len(set(domains)) < len(domains):
         raise InputError(f"expected every domain once, got {', '.join(domains)} - at --domains")
-    if skip is not None and (data in SETS or data == "debug"):
+    if skip is not None and data in NAMED:
         raise InputError(f"expected a folder of images for such a list, got {data} - at --skip-unreadable")
+    if data and data not in NAMED and holds_texts(Path(data)):
+        return _load_texts(Path(data), domains, check, tokenizer, tokens)
+    if tokenizer is not None:
+        expected = "texts: a folder of csv files, one a domain, or WILDS's amazon_v2.1"
+        raise InputError(f"expected {expected}, got {data} - at --tokenizer")
     if data in SETS:
         return _load_set(data, domains, check)
     found = _debug_benchmark() if data == "debug" else _load_folder(data, image_size, skip)
     chosen = found.domains if domains is None else [found.domains[found.index(name)] for name in sorted(domains)]
-    shape = (1, 16, 16) if data == "debug" else (3, image_size, image_size)
-    check(Outline(found.name, found.classes, [domain.name for domain in chosen], shape))
+    check(Outline(found.name, found.classes, [domain.name for domain in chosen], found.inputs))
     return replace(found, domains=chosen)
 
 
 def benchmark_of(config: Config, check: Callable[[Outline], None] = lambda outline: None) -> Benchmark:
     """The data of a run; arguments and errors as for `load_benchmark`."""
     names = config.domains.split(",") if config.domains is not None else None
-    found = load_benchmark(config.data, names, config.image_size, check, config.skip_unreadable)
-    if config.normalization == "data":
+    text = config.tokenizer, config.tokens
+    found = load_benchmark(config.data, names, config.image_size, check, config.skip_unreadable, *text)
+    if config.normalization == "data" or isinstance(found.inputs, Texts):
         return found
-    if found.input_shape[0] != 3:
-        got = f"images of {found.input_shape[0]} channel(s)"
+    if found.inputs.channels != 3:
+        got = f"images of {found.inputs.channels} channel(s)"
         raise InputError(f"expected images in color, got {got} - at --normalization {config.normalization}")
-    return replace(found, mean=CLIP_MEAN, std=CLIP_STD)
+    return replace(found, inputs=replace(found.inputs, mean=CLIP_MEAN, std=CLIP_STD))
 
 
 def _load_set(data: str, domains: Sequence[str] | None, check: Callable[[Outline], None]) -> Benchmark:
@@ -206,12 +192,12 @@ def _load_set(data: str, domains: Sequence[str] | None, check: Callable[[Outline
     if unknown := set(names) - set(packed.domains):
         got = ", ".join(sorted(unknown)) or "an empty name"
         raise InputError(f"expected domains of {', '.join(packed.domains)}, got {got} - at {data}")
-    outline = Outline(data, [*packed.classes], names, packed.shape)
+    none, one = (0.0,) * packed.shape[0], (1.0,) * packed.shape[0]
+    outline = Outline(data, [*packed.classes], names, Images(packed.shape, none, one))
     check(outline)
     arrays = packed.load(names)
     loaded = [ArrayDomain(name, packed.domains.index(name), *arrays[name]) for name in names]
-    none, one = (0.0,) * packed.shape[0], (1.0,) * packed.shape[0]
-    return Benchmark(data, outline.classes, loaded, none, one)
+    return Benchmark(data, outline.classes, loaded, outline.inputs)
 
 
 def _debug_benchmark() -> Benchmark:
@@ -222,7 +208,27 @@ def _debug_benchmark() -> Benchmark:
         labels = np.arange(60) % 4
         noisy = prototypes[labels] + 20 * i + rng.normal(0, 40, (60, 1, 16, 16))
         domains.append(ArrayDomain(f"debug{i}", i, noisy.clip(0, 255).astype(np.uint8), labels))
-    return Benchmark("debug", list("abcd"), domains, (0.0,), (1.0,))
+    return Benchmark("debug", list("abcd"), domains, Images((1, 16, 16), (0.0,), (1.0,)))
+
+
+# ---- Texts --------------------------------------------------------------------------------------------------------
+
+
+def _load_texts(
+    root: Path, names: Sequence[str] | None, check: Callable[[Outline], None], tokenizer: str | None, tokens: int
+) -> Benchmark:
+    if tokenizer is None:
+        expected = "the tokenizer of the network, a folder or a name, for a folder of texts"
+        raise InputError(f"expected {expected}, got none - at --tokenizer")
+    loaded = load_tokenizer(tokenizer)
+    classes, files = read_texts(root)
+    _check_classes(classes, root)
+    known = [*files]
+    chosen = known if names is None else [known[_index(name, known, root.name)] for name in sorted(names)]
+    outline = Outline(root.name, classes, chosen, Texts(tokens, len(loaded)))
+    check(outline)
+    domains = [encoded(name, known.index(name), files[name], loaded, tokens) for name in chosen]
+    return Benchmark(root.name, classes, domains, outline.inputs)
 
 
 # ---- Folders ------------------------------------------------------------------------------------------------------
@@ -247,7 +253,11 @@ def _load_folder(data: str, size: int, skip: str | None) -> Benchmark:
         labels = np.repeat([classes.index(label) for label in found], [len(files) for files in found.values()])
         files = [file for listed in found.values() for file in listed]
         domains.append(FolderDomain(name, environment, root, files, labels, size))
-    return Benchmark(root.name, classes, domains, IMAGENET_MEAN, IMAGENET_STD, tree.left_out)
+    return Benchmark(root.name, classes, domains, _as_imagenet(size), tree.left_out)
+
+
+def _as_imagenet(size: int) -> Images:
+    return Images((3, size, size), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _load_camelyon17(root: Path, size: int, skip: str | None) -> Benchmark:
@@ -259,7 +269,7 @@ def _load_camelyon17(root: Path, size: int, skip: str | None) -> Benchmark:
         for number, found in wilds.camelyon17(root, listed).items()
     ]
     left_out = [(path, f"in {Path(skip).name}") for path in listed] if skip is not None else []
-    return Benchmark(root.name, wilds.CLASSES, domains, IMAGENET_MEAN, IMAGENET_STD, left_out)
+    return Benchmark(root.name, wilds.CLASSES, domains, _as_imagenet(size), left_out)
 
 
 def _check_classes(classes: Sequence[str], root: Path) -> None:

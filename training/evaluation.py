@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,12 @@ from torch.nn import functional
 from qdeploy.errors import InputError
 from qdeploy.training.config import Config
 from qdeploy.training.decoding import UnreadableImage
-from qdeploy.training.domains import Benchmark
+from qdeploy.training.domains import Benchmark, Domain
 from qdeploy.training.loader import WorkerLost, load
 from qdeploy.training.minibatches import RunImages, evaluation_batches, in_domain_split, split_of
 from qdeploy.training.processes import raise_in_all, reduced
 from qdeploy.training.progress import Progress
+from qdeploy.training.wilds import user_percentile
 
 Sets = Mapping[str, tuple[int, np.ndarray]]
 
@@ -50,11 +52,13 @@ def evaluation_sets(config: Config, benchmark: Benchmark) -> dict[str, tuple[int
     for i, domain in enumerate(benchmark.domains):
         training, validation = split_of(domain, config)
         if domain.published is None and not len(validation):
-            raise InputError(f"expected 5 or more images, got {len(domain.labels)} - at domain `{domain.name}`")
+            raise InputError(f"expected 5 or more {config.what}, got {len(domain.labels)} - at domain `{domain.name}`")
         if i in targets:
             sets[f"{domain.name}_in"] = (i, training)
         elif not len(validation):
-            raise InputError(f"expected {domain.name} held out, which has no images to validate - at --test-domain")
+            raise InputError(
+                f"expected {domain.name} held out, which has no {config.what} to validate - at --test-domain"
+            )
         if len(validation):
             sets[f"{domain.name}_out"] = (i, validation)
         if not targets:
@@ -70,6 +74,12 @@ def reported(config: Config, benchmark: Benchmark) -> dict[str, str]:
     return {domain.name: f"{domain.name}_test" for domain in benchmark.domains}
 
 
+def accuracy_of(right: np.ndarray, domain: Domain, positions: np.ndarray) -> float:
+    """Of bool [n], whether what is at `positions` was classified right: the share of it, or, of a domain with users,
+    the share of the user at the 10th percentile."""
+    return float(right.mean()) if domain.users is None else user_percentile(right, domain.users[positions])
+
+
 def apply(
     function: Callable[[Tensor], Tensor],
     benchmark: Benchmark,
@@ -77,9 +87,9 @@ def apply(
     positions: np.ndarray,
     workers: int = 0,
 ) -> Tensor:
-    """What `function` makes of normalized images of a domain, batch by batch; on the CPU, [len(positions), ...]."""
+    """What `function` makes of a domain at `positions`, as networks take it, batch by batch; on the CPU, [n, ...]."""
     with closing(load(benchmark, evaluation_batches(benchmark, domain, positions), 0, workers)) as batches:
-        return torch.cat([function(benchmark.normalized(images)).cpu() for [(images, _)] in batches])
+        return torch.cat([function(benchmark.inputs.for_network(images)).cpu() for [(images, _)] in batches])
 
 
 class Evaluator:
@@ -98,9 +108,9 @@ class Evaluator:
             for buffer in net.buffers():
                 torch.distributed.broadcast(buffer, 0)
         accuracy, loss = {}, {}
-        for name, (_, positions) in self._sets.items():
+        for name, (i, positions) in self._sets.items():
             right, entropy = self._judged(net.eval(), name)
-            accuracy[name] = reduced(right, "sum", self._fabric) / len(positions)
+            accuracy[name] = accuracy_of(right, self._benchmark.domains[i], positions)
             loss[name] = reduced(entropy, "sum", self._fabric) / len(positions)
         sources = self._benchmark.sources(self._config.targets)
         validation = sum(accuracy[f"{domain.name}_out"] for domain in sources) / len(sources)
@@ -108,22 +118,27 @@ class Evaluator:
         found = {"validation": validation, "test": statistics.fmean(tests.values()), "tests": tests}
         return {**found, "accuracy": accuracy, "cross_entropy": loss}
 
-    def _judged(self, net: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-        """Of this process's share: images that are classified right, and the sum of their cross-entropies."""
+    def _judged(self, net: nn.Module, name: str) -> tuple[np.ndarray, Tensor]:
+        """Which of all images of a set are classified right, bool [n], and the sum of the cross-entropies of this
+        process's share."""
         failure: UnreadableImage | WorkerLost | None = None
-        right = torch.tensor(0, device=self._fabric.device)
+        share = slice(self._fabric.global_rank, None, self._fabric.world_size)
+        found: list[Tensor] = []
         entropy = torch.tensor(0.0, device=self._fabric.device)
         try:
             for pixels, classes in self._images.evaluation(name, self._progress.waiting):
                 with self._fabric.autocast():
                     logits = net(pixels).float()
-                right += (logits.argmax(1) == classes).sum()
+                found.append(logits.argmax(1) == classes)
                 entropy += functional.cross_entropy(logits, classes, reduction="sum")
                 self._progress.evaluated(len(classes), self._total)
         except (UnreadableImage, WorkerLost) as error:
             failure = error
         raise_in_all(failure, self._fabric)
-        return right, entropy
+        right = torch.zeros(len(self._sets[name][1]), dtype=torch.int32, device=self._fabric.device)
+        right[share] = torch.cat(found).int() if found else 0
+        summed: Any = self._fabric.all_reduce(right, reduce_op="sum")
+        return summed.cpu().numpy() > 0, entropy
 
     def source_losses(self, found: dict) -> list[float]:
         """The cross-entropies of an evaluation on the validation images of each source domain."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Runs = Mapping[Path, Done]  # by their folders
 
 # What members of one ensemble, or one average, have to share beside the images. Dropout changes no tensor.
-_SHARED = frozenset({"test_domain", "split_seed", "image_size", "model", "selection"})
+_SHARED = frozenset({"test_domain", "split_seed", "image_size", "tokens", "model", "selection"})
 _MAY_DIFFER = frozenset({"model.dropout"})
 
 
@@ -139,8 +139,8 @@ def fallback_for(net: nn.Module, config: Config) -> dict[str, int] | None:
 
 
 def file_options(benchmark: Benchmark) -> dict[str, Any]:
-    """What the images say to an export."""
-    return {"preprocess": {"mean": benchmark.mean, "std": benchmark.std}, "classes": benchmark.classes}
+    """What the data say to an export."""
+    return {**benchmark.inputs.file_options(), "classes": benchmark.classes}
 
 
 def finish(

@@ -15,8 +15,8 @@ import qdeploy
 from qdeploy.kernels.ensemble import RULES, combine
 from qdeploy.training.config import Config
 from qdeploy.training.domains import Benchmark
-from qdeploy.training.evaluation import apply, evaluation_sets, reported
-from qdeploy.training.progress import counted_images
+from qdeploy.training.evaluation import accuracy_of, apply, evaluation_sets, reported
+from qdeploy.training.progress import counted
 
 Parts = Mapping[str, tuple[int, np.ndarray]]  # {name: (domain, positions)}
 
@@ -38,14 +38,13 @@ def judge(
     """
     sets = evaluation_sets(config, benchmark)
     held_out = {name: sets[part] for name, part in reported(config, benchmark).items()}
-    labels = _labels(benchmark, held_out)
     logits, int8 = _answers(nets, path, benchmark, held_out, device, config.workers)
     classes = {by: {name: combine(scores, by)[1] for name, scores in logits.items()} for by in RULES}
-    found: dict[str, Any] = {"rules": {by: _accuracy(classes[by], labels) for by in RULES}}
+    found: dict[str, Any] = {"rules": {by: _accuracy(classes[by], benchmark, held_out) for by in RULES}}
     if path is not None:
         same = torch.cat([int8[name] == classes[rule][name] for name in held_out])
         size = {"path": str(path), "bytes": path.stat().st_size}
-        found["file"] = {**size, **_accuracy(int8, labels), "agreement": same.float().mean().item()}
+        found["file"] = {**size, **_accuracy(int8, benchmark, held_out), "agreement": same.float().mean().item()}
     return found
 
 
@@ -55,16 +54,15 @@ def validation(net: nn.Module, config: Config, benchmark: Benchmark, device: tor
     parts = {domain.name: sets[f"{domain.name}_out"] for domain in benchmark.sources(config.targets)}
     logits, _ = _answers([net], None, benchmark, parts, device, config.workers, "the validation images")
     classes = {name: scores[0].argmax(-1) for name, scores in logits.items()}
-    return _accuracy(classes, _labels(benchmark, parts))["test"]
+    return _accuracy(classes, benchmark, parts)["test"]
 
 
-def _labels(benchmark: Benchmark, parts: Parts) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(benchmark.domains[i].labels[positions]) for name, (i, positions) in parts.items()}
-
-
-def _accuracy(classes: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Any]:
+def _accuracy(classes: Mapping[str, Tensor], benchmark: Benchmark, parts: Parts) -> dict[str, Any]:
     """{"test": the mean over domains, "tests": {domain: accuracy}}."""
-    tests = {name: (classes[name] == labels[name]).float().mean().item() for name in labels}
+    tests = {}
+    for name, (i, positions) in parts.items():
+        domain = benchmark.domains[i]
+        tests[name] = accuracy_of(classes[name].numpy() == domain.labels[positions], domain, positions)
     return {"test": statistics.fmean(tests.values()), "tests": tests}
 
 
@@ -87,13 +85,14 @@ def _answers(
 
     def answer(images: Tensor) -> Tensor:
         if model is not None:
-            classes.append(torch.from_numpy(model.predict(images.numpy())))
+            classes.append(torch.from_numpy(benchmark.inputs.predict(model, images)))
         logits = torch.stack([net(images.to(device)).cpu() for net in nets], 1)
         seen(len(images))
         return logits
 
     logits, int8 = {}, {}
-    with torch.no_grad(), counted_images(text, sum(len(positions) for _, positions in parts.values())) as seen:
+    total = sum(len(positions) for _, positions in parts.values())
+    with torch.no_grad(), counted(text, total, benchmark.inputs.what) as seen:
         for name, part in parts.items():
             logits[name] = apply(answer, benchmark, *part, workers).transpose(0, 1).contiguous()
             if model is not None:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from qdeploy.errors import InputError
 from qdeploy.training.decoding import UnreadableImage
-from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain
+from qdeploy.training.domains import Benchmark, Domain
 
 PREFETCH = 2  # batches that every worker decodes ahead
 # Imported once, by the process that all workers are forked from: importing torch takes each of them 2 s otherwise.
@@ -48,11 +48,11 @@ class Keys(NamedTuple):
 class _Images(Dataset):
     """What a worker holds: the domains, of which it makes the images of any keys."""
 
-    def __init__(self, domains: Sequence[ArrayDomain | FolderDomain], seed: int):
+    def __init__(self, domains: Sequence[Domain], seed: int):
         self._domains, self._seed = domains, seed
 
     def __getitems__(self, batch: Sequence[Keys]) -> Tensor | Exception:
-        """u8 [N, C, H, W] of all keys. A refusal is returned: if it were raised, torch would make it a traceback."""
+        """u8 [N, C, H, W], or i32 [N, T] of texts. A refusal is returned: raised, torch would make it a traceback."""
         try:
             images = torch.cat([self._of(keys) for keys in batch])
             if get_worker_info() is not None:
@@ -79,7 +79,7 @@ def _share(images: Tensor) -> None:
 def load(
     benchmark: Benchmark, order: Iterable[Sequence[Keys]], seed: int, workers: int, pin_memory: bool = False
 ) -> Generator[list[tuple[Tensor, Tensor]], None, None]:
-    """The images, u8 [n, C, H, W], and classes, i64 [n], of every keys of every batch, in this order.
+    """Images, u8 [n, C, H, W], or texts, i32 [n, T], and classes, i64 [n], of every keys of every batch, in this order.
 
     `workers` processes decode; 0: this one does. They start with the first batch and end when the generator is closed.
     Raises UnreadableImage, WorkerLost and MemoryError.

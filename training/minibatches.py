@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qdeploy.training.config import Config
 from qdeploy.training.decoding import UnreadableImage
-from qdeploy.training.domains import ArrayDomain, Benchmark, FolderDomain
+from qdeploy.training.domains import Benchmark, Domain
 from qdeploy.training.loader import Keys, WorkerLost, load
 from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.processes import raise_in_all
@@ -43,7 +43,7 @@ def in_domain_split(count: int, environment: int, split_seed: int) -> tuple[np.n
     return training, held_out[validation], held_out[test]
 
 
-def split_of(domain: ArrayDomain | FolderDomain, config: Config) -> tuple[np.ndarray, np.ndarray]:
+def split_of(domain: Domain, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """The training and validation positions of a domain in a run: those of a published split, all and none of a domain
     whose images are there to be held out."""
     if config.targets and domain.published is not None:
@@ -66,7 +66,7 @@ def sample(seed: int, update: int, environment: int, count: int, size: int) -> n
 
 def evaluation_batches(benchmark: Benchmark, domain: int, positions: np.ndarray) -> list[list[Keys]]:
     """The images of a domain at `positions`, which may be none, in batches of about the same size."""
-    size = min(EVALUATION_BATCH, max(1, EVALUATION_BYTES // math.prod(benchmark.input_shape)))
+    size = min(EVALUATION_BATCH, max(1, EVALUATION_BYTES // math.prod(benchmark.inputs.shape)))
     count = -(-len(positions) // size)
     return [[Keys(domain, part)] for part in np.array_split(positions, count)] if count else []
 
@@ -117,7 +117,7 @@ class RunImages:
         with waiting():
             decoded = next(self._loaded)
         moved = ([self._fabric.to_device(part) for part in pair] for pair in decoded)
-        return [(self._benchmark.normalized(images), classes) for images, classes in moved]
+        return [(self._benchmark.inputs.for_network(images), classes) for images, classes in moved]
 
     def _order(self, begin: int, owes_evaluation: bool, evaluations: Callable[[int], int]) -> Iterator[list[Keys]]:
         evaluation = [batch for name in self._sets for batch in self._batches_of(name)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qdeploy.training.text_files import holds_texts
+
 DOMAIN_NET = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
 
@@ -24,6 +26,12 @@ _FINE_TUNING: dict[str, Any] = {"model": "resnet50", "lr": 5e-5, "batch_size": 3
 _DIGITS = Preset("Digits-DG", {**_SMALL, "batch_size": 32, **_schedule(2001, 800, 100)})
 _SMALL_IMAGES = Preset("small images", {**_SMALL, "batch_size": 64, **_schedule(5001, 2000, 300)})
 _FOLDER = Preset("a folder of images", {**_FINE_TUNING, **_schedule(5001, 2000, 300)})
+# DistilBERT as WILDS trains it on Amazon's reviews, but for the number of updates.
+_DISTIL_BERT: dict[str, Any] = {"model": "transformers:DistilBertForSequenceClassification", "lr": 1e-5}
+_TEXTS = Preset(
+    "texts",
+    {**_DISTIL_BERT, "optimizer": "adamw", "weight_decay": 0.01, "batch_size": 8, **_schedule(5001, 2000, 300)},
+)
 _DOMAIN_NET = Preset("DomainNet", {**_FINE_TUNING, **_schedule(15001, 8000, 1000)})
 
 # Data that is no folder.
@@ -41,5 +49,7 @@ def preset_of(data: str) -> Preset:
     """A folder is DomainNet when it has its six domains."""
     if data in NAMED:
         return NAMED[data]
+    if holds_texts(Path(data)):
+        return _TEXTS
     is_domain_net = all(Path(data, domain).is_dir() for domain in DOMAIN_NET)
     return _DOMAIN_NET if is_domain_net else _FOLDER

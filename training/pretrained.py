@@ -33,8 +33,7 @@ def load_pretrained(net: nn.Module, path: Path) -> str:
     """
     found, own = _state_dict(path), net.state_dict()
     names = list(own)
-    first_of_head = next(i for i, name in enumerate(names) if name.startswith(f"{classifier(net)}."))
-    body, head = names[:first_of_head], names[first_of_head:]
+    body, head = _body_and_head(net, names)
     fits = {name for name, value in found.items() if name in own and value.shape == own[name].shape}
     # BatchNorm counts its batches since torch 0.4.1; weights from before are still in use.
     lacking = [name for name in names if name not in fits and not (name not in found and name.endswith(COUNTER))]
@@ -49,6 +48,16 @@ def load_pretrained(net: nn.Module, path: Path) -> str:
     if out := [name for name in found if name not in loaded]:
         text += f", without {', '.join(out[:4])}" + (f" and {len(out) - 4} more" if len(out) > 4 else "")
     return f"{text}; a new classifier" if lacking else text
+
+
+def _body_and_head(net: nn.Module, names: list[str]) -> tuple[list[str], list[str]]:
+    """A class of transformers says what is pretrained: beside it DistilBERT has a layer before its classifier, and what
+    is published has neither."""
+    backbone = f"{getattr(net, 'base_model_prefix', None) or ''}."
+    body = [name for name in names if name.startswith(backbone)]
+    if not body:
+        body = names[: next(i for i, name in enumerate(names) if name.startswith(f"{classifier(net)}."))]
+    return body, [name for name in names if name not in {*body}]
 
 
 def _check_body(

@@ -27,8 +27,8 @@ class Seldom:
 
 
 @contextmanager
-def counted_images(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what to call after so many more of `total` images."""
+def counted(text: str, total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Yields what to call after so many more of `total`, which are images or texts (`what`)."""
     done, say = 0, Seldom()
     with progress(text, total) as advance:
 
@@ -37,7 +37,7 @@ def counted_images(text: str, total: int) -> Iterator[Callable[[int], None]]:
             done += images
             advance(None, images)
             if not on_terminal():
-                say(f"{text}: {done:,} of {total:,} images")
+                say(f"{text}: {done:,} of {total:,} {what}")
 
         yield seen
 
@@ -88,7 +88,8 @@ class Progress:
         """After so many images more, of the `total` ones of an evaluation in all processes."""
         self._images += images * self._processes
         self._evaluated = min(self._evaluated + images * self._processes, total)
-        text = f"seed {self._config.seed} evaluates: {self._evaluated:,} of {total:,} images, {self.speed()}"
+        config, done = self._config, f"{self._evaluated:,} of {total:,}"
+        text = f"seed {config.seed} evaluates: {done} {config.what}, {self.speed()}"
         self._advance(text, 0)
         self._say_seldom(text)
 
@@ -105,4 +106,4 @@ class Progress:
     def speed(self) -> str:
         """Of training and evaluation since the last record."""
         seconds = time.perf_counter() - self._began
-        return f"{self._images / seconds:,.0f} images/s, {self._waited / seconds:.0%} waiting for data"
+        return f"{self._images / seconds:,.0f} {self._config.what}/s, {self._waited / seconds:.0%} waiting for data"

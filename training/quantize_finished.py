@@ -38,7 +38,7 @@ def float_run(config: Config) -> Path:
     found, selected, *_ = done
     if selected["attached"]:
         raise InputError(f"expected a finished run in float, got one of {found.quantization.name} - at {folder}")
-    alike = ("test_domain", "domains", "image_size", "model", "seed", "split_seed")
+    alike = ("test_domain", "domains", "image_size", "tokens", "model", "seed", "split_seed")
     for key, (was, now) in differences(found, config).items():
         if key.partition(".")[0] in alike:
             raise InputError(f"expected a run like this one, got {key}={was!r} instead of {now!r} - at {folder}")
@@ -65,11 +65,11 @@ def quantize_finished(config: Config, benchmark: Benchmark, directory: Path, fab
 
 
 def training_sample(config: Config, benchmark: Benchmark) -> Tensor:
-    """IMAGES of the training images, as many of each source domain, drawn by the seed: f32 [n, C, H, W]."""
+    """IMAGES of the training images, as many of each source domain, drawn by the seed, as for calibration."""
     sources = benchmark.sources(config.targets)
     drawn = []
     for domain in sources:
         training = split_of(domain, config)[0]
         rng = np.random.default_rng(seed_hash(config.seed, domain.environment, "quantize"))
         drawn.append(domain.batch(rng.permutation(training)[: -(-IMAGES // len(sources))]))
-    return benchmark.normalized(torch.cat(drawn))
+    return benchmark.inputs.for_calibration(torch.cat(drawn))

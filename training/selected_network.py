@@ -83,6 +83,8 @@ def evaluated(config: Config, benchmark: Benchmark, fabric: Fabric, net: nn.Modu
 
 
 def calibration_images(config: Config, benchmark: Benchmark, count: int) -> Tensor:
-    """The first `count` validation images of each source domain, not augmented: f32 [n, C, H, W]."""
+    """The first `count` validation images of each source domain, not augmented: f32 [n, C, H, W]; or rows of texts,
+    i64 [n, T], as `Texts.for_calibration` makes them."""
     sources = benchmark.sources(config.targets)
-    return benchmark.normalized(torch.cat([domain.batch(split_of(domain, config)[1][:count]) for domain in sources]))
+    shown = torch.cat([domain.batch(split_of(domain, config)[1][:count]) for domain in sources])
+    return benchmark.inputs.for_calibration(shown)

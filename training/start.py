@@ -31,20 +31,20 @@ def build_network(
 ) -> nn.Module:
     """The network of a run at its start: seeded random weights, or the pretrained ones, of which `said` hears."""
     torch.manual_seed(seed_hash(config.seed, "weights"))
-    channels = benchmark.input_shape[0]
+    inputs = benchmark.inputs
     classes, text = len(benchmark.classes), None
     if config.text_features is not None:
         text = read_text_features(Path(config.text_features), classes)
     outputs = classes if text is None else text.shape[1]
-    net = build(config.model.name, outputs, channels, **config.model.options)
+    net = build(config.model.name, outputs, inputs.channels, **config.model.options)
     if config.weights is not None:
         said(load_pretrained(net, Path(config.weights)))
-    return net if text is None else TextHead(net, text)
+    return inputs.adapted(net if text is None else TextHead(net, text), config.model.name)
 
 
 def check_setting(config: Config, outline: Outline) -> None:
-    """Raise InputError where a run would: two domains, the one held out, the network and its weights, images that it
-    can take, and a batch that fits the memory."""
+    """Raise InputError where a run would: two domains, the one held out, the network and its weights, data that it can
+    take, and a batch that fits the memory."""
     if config.targets and len(outline.domains) < 2:
         expected = f"two or more domains, or --test-domain {IN_DOMAIN}"
         raise InputError(f"expected {expected}, got {len(outline.domains)} - at --domains")
@@ -56,17 +56,18 @@ def check_setting(config: Config, outline: Outline) -> None:
     _check_weights_given(config)
     if config.updates is not None:  # else they follow from the number of images
         check_selectable(config)
-    shape, images = outline.input_shape, config.batch_size * len(sources)
+    inputs, images = outline.inputs, config.batch_size * len(sources)
     bytes_each = 4 + 1 + PREFETCH * config.workers  # as floats, and those loaded ahead
-    check_memory(bytes_each * images * math.prod(shape), f"{images} images", "--batch-size")
+    check_memory(bytes_each * images * math.prod(inputs.shape), f"{images} {inputs.what}", "--batch-size")
     net = build_network(config, outline)
     train_only_(net, config.train_only)
-    net = net.to("meta").train(config.batch_norm != "frozen")
+    share = images // config.devices
     try:
-        net(torch.empty(images // config.devices, *shape, device="meta"))
-    except (RuntimeError, ValueError) as error:
-        got = f"{images // config.devices} of {list(shape)}: {str(error).splitlines()[0]}"
-        raise InputError(f"expected images that {config.model.name} can take, got {got} - at --image-size") from error
+        inputs.check(net.train(config.batch_norm != "frozen"), share)
+    except (RuntimeError, ValueError, IndexError) as error:
+        got = f"{inputs.text(share)}: {str(error).splitlines()[0]}"
+        expected = f"{inputs.what} that {config.model.name} can take"
+        raise InputError(f"expected {expected}, got {got} - at {inputs.option}") from error
 
 
 def check_selectable(config: Config) -> None:
@@ -89,7 +90,7 @@ def _check_weights_given(config: Config) -> None:
         raise InputError(f"expected --weights or --from-scratch, got both - at {config.weights}")
     if config.weights is None and not config.from_scratch and config.data not in NAMED:
         weights = f"weights to fine-tune (torchvision's {config.model.name}, say)"
-        expected = f"{weights} or --from-scratch for a folder of images"
+        expected = f"{weights} or --from-scratch for a folder of {config.what}"
         raise InputError(f"expected {expected}, got neither - at --weights")
 
 
@@ -99,7 +100,7 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
     net = build_network(config, benchmark, pretrained.append)
     rows, trained = [], set()
     for domain in benchmark.domains:
-        row: dict[str, Any] = {"domain": domain.name, "images": len(domain.labels)}
+        row: dict[str, Any] = {"domain": domain.name, config.what: len(domain.labels)}
         held_out = domain.name in config.targets
         if not held_out:
             tested = len(sets[f"{domain.name}_test"][1]) if f"{domain.name}_test" in sets else 0
@@ -113,7 +114,8 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
     images = config.batch_size * (len(benchmark.domains) - len(config.targets))
     evaluated, evaluations = sum(len(part) for _, part in sets.values()), -(-config.updates // config.eval_every)
     by = f"{config.workers} worker(s)" + (" of each device" if config.devices > 1 else "")
-    loaded = f"images are loaded by {by if config.workers else 'the training itself (--workers 0)'}"
+    what = config.what
+    loaded = f"{what} are loaded by {by if config.workers else 'the training itself (--workers 0)'}"
     left_out = benchmark.left_out
     named = "; ".join(f"{file}: {reason}" for file, reason in left_out[:3]) + ("; ..." if len(left_out) > 3 else "")
     missing = [name for i, name in enumerate(benchmark.classes) if i not in trained]
@@ -124,9 +126,9 @@ def describe(config: Config, benchmark: Benchmark, sets: Mapping[str, tuple[int,
         f"{config.model}: {parameters:,} parameters; {_mode(config, net)}",
         _method(config),
         *(f"weights: {text}" for text in pretrained),
-        f"{config.updates:,} updates of {images:,} images, {evaluations:,} evaluations of {evaluated:,}; {loaded}",
+        f"{config.updates:,} updates of {images:,} {what}, {evaluations:,} evaluations of {evaluated:,}; {loaded}",
         *([f"warning: left out {len(left_out):,} files: {named}"] if left_out else []),
-        *([f"warning: no source domain has images of {_shortened(missing)}"] if missing else []),
+        *([f"warning: no source domain has {what} of {_shortened(missing)}"] if missing else []),
     ]
 
 

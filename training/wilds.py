@@ -10,8 +10,7 @@ amazon_v2.1/reviews.csv and splits/user.csv: reviews of one to five stars. The r
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from qdeploy.errors import InputError
+from qdeploy.training.csv_files import csv_rows
 from qdeploy.training.image_tree import ImageFile, Tree
 
 CLASSES = ["normal", "tumor"]
+STARS = ["1", "2", "3", "4", "5"]
 PUBLISHED = (0, 3, 4)  # hospitals with a split of their own
 COLUMNS = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
 SPLITS = {0: "train", 1: "val", 2: "id_val", 3: "test", 4: "id_test"}  # of Amazon; -1: left out
-LONGEST = 2**24  # characters of a review
 
 
 class Hospital(NamedTuple):
@@ -51,7 +51,7 @@ def camelyon17(root: Path, skip: Collection[str] = ()) -> dict[int, Hospital]:
     files: dict[int, list[ImageFile]] = {}
     labels: dict[int, list[int]] = {}
     splits: dict[int, list[int]] = {}
-    for number, row in enumerate(_rows(root / "metadata.csv", COLUMNS)):
+    for number, row in enumerate(csv_rows(root / "metadata.csv", COLUMNS)):
         where = f"line {number + 2} of {root / 'metadata.csv'}"
         center, label, split = (_integer(row[key], most, f"`{key}` in {where}") for key, most in _MOST.items())
         slide = f"patient_{row['patient']}_node_{row['node']}"
@@ -100,6 +100,10 @@ def name_of(hospital: int) -> str:
 _MOST = {"center": 4, "tumor": 1, "split": 1}
 
 
+def is_amazon(root: Path) -> bool:
+    return (root / "reviews.csv").is_file() and (root / "splits" / "user.csv").is_file()
+
+
 @dataclass(frozen=True)
 class Reviews:
     """Texts, their stars less one (0 to 4), the user who wrote each, and the positions of each split by name."""
@@ -114,9 +118,9 @@ def amazon(root: Path) -> Reviews:
     """The reviews of the split by users; those that it leaves out are not kept. Raises InputError for other files."""
     texts, labels, users, splits = [], [], [], []
     split_file = root / "splits" / "user.csv"
-    parts = _rows(split_file, ("split",))
+    parts = csv_rows(split_file, ("split",))
     numbers: dict[str, int] = {}
-    for number, row in enumerate(_rows(root / "reviews.csv", ("reviewerID", "overall", "reviewText"))):
+    for number, row in enumerate(csv_rows(root / "reviews.csv", ("reviewerID", "overall", "reviewText"))):
         where = f"line {number + 2}"
         if (part := next(parts, None)) is None:
             raise InputError(f"expected a line for every review, got {number} - at {split_file}")
@@ -142,19 +146,6 @@ def user_percentile(right: np.ndarray, users: np.ndarray, percentile: float = 10
     _, place = np.unique(users, return_inverse=True)
     accuracies = np.bincount(place, weights=right) / np.bincount(place)
     return float(np.percentile(accuracies, percentile))
-
-
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    try:
-        csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if missing := [name for name in columns if name not in (reader.fieldnames or ())]:
-                raise InputError(f"expected a column `{missing[0]}`, got none - at {path}")
-            yield from reader
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        got = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"expected a csv file of WILDS, got {got} - at {path}") from error
 
 
 def _integer(text: str | None, most: int, at: str) -> int:

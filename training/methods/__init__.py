@@ -54,6 +54,7 @@ AXES: dict[str, dict[str, str]] = {
         "constant": f"{_HERE}.schedules:Constant",
         "multi-step": f"{_HERE}.schedules:MultiStep",
         "cosine": f"{_HERE}.schedules:Cosine",
+        "linear": f"{_HERE}.schedules:Linear",
     },
 }
 

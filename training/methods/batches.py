@@ -1,11 +1,11 @@
-"""What an update reads: one minibatch of each source domain."""
+"""What an update reads: one minibatch of each source domain, images or texts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-Minibatches = list[tuple[Tensor, Tensor]]  # images f32 [B, C, H, W] and classes int64 [B] of each source domain
+Minibatches = list[tuple[Tensor, Tensor]]  # f32 [B, C, H, W] or i64 [B, T], and classes int64 [B]
 
 
 def joined(minibatches: Minibatches) -> tuple[Tensor, Tensor]:

@@ -163,8 +163,9 @@ def stages_before_last(net: nn.Module) -> Sequence[str]:
 
 def mix_styles(shares: Tensor, partners: Tensor, name: str, x: Tensor) -> Tensor:
     """The maps [N, C, H, W] of module `name` with the styles that `MixStyle` describes; shares [N, 1, 1, 1]."""
-    if x.dim() != 4 or x.shape[2] * x.shape[3] < 2:
-        raise InputError(f"expected maps [N, C, H, W] of 2 positions or more, got {[*x.shape]} - at `{name}`")
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[2] * x.shape[3] < 2:
+        got = [*x.shape] if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"expected maps [N, C, H, W] of 2 positions or more, got {got} - at `{name}`")
     variance, mu = (part.detach() for part in torch.var_mean(x, (2, 3), keepdim=True))
     sigma = (variance + 1e-6).sqrt()
     own, partners = shares.to(x), partners.to(x.device)

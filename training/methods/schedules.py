@@ -49,3 +49,16 @@ class Cosine(Schedule):
 
     def factor(self, t: int) -> float:
         return (1 + math.cos(math.pi * t / self.updates)) / 2
+
+
+class Linear(Schedule):
+    """A line from 1 down to 0 where update `updates` would be, as WILDS trains DistilBERT; before it, over the share
+    `warmup` of the run, one from 0 up to 1. Raises InputError for a share outside 0 to below 1."""
+
+    def __init__(self, warmup: float = 0.0, *, updates: int):
+        if not 0 <= warmup < 1:
+            raise InputError(f"expected a share of the run from 0 to below 1, got {warmup} - at Linear")
+        self.updates, self.warmup = updates, round(warmup * updates)
+
+    def factor(self, t: int) -> float:
+        return t / self.warmup if t < self.warmup else (self.updates - t) / (self.updates - self.warmup)
