@@ -302,6 +302,22 @@ def test_ends_in_float32(name, path):
     assert graph.members[0].output.dtype == "f32"
 
 
+class Followed(Net):
+    """Goes on from the codes of the file, `taps`. Where a number lies at a tie they may be off by one: it is rounded in
+    f32 there and in float64 here."""
+
+    taps: dict[str, np.ndarray]
+
+    def q(self, name, x):
+        rounded = super().q(name, x)
+        if self.grids is None or name not in self.taps:
+            return rounded
+        scale, zero_point, _, _ = self.grids[name]
+        found = scale * (torch.from_numpy(self.taps[name]).double() - zero_point)
+        assert (rounded - found).abs().max() <= 1.001 * scale
+        return found
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_any_small_convolutional_network(tmp_path_factory, data):
@@ -329,16 +345,15 @@ def test_any_small_convolutional_network(tmp_path_factory, data):
         return x.mean((2, 3))
 
     per_channel = draw(st.booleans())
-    net = quantized(Net(flow, **modules), bits, per_channel=per_channel)
+    net = quantized(Followed(flow, **modules), bits, per_channel=per_channel)
     path = tmp_path_factory.mktemp("any") / "net.safetensors"
     x = images((c_in, size, size), draw(st.integers(0, 99)))
     export(net, x[:1], path, x)
     graph = format.load(path)
-    got, expected = reference.run(graph, x), emulated(net, graph, x)
+    got, net.taps = reference.run(graph, x, [f"conv{i}" for i in range(len(steps))])
     assert np.array_equal(qdeploy.load_int_model(path)(x), got)
-    # Here a tie may be met: one code more or less of a last tensor of `height` * `height` elements.
-    last = graph.members[0].tensors[-2]
-    assert np.abs(got - expected).max() <= 3 * last.scale / height**2 + 1e-5 * np.abs(expected).max()
+    expected = emulated(net, graph, x)
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
     for node in graph.members[0].nodes[:-1]:
         quantizer = getattr(net, node.name).parametrizations.weight[0]
         codes = quantizer.codes(getattr(net, node.name).parametrizations.weight.original)

@@ -815,11 +815,14 @@ def blocks_of_the_docs():
 def test_the_lines_of_the_docs_run(tmp_path, monkeypatch):
     """One block after the other, with a network and an optimizer as a reader would have them."""
     monkeypatch.chdir(tmp_path)
-    train, schedule, save, distribute = blocks_of_the_docs()
+    train, equalize, schedule, save, distribute = blocks_of_the_docs()
     net = small()
     known = {"torch": torch, "net": net, "optimizer": torch.optim.Adam(net.parameters()), "make_net": small}
     exec(train, known)
     assert list(quantizers(net)) == ["0.weight", "4.weight"] and len(known["optimizer"].param_groups) == 2
+    normed = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 4))
+    exec(equalize, {"net": normed, "loader": [torch.randn(8, 4)]})
+    assert list(quantizers(normed)) == ["0.weight", "2.weight"]
     known["net"] = net = small()
     exec(schedule, known)
     assert known["optimizer"].param_groups[1]["params"] == step_parameters(net)

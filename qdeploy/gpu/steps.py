@@ -307,7 +307,7 @@ class View(Step):
 
     def __call__(self, values: Sequence[Tensor], n: int, tokens: int) -> Tensor:
         _, h, w = chw(self.output)
-        return values[0].view(n, h, w, -1)
+        return values[0].view(n, h, w, values[0].shape[-1])  # of no image, too
 
 
 def _pixels(value: Tensor) -> int:
