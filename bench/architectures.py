@@ -4,7 +4,7 @@
 
 The file is then run by the engine and, of small networks, by the reference, whose bits must be equal. Needs timm,
 torchvision and transformers, which qdeploy does not depend on; networks of a missing one are left out. Without NAME all
-are tried, and docs/architectures.md says how it went.
+are tried, and a complete run writes docs/architectures.md.
 """
 
 from __future__ import annotations

@@ -317,7 +317,8 @@ class Model:
         ids = {self._tap_name(step): step["output"] for step in self._steps}
         for name in taps:
             if not isinstance(name, str) or name not in ids:
-                raise InputError(f"expected the name of a node, as `qdeploy plan` lists them, got {name!r} - at taps")
+                got = repr(name) if isinstance(name, str) else type(name).__name__  # a mask, say, in one line
+                raise InputError(f"expected the name of a node, as `qdeploy plan` lists them, got {got} - at taps")
         return {name: ids[name] for name in taps}
 
     # ---- Pickle ---------------------------------------------------------------------------------------------------

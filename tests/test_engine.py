@@ -574,6 +574,8 @@ def test_options_that_do_not_fit(network, tmp_path):
         qdeploy.load_int_model(path, isa="mmx")
     with pytest.raises(InputError, match="expected the name of a node, .*got 'fc' - at taps"):
         network[0](network[2], taps=["fc"])
+    with pytest.raises(InputError, match="^expected the name of a node, .*got ndarray - at taps$"):
+        network[0](network[2], np.ones((2, 3), np.int64))  # a mask, where there is no text
 
 
 def run_python(code: str, folder: Path, isa: str) -> subprocess.CompletedProcess:

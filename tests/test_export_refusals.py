@@ -1,6 +1,8 @@
 """Networks and calls as people have them: `export` writes the right file, or refuses in one line and writes none."""
 
 import os
+import subprocess
+import sys
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -588,3 +590,14 @@ def test_a_sign_is_the_class_of_one_logit(path):
         net[8].bias -= net(X).median()
     report = export(net, X[:1], path, X, fallback_bits=8)
     assert not report.warnings and report.top1_agreement > 0.8
+
+
+def test_torch_says_nothing_beside_the_error():
+    """It logs what fails while it traces, at the level of errors; pytest would swallow that in its own process."""
+    code = (
+        "import qdeploy, torch\n"
+        "try:\n    qdeploy.check(torch.nn.Linear(3, 3), torch.zeros(1, 4))\n"
+        "except qdeploy.ExportError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("expected a network that torch.export traces ") and done.stderr == ""

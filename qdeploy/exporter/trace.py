@@ -114,7 +114,7 @@ def _quiet() -> Iterator[None]:
     """Without what torch.export says beside its error (a graph, log lines) and deprecations inside of it."""
     with warnings.catch_warnings(), redirect_stderr(StringIO()) as said:
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)
         try:
             yield
         finally:

@@ -129,9 +129,10 @@ class GpuModel:
         """
         if not len(taps):
             return self._run(images)[0]
-        unknown = [name for name in taps if name not in self._steps()]
+        unknown = [name for name in taps if not isinstance(name, str) or name not in self._steps()]
         if unknown:
-            raise InputError(f"expected the name of a node, as `plan` lists them, got {unknown[0]!r} - at taps")
+            got = repr(unknown[0]) if isinstance(unknown[0], str) else type(unknown[0]).__name__
+            raise InputError(f"expected the name of a node, as `plan` lists them, got {got} - at taps")
         return self._run_tapped(images, taps)
 
     def predict(self, images: Tensor) -> Tensor:

@@ -320,6 +320,8 @@ def test_taps_of_more_images_than_offsets_reach(model):
 def test_unknown_tap(model):
     with pytest.raises(InputError, match="expected the name of a node, as `plan` lists them, got 'conv' - at taps"):
         model(images(1), taps=["conv"])
+    with pytest.raises(InputError, match="^expected the name of a node, .*got list - at taps$"):
+        model(images(1), taps=[["conv"]])
 
 
 def test_predict_needs_scores(tmp_path):
