@@ -36,6 +36,16 @@ def _of_transformers(name: str, **options: object) -> Callable[[], nn.Module]:
     return build
 
 
+def _efficientnet_b0() -> nn.Module:
+    from torch import nn
+
+    options = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
+    net = _of_transformers("EfficientNet", **options)()
+    # Theirs, a pool of 1280 x 1280 that is cut at the borders, is one that OpenVINO refuses to read.
+    net.efficientnet.pooler = nn.AdaptiveAvgPool2d(1)
+    return net
+
+
 def _shufflenet_v2() -> nn.Module:
     from shuffled_and_gated import ShuffleNetV2
 
@@ -56,14 +66,13 @@ _REGNET = {
     "groups_width": 8,
     "embedding_size": 32,
 }
-_EFFICIENTNET = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
 
 BUILD: dict[str, Callable[[], nn.Module]] = {
     "deit_s": _of_transformers("DeiT", **_DEIT_S),
     "vit_b16": _of_transformers("ViT"),
     "swin_t": _of_transformers("Swin"),
     "distilbert": _of_transformers("DistilBert"),
-    "efficientnet_b0": _of_transformers("EfficientNet", **_EFFICIENTNET),
+    "efficientnet_b0": _efficientnet_b0,
     "mobilenet_v3_large": _mobilenet_v3,
     "regnet_y_400mf": _of_transformers("RegNet", **_REGNET),
     "convnext_t": _of_transformers("ConvNext"),

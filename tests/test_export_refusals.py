@@ -264,6 +264,32 @@ def test_state_that_every_call_changes(flow, path):
     refused(Flow(flow), path, "a forward that changes no buffer in eval mode")
 
 
+class RemembersItsInput(nn.Module):
+    """As the Swin of transformers: a size of the input, by an operation of torch, stays in the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.side = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), 100
+
+    def forward(self, x):
+        self.side = torch.min(torch.tensor([x.shape[2], self.side]))
+        self.shape = x.shape
+        return self.fc(self.conv(x).mean((2, 3)))
+
+
+def test_the_network_is_left_as_it_was(path):
+    net, x = RemembersItsInput().train(), torch.rand(2, 3, 8, 8)
+    quantize_(net, 8)
+    state = {name: set(vars(module)) for name, module in net.named_modules()}
+    qdeploy.export(net, x, path, x)
+    assert net.training and net.side == 100 and not isinstance(net.side, torch.Tensor)
+    assert {name: set(vars(module)) for name, module in net.named_modules()} == state
+    first = path.read_bytes()
+    assert torch.isfinite(net(x)).all()
+    qdeploy.export(net, x, path, x)
+    assert path.read_bytes() == first
+
+
 def test_statistics_of_the_batch(path):
     class Frozen(nn.BatchNorm2d):
         def train(self, mode=True):

@@ -141,6 +141,19 @@ def _calls() -> Iterator[list[nn.Module]]:
             handle.remove()
 
 
+@contextmanager
+def _left_as_it_was(net: nn.Module) -> Iterator[None]:
+    """Puts back the modes of the modules and what forward writes into them: under torch.export these are numbers of the
+    trace, with which the network could not run again (window_size in the Swin of transformers)."""
+    before = {module: vars(module).copy() for module in net.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
 def trace(net: nn.Module, example: Tensor) -> Trace:
     """`net` in eval mode, for inputs like `example` [N, C, H, W] or [N, F] in batches of any size; `net` is left as it
     was. Raises ExportError where torch.export cannot."""
@@ -149,12 +162,11 @@ def trace(net: nn.Module, example: Tensor) -> Trace:
     net = unwrapped(net)
     _check_tensors(net)
     names = {"": ""} | {f"net.{path}".rstrip("."): name for path, name in plain_names(net).items()}
-    modes = {module: module.training for module in net.modules()}
     device = next((p.device for p in net.parameters()), example.device)
     pair = example[:1].expand(2, *example.shape[1:]).contiguous().to(device)  # a batch of 1 would become a constant
-    net.eval()
     try:
-        with torch.no_grad(), _quiet(), _calls() as calls:
+        with _left_as_it_was(net), torch.no_grad(), _quiet(), _calls() as calls:
+            net.eval()
             program = torch.export.export(_Forward(net), (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
             _inline_regions(program.graph_module, names)
             if _reads_stale_alias(program.graph):
@@ -169,9 +181,6 @@ def trace(net: nn.Module, example: Tensor) -> Trace:
         raise ExportError(
             f"expected a network that torch.export traces for any batch size, got {_reason(error)} - at {at}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return _constants_folded(program, names)
 
 
