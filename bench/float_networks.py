@@ -6,6 +6,7 @@ Random weights: normal ones, as fresh uniform ones run our kernel of 4 bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,7 +93,7 @@ def samples(name: str, count: int = IMAGES, seed: int = 1) -> Tensor:
 
 @cache
 def float_network(name: str) -> nn.Module:
-    """Normal weights, and BatchNorm with the statistics that ten batches leave."""
+    """Normal weights, and BatchNorm with the statistics of the samples; transformers begins with gains near 0."""
     import torch
     from torch import nn
 
@@ -105,7 +106,8 @@ def float_network(name: str) -> nn.Module:
                 torch.randn(module.weight.shape, generator=generator) * module.weight[0].numel() ** -0.5
             )
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1 - 0.9**10
+            module.reset_parameters()
+            module.momentum = 1.0
     with torch.no_grad():
         net.train()(samples(name))
     return net.eval()
@@ -118,8 +120,6 @@ class FloatNetworks:
         self.folder = folder
 
     def exported(self, name: str, bits: int = 7) -> Path:
-        from copy import deepcopy
-
         from qdeploy.training import quantize_
 
         path = self.folder / f"{name}_{bits}.safetensors"
@@ -152,7 +152,8 @@ class FloatNetworks:
         if not path.exists():
             axes = {"x": {0: "N"}} if name in TEXTS else None
             options = {"input_names": ["x"], "output_names": ["y"], "opset_version": 17, "dynamic_axes": axes}
-            torch.onnx.export(_logits(float_network(name)), (samples(name, 1),), path, dynamo=False, **options)
+            net = deepcopy(float_network(name))  # Swin does not run any more after this
+            torch.onnx.export(_logits(net), (samples(name, 1),), path, dynamo=False, **options)
         return path
 
     def _onnxruntime_int8(self, name: str) -> Path:
