@@ -1,4 +1,4 @@
-"""Convolutions that standardize their weight within forward, as those of timm's BiT and NFNets and of transformers' BiT.
+"""Convolutions that standardize their weight within forward: those of timm's BiT and NFNets, and of transformers' BiT.
 
 A quantizer of their parameter would come before the standardization, and what the convolution multiplies with would be
 on no grid. Here the standardization becomes a parametrization, as a weight norm is one, and the quantizer comes last.
@@ -48,6 +48,11 @@ class StandardizedConv2d(nn.Conv2d):
         span = (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
         total = max((-(-size // stride) - 1) * stride + span - size, 0)
         return total // 2, total - total // 2
+
+
+def standardizes(layer: nn.Module) -> bool:
+    """Whether the layer is a convolution that standardizes its weight within forward."""
+    return _same_size(layer) is not None
 
 
 def parametrize_standardized(layers: Iterable[nn.Module]) -> None:
