@@ -187,6 +187,25 @@ def test_nothing_stands_between_quantizer_and_layer(kind, fallback, path):
     refused(net, path, f"{RIGHT_BEFORE}.*, got aten.(mul|mean) of its result - at module `{at}", fallback_bits=fallback)
 
 
+class Stretched(nn.Conv2d):
+    """Its standardization is none of those that `quantize_` knows."""
+
+    def forward(self, x):
+        channels = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True, eps=1e-3)
+        return F.conv2d(x, 2 * channels.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+
+def test_weights_standardized_after_the_quantizer_are_one_reason(path):
+    """Whatever their shapes are."""
+    net = small()
+    net[0], net[3] = Stretched(3, 8, 3, padding=1), Stretched(8, 8, 3, padding=1)
+    quantize_(net, 4)
+    got = "weight standardization or another function of all weights after it"
+    todo = "make what else is done to the weight a parametrization of it, then quantize_"
+    message = refused(net, path, RIGHT_BEFORE)
+    assert message == f"expected {RIGHT_BEFORE} ({todo}), got {got} - at modules `0`, `3`"
+
+
 @pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal"])
 def test_what_stands_before_the_quantizer_is_computed(kind, path):
     net = small()

@@ -3,7 +3,8 @@
 A weight is quantized by a parametrization (torch.nn.utils.parametrize): the module keeps its Parameter object, so the
 moments an optimizer holds for it survive, and `module.weight` becomes the fake-quantized value. An input is quantized
 by a forward pre-hook. torch.export sees both as `qdeploy::lsq` nodes in front of the layer's own operator. A weight
-that is computed already (weight norm, spectral norm) keeps its parametrizations; the quantizer comes last.
+that is computed already (weight norm, spectral norm, standardized.py) keeps its parametrizations; the quantizer comes
+last.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from qdeploy.training.one_launch import quantize_together
 from qdeploy.training.quantize_checks import Layers, check_input, check_weight, checked_network, select
 from qdeploy.training.quantizer import Quantizer
 from qdeploy.training.ranges import first_batches, observe
+from qdeploy.training.standardized import parametrize_standardized
 from qdeploy.training.untouched import all_or_nothing, evaluating, undisturbed
 
 INITS, GRAD_SCALES = ("lsq", "mse", "minmax"), ("tensor", "channel", "none")
@@ -54,6 +55,7 @@ def quantize_(
     Args:
         net: the network, or one in torch.compile, DataParallel, AveragedModel or Fabric. Its Parameter objects stay the
             same; shared modules and tied weights share one quantizer. Quantize before DistributedDataParallel.
+            Convolutions that standardize their weight get the quantizer behind the standardization.
         weight_bits: 2 to 8 bits, signed, for every layer; or bits by layer, and then only those layers. A key is a
             name or a pattern (`layer1.*`, `*.conv1`), the last one that matches counts, and None is float. Patterns
             leave the classifier out, or what `skip` names; the exact name takes it.
@@ -87,11 +89,12 @@ def quantize_(
     if inputs and calibration is None:
         got = "none (a saved state needs none: quantize_like_)"
         raise InputError(f"expected calibration batches for quantized activations, got {got} - at quantize_")
-    made = _weight_quantizers(net, weights, per_channel, init, grad_scale)
-    for name, (layer, _) in inputs.items():
-        check_input(layer, f"layer `{name}`")
-    images = first_batches(net, calibration) if inputs else []
     with all_or_nothing(net):
+        parametrize_standardized(layer for layer, _ in weights.values())
+        made = _weight_quantizers(net, weights, per_channel, init, grad_scale)
+        for name, (layer, _) in inputs.items():
+            check_input(layer, f"layer `{name}`")
+        images = first_batches(net, calibration) if inputs else []
         for name, (layer, _) in weights.items():
             attach(layer, made[name])
         quantize_together(net)

@@ -23,6 +23,7 @@ from qdeploy.training.equalize import FACTOR, attach_factor
 from qdeploy.training.one_launch import quantize_together
 from qdeploy.training.quantize_checks import check_input, check_weight, checked_network
 from qdeploy.training.quantizer import Quantizer, checked_state
+from qdeploy.training.standardized import parametrize_standardized
 from qdeploy.training.untouched import all_or_nothing, is_computed
 
 
@@ -42,6 +43,7 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
     net = checked_network(net)
     state = _plain_state(net, state)
     with all_or_nothing(net):
+        parametrize_standardized([m for path, m in net.named_modules() if _is_computed_in(state, path, m)])
         weights: dict[tuple[int, ...], Quantizer] = {}
         inputs: dict[int, Quantizer] = {}
         for path, layer in [*net.named_modules()]:
@@ -66,6 +68,11 @@ def quantize_like_(net: nn.Module, state: Mapping[str, Tensor]) -> list[nn.Param
         _check_fits(net, state)
         net.load_state_dict(state)
     return step_parameters(net)
+
+
+def _is_computed_in(state: Mapping[str, Tensor], path: str, layer: nn.Module) -> bool:
+    """Whether parametrizations computed the weight when the state was saved."""
+    return f"{path}.parametrizations.{weight_name(layer)}.original".lstrip(".") in state
 
 
 def _depth(layer: nn.Module) -> int:

@@ -15,6 +15,7 @@ from qdeploy.training.one_launch import quantize_together
 from qdeploy.training.quantize_checks import check_weight, checked_network, select
 from qdeploy.training.quantize_like import quantize_like_
 from qdeploy.training.quantizer import Quantizer
+from qdeploy.training.standardized import standardizes
 from qdeploy.training.untouched import is_computed
 
 Bits = int | Mapping[str, int | None]  # of all layers, or by name or pattern
@@ -43,8 +44,8 @@ def shared_weights(net: nn.Module, bits: Bits, allow_float: Iterable[str] = ()) 
     names: dict[tuple[int, ...], str] = {}
     for name, (layer, width) in layers.items():
         check_weight(layer, f"layer `{name}`")
-        if is_computed(layer):
-            got = "one that parametrizations compute"
+        if is_computed(layer) or standardizes(layer):
+            got = f"one that {'parametrizations compute' if is_computed(layer) else 'its forward standardizes'}"
             raise InputError(f"expected a weight that is a Parameter, got {got} - at layer `{name}`")
         first, parameter = names.setdefault(identity(layer), name), layer._parameters["weight"]
         assert parameter is not None  # `check_weight` lets no other one pass

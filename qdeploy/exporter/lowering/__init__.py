@@ -23,10 +23,12 @@ from qdeploy.exporter.lowering import attention, elementwise, moves, norms, weig
 from qdeploy.exporter.lowering.moved import Moved, layer_of, plain
 from qdeploy.exporter.lowering.site import (
     OPERATOR,
+    RIGHT_BEFORE,
     Missing,
     Obstacle,
     Site,
     Unknown,
+    UnknownScores,
     all_of,
     aten,
     depends,
@@ -73,7 +75,7 @@ def _lowered(trace: Trace) -> Network:
                 inputs = tree_leaves((args, kwargs))
                 if _rule(site) is None or not any(map(_is_missing, inputs)):  # else it follows from another one
                     obstacles.append(obstacle)
-                values[node] = missing(site, found, inputs)
+                values[node] = _in_place(site, inputs)
     if obstacles:
         raise all_of(obstacles)
     output = values.get(trace.output)
@@ -96,6 +98,14 @@ def _rule(site: Site) -> Callable[..., Any] | None:
     return LOWERING.get(getattr(site.target, "overloadpacket", site.target))
 
 
+def _in_place(site: Site, inputs: list[Any]) -> Any:
+    """What stands for the result of an operator that failed, or whose inputs are unknown."""
+    of_scores = any(isinstance(x, (attention.Scores, UnknownScores)) for x in inputs)
+    if of_scores and _rule(site) is not attention.product:
+        return UnknownScores()
+    return missing(site, site.node.meta["val"], inputs)
+
+
 def _is_missing(x: Any) -> bool:
     of = x.q if isinstance(x, attention.Scores) else x
     return isinstance(of, (Layer, Moved)) and isinstance(layer_of(of), Missing)
@@ -111,15 +121,14 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
         site.fail("a forward that changes no buffer in eval mode", "a change that the output depends on")
     rule = _rule(site)
     if rule is not None and any(isinstance(x, Unknown) for x in inputs):
-        return missing(site, site.node.meta["val"], inputs)
+        return _in_place(site, inputs)
     if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], LearnedWeight):
         return _computed(site, (args[0], args[1].dequantized(), *args[2:]), kwargs)  # of constants, as learned queries
     moved = rule in (moves.same, moves.move, moves.getitem)  # the codes stay
     for i, value in enumerate(inputs):
         right = i == 1 and rule in WEIGHTED or i == 0 and rule is weighted.embedding
         if isinstance(value, LearnedWeight) and not moved and not right:
-            expected = "a learned quantizer right before its conv2d or linear (quantize_ after pruning and the like)"
-            site.fail(expected, f"aten.{site.operator} of its result")
+            site.fail(RIGHT_BEFORE, f"aten.{site.operator} of its result")
     if not any(map(depends, inputs)):
         return _computed(site, args, kwargs)
     if rule is None:

@@ -24,7 +24,7 @@ from qdeploy.exporter.lowering.moved import (
     seen,
     settled,
 )
-from qdeploy.exporter.lowering.site import Site, float64
+from qdeploy.exporter.lowering.site import RIGHT_BEFORE, Site, float64
 from qdeploy.ops.op import channels_of
 
 HOLE = np.iinfo(np.int64).min
@@ -85,8 +85,7 @@ def _channels_of(site: Site, weight: LearnedWeight, elements: Tensor) -> Learned
     channels = rows[:, 0] // width
     whole = rows.shape[1] == width and torch.equal(rows, channels[:, None] * width + torch.arange(width))
     if weight.step.numel() > 1 and not whole:
-        got = f"{list(elements.shape)}"
-        site.fail("a reshape that keeps the output channels of a quantized weight", got)
+        site.fail(RIGHT_BEFORE, "weight standardization or another function of all weights after it")
     if whole:
         return weight.of(channels.numpy()).reshaped(elements.shape)
     return replace(weight, value=weight.value.reshape(-1)[elements])

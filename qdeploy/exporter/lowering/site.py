@@ -21,6 +21,10 @@ OPERATOR = (
     "an operator that the engine has (conv1d, conv2d, linear, norms, attention, embedding, ReLU and other functions of "
     "one tensor, sums and products of two, pools, resize, and whatever moves rows or channels)"
 )
+RIGHT_BEFORE = (
+    "a learned quantizer right before its conv2d or linear (make what else is done to the weight a parametrization of "
+    "it, then quantize_)"
+)
 
 
 class Obstacle(ExportError):
@@ -39,6 +43,10 @@ class Missing(Layer):
 
 class Unknown:
     """In place of a value that is no layer's: what it goes into is missing too, for no reason of its own."""
+
+
+class UnknownScores(Unknown):
+    """In place of attention scores, up to their product with the values."""
 
 
 @dataclass
