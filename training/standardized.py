@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from qdeploy.training.untouched import undisturbed
+
 
 class Standardization(nn.Module):
     """Each output channel of a weight with mean 0 and variance 1, times its gain and the scale where there are some."""
@@ -92,13 +94,13 @@ def _same_size(layer: nn.Module) -> bool | None:
     drawn = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=drawn, dtype=torch.float64)
+        return torch.rand(shape, generator=drawn, dtype=torch.float64)
 
     parameters = {name: 1e-3 * numbers(*p.shape) for name, p in layer._parameters.items() if p is not None}
     sizes = [(k - 1) * d + s for k, d, s in zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)]
-    images = numbers(2, layer.in_channels, sizes[0] + 1, sizes[1] + 2)
+    images = numbers(1, layer.in_channels, sizes[0] + 1, sizes[1] + 2)
     try:
-        with torch.no_grad():
+        with undisturbed(layer):
             own = _twin(layer, type(layer), parameters)
             expected = own.forward(images)
             parameters["weight"] = _standardization(own)(parameters["weight"])
