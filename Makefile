@@ -10,7 +10,7 @@ kernels lint sanitizers:
 	.ci/run $@
 
 test: build
-	pytest
+	pytest -n 2
 
 bench: build
 	pytest bench --benchmark-only

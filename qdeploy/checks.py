@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,16 @@ import numpy as np
 from qdeploy.errors import ModelError
 
 MAX_NAME_BYTES = 512
+_PRINTABLE = bytes(c if 32 <= c <= 126 and c != ord("`") else ord("?") for c in range(256))  # of every byte
+_UNFIT = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")  # for a name: control characters and halves of pairs
+_KINDS: list[tuple[Any, str]] = [
+    (type(None), "null"),
+    ((bool, np.bool_), "boolean"),
+    ((int, float, np.integer, np.floating), "number"),
+    (str, "string"),
+    ((list, tuple), "array"),
+    (dict, "object"),
+]
 _FILE_DTYPES = {"float32": "F32", "uint8": "U8", "int8": "I8", "int32": "I32"}  # as safetensors calls them
 
 
@@ -51,7 +62,7 @@ def key_of(key: str, at: str) -> str:
 def quoted(name: str) -> str:
     """At most 60 printable characters of a name out of a file, for error texts."""
     data = name.encode("utf-8", "surrogatepass")
-    text = "".join(chr(c) if 32 <= c <= 126 and c != ord("`") else "?" for c in data[:60])
+    text = data[:60].translate(_PRINTABLE).decode()
     return f"`{text}...`" if len(data) > 60 else f"`{text}`"
 
 
@@ -67,22 +78,13 @@ def alternatives(texts: Sequence[str]) -> str:
 
 def kind(value: object) -> str:
     """The type of a value as JSON calls it."""
-    names: list[tuple[Any, str]] = [
-        (type(None), "null"),
-        ((bool, np.bool_), "boolean"),
-        ((int, float, np.integer, np.floating), "number"),
-        (str, "string"),
-        ((list, tuple), "array"),
-        (dict, "object"),
-    ]
-    return next((name for types, name in names if isinstance(value, types)), type(value).__name__)
+    return next((name for types, name in _KINDS if isinstance(value, types)), type(value).__name__)
 
 
 def check_name(value: Any, at: str) -> None:
     """Names reach terminals and other tools: 1 to 512 bytes of UTF-8 without control characters."""
     expect(isinstance(value, str), "a string", kind(value), at)
-    valid = not any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in value)
-    valid = valid and 1 <= len(value.encode()) <= MAX_NAME_BYTES
+    valid = not _UNFIT.search(value) and 1 <= len(value.encode()) <= MAX_NAME_BYTES
     expect(valid, "a name of 1 to 512 bytes without control characters", quoted(value), at)
 
 

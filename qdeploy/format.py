@@ -48,6 +48,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_DEPTH = 16
 MAX_RANK = 8
 LARGEST = float(np.finfo(np.float64).max)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # which no UTF-8 holds
 Json = dict[str, Any]
 _DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
 _SINCE = {"U8": 1, "F32": 1, "I32": 3}  # the first format version with such constants
@@ -297,7 +298,8 @@ def _json(text: bytes, at: str) -> Any:
     def unique(pairs: list[tuple[str, object]]) -> Json:
         seen: set[str] = set()
         for key, _ in pairs:
-            expect(key not in seen, "unique keys", f"the key {quoted(key)} twice", at)
+            if key in seen:
+                expect(False, "unique keys", f"the key {quoted(key)} twice", at)
             seen.add(key)
         return dict(pairs)
 
@@ -307,8 +309,8 @@ def _json(text: bytes, at: str) -> Any:
     def check(value: object, depth: int) -> None:
         if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
             raise ValueError(value)
-        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-            raise ValueError(value)  # half of a pair, which no UTF-8 holds
+        if isinstance(value, str) and _HALF_PAIR.search(value):
+            raise ValueError(value)
         if isinstance(value, (dict, list)):
             expect(depth <= MAX_JSON_DEPTH, f"JSON nested at most {MAX_JSON_DEPTH} deep", "deeper", at)
             for item in (*value, *value.values()) if isinstance(value, dict) else value:

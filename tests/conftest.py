@@ -10,6 +10,8 @@ import pytest
 from qdeploy import _engine
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before any test imports triton, which reads it then
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # of `pytest -n`: they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))  # which torch reads
 
 
 @pytest.fixture(autouse=True, scope="session")
