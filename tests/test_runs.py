@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ from qdeploy.training.choices import Choice
 from qdeploy.training.config import Config, plain, resolve, settings_of, stored
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import load_benchmark
-from qdeploy.training.evaluation import evaluation_sets
+from qdeploy.training.evaluation import Evaluator, evaluation_sets
+from qdeploy.training.learner import Learner
 from qdeploy.training.methods import quantizations
 from qdeploy.training.minibatches import split
 from qdeploy.training.models import MODELS
@@ -198,6 +200,44 @@ def test_export_takes_runs_of_several_machines(copy_of, tmp_path):
     text = f"runs of one network, split, held-out domain and selection, split_seed=0, got split_seed=4 - at {second}"
     with pytest.raises(InputError, match=text):
         finished_runs.read_runs([first, second])
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(10, [1, 4, 7]), (0, [1, 1, 2, 3, 4, 5, 6, 7, 8]), (60, [1])])
+def test_checkpoints_come_by_the_clock_between_evaluations(tmp_path, fabric, monkeypatch, minutes, saved):
+    """Updates of four minutes each, and one evaluation, after the first of them."""
+    config = replace(SMALL, updates=8, eval_every=100, quantize_at=0, checkpoint_minutes=minutes)
+    now, found, update, write = [0.0], [], Learner.update, trainer.write_state
+
+    def slow(self, t, minibatches):
+        now[0] += 240
+        return update(self, t, minibatches)
+
+    def noted(path, config, state):
+        found.append(state["update"])
+        write(path, config, state)
+
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(trainer, "write_state", noted)
+    monkeypatch.setattr(Learner, "update", slow)
+    trainer.run(config, BENCHMARK, tmp_path, fabric)
+    assert found == saved
+
+
+def test_updates_are_saved_before_a_long_evaluation(tmp_path, fabric, monkeypatch, folders):
+    def killed(self, net):
+        raise KeyboardInterrupt
+
+    config = replace(SMALL, checkpoint_minutes=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(config, BENCHMARK, tmp_path, fabric)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["update"] == 1
+    trainer.run(SMALL, BENCHMARK, tmp_path, fabric)  # another number of minutes is no other run
+    assert equal(network(tmp_path), network(folders["finished"]))
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
@@ -565,6 +605,7 @@ def test_long_evaluations_tell_how_far_they_are(fabric, monkeypatch, capsys):
         for _ in range(3):
             now[0] += 16
             shown.evaluated(100, 300)
+        assert shown.measured() == {"seconds": 52.0, "images_per_second": 6.538, "waiting": 0.0577}
         shown.recorded({"update": 3, "quantized": True, "loss": 1.0, "validation": 0.5, "test": 0.25})
     record = "seed 0 update 3 7 bit loss 1.0000 validation 0.5000 debug1 0.2500"
     assert capsys.readouterr().err.splitlines() == [

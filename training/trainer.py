@@ -63,10 +63,10 @@ def run(
 ) -> dict:
     """Trains one network and returns its selected record; continues what an earlier process began in `directory`.
 
-    Writes log.jsonl (a line for every evaluation), checkpoint.pt (at every evaluation, on SIGINT and on SIGTERM), and
-    when it is finished model.pt (the selected state, for `load_trained`) and done.json (its record); a finished run
-    returns at once. `before_updates` is called in the first process when all is ready for the next update, with whether
-    earlier ones are made.
+    Writes log.jsonl (a line for every evaluation), checkpoint.pt (at every evaluation, when `checkpoint_minutes` are
+    over, on SIGINT and on SIGTERM), and when it is finished model.pt (the selected state, for `load_trained`) and
+    done.json (its record); a finished run returns at once. `before_updates` is called in the first process when all is
+    ready for the next update, with whether earlier ones are made.
 
     Raises:
         InputError: a setting that does not fit the data, another run in `directory`, or a loss that is not finite.
@@ -155,6 +155,7 @@ class _Run:
         self.initial = network_hash(net)
         self.learner = Learner(net, config, fabric)
         self.state = self._resumed()
+        self.saved = time.monotonic()  # the last checkpoint, or this beginning
 
     def made(self, before_updates: Callable[[bool], object]) -> dict:
         """Makes what is left of the run; returns its selected record."""
@@ -183,17 +184,17 @@ class _Run:
         """Makes the updates that the state still lacks; raises Interrupted after a checkpoint."""
         config, state = self.config, self.state
         evaluate = Evaluator(config, self.benchmark, self.fabric, images, progress)
-        began = time.perf_counter()
         while state.update < config.updates or state.owes_evaluation(config):
             if not state.owes_evaluation(config):
                 with self._saved(signals):
                     batches = images.minibatches(progress.waiting)
                 self._make_update(batches)
                 progress.updated(sum(len(classes) for _, classes in batches))
+                self._checkpoint_by_time()
             if evaluated := state.owes_evaluation(config):
                 with self._saved(signals):
                     net, found = self._judged(evaluate)
-                self._add_record(net, found, time.perf_counter() - began, progress)
+                self._add_record(net, found, progress)
             signum = _agreed(signals, self.fabric)
             if evaluated or signum:
                 self._checkpoint()
@@ -229,12 +230,12 @@ class _Run:
             raise
         return net, found
 
-    def _add_record(self, net: nn.Module, found: dict, seconds: float, progress: Progress) -> None:
+    def _add_record(self, net: nn.Module, found: dict, progress: Progress) -> None:
         t = self.state.update - 1
         learner, loss = self.learner, statistics.fmean(self.state.losses)
         record: dict[str, Any] = {"update": t, "quantized": bool(quantizers(net)), "attached": learner.attached}
         record["eligible"] = learner.eligible(t)
-        record |= {"loss": loss, **found, "seconds": round(seconds, 3)}
+        record |= {"loss": loss, **found, "machine": progress.measured()}
         self.state.add(record, self.config, net)
         if self.fabric.is_global_zero:
             append_log(self.directory, record)
@@ -263,9 +264,16 @@ class _Run:
             self._save(self.benchmark.fingerprint)
         self.fabric.barrier()
 
+    def _checkpoint_by_time(self) -> None:
+        """By the clock of the first process: no other one is needed, for all stand alike after an update."""
+        is_due = time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
+        if is_due and self.fabric.is_global_zero:
+            self._save(self.benchmark.fingerprint)
+
     def _save(self, images: dict[str, Any]) -> None:
         saved = {"learner": self.learner.state_dict(), "images": images, **vars(self.state)}
         write_state(self.directory / CHECKPOINT, self.config, saved)
+        self.saved = time.monotonic()
 
     def _resumed(self) -> _State:
         """The state of the checkpoint, loaded into the learner too, or a new one."""
