@@ -7,10 +7,12 @@ import fcntl
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +88,19 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@contextmanager
+def limited(kind: int, most: int):
+    """What the system grants this process, within the block."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, before[1]))
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGXFSZ, previous)
+        resource.setrlimit(kind, before)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -132,6 +147,19 @@ def test_a_setting_that_is_gone_had_its_default_or_is_named(copy_of, fabric, kin
         trainer.run(SMALL, BENCHMARK, folder, fabric)
     altered(folder / name, gone(0.9))
     assert trainer.run(SMALL, BENCHMARK, folder, fabric)["update"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("finished", "done.json"), ("finished", "model.pt"), ("stopped", "checkpoint.pt")]
+)
+def test_a_run_of_a_newer_version_is_one_line(copy_of, fabric, kind, name):
+    folder = copy_of(kind)
+    altered(folder / name, lambda content: content.update(version=2, config={"depth": {}}))
+    if name == "model.pt":
+        (folder / "done.json").unlink()  # so that it is made again from this file
+    text = "expected a run of version 1 or older, got version 2: update qdeploy, or train anew with another --out"
+    with pytest.raises(InputError, match=f"^{text} - at {folder / name}$"):
+        trainer.run(SMALL, BENCHMARK, folder, fabric)
 
 
 def test_settings_are_stored_with_their_defaults():
@@ -404,6 +432,26 @@ def test_a_full_disk_leaves_the_older_checkpoint(copy_of, fabric, monkeypatch, f
     monkeypatch.undo()
     trainer.run(SMALL, BENCHMARK, folder, fabric)
     assert equal(network(folder), network(folders["finished"]))
+
+
+def test_what_is_appended_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    """On a disk that fills while a line is written, and after it."""
+    path, fsync = tmp_path / "log.jsonl", os.fsync
+    files.append(path, b"one\n")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        files.append(path, b"two\n")
+    assert path.read_bytes() == b"one\n"
+    monkeypatch.setattr(os, "fsync", fsync)
+    with limited(resource.RLIMIT_FSIZE, 10), pytest.raises(OSError, match=f"File too large: '{path}'"):
+        files.append(path, b"two, of which six bytes have room\n")
+    assert path.read_bytes() == b"one\n"
+    files.append(path, b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n"
 
 
 def test_done_json_is_made_again(copy_of, folders, fabric):

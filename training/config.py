@@ -28,6 +28,8 @@ def _axis(help: str) -> Any:
     return field(default=None, metadata={"help": help, "choices": None, "axis": True})
 
 
+VERSION = 1  # of the files of a run; it grows when an older qdeploy would misread what a newer one writes
+
 _MANY = 2**31 - 1
 
 IN_DOMAIN = "in-domain"  # in place of a domain to hold out: all train, and a share of each is held out
@@ -291,17 +293,21 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """What the files of a run say of its settings: their values, and the values without any option."""
+    """What the files of a run say of its settings: their values, the values without any option, and the version of all
+    that such a file holds."""
     preset = resolve(Config(data=config.data, test_domain=config.test_domain))
-    return {"config": plain(config), "defaults": plain(preset)}
+    return {"version": VERSION, "config": plain(config), "defaults": plain(preset)}
 
 
 def stored(content: Any, path: object) -> Config:
     """The settings in the file `path` of a run, whose `content` holds `settings_of` it, maybe of another version.
 
-    What the file does not know has its default. Raises InputError for a setting that is gone and was used, and
-    AttributeError, KeyError, TypeError or ValueError for what are no settings.
+    What the file does not know has its default. Raises InputError for a file of a newer version and for a setting that
+    is gone and was used, and AttributeError, KeyError, TypeError or ValueError for what are no settings.
     """
+    if (version := content.get("version", VERSION)) > VERSION:
+        got = f"version {version}: update qdeploy, or train anew with another --out"
+        raise InputError(f"expected a run of version {VERSION} or older, got {got} - at {path}")
     known, defaults = {setting.name for setting in fields(Config)}, content.get("defaults", {})
     kept: dict[str, Any] = {}
     for key, value in content["config"].items():

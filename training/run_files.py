@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qdeploy.errors import InputError
-from qdeploy.files import TEMPORARY, atomic_file, named_errors
+from qdeploy.files import TEMPORARY, append, atomic_file, named_errors
 from qdeploy.terminal import note
 from qdeploy.training import fingerprint
 from qdeploy.training.config import Config, first_difference, may_change, settings_of, stored
@@ -188,5 +188,4 @@ def write_log(folder: Path, records: list[dict[str, Any]]) -> None:
 
 
 def append_log(folder: Path, record: dict[str, Any]) -> None:
-    with named_errors(folder / LOG), (folder / LOG).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(folder / LOG, json.dumps(record).encode() + b"\n")
