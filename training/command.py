@@ -117,9 +117,11 @@ def _prepared(runs: Runs) -> tuple[Runs, Benchmark, Fabric]:
     from qdeploy.training.domains import benchmark_of
     from qdeploy.training.minibatches import training_images
     from qdeploy.training.quantize_finished import float_run
+    from qdeploy.training.run_log import check_logger
     from qdeploy.training.start import check_selectable, check_setting
 
     config = next(iter(runs.values()))
+    check_logger(config.logger)
     if config.epochs is None:
         _check_begun(runs)
     if config.float_runs is not None or made(config, "quantization").of_finished_runs:

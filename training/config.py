@@ -101,6 +101,7 @@ class Config:
     workers: int = _option(
         None, "processes of each device that decode images; 0: the training does (default: by the cores)", most=1024
     )
+    logger: str = _option("none", "what logs the evaluations beside log.jsonl", ("none", "csv", "tensorboard"))
     checkpoint_minutes: float = _option(10.0, "most minutes of updates that a kill can cost")
 
     @property
@@ -116,7 +117,7 @@ class Config:
 
 OF_IMAGES = ("image_size", "normalization", "skip_unreadable", "text_features")
 AXES_OF_CONFIG = (*AXES, "model")
-MACHINE = frozenset({"accelerator", "devices", "precision", "workers", "checkpoint_minutes"})
+MACHINE = frozenset({"accelerator", "devices", "precision", "workers", "logger", "checkpoint_minutes"})
 # What a run may go on with: other machines, more updates, data that lie elsewhere (of the same fingerprint).
 # `from_scratch` only consents, `method` only names what stands on the axes.
 MAY_CHANGE = MACHINE | {"updates", "epochs", "data", "tokenizer", "skip_unreadable", "from_scratch", "method"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from qdeploy.errors import InputError
-from qdeploy.files import TEMPORARY, append, atomic_file, named_errors
+from qdeploy.files import TEMPORARY, atomic_file, named_errors
 from qdeploy.terminal import note
 from qdeploy.training import fingerprint
 from qdeploy.training.config import Config, first_difference, may_change, settings_of, stored
@@ -179,13 +179,3 @@ def check_same_images(old: Any, new: dict[str, Any], path: Path, data: str) -> N
         found = fingerprint.difference(old, new)
     if found is not None:
         raise InputError(f"expected the images of the run in {path.parent}, got {found} - at {data}")
-
-
-def write_log(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
-    with atomic_file(folder / LOG) as file:
-        file.writelines(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def append_log(folder: Path, record: dict[str, Any]) -> None:
-    append(folder / LOG, json.dumps(record).encode() + b"\n")
