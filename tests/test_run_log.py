@@ -81,6 +81,17 @@ def test_every_evaluation_is_a_point_once_after_a_kill(tmp_path, fabric, monkeyp
             assert step == record["update"] and np.float32(value) == np.float32(expected), name
 
 
+@pytest.mark.parametrize("length", ["--updates 3", "--epochs 2"])
+def test_the_settings_of_a_run_make_the_same_one(tmp_path, length):
+    words = f"train --data debug --test-domain debug1 --accelerator cpu {length} --eval-every 1 --quantize-at 1".split()
+    assert cli.main([*words, "--out", str(tmp_path / "one"), "--no-export"]) == 0
+    settings = tmp_path / "one" / "seed0" / "settings.yaml"
+    assert cli.main(["train", "--config", str(settings), "--out", str(tmp_path / "other"), "--no-export"]) == 0
+    one, other = ((tmp_path / name / "seed0" / "done.json").read_text() for name in ("one", "other"))
+    assert json.loads(one)["config"] == json.loads(other)["config"]
+    assert settings.read_text() == (tmp_path / "other" / "seed0" / "settings.yaml").read_text()
+
+
 def test_another_logger_begins_with_the_earlier_evaluations(tmp_path, fabric):
     records = [{"update": 0, "eligible": True, "loss": 2.0, "changed": {"updates": [5, 9]}}, {"update": 3, "loss": 1.0}]
     with run_log(settings("none"), tmp_path, [], fabric) as add:

@@ -428,7 +428,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(copy_of, fabric, monkeypatch, f
     with pytest.raises(OSError, match="No space left on device: .*checkpoint.pt"):
         trainer.run(SMALL, BENCHMARK, folder, fabric)
     assert (folder / "checkpoint.pt").read_bytes() == before
-    assert names(folder) == ["checkpoint.pt", "log.jsonl"]
+    assert names(folder) == ["checkpoint.pt", "log.jsonl", "settings.yaml"]
     monkeypatch.undo()
     trainer.run(SMALL, BENCHMARK, folder, fabric)
     assert equal(network(folder), network(folders["finished"]))
@@ -469,7 +469,7 @@ def test_what_a_process_left_that_was_killed_when_all_was_done_is_removed(copy_o
     folder = copy_of("finished")
     (folder / name).touch()
     trainer.run(SMALL, BENCHMARK, folder, fabric)
-    assert names(folder) == ["done.json", "log.jsonl", "model.pt"]
+    assert names(folder) == ["done.json", "log.jsonl", "model.pt", "settings.yaml"]
 
 
 def test_a_finished_run_without_its_network_is_named_before_others_train(copy_of, capsys):
@@ -515,7 +515,7 @@ def test_two_processes_do_not_train_one_run(folders, fabric, tmp_path):
             child.kill()
     (tmp_path / files.TEMPORARY.format("0123abcd")).write_bytes(b"half a checkpoint")
     trainer.run(SMALL, BENCHMARK, tmp_path, fabric)  # the lock went with its process
-    assert names(tmp_path) == ["done.json", "log.jsonl", "model.pt"]
+    assert names(tmp_path) == ["done.json", "log.jsonl", "model.pt", "settings.yaml"]
     assert equal(network(tmp_path), network(folders["finished"]))
 
 

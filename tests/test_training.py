@@ -399,7 +399,8 @@ def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path, worke
     assert torch.load(directory / "checkpoint.pt", weights_only=True)["update"] == 8
     run(config, BENCHMARK, directory, fabric)
     assert_same_outcome(finished[0], directory, but=("workers",))
-    assert sorted(path.name for path in directory.iterdir()) == ["done.json", "log.jsonl", "model.pt"]
+    names = sorted(path.name for path in directory.iterdir())
+    assert names == ["done.json", "log.jsonl", "model.pt", "settings.yaml"]
 
 
 def test_another_run_in_the_folder_is_an_error(finished, fabric, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from qdeploy.graph import MAX_MEMBERS
 from qdeploy.terminal import note, write
 from qdeploy.training.config import AXES_OF_CONFIG, Config, flag, made, plain, resolve, with_updates
 from qdeploy.training.methods import AXES
-from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
+from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, SETTINGS, check_same_run, read_done, read_state
 from qdeploy.training.settings_files import dotted, over, read_settings, written
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def _check_folders(out: Path, runs: Sequence[Path]) -> None:
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise InputError(f"expected a folder to write in, got something else - at {there}")
     for path in [out / name for name in (SUMMARY, *FILES)] + [
-        run / name for run in runs for name in (CHECKPOINT, LOG, MODEL, DONE)
+        run / name for run in runs for name in (SETTINGS, CHECKPOINT, LOG, MODEL, DONE)
     ]:
         check_regular(path)
 

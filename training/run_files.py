@@ -20,7 +20,8 @@ from qdeploy.terminal import note
 from qdeploy.training import fingerprint
 from qdeploy.training.config import Config, first_difference, may_change, settings_of, stored
 
-CHECKPOINT, LOG, MODEL, DONE, LOCK = "checkpoint.pt", "log.jsonl", "model.pt", "done.json", "lock"
+CHECKPOINT, MODEL, DONE, LOCK = "checkpoint.pt", "model.pt", "done.json", "lock"
+SETTINGS, LOG = "settings.yaml", "log.jsonl"
 
 
 class Done(NamedTuple):

@@ -1,5 +1,5 @@
-"""What a run leaves of its evaluations while it goes on: a line for each in log.jsonl, and, with `--logger`, the same
-numbers as Lightning Fabric's loggers write them: RUN/csv/metrics.csv or a file of TensorBoard's in RUN/tensorboard.
+"""What a run leaves for people to read while it goes on: settings.yaml, log.jsonl with a line for each evaluation, and,
+with `--logger`, the same numbers by Lightning Fabric's loggers: csv/metrics.csv, or TensorBoard's file in tensorboard/.
 
 All of it begins anew with the records of the checkpoint when a run goes on: a process that was killed after it may have
 written points beyond, which will come again.
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from qdeploy.errors import InputError
 from qdeploy.files import append, atomic_file, named_errors
 from qdeploy.training.config import Config
-from qdeploy.training.run_files import LOG
+from qdeploy.training.run_files import LOG, SETTINGS
+from qdeploy.training.settings_files import written
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -35,6 +36,8 @@ def run_log(config: Config, folder: Path, records: list[Record], fabric: Fabric)
     if not fabric.is_global_zero:
         yield lambda record: None
         return
+    with atomic_file(folder / SETTINGS) as file:
+        file.write(written(config).encode())
     with atomic_file(folder / LOG) as file:
         file.writelines(map(_line, records))
     with nullcontext() if config.logger == "none" else closing(_Points(config.logger, folder, records)) as points:
@@ -62,8 +65,10 @@ class _Points:
     """The numbers of records, as a logger of Lightning Fabric has them in a folder of its name."""
 
     def __init__(self, name: str, folder: Path, records: list[Record]):
-        from lightning_fabric.loggers import CSVLogger, TensorBoardLogger
+        from lightning_fabric.loggers.csv_logs import CSVLogger
+        from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
+        check_logger(name)
         self._path = folder / name
         with named_errors(self._path):
             if self._path.exists():
