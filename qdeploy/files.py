@@ -55,6 +55,24 @@ def atomic_file(path: AnyPath) -> Iterator[BinaryIO]:
         yield file
 
 
+def append(path: AnyPath, content: bytes) -> None:
+    """Adds `content` to a file, or makes it: all of it, which then is on the disk, or nothing. Only a process that is
+    killed within the write itself can leave a part.
+
+    Raises OSError, naming `path`.
+    """
+    with named_errors(path), open(path, "ab", buffering=0) as file:  # a buffer would be written again when it closes
+        size, left = file.tell(), memoryview(content)
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
 @contextmanager
 def _renamed_at_the_end(path: str) -> Iterator[BinaryIO]:
     if "\0" in path:

@@ -647,7 +647,9 @@ def test_a_run_goes_on_from_its_checkpoint(damaged):
     assert call("train", *OPTIONS, *SHORT, "--out", folder).code == 0
 
 
-@pytest.mark.parametrize("name", ["summary.json", "model.safetensors", "seed0/log.jsonl", "seed0/model.pt", "seed0"])
+@pytest.mark.parametrize(
+    "name", ["summary.json", "model.safetensors", "seed0/settings.yaml", "seed0/log.jsonl", "seed0/model.pt", "seed0"]
+)
 def test_folders_in_the_place_of_files(tmp_path, name):
     out = tmp_path / "out"
     if name == "seed0":
@@ -731,7 +733,8 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(qdeploy.ModelError, match="No space left on device - at .*caf\udce9$"):
         format.save(table(np.random.default_rng(0)), os.fsencode(path))
     result = call("train", *OPTIONS, *SHORT, "--out", tmp_path / "run")
-    assert_refused(replace(result, err=result.err.splitlines(True)[-1]), "No space left on device - at ", "log.jsonl")
+    said = replace(result, err=result.err.splitlines(True)[-1])
+    assert_refused(said, "No space left on device - at ", "settings.yaml")
     assert [p.name for p in tmp_path.rglob("*")] == ["run", "seed0"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -18,11 +17,12 @@ from torch.nn import functional
 import qdeploy
 from qdeploy import cli, format, reference
 from qdeploy.errors import InputError
-from qdeploy.training import MODELS, processes, trainer
+from qdeploy.training import MODELS, quantize_finished, trainer
 from qdeploy.training.attached_quantizers import quantizers, weight_before, weight_quantizer
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import load_benchmark
 from qdeploy.training.evaluation import apply, evaluation_sets
+from qdeploy.training.finished_runs import export_networks
 from qdeploy.training.learner import Learner
 from qdeploy.training.methods import AXES, METHODS
 from qdeploy.training.methods.objectives import Objective
@@ -134,15 +134,46 @@ def test_a_method_moves_what_trains_and_nothing_else(name):
 
 
 @pytest.mark.parametrize("name", OF_UPDATES)
-def test_a_run_stopped_after_every_update_equals_one_that_was_not(name, tmp_path, monkeypatch):
-    config = settings(name)
+def test_a_run_killed_after_every_update_equals_one_that_was_not(name, tmp_path, monkeypatch):
+    """Before, at and after the switch, after an evaluation and between two: network, log, table of step sizes and model
+    file are the same to the byte."""
+    config = settings(name, eval_every=2, checkpoint_minutes=0)
     trainer.run(config, BENCHMARK, tmp_path / "whole", fabric())
-    monkeypatch.setattr(trainer, "_agreed", lambda signals, fabric: signal.SIGTERM)
-    for _ in range(UPDATES):
-        with pytest.raises(processes.Interrupted):
+    update = Learner.update
+    for stop in range(1, UPDATES):
+
+        def killed(self, t, minibatches, stop=stop):
+            if t == stop:
+                raise KeyboardInterrupt
+            return update(self, t, minibatches)
+
+        monkeypatch.setattr(Learner, "update", killed)
+        with pytest.raises(KeyboardInterrupt):
             trainer.run(config, BENCHMARK, tmp_path / "parts", fabric())
-    monkeypatch.undo()
-    monkeypatch.setitem(MODELS, "tiny-vit", TinyViT)
+    monkeypatch.setattr(Learner, "update", update)
+    trainer.run(config, BENCHMARK, tmp_path / "parts", fabric())
+    assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
+    if takes_switch(name) and name in CONVOLUTIONAL:
+        for folder in (tmp_path / "whole", tmp_path / "parts"):
+            export_networks([load_trained(folder, BENCHMARK)], config, BENCHMARK, folder / "model.safetensors")
+        whole, parts = (tmp_path / part / "model.safetensors" for part in ("whole", "parts"))
+        assert whole.read_bytes() == parts.read_bytes()
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS} - {*OF_UPDATES}))
+def test_a_finished_network_is_quantized_again_after_a_kill(name, tmp_path, monkeypatch, float_runs):
+    """These rows make no updates: what was not finished is made anew."""
+    config = settings(name, float_runs=str(float_runs))
+    trainer.run(config, BENCHMARK, tmp_path / "whole", fabric())
+    for function in ("evaluated", "write_selected"):
+
+        def killed(*arguments):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize_finished, function, killed)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.run(config, BENCHMARK, tmp_path / "parts", fabric())
     trainer.run(config, BENCHMARK, tmp_path / "parts", fabric())
     assert_same_outcome(tmp_path / "whole", tmp_path / "parts")
 

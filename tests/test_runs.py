@@ -7,12 +7,15 @@ import fcntl
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +32,8 @@ from qdeploy.training.choices import Choice
 from qdeploy.training.config import Config, plain, resolve, settings_of, stored
 from qdeploy.training.decoding import UnreadableImage
 from qdeploy.training.domains import load_benchmark
-from qdeploy.training.evaluation import evaluation_sets
+from qdeploy.training.evaluation import Evaluator, evaluation_sets
+from qdeploy.training.learner import Learner
 from qdeploy.training.methods import quantizations
 from qdeploy.training.minibatches import split
 from qdeploy.training.models import MODELS
@@ -84,6 +88,19 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@contextmanager
+def limited(kind: int, most: int):
+    """What the system grants this process, within the block."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, before[1]))
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGXFSZ, previous)
+        resource.setrlimit(kind, before)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -130,6 +147,19 @@ def test_a_setting_that_is_gone_had_its_default_or_is_named(copy_of, fabric, kin
         trainer.run(SMALL, BENCHMARK, folder, fabric)
     altered(folder / name, gone(0.9))
     assert trainer.run(SMALL, BENCHMARK, folder, fabric)["update"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("finished", "done.json"), ("finished", "model.pt"), ("stopped", "checkpoint.pt")]
+)
+def test_a_run_of_a_newer_version_is_one_line(copy_of, fabric, kind, name):
+    folder = copy_of(kind)
+    altered(folder / name, lambda content: content.update(version=2, config={"depth": {}}))
+    if name == "model.pt":
+        (folder / "done.json").unlink()  # so that it is made again from this file
+    text = "expected a run of version 1 or older, got version 2: update qdeploy, or train anew with another --out"
+    with pytest.raises(InputError, match=f"^{text} - at {folder / name}$"):
+        trainer.run(SMALL, BENCHMARK, folder, fabric)
 
 
 def test_settings_are_stored_with_their_defaults():
@@ -198,6 +228,44 @@ def test_export_takes_runs_of_several_machines(copy_of, tmp_path):
     text = f"runs of one network, split, held-out domain and selection, split_seed=0, got split_seed=4 - at {second}"
     with pytest.raises(InputError, match=text):
         finished_runs.read_runs([first, second])
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(10, [1, 4, 7]), (0, [1, 1, 2, 3, 4, 5, 6, 7, 8]), (60, [1])])
+def test_checkpoints_come_by_the_clock_between_evaluations(tmp_path, fabric, monkeypatch, minutes, saved):
+    """Updates of four minutes each, and one evaluation, after the first of them."""
+    config = replace(SMALL, updates=8, eval_every=100, quantize_at=0, checkpoint_minutes=minutes)
+    now, found, update, write = [0.0], [], Learner.update, trainer.write_state
+
+    def slow(self, t, minibatches):
+        now[0] += 240
+        return update(self, t, minibatches)
+
+    def noted(path, config, state):
+        found.append(state["update"])
+        write(path, config, state)
+
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(trainer, "write_state", noted)
+    monkeypatch.setattr(Learner, "update", slow)
+    trainer.run(config, BENCHMARK, tmp_path, fabric)
+    assert found == saved
+
+
+def test_updates_are_saved_before_a_long_evaluation(tmp_path, fabric, monkeypatch, folders):
+    def killed(self, net):
+        raise KeyboardInterrupt
+
+    config = replace(SMALL, checkpoint_minutes=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(config, BENCHMARK, tmp_path, fabric)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["update"] == 1
+    trainer.run(SMALL, BENCHMARK, tmp_path, fabric)  # another number of minutes is no other run
+    assert equal(network(tmp_path), network(folders["finished"]))
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
@@ -360,10 +428,30 @@ def test_a_full_disk_leaves_the_older_checkpoint(copy_of, fabric, monkeypatch, f
     with pytest.raises(OSError, match="No space left on device: .*checkpoint.pt"):
         trainer.run(SMALL, BENCHMARK, folder, fabric)
     assert (folder / "checkpoint.pt").read_bytes() == before
-    assert names(folder) == ["checkpoint.pt", "log.jsonl"]
+    assert names(folder) == ["checkpoint.pt", "log.jsonl", "settings.yaml"]
     monkeypatch.undo()
     trainer.run(SMALL, BENCHMARK, folder, fabric)
     assert equal(network(folder), network(folders["finished"]))
+
+
+def test_what_is_appended_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    """On a disk that fills while a line is written, and after it."""
+    path, fsync = tmp_path / "log.jsonl", os.fsync
+    files.append(path, b"one\n")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        files.append(path, b"two\n")
+    assert path.read_bytes() == b"one\n"
+    monkeypatch.setattr(os, "fsync", fsync)
+    with limited(resource.RLIMIT_FSIZE, 10), pytest.raises(OSError, match=f"File too large: '{path}'"):
+        files.append(path, b"two, of which six bytes have room\n")
+    assert path.read_bytes() == b"one\n"
+    files.append(path, b"two\n")
+    assert path.read_bytes() == b"one\ntwo\n"
 
 
 def test_done_json_is_made_again(copy_of, folders, fabric):
@@ -381,7 +469,7 @@ def test_what_a_process_left_that_was_killed_when_all_was_done_is_removed(copy_o
     folder = copy_of("finished")
     (folder / name).touch()
     trainer.run(SMALL, BENCHMARK, folder, fabric)
-    assert names(folder) == ["done.json", "log.jsonl", "model.pt"]
+    assert names(folder) == ["done.json", "log.jsonl", "model.pt", "settings.yaml"]
 
 
 def test_a_finished_run_without_its_network_is_named_before_others_train(copy_of, capsys):
@@ -427,7 +515,7 @@ def test_two_processes_do_not_train_one_run(folders, fabric, tmp_path):
             child.kill()
     (tmp_path / files.TEMPORARY.format("0123abcd")).write_bytes(b"half a checkpoint")
     trainer.run(SMALL, BENCHMARK, tmp_path, fabric)  # the lock went with its process
-    assert names(tmp_path) == ["done.json", "log.jsonl", "model.pt"]
+    assert names(tmp_path) == ["done.json", "log.jsonl", "model.pt", "settings.yaml"]
     assert equal(network(tmp_path), network(folders["finished"]))
 
 
@@ -565,6 +653,7 @@ def test_long_evaluations_tell_how_far_they_are(fabric, monkeypatch, capsys):
         for _ in range(3):
             now[0] += 16
             shown.evaluated(100, 300)
+        assert shown.measured() == {"seconds": 52.0, "images_per_second": 6.538, "waiting": 0.0577}
         shown.recorded({"update": 3, "quantized": True, "loss": 1.0, "validation": 0.5, "test": 0.25})
     record = "seed 0 update 3 7 bit loss 1.0000 validation 0.5000 debug1 0.2500"
     assert capsys.readouterr().err.splitlines() == [

@@ -34,9 +34,9 @@ def loss_of(net, t):
     return nn.functional.cross_entropy(net(images), classes)
 
 
-def begun(per_channel=False):
+def begun(per_channel=False, **options):
     net = network(per_channel)
-    return net, torch.optim.SGD(net.parameters(), lr=0.05), GAQAT(net, 0.5, K, rho=0.1)
+    return net, torch.optim.SGD(net.parameters(), lr=0.05), GAQAT(net, 0.5, K, rho=0.1, **options)
 
 
 def train(folder, run, updates):
@@ -91,13 +91,16 @@ def test_rows_are_the_gradients_of_the_windows(tmp_path, per_channel):
     assert 0 < sum(int(row["frozen"]) for row in rows) < len(rows)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 6, 7, 10])
-@pytest.mark.parametrize("beyond", [0, 1, 4])
-def test_each_row_is_there_once_after_a_kill(tmp_path, stop, beyond):
+KILLS = [(stop, beyond, {}) for stop in (1, 3, 4, 6, 7, 10) for beyond in (0, 1, 4)]
+VARIANTS = [(5, 4, {"reverse": True}), (5, 4, {"no_unfreeze": True})]
+
+
+@pytest.mark.parametrize(("stop", "beyond", "options"), [*KILLS, *VARIANTS])
+def test_each_row_is_there_once_after_a_kill(tmp_path, stop, beyond, options):
     (tmp_path / "whole").mkdir()
     scales.begin(tmp_path / "whole", 0)
-    train(tmp_path / "whole", begun(), range(UPDATES))
-    run = net, optimizer, step = begun()
+    train(tmp_path / "whole", begun(**options), range(UPDATES))
+    run = net, optimizer, step = begun(**options)
     scales.begin(tmp_path, 0)
     train(tmp_path, run, range(stop))
     state = [{**part.state_dict()} for part in run]
@@ -106,12 +109,24 @@ def test_each_row_is_there_once_after_a_kill(tmp_path, stop, beyond):
     if beyond:
         with (tmp_path / "scales.csv").open("a") as file:
             file.write("1")  # of a row that a full disk cut short
-    again = begun()
+    again = begun(**options)
     for part, saved in zip(again, torch.load(tmp_path / "state", weights_only=True), strict=True):
         part.load_state_dict(saved)
     scales.begin(tmp_path, stop)
     train(tmp_path, again, range(stop, UPDATES))
     assert (tmp_path / "scales.csv").read_text() == (tmp_path / "whole" / "scales.csv").read_text()
+
+
+def test_what_is_frozen_for_good_is_recorded_on(tmp_path):
+    """Figure 4 of the paper: of step sizes that get no g_task any more, what they would have got."""
+    scales.begin(tmp_path, 0)
+    train(tmp_path, begun(no_unfreeze=True), range(UPDATES))
+    by_window = [[row for row in rows_of(tmp_path) if row["step"] == str(t)] for t in (3, 6, 9)]
+    frozen = [{row["scale"] for row in rows if row["frozen"] == "1"} for rows in by_window]
+    assert frozen[0] and frozen[0] <= frozen[1] <= frozen[2]
+    of_frozen = [row for rows in by_window[1:] for row in rows if row["scale"] in frozen[0]]
+    assert all(float(row["sum_task"]) and float(row["sum_smooth"]) for row in of_frozen)
+    assert any(float(row["disorder_task"]) >= 0.5 for row in of_frozen)  # it would unfreeze one
 
 
 def test_a_run_begun_anew_starts_the_table_anew(tmp_path):

@@ -278,19 +278,20 @@ def test_fine_tuning_keeps_the_statistics_of_batch_norm(fabric, tmp_path):
 
 
 def outcome(directory):
-    """All that a run leaves, without its times."""
+    """All that a run leaves, without what depends on the machine."""
     state = torch.load(directory / "model.pt", weights_only=True)
     log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     done = json.loads((directory / "done.json").read_text())
     for record in [*log, done["selected"]]:
-        record.pop("seconds")
-    return state["net"], log, done
+        record.pop("machine")
+    scales = directory / "scales.csv"
+    return state["net"], log, done, scales.read_text() if scales.exists() else None
 
 
 def assert_same_outcome(a, b, but=()):
     """`but`: settings in which they may differ."""
     (net_a, *rest_a), (net_b, *rest_b) = outcome(a), outcome(b)
-    for *_, done in (rest_a, rest_b):
+    for _, done, _ in (rest_a, rest_b):
         for key in but:
             done["config"].pop(key)
     assert rest_a == rest_b
@@ -309,7 +310,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_logs_selects_and_reloads(finished, fabric):
     directory, record = finished
-    net, log, done = outcome(directory)
+    net, log, done, _ = outcome(directory)
     assert [r["update"] for r in log] == [0, 2, 4, 6, 8]
     assert [r["quantized"] for r in log] == [False, False, True, True, True]
     assert set(log[0]["accuracy"]) == {"debug0_out", "debug1_in", "debug1_out", "debug2_out"}
@@ -398,7 +399,8 @@ def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path, worke
     assert torch.load(directory / "checkpoint.pt", weights_only=True)["update"] == 8
     run(config, BENCHMARK, directory, fabric)
     assert_same_outcome(finished[0], directory, but=("workers",))
-    assert sorted(path.name for path in directory.iterdir()) == ["done.json", "log.jsonl", "model.pt"]
+    names = sorted(path.name for path in directory.iterdir())
+    assert names == ["done.json", "log.jsonl", "model.pt", "settings.yaml"]
 
 
 def test_another_run_in_the_folder_is_an_error(finished, fabric, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from qdeploy.graph import MAX_MEMBERS
 from qdeploy.terminal import note, write
 from qdeploy.training.config import AXES_OF_CONFIG, Config, flag, made, plain, resolve, with_updates
 from qdeploy.training.methods import AXES
-from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_same_run, read_done, read_state
+from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, SETTINGS, check_same_run, read_done, read_state
 from qdeploy.training.settings_files import dotted, over, read_settings, written
 
 if TYPE_CHECKING:
@@ -117,9 +117,11 @@ def _prepared(runs: Runs) -> tuple[Runs, Benchmark, Fabric]:
     from qdeploy.training.domains import benchmark_of
     from qdeploy.training.minibatches import training_images
     from qdeploy.training.quantize_finished import float_run
+    from qdeploy.training.run_log import check_logger
     from qdeploy.training.start import check_selectable, check_setting
 
     config = next(iter(runs.values()))
+    check_logger(config.logger)
     if config.epochs is None:
         _check_begun(runs)
     if config.float_runs is not None or made(config, "quantization").of_finished_runs:
@@ -174,7 +176,7 @@ def _check_folders(out: Path, runs: Sequence[Path]) -> None:
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise InputError(f"expected a folder to write in, got something else - at {there}")
     for path in [out / name for name in (SUMMARY, *FILES)] + [
-        run / name for run in runs for name in (CHECKPOINT, LOG, MODEL, DONE)
+        run / name for run in runs for name in (SETTINGS, CHECKPOINT, LOG, MODEL, DONE)
     ]:
         check_regular(path)
 

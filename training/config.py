@@ -28,6 +28,8 @@ def _axis(help: str) -> Any:
     return field(default=None, metadata={"help": help, "choices": None, "axis": True})
 
 
+VERSION = 1  # of the files of a run; it grows when an older qdeploy would misread what a newer one writes
+
 _MANY = 2**31 - 1
 
 IN_DOMAIN = "in-domain"  # in place of a domain to hold out: all train, and a share of each is held out
@@ -99,6 +101,8 @@ class Config:
     workers: int = _option(
         None, "processes of each device that decode images; 0: the training does (default: by the cores)", most=1024
     )
+    logger: str = _option("none", "what logs the evaluations beside log.jsonl", ("none", "csv", "tensorboard"))
+    checkpoint_minutes: float = _option(10.0, "most minutes of updates that a kill can cost")
 
     @property
     def targets(self) -> list[str]:
@@ -113,7 +117,7 @@ class Config:
 
 OF_IMAGES = ("image_size", "normalization", "skip_unreadable", "text_features")
 AXES_OF_CONFIG = (*AXES, "model")
-MACHINE = frozenset({"accelerator", "devices", "precision", "workers"})
+MACHINE = frozenset({"accelerator", "devices", "precision", "workers", "logger", "checkpoint_minutes"})
 # What a run may go on with: other machines, more updates, data that lie elsewhere (of the same fingerprint).
 # `from_scratch` only consents, `method` only names what stands on the axes.
 MAY_CHANGE = MACHINE | {"updates", "epochs", "data", "tokenizer", "skip_unreadable", "from_scratch", "method"}
@@ -290,17 +294,21 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """What the files of a run say of its settings: their values, and the values without any option."""
+    """What the files of a run say of its settings: their values, the values without any option, and the version of all
+    that such a file holds."""
     preset = resolve(Config(data=config.data, test_domain=config.test_domain))
-    return {"config": plain(config), "defaults": plain(preset)}
+    return {"version": VERSION, "config": plain(config), "defaults": plain(preset)}
 
 
 def stored(content: Any, path: object) -> Config:
     """The settings in the file `path` of a run, whose `content` holds `settings_of` it, maybe of another version.
 
-    What the file does not know has its default. Raises InputError for a setting that is gone and was used, and
-    AttributeError, KeyError, TypeError or ValueError for what are no settings.
+    What the file does not know has its default. Raises InputError for a file of a newer version and for a setting that
+    is gone and was used, and AttributeError, KeyError, TypeError or ValueError for what are no settings.
     """
+    if (version := content.get("version", VERSION)) > VERSION:
+        got = f"version {version}: update qdeploy, or train anew with another --out"
+        raise InputError(f"expected a run of version {VERSION} or older, got {got} - at {path}")
     known, defaults = {setting.name for setting in fields(Config)}, content.get("defaults", {})
     kept: dict[str, Any] = {}
     for key, value in content["config"].items():

@@ -103,7 +103,15 @@ class Progress:
         self._say(f"{text}, {self.speed()}")
         self._begin()
 
-    def speed(self) -> str:
-        """Of training and evaluation since the last record."""
+    def measured(self) -> dict[str, float]:
+        """Training and evaluation since the last record, or since this process began: what of a record depends on the
+        machine. `images_per_second` may be texts; `waiting` is the share of the seconds until they were there."""
         seconds = time.perf_counter() - self._began
-        return f"{self._images / seconds:,.0f} {self._config.what}/s, {self._waited / seconds:.0%} waiting for data"
+        rate, waiting = self._images / seconds, self._waited / seconds
+        return {"seconds": round(seconds, 3), "images_per_second": round(rate, 3), "waiting": round(waiting, 4)}
+
+    def speed(self) -> str:
+        """That in words."""
+        measured = self.measured()
+        rate, waiting = measured["images_per_second"], measured["waiting"]
+        return f"{rate:,.0f} {self._config.what}/s, {waiting:.0%} waiting for data"

@@ -14,7 +14,8 @@ from qdeploy.training.attached_quantizers import quantizers
 from qdeploy.training.config import Config, differences, made
 from qdeploy.training.domains import Benchmark
 from qdeploy.training.minibatches import split_of
-from qdeploy.training.run_files import DONE, MODEL, append_log, check_same_images, read_done, read_state, write_log
+from qdeploy.training.run_files import DONE, MODEL, check_same_images, read_done, read_state
+from qdeploy.training.run_log import run_log
 from qdeploy.training.seeds import seed_hash
 from qdeploy.training.selected_network import evaluated, load_trained, write_selected
 
@@ -55,10 +56,10 @@ def quantize_finished(config: Config, benchmark: Benchmark, directory: Path, fab
     made(config, "quantization").attach(net, None, [(shown, torch.zeros(len(shown), dtype=torch.long))])
     assert quantizers(net)  # or it would be float still
     record = {**state["selected"], **evaluated(config, benchmark, fabric, net), "quantized": True, "attached": True}
+    with run_log(config, directory, [], fabric) as log:
+        log(record)
     if fabric.is_global_zero:
         tensors = {key: value.detach().cpu() for key, value in net.state_dict().items()}
-        write_log(directory, [])
-        append_log(directory, record)
         write_selected(directory, config, benchmark, tensors, record, state["initial"])
     fabric.barrier()
     return record

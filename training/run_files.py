@@ -20,7 +20,8 @@ from qdeploy.terminal import note
 from qdeploy.training import fingerprint
 from qdeploy.training.config import Config, first_difference, may_change, settings_of, stored
 
-CHECKPOINT, LOG, MODEL, DONE, LOCK = "checkpoint.pt", "log.jsonl", "model.pt", "done.json", "lock"
+CHECKPOINT, MODEL, DONE, LOCK = "checkpoint.pt", "model.pt", "done.json", "lock"
+SETTINGS, LOG = "settings.yaml", "log.jsonl"
 
 
 class Done(NamedTuple):
@@ -179,14 +180,3 @@ def check_same_images(old: Any, new: dict[str, Any], path: Path, data: str) -> N
         found = fingerprint.difference(old, new)
     if found is not None:
         raise InputError(f"expected the images of the run in {path.parent}, got {found} - at {data}")
-
-
-def write_log(folder: Path, records: list[dict[str, Any]]) -> None:
-    """Starts the log again from the checkpoint: a process killed after it may have written lines beyond."""
-    with atomic_file(folder / LOG) as file:
-        file.writelines(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def append_log(folder: Path, record: dict[str, Any]) -> None:
-    with named_errors(folder / LOG), (folder / LOG).open("a") as file:
-        file.write(json.dumps(record) + "\n")

@@ -40,10 +40,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def written(config: Config) -> str:
-    """All settings as `read_settings` reads them; without those that are not given and have no value."""
+    """All settings as `read_settings` reads them; without those that are not given and have no value, and without the
+    updates that follow from the epochs."""
     import yaml
 
     values = {name: value for name, value in plain(config).items() if value is not None}
+    if config.epochs is not None:
+        values.pop("updates", None)
     return yaml.safe_dump(values, sort_keys=False)
 
 

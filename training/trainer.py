@@ -38,7 +38,6 @@ from qdeploy.training.quantize_finished import quantize_finished
 from qdeploy.training.run_files import (
     CHECKPOINT,
     DONE,
-    append_log,
     check_record,
     check_same_images,
     check_same_run,
@@ -47,9 +46,9 @@ from qdeploy.training.run_files import (
     read_state,
     restore_done,
     sound,
-    write_log,
     write_state,
 )
+from qdeploy.training.run_log import run_log
 from qdeploy.training.selected_network import reestimated, write_selected
 from qdeploy.training.start import build_network
 
@@ -63,10 +62,10 @@ def run(
 ) -> dict:
     """Trains one network and returns its selected record; continues what an earlier process began in `directory`.
 
-    Writes log.jsonl (a line for every evaluation), checkpoint.pt (at every evaluation, on SIGINT and on SIGTERM), and
-    when it is finished model.pt (the selected state, for `load_trained`) and done.json (its record); a finished run
-    returns at once. `before_updates` is called in the first process when all is ready for the next update, with whether
-    earlier ones are made.
+    Writes log.jsonl (a line for every evaluation), checkpoint.pt (at every evaluation, when `checkpoint_minutes` are
+    over, on SIGINT and on SIGTERM), and when it is finished model.pt (the selected state, for `load_trained`) and
+    done.json (its record); a finished run returns at once. `before_updates` is called in the first process when all is
+    ready for the next update, with whether earlier ones are made.
 
     Raises:
         InputError: a setting that does not fit the data, another run in `directory`, or a loss that is not finite.
@@ -155,21 +154,23 @@ class _Run:
         self.initial = network_hash(net)
         self.learner = Learner(net, config, fabric)
         self.state = self._resumed()
+        self.saved = time.monotonic()  # the last checkpoint, or this beginning
 
     def made(self, before_updates: Callable[[bool], object]) -> dict:
         """Makes what is left of the run; returns its selected record."""
         config, state = self.config, self.state
         by_first(self.fabric, lambda: before_updates(state.update > 0))
-        if self.fabric.is_global_zero:
-            write_log(self.directory, state.records)
-            if self.learner.step.has_windows:
-                scales.begin(self.directory, state.update)
+        if self.fabric.is_global_zero and self.learner.step.has_windows:
+            scales.begin(self.directory, state.update)
         sets, owes = evaluation_sets(config, self.benchmark), state.owes_evaluation(config)
         evaluations = self.learner.evaluations
         images = RunImages(config, self.benchmark, self.fabric, sets, state.update, owes, evaluations)
         with closing(images), signals_received() as signals:
-            with progress_of_run(config, state.update, self.fabric) as progress:
-                self._train(images, progress, signals)
+            with (
+                run_log(config, self.directory, state.records, self.fabric) as log,
+                progress_of_run(config, state.update, self.fabric) as progress,
+            ):
+                self._train(images, log, progress, signals)
         selected = state.selected(config)
         assert selected is not None and state.best is not None  # `check_setting` lets no run end without
         if config.batch_norm == "re-estimated":
@@ -179,21 +180,23 @@ class _Run:
         self.fabric.barrier()
         return selected
 
-    def _train(self, images: RunImages, progress: Progress, signals: list[int]) -> None:
+    def _train(self, images: RunImages, log: Callable[[dict], None], progress: Progress, signals: list[int]) -> None:
         """Makes the updates that the state still lacks; raises Interrupted after a checkpoint."""
         config, state = self.config, self.state
         evaluate = Evaluator(config, self.benchmark, self.fabric, images, progress)
-        began = time.perf_counter()
         while state.update < config.updates or state.owes_evaluation(config):
             if not state.owes_evaluation(config):
                 with self._saved(signals):
                     batches = images.minibatches(progress.waiting)
                 self._make_update(batches)
                 progress.updated(sum(len(classes) for _, classes in batches))
+                self._checkpoint_by_time()
             if evaluated := state.owes_evaluation(config):
                 with self._saved(signals):
                     net, found = self._judged(evaluate)
-                self._add_record(net, found, time.perf_counter() - began, progress)
+                record = self._recorded(net, found, progress)
+                log(record)
+                progress.recorded(record)
             signum = _agreed(signals, self.fabric)
             if evaluated or signum:
                 self._checkpoint()
@@ -229,16 +232,14 @@ class _Run:
             raise
         return net, found
 
-    def _add_record(self, net: nn.Module, found: dict, seconds: float, progress: Progress) -> None:
+    def _recorded(self, net: nn.Module, found: dict, progress: Progress) -> dict[str, Any]:
         t = self.state.update - 1
         learner, loss = self.learner, statistics.fmean(self.state.losses)
         record: dict[str, Any] = {"update": t, "quantized": bool(quantizers(net)), "attached": learner.attached}
         record["eligible"] = learner.eligible(t)
-        record |= {"loss": loss, **found, "seconds": round(seconds, 3)}
+        record |= {"loss": loss, **found, "machine": progress.measured()}
         self.state.add(record, self.config, net)
-        if self.fabric.is_global_zero:
-            append_log(self.directory, record)
-        progress.recorded(record)
+        return record
 
     @contextmanager
     def _saved(self, signals: list[int]) -> Iterator[None]:
@@ -263,9 +264,16 @@ class _Run:
             self._save(self.benchmark.fingerprint)
         self.fabric.barrier()
 
+    def _checkpoint_by_time(self) -> None:
+        """By the clock of the first process: no other one is needed, for all stand alike after an update."""
+        is_due = time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
+        if is_due and self.fabric.is_global_zero:
+            self._save(self.benchmark.fingerprint)
+
     def _save(self, images: dict[str, Any]) -> None:
         saved = {"learner": self.learner.state_dict(), "images": images, **vars(self.state)}
         write_state(self.directory / CHECKPOINT, self.config, saved)
+        self.saved = time.monotonic()
 
     def _resumed(self) -> _State:
         """The state of the checkpoint, loaded into the learner too, or a new one."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
-from qdeploy.files import atomic_file, named_errors
+from qdeploy import files
 from qdeploy.training.attached_quantizers import quantizers, step_parameters
 from qdeploy.training.methods.freezing import Window
 from qdeploy.training.run_files import sound
@@ -32,7 +32,7 @@ def begin(folder: Path, update: int) -> None:
         rows = path.read_text().splitlines(keepends=True)[1:] if update and path.exists() else []
         # Of a row cut short not even the update is sure. It is among the last ones, which come again.
         kept = [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) < update]
-    with atomic_file(path) as file:
+    with files.atomic_file(path) as file:
         file.write("".join([",".join(COLUMNS) + "\n", *kept]).encode())
 
 
@@ -41,8 +41,7 @@ def append(folder: Path, update: int, net: nn.Module, window: Window) -> None:
     columns = [getattr(window, field.name).tolist() for field in fields(window)]
     rows = zip(_names(net), *columns, strict=True)
     text = [f"{update},{name},{','.join(map(repr, numbers))},{int(frozen)}\n" for name, *numbers, frozen in rows]
-    with named_errors(folder / SCALES), (folder / SCALES).open("a") as file:
-        file.write("".join(text))
+    files.append(folder / SCALES, "".join(text).encode())
 
 
 def _names(net: nn.Module) -> list[str]:
