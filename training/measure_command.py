@@ -34,7 +34,8 @@ Options = dict[str, dict[str, Any]]  # by measure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run: OUT/seed0 of `qdeploy train`")
+    text = "the folder of a finished run: OUT/seed0 of `qdeploy train`"
+    parser.add_argument("folder", type=Path, metavar="RUN", help=text)
     text = f"what to measure, with commas: {', '.join(MEASURES)}"
     parser.add_argument("--what", required=True, metavar="NAME,...", help=text)
     text = "at most so many images of each part, training, validation or target (default: 2000)"
@@ -54,14 +55,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     names = _names(args.what)
     subset = integer(args.subset, 1, 2**31 - 1, "--subset")
     given = _given(args.set, names)
-    run = _opened(args.run, subset, _device(args.device))
+    run = _opened(args.folder, subset, _device(args.device))
     options = {name: _options(name, given.get(name, {})) for name in names}
     with alone(run.folder / FOLDER):
         files = {name: _Files(run, name, options[name]) for name in names}
         measured = {name: files[name].finished() for name in names}
         for name in names:
             measured[name] = measured[name] or _measured(run, name, options[name], files[name])
-    return {"run": str(args.run), "measures": measured}
+    return {"run": str(args.folder), "measures": measured}
 
 
 def _names(what: str) -> list[str]:
@@ -106,7 +107,8 @@ def _device(text: str) -> torch.device:
         device = torch.device(text)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise InputError(f"expected a device of this machine, got {str(error).splitlines()[0]} - at --device") from error
+        got = str(error).splitlines()[0]
+        raise InputError(f"expected a device of this machine, got {got} - at --device") from error
     return device
 
 
