@@ -36,7 +36,8 @@ Options = dict[str, dict[str, Any]]  # by measure
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "the folder of a finished run: OUT/seed0 of `qdeploy train`"
     parser.add_argument("folder", type=Path, metavar="RUN", help=text)
-    text = f"what to measure, with commas: {', '.join(MEASURES)}"
+    names = "; ".join(f"{name}: {measure.text}" for name, measure in MEASURES.items())
+    text = f"what to measure, with commas; {names}"
     parser.add_argument("--what", required=True, metavar="NAME,...", help=text)
     text = "at most so many images of each part, training, validation or target (default: 2000)"
     parser.add_argument("--subset", type=int, default=2000, metavar="N", help=text)

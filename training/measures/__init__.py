@@ -32,4 +32,9 @@ class Measure:
         return found
 
 
-MEASURES: dict[str, Measure] = {}
+MEASURES: dict[str, Measure] = {
+    "flatness": Measure("flatness", "how the loss rises at a distance from the weights"),
+    "pac-bayes": Measure("pac_bayes", "four PAC-Bayes measures, in two readings"),
+    "sharpness": Measure("sharpness", "four sharpness measures, in two readings"),
+    "surface": Measure("surface", "the loss on a filter-normalized plane around the weights"),
+}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qdeploy.errors import InputError
 from qdeploy.training.config import Config
@@ -18,13 +18,14 @@ from qdeploy.training.domains import Benchmark, Domain
 from qdeploy.training.evaluation import evaluation_sets, reported
 from qdeploy.training.fingerprint import network_hash
 from qdeploy.training.loader import load
+from qdeploy.training.measures.losses import Batch
 from qdeploy.training.minibatches import evaluation_batches, split_of, training_images
 from qdeploy.training.run_files import DONE, Done
 from qdeploy.training.seeds import seed_hash
 from qdeploy.training.selected_network import load_trained
 from qdeploy.training.start import build_network
 
-Batches = list[tuple[Tensor, Tensor]]  # inputs as networks take them, and classes i64 [n]; on the device
+Batches = list[Batch]  # on the device
 Part = Mapping[str, tuple[int, np.ndarray]]  # by domain: its place in the benchmark, and positions in it
 
 
@@ -70,6 +71,11 @@ class MeasuredRun:
         """Training images of each source domain, not augmented, by its name."""
         return self.batches(self.training_part)
 
+    @property
+    def all_training(self) -> Batches:
+        """The same, of all source domains together."""
+        return [batch for batches in self.training.values() for batch in batches]
+
     @cached_property
     def validation(self) -> dict[str, Batches]:
         """Validation images of each source domain."""
@@ -109,7 +115,7 @@ class MeasuredRun:
         drawn = {}
         for name, (domain, positions) in part.items():
             rng = np.random.default_rng(seed_hash(self.benchmark.domains[domain].environment, "measures"))
-            drawn[name] = domain, np.sort(rng.permutation(positions)[:each])
+            drawn[name] = domain, rng.permutation(positions)[:each]
         return drawn
 
     def _loaded(self, domain: int, positions: np.ndarray) -> Batches:
@@ -117,3 +123,18 @@ class MeasuredRun:
         with closing(load(self.benchmark, keys, 0, self.config.workers)) as loaded:
             moved = ([one.to(self.device) for one in pair] for [pair] in loaded)
             return [(self.benchmark.inputs.for_network(images), classes) for images, classes in moved]
+
+
+def first_of(domains: Mapping[str, Batches], count: int) -> dict[str, Batches]:
+    """At most `count` images, as many of each domain. They come in random order: the first are a sample of all."""
+    each = max(1, count // len(domains))
+    return {name: _first(batches, each) for name, batches in domains.items()}
+
+
+def _first(batches: Batches, count: int) -> Batches:
+    found = []
+    for inputs, labels in batches:
+        if count > 0:
+            found.append((inputs[:count], labels[:count]))
+            count -= len(labels)
+    return found
