@@ -43,7 +43,8 @@ class CMakeBuild(build_ext):
         subprocess.run([run_cmake, "--install", build, "--prefix", destination], check=True)
 
 
-ROOMS = ("exporter", "exporter.lowering", "gpu", "kernels", "networks", "ops", "training", "training.methods")
+ROOMS = ("exporter", "exporter.lowering", "gpu", "kernels", "networks", "ops")
+ROOMS += ("training", "training.measures", "training.methods")
 
 setup(
     packages=["qdeploy", *(f"qdeploy.{room}" for room in ROOMS)],

@@ -1,0 +1,40 @@
+"""What papers measure of a finished network, by the name that `qdeploy measure --what` takes. Imports no torch.
+
+A measure is a module with plain functions of networks and batches, which know neither runs nor files, and with
+
+    of_run(run: MeasuredRun, draws: Draws, *, option: type = default, ...) -> dict[str, Any]
+
+which calls them for a finished run. What it returns can be written as JSON, and holds a `table`: the rows of the csv
+file, {column: value} each. Its keyword parameters are the options of the measure on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One of MEASURES: where it is, what it says in a few words, and the function of `qdeploy.training.figures` that
+    draws it (None: there is none)."""
+
+    module: str
+    text: str
+    figure: str | None = None
+
+    @property
+    def of_run(self) -> Callable[..., dict[str, Any]]:
+        """As above; imports torch."""
+        found: Callable[..., dict[str, Any]] = import_module(f"{__name__}.{self.module}").of_run
+        return found
+
+
+MEASURES: dict[str, Measure] = {
+    "flatness": Measure("flatness", "how the loss rises at a distance from the weights"),
+    "pac-bayes": Measure("pac_bayes", "four PAC-Bayes measures, in two readings"),
+    "sharpness": Measure("sharpness", "four sharpness measures, in two readings"),
+    "surface": Measure("surface", "the loss on a filter-normalized plane around the weights"),
+}
