@@ -12,17 +12,15 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from qdeploy.training.measures.draws import Draws, all_of, anew
 from qdeploy.training.measures.losses import Domains, mean_cross_entropy
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.measures.weights import Place, bare, channels_last, normal
 from qdeploy.training.seeds import seed_hash
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 RADII = tuple(range(5, 61, 5))  # of a ResNet-50 in QT-DoG's figure 3
 RELATIVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of ||w||

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -22,11 +22,9 @@ from qdeploy.training.measures.bisection import DRAWS
 from qdeploy.training.measures.bounds import Denominator, Prepared, Weights, confidence, magnitude_aware, measured
 from qdeploy.training.measures.draws import Draws, all_of, anew
 from qdeploy.training.measures.losses import Batch
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.measures.weights import normal
 from qdeploy.training.seeds import seed_hash
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 READINGS = ("exact", "rgm")
 

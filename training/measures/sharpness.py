@@ -17,7 +17,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,9 @@ from qdeploy.training.measures.bounds import (
 )
 from qdeploy.training.measures.draws import Draws, all_of, anew
 from qdeploy.training.measures.losses import Batch
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.measures.weights import uniform
 from qdeploy.training.seeds import seed_hash
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 READINGS: dict[str, Callable[[Sequence[float]], float]] = {"mean": statistics.fmean, "min": min}
 ASCENT, MINIBATCH = 20, 128  # steps of a draw; images of a step, as in QGen's training

@@ -6,7 +6,7 @@ in the network. Biases and norms do not move.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from qdeploy.errors import InputError
 from qdeploy.training.measures.draws import Draws, all_of, anew
 from qdeploy.training.measures.losses import Domains, mean_cross_entropy
+from qdeploy.training.measures.measured_run import MeasuredRun, first_of
 from qdeploy.training.measures.weights import Place, bare, channels_last, flat, normal
 from qdeploy.training.seeds import seed_hash
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 AXES = 2
 
@@ -70,6 +68,4 @@ def _normalized(noise: Tensor, parameter: nn.Parameter) -> Tensor:
 
 def of_run(run: MeasuredRun, draws: Draws, *, points: int = 21, images: int = 1000, seed: int = 0) -> dict[str, Any]:
     """On at most `images` of the training images of the source domains, as many of each."""
-    from qdeploy.training.measures.measured_run import first_of
-
     return surface(run.net, first_of(run.training, images), points=points, seed=seed, draws=draws)
