@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from qdeploy.training.attached_quantizers import weight_before
+from qdeploy.training.measures.draws import Draws
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.measures.quantized_layers import quantized_layers
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.draws import Draws
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,8 @@ from qdeploy.training.corruptions import SEVERITIES, available, corrupt
 from qdeploy.training.inputs import Images
 from qdeploy.training.measures.draws import Draws, anew
 from qdeploy.training.measures.losses import Batch, Domains, loss_and_accuracy
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.parallel import parallel_map
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 CHUNK = 32  # images that a worker corrupts at once
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,10 @@ from qdeploy.errors import InputError
 from qdeploy.networks.quantizable import classifier
 from qdeploy.networks.wrappers import plain_names
 from qdeploy.training.inputs import Images
+from qdeploy.training.measures.draws import Draws
 from qdeploy.training.measures.losses import Batch
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.untouched import evaluating, undisturbed
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.draws import Draws
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,13 @@ Flatness depends on it: a distance in the space of weights means less where they
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from qdeploy.training.measures.draws import Draws
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.measures.weights import bare, folded, weights
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.draws import Draws
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 
 def norms(net: nn.Module, inputs: Tensor) -> dict[str, Any]:

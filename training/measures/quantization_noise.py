@@ -14,7 +14,7 @@ Symmetry of the weights x around their median m: m - x_(i) against x_(n+1-i) - m
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +22,10 @@ from torch import nn
 
 from qdeploy.arguments import integer
 from qdeploy.training.attached_quantizers import weight_before
+from qdeploy.training.measures.draws import Draws
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.measures.quantized_layers import quantized_layers
 from qdeploy.training.quantizer import Quantizer
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.draws import Draws
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 BINS = 100
 POINTS = 200  # of the curve of symmetry that are kept

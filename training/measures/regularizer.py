@@ -12,7 +12,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,9 @@ from qdeploy.networks.quantizable import weight_name
 from qdeploy.training.attached_quantizers import weight_before, weight_quantizer
 from qdeploy.training.measures.draws import Draws, anew
 from qdeploy.training.measures.losses import Batch
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.measures.weights import bare
 from qdeploy.training.quantize import quantize_
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 BITS = (8, 4, 2)
 

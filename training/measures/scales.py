@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,12 +17,10 @@ from qdeploy.training.attached_quantizers import quantizers
 from qdeploy.training.csv_files import csv_rows
 from qdeploy.training.measures.draws import Draws, anew
 from qdeploy.training.measures.losses import Domains, loss_and_accuracy
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.methods.scales import COLUMNS, SCALES
 from qdeploy.training.quantizer import Quantizer
 from qdeploy.training.run_files import sound
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 FACTORS = (0.8, 0.9, 1.1, 1.2)
 

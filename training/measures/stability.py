@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qdeploy.errors import InputError
+from qdeploy.training.measures.draws import Draws
+from qdeploy.training.measures.measured_run import MeasuredRun
 from qdeploy.training.run_files import LOG, check_record, sound
-
-if TYPE_CHECKING:
-    from qdeploy.training.measures.draws import Draws
-    from qdeploy.training.measures.measured_run import MeasuredRun
 
 LAST = 10  # records
 
