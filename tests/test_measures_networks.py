@@ -175,8 +175,8 @@ def test_bad_stages():
 
 def test_pictures_hold_pixels_and_maps():
     net, pixels = Known([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8)
-    found = pictures(net, [("art", (IMAGE, torch.tensor([1])), pixels.reshape(1, 1, 2, 2))])
-    assert found["stage"] == "stage"
+    found = pictures(net, [("art", (IMAGE, torch.tensor([1])), pixels.reshape(1, 1, 2, 2))], ["dog", "cat"])
+    assert found["stage"] == "stage" and found["classes"] == ["dog", "cat"]
     assert found["table"] == [{"domain": "art", "label": 1, "predicted": 0, "peak": 1.0}]
     assert found["images"] == [{"pixels": [[[0, 1], [2, 255]]], "map": [[1.0, 0.25], [0.0, 0.0]]}]
     json.dumps(found)

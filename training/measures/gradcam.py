@@ -8,7 +8,7 @@ image (bilinear) and scaled to [0, 1] for each image; one that is zero everywher
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -103,11 +103,16 @@ def last_stage(net: nn.Module, images: Tensor) -> str:
     return found[-1]
 
 
-def pictures(net: nn.Module, domains: Iterable[tuple[str, Batch, Tensor]], stage: str | None = None) -> dict[str, Any]:
+def pictures(
+    net: nn.Module,
+    domains: Iterable[tuple[str, Batch, Tensor]],
+    classes: Sequence[str],
+    stage: str | None = None,
+) -> dict[str, Any]:
     """GradCAM of batches, each with the name of its domain and its pixels, u8 [n, C, H, W], for a picture.
 
-    Returns {"stage", "table": rows of "domain", "label", "predicted" and "peak"; "images": [{"pixels": u8 [C][H][W],
-    "map": [H][W] to three decimals}, ...]}.
+    Returns {"stage", "classes", "table": rows of "domain", "label", "predicted" and "peak"; "images": [{"pixels": u8
+    [C][H][W], "map": [H][W] to three decimals}, ...]}.
     """
     table, images = [], []
     for domain, (inputs, labels), pixels in domains:
@@ -118,7 +123,7 @@ def pictures(net: nn.Module, domains: Iterable[tuple[str, Batch, Tensor]], stage
             table.append({**row, "peak": found.peaks[i].item()})
             levels = (found.maps[i].cpu().double() * 1000).round() / 1000
             images.append({"pixels": pixels[i].tolist(), "map": levels.tolist()})
-    return {"stage": stage, "table": table, "images": images}
+    return {"stage": stage, "classes": [*classes], "table": table, "images": images}
 
 
 def of_run(run: MeasuredRun, draws: Draws, *, images: int = 6, stage: str = "") -> dict[str, Any]:
@@ -130,4 +135,4 @@ def of_run(run: MeasuredRun, draws: Draws, *, images: int = 6, stage: str = "") 
         inputs, labels = run.target[name][0]
         pixels = run.benchmark.domains[domain].batch(positions[:images])
         shown.append((name, (inputs[:images], labels[:images]), pixels))
-    return pictures(run.net, shown, stage or None)
+    return pictures(run.net, shown, run.benchmark.classes, stage or None)
