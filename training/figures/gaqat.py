@@ -57,10 +57,10 @@ def _windows(measured: Sequence[Measured], task: str, smooth: str, quantity: str
         line(panel, 0, steps, [row[task] for row in of], "task")
         line(panel, 1, steps, [row[smooth] for row in of], "smoothness")
         _frozen(panel, of, window)
-        panel.set_title(f"{name} ({opposed[name]:.0%})", fontsize=7)
+        panel.set_title(f"{name} ({opposed[name]:.0%})", fontsize=7, loc="right")
         if task == "sum_task":
             panel.axhline(0, color=GRAYS[2], linewidth=0.6)
-            panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+            panel.ticklabel_format(axis="y", style="sci", scilimits=(-1, 3))
     for panel in axes.flat[len(shown) :]:
         panel.set_visible(False)
     for panel in axes[:, 0]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from qdeploy.training.figures.drawing import (
 )
 
 GROUPS = ("one model", "several models")
+AREA = 90.0  # square points of the marker of one network in float32
 CUT = 10.0  # nats; a network that is that wrong is destroyed
 RELATIVE = "distance gamma / ||w||"
 
@@ -59,9 +61,10 @@ def _methods(axes: Axes, group: int, rows: Sequence[Mapping[str, Any]]) -> None:
         y = 100 * row["accuracy"]
         axes.errorbar(x, y, 100 * (row["error"] or 0), color=GRAYS[0], linewidth=0.8, capsize=2)
         face = LINES[1][2] if row["quantized"] else "white"
-        axes.scatter(x, y, 90 * row["size"], color=face, edgecolors="black", linewidths=0.8, zorder=3)
-        place = (6 + 5 * row["size"] ** 0.5, -8)
-        axes.annotate(row["method"], (x, y), place, textcoords="offset points", va="center", ha="center", fontsize=7)
+        axes.scatter(x, y, AREA * row["size"], color=face, edgecolors="black", linewidths=0.8, zorder=3)
+        radius = (AREA * row["size"] / math.pi) ** 0.5
+        options = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7}
+        axes.annotate(row["method"], (x, y + 100 * (row["error"] or 0)), (0, max(3, radius)), **options)
 
 
 def qt_dog_figure_2(measured: Sequence[Measured]) -> Figure:
@@ -124,7 +127,9 @@ def qt_dog_figure_3(measured: Sequence[Measured]) -> Figure:
         for panel, part, title in zip(row, ("source", "target"), ("source domains", "target domain"), strict=True):
             for number, runs in enumerate(by_label(measured).values()):
                 _rise(panel, number, runs, [_rows(one, part, kind) for one in runs], column)
-            panel.set(title=title, xlabel=words, ylabel="F [nats]", ylim=(None, min(CUT, panel.get_ylim()[1])))
+            top = min(CUT, panel.get_ylim()[1])
+            bottom = min(-0.04 * top, 1.1 * min(panel_line.get_ydata().min() for panel_line in panel.lines))
+            panel.set(title=title, xlabel=words, ylabel="F [nats]", ylim=(bottom, top))
             panel.axhline(0, color=GRAYS[2], linewidth=0.6)
     legend_above(figure, axes[0, 0], 3)
     return figure

@@ -33,7 +33,7 @@ def _surfaces(grid: Sequence[Sequence[Measured | None]], titles: Sequence[Sequen
     runs = [one for row in grid for one in row if one is not None]
     text = "Cross-entropy on the plane of two filter-normalized random directions, the same for all; dot: the network."
     words = f"{text} Near it: the share of the plane up to {NEAR:g} nat above its loss. Cut at {CLIPPED:g} nats."
-    options: dict[str, Any] = {"subplot_kw": {"projection": "3d"}, "width": 2.1, "height": 1.8}
+    options: dict[str, Any] = {"subplot_kw": {"projection": "3d"}, "width": 2.1, "height": 1.8, "bottom": 0.1}
     figure, axes = panels(len(grid), len(grid[0]), caption(words, runs, ("points", "images")), **options)
     top = min(CLIPPED, max(row["loss"] for one in runs for row in one.found["table"]))
     for panel, one, title in zip(axes.flat, sum(map(list, grid), []), sum(map(list, titles), []), strict=True):
