@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FOLDER = "measures"  # in that of the run
 VERSION = 1  # of the files in it
 SAVE_EVERY = 2.0  # seconds: what is lost at most where the process is killed; Ctrl-C loses the draw in work alone
-SHOWN = 50  # rows of a table
+SHOWN = 30  # rows of a table
 
 Options = dict[str, dict[str, Any]]  # by measure
 
@@ -228,7 +228,11 @@ def show(report: dict[str, Any]) -> None:
     """Prints the tables of the report of `main`."""
     for name, content in report["measures"].items():
         write(f"{name}: {report['run']}/{FOLDER}/{name}.json")
-        table = content["table"]
+        table = [{key: _shown(value) for key, value in row.items()} for row in content["table"]]
         write(columns(table[:SHOWN]))
         if len(table) > SHOWN:
             write(f"... and {len(table) - SHOWN:,} more in {name}.csv")
+
+
+def _shown(value: Any) -> Any:
+    return ("no", "yes")[value] if isinstance(value, bool) else value
