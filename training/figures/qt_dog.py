@@ -127,12 +127,20 @@ def qt_dog_figure_3(measured: Sequence[Measured]) -> Figure:
         for panel, part, title in zip(row, ("source", "target"), ("source domains", "target domain"), strict=True):
             for number, runs in enumerate(by_label(measured).values()):
                 _rise(panel, number, runs, [_rows(one, part, kind) for one in runs], column)
-            top = min(CUT, panel.get_ylim()[1])
-            bottom = min(-0.04 * top, 1.1 * min(panel_line.get_ydata().min() for panel_line in panel.lines))
-            panel.set(title=title, xlabel=words, ylabel="F [nats]", ylim=(bottom, top))
+            panel.set(title=title, xlabel=words, ylabel="F [nats]")
+            _cut(panel)
             panel.axhline(0, color=GRAYS[2], linewidth=0.6)
     legend_above(figure, axes[0, 0], 3)
     return figure
+
+
+def _cut(axes: Axes) -> None:
+    """Shows lines up to CUT, and no radii at which all are above it."""
+    curves = [(np.asarray(one.get_xdata()), np.asarray(one.get_ydata())) for one in axes.lines]
+    highest = min(CUT, 1.05 * max(y.max() for _, y in curves))
+    axes.set_ylim(min(-0.04 * highest, 1.1 * min(y.min() for _, y in curves)), highest)
+    right = max(x[min(int((y <= CUT).sum()), len(x) - 1)] for x, y in curves)
+    axes.set_xlim(-0.03 * right, 1.03 * right)
 
 
 def _rows(one: Measured, part: str, kind: str) -> list[Mapping[str, Any]]:
