@@ -33,8 +33,16 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "flatness": Measure("flatness", "how the loss rises at a distance from the weights"),
+    "flatness": Measure("flatness", "how the loss rises at a distance from the weights", "qt_dog_figure_3"),
     "pac-bayes": Measure("pac_bayes", "four PAC-Bayes measures, in two readings"),
     "sharpness": Measure("sharpness", "four sharpness measures, in two readings"),
-    "surface": Measure("surface", "the loss on a filter-normalized plane around the weights"),
+    "surface": Measure("surface", "the loss on a filter-normalized plane around the weights", "qgen_figure_2"),
+    "quantization-noise": Measure("quantization_noise", "what rounding adds to each weight", "qt_dog_figure_2"),
+    "regularizer": Measure("regularizer", "quantization as a regularizer, to first order"),
+    "norms": Measure("norms", "the L2 norm of the weights"),
+    "bin-widths": Measure("bin_widths", "the step sizes of each layer", "qgen_figure_1"),
+    "gaps": Measure("gaps", "losses on images that do not train, clean and corrupted"),
+    "scales": Measure("scales", "GAQAT's two objectives and their step sizes", "gaqat_figure_2"),
+    "stability": Measure("stability", "the accuracy on the target over updates", "qt_dog_figure_4"),
+    "gradcam": Measure("gradcam", "where in images the network looks", "qt_dog_figure_6"),
 }

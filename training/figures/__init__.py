@@ -1,0 +1,79 @@
+"""The figures of the papers, drawn from what `qdeploy.training.measures` returns. matplotlib is imported to draw alone.
+
+GAQAT's figure 1 is an illustration without data. QT-DoG's figures 7 and 9 to 12 are figure 6 of other images.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from qdeploy.errors import InputError
+from qdeploy.files import atomic_file
+
+# The module of each function of this name. It takes a list of `Measured`, or, of *rows*, the rows of a table.
+FIGURES = {
+    "qt_dog_figure_1": "qt_dog",  # rows: accuracy of methods, by size
+    "qt_dog_figure_2": "qt_dog",  # quantization-noise
+    "qt_dog_figure_3": "qt_dog",  # flatness
+    "qt_dog_figure_4": "qt_dog",  # stability
+    "qt_dog_figure_5": "qt_dog",  # rows: gain by bits
+    "qt_dog_figure_6": "qt_dog",  # gradcam
+    "qt_dog_figure_8": "qt_dog",  # quantization-noise
+    "gaqat_figure_2": "gaqat",  # scales
+    "gaqat_figure_3": "gaqat",  # scales
+    "gaqat_figure_4": "gaqat",  # scales, of a run whose frozen steps stay so
+    "gaqat_figure_5": "gaqat",  # scales, at 3 bits
+    "gaqat_figure_6": "surfaces",  # surface
+    "qgen_figure_1": "qgen",  # bin-widths
+    "qgen_figure_2": "surfaces",  # surface
+}
+FORMATS: dict[str, dict[str, Any]] = {  # nothing that changes from one process to the next
+    "png": {"dpi": 150, "metadata": {"Software": None}},
+    "svg": {"metadata": {"Date": None, "Creator": None}},
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measure returned for one run. Runs that share label and panel differ in their seeds: of these a picture
+    shows the mean. panel: what has axes of its own, such as the held-out domain."""
+
+    label: str
+    found: Mapping[str, Any]
+    seed: int | None = None
+    panel: str = ""
+
+
+def draw(name: str, data: Sequence[Any], folder: Path) -> list[Path]:
+    """Writes folder/NAME.png and folder/NAME.svg, each whole or not at all; the same data give the same bytes.
+
+    name: one of FIGURES. data: of several runs, in the order of the legend. Returns the paths. Raises InputError where
+    there is no such figure, nothing to draw, or no matplotlib.
+    """
+    if name not in FIGURES:
+        raise InputError(f"expected one of {', '.join(FIGURES)}, got {name!r} - at the figure")
+    if not data:
+        raise InputError(f"expected something to draw, got nothing - at {name}")
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        expected = "matplotlib (pip install 'qdeploy[plots]')"
+        raise InputError(f"expected {expected}, got none - at {name}") from None
+    from qdeploy.training.figures.drawing import STYLE
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with rc_context(STYLE):
+        figure = getattr(import_module(f"{__name__}.{FIGURES[name]}"), name)(data)
+        for suffix, options in FORMATS.items():
+            whole = io.BytesIO()
+            figure.savefig(whole, format=suffix, **options)
+            paths.append(folder / f"{name}.{suffix}")
+            with atomic_file(paths[-1]) as file:
+                file.write(whole.getbuffer())
+    return paths
