@@ -10,7 +10,7 @@ kernels lint sanitizers:
 	.ci/run $@
 
 test: build
-	pytest -n 2
+	pytest -n 2 --dist loadfile
 
 bench: build
 	pytest bench --benchmark-only
