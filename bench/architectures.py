@@ -32,6 +32,20 @@ SECONDS, BYTES = 300, 12 * 2**30  # a network may take
 QUERIES = ["*latent", "*probe"]  # matrices that are learned queries: they become an activation
 MOST_OF_REFERENCE = 0.3e9  # multiply-accumulates, which numpy does in seconds
 
+HEAD = """\
+# Architectures that export
+
+Of the {all} networks of `bench/architectures.txt`, {exported} become an integer file as timm, torchvision and
+transformers build them. `python bench/architectures.py` wrote this page.
+
+Weights are random, of {bits} bits; inputs are small, and of transformers the first layers. The bits of engine and
+reference are equal where the last column says so; larger networks are not run in numpy.
+
+SQNR is that of the engine's output against the fake-quant network in float32. It says that a network was
+understood where it is high, and little where it is low: untrained, each layer behind a BatchNorm amplifies the
+rounding of those before it, until nothing else is left. The trained networks of the examples have 16 to 24 dB.
+"""
+
 Row = dict[str, Any]
 
 
@@ -61,18 +75,7 @@ def sqnr(row: Row) -> str:
 def page(rows: list[Row]) -> str:
     exported = [row for row in rows if "error" not in row]
     lines = [
-        "# Architectures that export",
-        "",
-        f"Of the {len(rows)} networks of `bench/architectures.txt`, {len(exported)} become an integer file as timm, torchvision and transformers",
-        "build them. `python bench/architectures.py` wrote this page.",
-        "",
-        f"Weights are random, of {BITS} bits; inputs are small, and of transformers the first layers. The bits of engine and",
-        "reference are equal where the last column says so; larger networks are not run in numpy.",
-        "",
-        "SQNR is that of the engine's output against the fake-quant network in float32. It says that a network was",
-        "understood where it is high, and little where it is low: untrained, each layer behind a BatchNorm amplifies the",
-        "rounding of those before it, until nothing else is left. The trained networks of the examples have 16 to 24 dB.",
-        "",
+        HEAD.format(all=len(rows), exported=len(exported), bits=BITS),
         "| network | nodes | format version | SQNR, dB | reference |",
         "|---|---|---|---|---|",
         *(
