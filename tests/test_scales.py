@@ -135,6 +135,13 @@ def test_a_run_begun_anew_starts_the_table_anew(tmp_path):
     assert rows_of(tmp_path) == []
 
 
+def test_a_table_that_was_lost_is_said(tmp_path, capsys):
+    scales.begin(tmp_path, 3)
+    expected = f"it has nothing before update 3 - at {tmp_path / 'scales.csv'}"
+    assert capsys.readouterr().err == f"warning: the table of step sizes was gone: {expected}\n"
+    assert rows_of(tmp_path) == []
+
+
 def test_a_table_of_something_else_is_one_line(tmp_path):
     path = tmp_path / "scales.csv"
     path.write_text("a,b\none,two\n")

@@ -381,16 +381,18 @@ for stop, signum in eval(sys.argv[3]):
         Learner.update = signalling
         config = Config(**eval(sys.argv[1]))
         trainer.run(config, load_benchmark("debug"), Path(sys.argv[2]), Fabric(accelerator="cpu", devices=1))
+        os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "minutes"), [(0, 10.0), (2, 0.0)])
+def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path, workers, minutes):
     """SIGKILL before, at and after the switch, and while images are loaded ahead, then SIGTERM, which saves; each
-    process goes on where the last one was, and nothing is left of it."""
-    config, directory = replace(SMALL, workers=workers), tmp_path / "run"
-    signals = [(stop, int(signal.SIGKILL)) for stop in (0, 1, 3, 5, 8)] + [(7, int(signal.SIGTERM))]
+    process goes on where the last one was, at an evaluation or, with a checkpoint after every update, between two, and
+    nothing is left of it."""
+    config, directory = replace(SMALL, workers=workers, checkpoint_minutes=minutes), tmp_path / "run"
+    signals = [(stop, int(signal.SIGKILL)) for stop in (0, 1, 3, 6, 7)] + [(7, int(signal.SIGTERM))]
     arguments = [repr(plain(config)), str(directory), repr(signals)]
     child = subprocess.run([sys.executable, "-c", CHILDREN, *arguments], capture_output=True, text=True)
     assert child.stdout.split() == [str(-signal.SIGKILL)] * 5 + ["1"], child.stderr
@@ -398,7 +400,7 @@ def test_killed_processes_continue_bit_for_bit(finished, fabric, tmp_path, worke
     assert message in child.stderr
     assert torch.load(directory / "checkpoint.pt", weights_only=True)["update"] == 8
     run(config, BENCHMARK, directory, fabric)
-    assert_same_outcome(finished[0], directory, but=("workers",))
+    assert_same_outcome(finished[0], directory, but=("workers", "checkpoint_minutes"))
     names = sorted(path.name for path in directory.iterdir())
     assert names == ["done.json", "log.jsonl", "model.pt", "settings.yaml"]
 

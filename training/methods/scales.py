@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from qdeploy import files
+from qdeploy.terminal import note
 from qdeploy.training.attached_quantizers import quantizers, step_parameters
 from qdeploy.training.methods.freezing import Window
 from qdeploy.training.run_files import sound
@@ -28,6 +29,8 @@ def begin(folder: Path, update: int) -> None:
     """Starts the table, or goes on with it from `update` on: rows of that update and later ones are dropped. They will
     come again: a process wrote them after its last checkpoint. Raises InputError for a file that is no such table."""
     path = folder / SCALES
+    if update and not path.exists():
+        note(f"warning: the table of step sizes was gone: it has nothing before update {update} - at {path}")
     with sound(path):
         rows = path.read_text().splitlines(keepends=True)[1:] if update and path.exists() else []
         # Of a row cut short not even the update is sure. It is among the last ones, which come again.
