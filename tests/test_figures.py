@@ -15,6 +15,8 @@ import pytest
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib draws them: pip install 'qdeploy[plots]'")
 
 
+from matplotlib.collections import PathCollection  # noqa: E402
+
 from qdeploy.errors import InputError  # noqa: E402
 from qdeploy.training.figures import FIGURES, Measured, draw  # noqa: E402
 from qdeploy.training.figures.drawing import GRAYS, HATCHES, LINES, caption, mean_and_error  # noqa: E402
@@ -250,9 +252,7 @@ def test_bars_of_gains_and_points_of_methods():
     assert [bar.get_hatch() for bar in figure.axes[0].patches] == [*[""] * 4, *["////"] * 4]
     points = qt_dog_figure_1(METHODS).axes[0]
     assert [text.get_text() for text in points.texts] == ["ERM", "EoQ"]
-    faces = [
-        one.get_facecolor()[0].tolist() for one in points.collections if len(one.get_offsets()) and len(one.get_sizes())
-    ]
+    faces = [one.get_facecolor()[0].tolist() for one in points.collections if isinstance(one, PathCollection)]
     assert faces[0] == [1, 1, 1, 1] and faces[1] != faces[0]
     with pytest.raises(KeyError):
         qt_dog_figure_1([{"method": "ERM"}])

@@ -67,9 +67,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: _options(name, given.get(name, {})) for name in names}
     with alone(run.folder / FOLDER):
         files = {name: _Files(run, name, options[name]) for name in names}
-        measured = {name: files[name].finished() for name in names}
-        for name in names:
-            measured[name] = measured[name] or _measured(run, name, options[name], files[name])
+        there = {name: files[name].finished() for name in names}
+        measured = {name: there[name] or _measured(run, name, options[name], files[name]) for name in names}
     figures = [path for name in names for path in _drawn(run, name, measured[name])] if args.figures else []
     return {"run": str(args.folder), "measures": measured, "figures": [str(path) for path in figures]}
 
