@@ -142,6 +142,17 @@ def test_one_direction_has_no_error():
     assert row["std"] is row["standard_error"] is None
 
 
+def test_there_is_a_direction_or_more():
+    with pytest.raises(InputError, match=r"^expected a direction or more, got 0 - at flatness$"):
+        flatness(linear(), PARTS, directions=0)
+
+
+def test_a_loss_beyond_float32_is_told_as_it_is():
+    net = linear()
+    (_, row, *_) = flatness(net, PARTS, radii=(3e38,), relative=(), directions=3)["table"]
+    assert not np.isfinite(row["mean"]) and np.isnan(row["std"]) and np.isnan(row["standard_error"])
+
+
 # ---- The surface -----------------------------------------------------------------------------------------------------
 
 

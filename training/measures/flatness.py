@@ -10,12 +10,14 @@ multiples of ||w|| are measured as well.
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from qdeploy.errors import InputError
 from qdeploy.training.measures.draws import Draws, all_of, anew
 from qdeploy.training.measures.losses import Domains, mean_cross_entropy
 from qdeploy.training.measures.measured_run import MeasuredRun
@@ -48,8 +50,10 @@ def flatness(
 
     Returns {"norm": ||w||, "parameters": their number, "loss": {part: L(w)}, "table"} with a row {"part", "kind":
     "absolute" or "relative", "gamma", "gamma_relative", "mean", "std", "standard_error"} for each radius, over the
-    directions; std and standard_error are None for one direction.
+    directions; std and standard_error are None for one direction. Raises InputError for less than one.
     """
+    if directions < 1:
+        raise InputError(f"expected a direction or more, got {directions} - at flatness")
     place = Place(copy.deepcopy(net).eval() if latent else bare(net))
     parts = {part: {name: channels_last([*one]) for name, one in domains.items()} for part, domains in parts.items()}
     norm = float(place.center.double().norm())
@@ -80,7 +84,8 @@ def _losses(place: Place, parts: Mapping[str, Domains], vector: Tensor) -> list[
 
 
 def _row(part: str, kind: str, gamma: float, norm: float, rises: list[float]) -> dict[str, Any]:
-    std = statistics.stdev(rises) if len(rises) > 1 else None
+    finite = all(map(math.isfinite, rises))  # a loss may be beyond float32
+    std = None if len(rises) < 2 else statistics.stdev(rises) if finite else math.nan
     row = {"part": part, "kind": kind, "gamma": gamma, "gamma_relative": gamma / norm}
     error = None if std is None else std / len(rises) ** 0.5
     return row | {"mean": statistics.fmean(rises), "std": std, "standard_error": error}
