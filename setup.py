@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
 
 
 ROOMS = ("exporter", "exporter.lowering", "gpu", "kernels", "networks", "ops")
-ROOMS += ("training", "training.measures", "training.methods")
+ROOMS += ("training", "training.figures", "training.measures", "training.methods")
 
 setup(
     packages=["qdeploy", *(f"qdeploy.{room}" for room in ROOMS)],

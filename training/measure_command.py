@@ -17,6 +17,7 @@ from qdeploy.arguments import integer
 from qdeploy.errors import InputError
 from qdeploy.files import atomic_file
 from qdeploy.terminal import columns, note, on_terminal, status, write
+from qdeploy.training.figures import Measured, check_matplotlib, draw
 from qdeploy.training.measures import MEASURES
 from qdeploy.training.run_files import alone, sound
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from qdeploy.training.measures.measured_run import MeasuredRun
 
-FOLDER = "measures"  # in that of the run
+FOLDER, FIGURES = "measures", "figures"  # in that of the run
 VERSION = 1  # of the files in it
 SAVE_EVERY = 2.0  # seconds: what is lost at most where the process is killed; Ctrl-C loses the draw in work alone
 SHOWN = 30  # rows of a table
@@ -44,16 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
     text = "an option of a measure, such as flatness.directions=20; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="NAME.OPTION=VALUE", help=text)
+    text = "also draw the figure of a paper that shows a measure: RUN/figures/FIGURE.png and .svg (needs matplotlib)"
+    parser.add_argument("--figures", action="store_true", help=text)
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Writes RUN/measures/NAME.json and NAME.csv of each measure, but of those that are there with the same settings;
     the same command goes on after Ctrl-C, from the last finished draw, to the same bits.
 
-    Returns {"run": folder, "measures": {name: content of NAME.json}}. Raises InputError for an unknown measure or
-    option, for a run that is not finished, and for files of a newer version, before anything is measured.
+    Returns {"run": folder, "measures": {name: content of NAME.json}, "figures": paths}. Raises InputError for an
+    unknown measure or option, for a run that is not finished, and for files of a newer version, before anything is
+    measured.
     """
     names = _names(args.what)
+    if args.figures:
+        check_matplotlib("--figures")
     subset = integer(args.subset, 1, 2**31 - 1, "--subset")
     given = _given(args.set, names)
     _keep_freed_memory()
@@ -61,10 +67,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: _options(name, given.get(name, {})) for name in names}
     with alone(run.folder / FOLDER):
         files = {name: _Files(run, name, options[name]) for name in names}
-        measured = {name: files[name].finished() for name in names}
-        for name in names:
-            measured[name] = measured[name] or _measured(run, name, options[name], files[name])
-    return {"run": str(args.folder), "measures": measured}
+        there = {name: files[name].finished() for name in names}
+        measured = {name: there[name] or _measured(run, name, options[name], files[name]) for name in names}
+    figures = [path for name in names for path in _drawn(run, name, measured[name])] if args.figures else []
+    return {"run": str(args.folder), "measures": measured, "figures": [str(path) for path in figures]}
 
 
 def _names(what: str) -> list[str]:
@@ -138,6 +144,12 @@ def _measured(run: MeasuredRun, name: str, options: dict[str, Any], files: _File
     with files:
         found = MEASURES[name].of_run(run, files.draw, **options)
     return files.write(found)
+
+
+def _drawn(run: MeasuredRun, name: str, content: dict[str, Any]) -> list[Path]:
+    figure, panel = MEASURES[name].figure, ", ".join(run.config.targets)
+    shown = [Measured(run.config.method, content, run.config.seed, panel)]
+    return draw(figure, shown, run.folder / FIGURES) if figure is not None else []
 
 
 class _Files:
@@ -241,6 +253,8 @@ def show(report: dict[str, Any]) -> None:
         write(columns(table[:SHOWN]))
         if len(table) > SHOWN:
             write(f"... and {len(table) - SHOWN:,} more in {name}.csv")
+    for path in report["figures"]:
+        write(f"wrote {path}")
 
 
 def _shown(value: Any) -> Any:

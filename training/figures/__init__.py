@@ -49,6 +49,14 @@ class Measured:
     panel: str = ""
 
 
+def check_matplotlib(at: str) -> None:
+    """Raises InputError where it is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError(f"expected matplotlib (pip install 'qdeploy[plots]'), got none - at {at}") from None
+
+
 def draw(name: str, data: Sequence[Any], folder: Path) -> list[Path]:
     """Writes folder/NAME.png and folder/NAME.svg, each whole or not at all; the same data give the same bytes.
 
@@ -59,11 +67,9 @@ def draw(name: str, data: Sequence[Any], folder: Path) -> list[Path]:
         raise InputError(f"expected one of {', '.join(FIGURES)}, got {name!r} - at the figure")
     if not data:
         raise InputError(f"expected something to draw, got nothing - at {name}")
-    try:
-        from matplotlib import rc_context
-    except ImportError:
-        expected = "matplotlib (pip install 'qdeploy[plots]')"
-        raise InputError(f"expected {expected}, got none - at {name}") from None
+    check_matplotlib(name)
+    from matplotlib import rc_context
+
     from qdeploy.training.figures.drawing import STYLE
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 
 from qdeploy.training.figures import Measured
 
-STYLE = {
+Numbers = Sequence[float] | np.ndarray
+
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "qdeploy",  # else ids are random
     "svg.fonttype": "path",  # the same letters whatever fonts a reader has
     "font.family": "DejaVu Sans",  # matplotlib brings it along
@@ -94,17 +96,15 @@ def legend_above(figure: Figure, axes: Axes, columns: int = 4) -> None:
     figure.legend(handles, labels, loc="upper center", ncols=min(columns, len(labels)), borderaxespad=0.3)
 
 
-def line(
-    axes: Axes, number: int, x: Sequence[float], y: Sequence[float], label: str, *, every: int | None = None
-) -> None:
+def line(axes: Axes, number: int, x: Numbers, y: Numbers, label: str) -> None:
     """Line `number` of a legend; a marker at every so many points."""
     dashes, marker, color = LINES[number % len(LINES)]
-    step = max(1, len(x) // 12) if every is None else every
+    step = max(1, len(x) // 12)
     # Markers of lines that lie on each other stand beside each other.
     axes.plot(x, y, linestyle=dashes, color=color, marker=marker, markevery=(number % step, step), label=label)
 
 
-def band(axes: Axes, number: int, x: Sequence[float], low: np.ndarray, high: np.ndarray) -> None:
+def band(axes: Axes, number: int, x: Numbers, low: np.ndarray, high: np.ndarray) -> None:
     axes.fill_between(x, low, high, color=LINES[number % len(LINES)][2], alpha=0.18, linewidth=0)
 
 

@@ -63,7 +63,7 @@ def _methods(axes: Axes, group: int, rows: Sequence[Mapping[str, Any]]) -> None:
         face = LINES[1][2] if row["quantized"] else "white"
         axes.scatter(x, y, AREA * row["size"], color=face, edgecolors="black", linewidths=0.8, zorder=3)
         radius = (AREA * row["size"] / math.pi) ** 0.5
-        options = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7}
+        options: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 7}
         axes.annotate(row["method"], (x, y + 100 * (row["error"] or 0)), (0, max(3, radius)), **options)
 
 
@@ -202,8 +202,8 @@ def qt_dog_figure_5(rows: Sequence[Mapping[str, Any]]) -> Figure:
             above = gain >= 0
             y = gain + error if above else gain - error
             offset, va = (0, 2 if above else -2), "bottom" if above else "top"
-            options = {"textcoords": "offset points", "ha": "center", "va": va, "fontsize": 7}
-            axes[0, 0].annotate(f"{gain:+.1f}", (place, y), offset, **options)
+            number: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": va, "fontsize": 7}
+            axes[0, 0].annotate(f"{gain:+.1f}", (place, y), offset, **number)
     axes[0, 0].axhline(0, color="black", linewidth=0.8)
     axes[0, 0].margins(y=0.15)
     axes[0, 0].set_xticks(range(len(bits)), [f"{b} bits" for b in bits])

@@ -50,8 +50,7 @@ def regularizer(
     own = {quantizer.bits for layer in net.modules() if (quantizer := weight_quantizer(layer)) is not None}
     if own:
         grids["trained", own.pop() if len(own) == 1 else None] = bare(net)
-    for each in bits:
-        grids["initial", each] = _rounded(plain, each)
+    grids |= {("initial", each): _rounded(plain, each) for each in bits}
     loss = draws("at the weights", lambda: _squared_error(plain, batches))
     table = []
     for (steps, each), grid in grids.items():
