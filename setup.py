@@ -43,12 +43,12 @@ class CMakeBuild(build_ext):
         subprocess.run([run_cmake, "--install", build, "--prefix", destination], check=True)
 
 
-ROOMS = ("exporter", "exporter.lowering", "gpu", "kernels", "networks", "ops", "training", "training.methods")
+ROOMS = ("exporter", "exporter.lowering", "gpu", "kernels", "networks", "ops", "page", "training", "training.methods")
 
 setup(
     packages=["qdeploy", *(f"qdeploy.{room}" for room in ROOMS)],
     package_dir={"qdeploy": "qdeploy", "qdeploy.kernels": "kernels", "qdeploy.training": "training"},
-    package_data={"qdeploy": ["_engine.pyi", "py.typed", "demo_data/*"]},
+    package_data={"qdeploy": ["_engine.pyi", "py.typed", "demo_data/*"], "qdeploy.page": ["style.css"]},
     ext_modules=[
         Extension(
             "qdeploy._engine",
