@@ -2,5 +2,6 @@
 
 from qdeploy.page.export import of_export
 from qdeploy.page.profile import of_profile
+from qdeploy.page.report import of_report
 
-__all__ = ["of_export", "of_profile"]
+__all__ = ["of_export", "of_profile", "of_report"]

@@ -1,11 +1,12 @@
-"""Charts as inline SVG. Lines differ in dashes and points differ in shape, not in colour alone; a pointer that rests on a
-mark shows its numbers. `title` and `text` are what a reader who cannot see it hears."""
+"""Charts as inline SVG. Lines differ in dashes and points in shape, not in colour alone; a pointer that rests on a mark
+shows its numbers. `title` and `text` are what a reader who cannot see it hears."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from qdeploy.page.axes import BOTTOM, HEIGHT, RIGHT, TOP, WIDTH, Axis, frame
 from qdeploy.page.markup import Markup, tag
@@ -20,6 +21,8 @@ SHAPES = (  # around 0, 0
 )
 STYLES = len(SHAPES)  # of lines in one chart
 LONGEST = 44  # letters of a label
+LETTER = 6.6  # the width of one, about
+MAP = 260  # a side of a heat map
 BANDS = 10  # shades of a heat map: each edge between two of them is a contour line
 
 
@@ -81,7 +84,9 @@ def lines(title: str, text: str, found: Sequence[Line], x: Axis, y: Axis, mark: 
         content.append(tag("text", mark[1], **place, class_=" ".join(filter(None, ("strong halo", side[0])))))
     for line in found:
         content += _line(line, x, y)
-    return fixed(title, text, HEIGHT, *content, *_legend(found))
+    legend, high = _legend(found)
+    below = f"translate(0 {high})"
+    return fixed(title, text, HEIGHT + high, *legend, tag("g", *content, transform=below if high else None))
 
 
 def _line(line: Line, x: Axis, y: Axis) -> list[Markup]:
@@ -103,22 +108,27 @@ def _point(x: float, y: float, style: int, *inside: Markup) -> Markup:
     return tag("path", *inside, class_=f"point s{style}", d=SHAPES[style], transform=f"translate({x:.1f} {y:.1f})")
 
 
-def _legend(found: Sequence[Line]) -> list[Markup]:
-    """Above the chart from the right; left out where there is one line, which the caption names."""
+def _legend(found: Sequence[Line]) -> tuple[list[Markup], int]:
+    """And the height that it takes. One line needs none, as the caption names it; two stand on the line of the label of
+    y, more in two columns above it."""
     styles: dict[int, Line] = {}
     for line in found:
         styles.setdefault(line.style, line)
+    shown = [*styles.values()] if len(styles) > 1 else []
+    if len(shown) > 2:
+        places = [(WIDTH / 2 * (i % 2), 16.0 * (i // 2)) for i in range(len(shown))]
+        high = 16 * -(-len(shown) // 2) + 8
+    else:
+        widths = [34 + LETTER * len(short(line.label, 22)) for line in shown]
+        places = [(WIDTH - RIGHT - sum(widths[i:]), 0.0) for i in range(len(shown))]
+        high = 0
     content: list[Markup] = []
-    right = float(WIDTH - RIGHT)
-    for style, line in reversed(list(styles.items() if len(styles) > 1 else [])):
-        label = short(line.label, 22)
-        content.append(tag("text", label, x=right, y=11.0, class_="end strong"))
-        start = right - 6.2 * len(label) - 24
-        content.append(tag("path", class_=f"line s{style}", d=f"M{start:.1f} 7h20"))
+    for line, (x, y) in zip(shown, places, strict=True):
+        content.append(tag("path", class_=f"line s{line.style}", d=f"M{x:.1f} {y + 7:g}h20"))
         if line.points:
-            content.append(_point(start + 10, 7, style))
-        right = start - 10
-    return content
+            content.append(_point(x + 10, y + 7, line.style))
+        content.append(tag("text", short(line.label, 22), x=x + 25, y=y + 11, class_="strong"))
+    return content, high
 
 
 def bars(title: str, text: str, rows: Sequence[tuple[str, float, str]]) -> Markup:
@@ -190,7 +200,7 @@ def _error(x: float, y: Axis, value: float, error: float | None) -> list[Markup]
 
 def _label(text: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> Markup:
     """Beside x, y at the first place that is free; `taken` has left, right and base line of those before."""
-    width = 6.2 * len(text)
+    width = LETTER * len(text)
     right = x + 8 + width <= WIDTH
     left = x + 8 if right else x - 8 - width
     for dy in (4, -8, 16, -20, 28, -32):
@@ -242,22 +252,23 @@ def _anchor(share: float) -> str | None:
 
 
 def heat(title: str, text: str, values: Sequence[Sequence[float | None]], edges: Sequence[float], key: str) -> Markup:
-    """A map of shades, the first row at the bottom: darker is more, a cross marks the middle. `edges`, BANDS + 1 rising
-    values, are the same for maps that are compared; beyond the last one all is darkest, as is what is not finite."""
-    size, rows, across = 260, len(values), len(values[0])
-    wide, high = size / across, size / rows
-    paths: list[list[str]] = [[] for _ in range(BANDS)]
+    """A map of shades, the first row at the bottom: stronger is more, a cross marks the middle. `edges`, BANDS + 1
+    rising values, are the same for maps that are compared; all beyond is strongest, as is what is not finite."""
+    rows, across = len(values), len(values[0])
+    paths: dict[int, list[str]] = {}
     for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            paths[_band(value, edges)].append(f"M{j * wide:.2f} {size - (i + 1) * high:.2f}h{wide:.2f}v{high:.2f}h-{wide:.2f}z")
+        start = 0
+        for band, equal in groupby(_band(value, edges) for value in row):
+            wide = len([*equal])
+            paths.setdefault(band, []).append(f"M{start} {rows - 1 - i}h{wide}v1h-{wide}z")
+            start += wide
+    scale = f"scale({MAP / across:.6g} {MAP / rows:.6g})"  # whole numbers in the paths: no seam between two shades
     content = [
-        tag("path", class_="band", fill_opacity=_shade(band), d="".join(path))
-        for band, path in enumerate(paths)
-        if path
+        tag("path", class_="band", fill_opacity=_shade(band), d="".join(path), transform=scale)
+        for band, path in sorted(paths.items())
     ]
-    content.append(tag("path", class_="axis", d=f"M{size / 2 - 5} {size / 2}h10M{size / 2} {size / 2 - 5}v10"))
-    content += _scale(edges, size + 16.0, size, key)
-    return fixed(title, text, size + 4, *content)
+    content.append(tag("path", class_="axis", d=f"M{MAP / 2 - 5} {MAP / 2}h10M{MAP / 2} {MAP / 2 - 5}v10"))
+    return fixed(title, text, MAP + 4, *content, *_scale(edges, MAP + 16.0, key))
 
 
 def _band(value: float | None, edges: Sequence[float]) -> int:
@@ -270,17 +281,16 @@ def _shade(band: int) -> float:
     return 0.05 + 0.95 * band / (BANDS - 1)
 
 
-def _scale(edges: Sequence[float], x: float, size: int, key: str) -> list[Markup]:
+def _scale(edges: Sequence[float], x: float, key: str) -> list[Markup]:
     """What the shades mean, beside a map."""
-    top, high = 18.0, (size - 18.0) / BANDS
+    top, high = 18.0, (MAP - 18.0) / BANDS
     content = [tag("text", key, x=x, y=10.0)]
     for band in range(BANDS):
         place = {"x": x, "y": top + (BANDS - 1 - band) * high, "width": 12, "height": high}
         content.append(tag("rect", class_="band", fill_opacity=_shade(band), **place))
     content += [
-        tag("text", f"{edge:.3g}", x=x + 18, y=min(max(top + (BANDS - i) * high + 4, top + 8), float(size)))
+        tag("text", f"{edge:.3g}", x=x + 18, y=min(max(top + (BANDS - i) * high + 4, top + 8), float(MAP)))
         for i, edge in enumerate(edges)
         if i % 2 == 0
     ]
     return content
-

@@ -38,8 +38,8 @@ def _figures(figures: Sequence[tuple[str, str]]) -> Markup | None:
     return tag("dl", *entries, class_="figures") if entries else None
 
 
-def section(title: str, *content: object) -> Markup:
-    return tag("section", tag("h2", title), *content)
+def section(title: str, *content: object, anchor: str | None = None) -> Markup:
+    return tag("section", tag("h2", title), *content, id=anchor)
 
 
 def paragraph(*content: object) -> Markup:

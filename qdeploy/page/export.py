@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qdeploy.page.charts import bars
-from qdeploy.page.document import Column, chart, charts, large, page, paragraph, section, table, warnings
-from qdeploy.page.layers import layer_chart, layer_names, lowest_sqnr
-from qdeploy.page.markup import Markup
+from qdeploy.page.document import Column, chart, charts, large, page, section, table, warnings
+from qdeploy.page.layers import layer_chart, layer_names
+from qdeploy.page.markup import Markup, tag, together
 from qdeploy.terminal import percent
 
 
@@ -25,19 +25,28 @@ def of_export(report: dict[str, Any]) -> str:
         Path(report["path"]).name,
         figures,
         warnings(report["warnings"]),
-        section("Size and layers", paragraph(lowest_sqnr(layers)), _charts(report, layers)),
+        section("Size and layers", _charts(report, layers)),
         section("Every layer", _table(layers)),
     )
 
 
 def _charts(report: dict[str, Any], layers: list[dict]) -> Markup:
-    sizes = [("float32", "fp32_bytes"), ("packed: learned weights at their width", "packed_bytes"), ("file", "file_bytes")]
+    sizes = [
+        ("float32", "fp32_bytes"),
+        ("packed: learned weights at their width", "packed_bytes"),
+        ("file", "file_bytes"),
+    ]
     rows = [(label, report[key], f"{report[key]:,} B") for label, key in sizes]
     drawing = bars("Size", f"The file has {report['file_ratio']:.3f} times the bytes of the network in float32.", rows)
     shares = ", ".join(f"{percent(share)} at {bits} bits" for bits, share in report["mac_share"].items())
     header: list[Column] = [("size", ""), ("bytes", ",d"), ("", "")]
-    size = chart(drawing, f"Bytes of the network and of the file. Multiply-accumulates: {shares}.", header, rows)
-    return charts(size, layer_chart(layers, "All layers in the order in which they run."))
+    size = chart(
+        drawing,
+        together(tag("strong", "Bytes"), f" of the network and of the file. Multiply-accumulates: {shares}."),
+        header,
+        rows,
+    )
+    return charts(size, layer_chart(layers, "Layers"))
 
 
 def _table(layers: list[dict]) -> Markup:

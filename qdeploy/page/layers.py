@@ -7,7 +7,7 @@ from typing import Any
 
 from qdeploy.page.charts import Panel, columns
 from qdeploy.page.document import Column, chart, number
-from qdeploy.page.markup import Markup
+from qdeploy.page.markup import Markup, tag, together
 
 PANELS = (  # key of a layer, what it is, factor and format
     ("bits", "bits of the weights", 1, ".0f"),
@@ -31,17 +31,15 @@ def layer_chart(layers: Sequence[dict[str, Any]], title: str) -> Markup:
             panels.append(Panel(label, [None if value is None else factor * value for value in values], spec))
     header: list[Column] = [("layer", ""), *((panel.label, panel.spec) for panel in panels)]
     rows = [(name, *(panel.values[i] for panel in panels)) for i, name in enumerate(names)]
-    return chart(columns(title, _lowest(layers), names, panels), title, header, rows, wide=True)
+    text = f"{len(layers):,} layers in the order in which they run. {_lowest_sqnr(layers)}"
+    caption = together(tag("strong", title), ": ", text)
+    return chart(columns(title, text, names, panels), caption, header, rows, wide=True)
 
 
-def _lowest(layers: Sequence[dict[str, Any]]) -> str:
-    return f"{lowest_sqnr(layers)} A column for each of {len(layers):,} layers."
-
-
-def lowest_sqnr(layers: Sequence[dict[str, Any]]) -> str:
+def _lowest_sqnr(layers: Sequence[dict[str, Any]]) -> str:
     """A sentence on the layer that is furthest off."""
     found = [(layer["sqnr_db"], i) for i, layer in enumerate(layers) if layer.get("sqnr_db") is not None]
     if not found:
-        return "No layer has an error."
+        return ""
     sqnr, i = min(found)
     return f"The layer furthest off is {layer_names(layers)[i]}: SQNR {number(sqnr, '.1f')} dB."

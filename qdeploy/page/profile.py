@@ -10,7 +10,7 @@ from typing import Any
 from qdeploy.page.charts import Panel, bars, columns
 from qdeploy.page.document import Column, chart, charts, large, meter, number, page, paragraph, section, table
 from qdeploy.page.layers import layer_names
-from qdeploy.page.markup import Markup
+from qdeploy.page.markup import Markup, tag, together
 from qdeploy.terminal import percent
 
 SLOWEST = 8  # operations that have a bar
@@ -60,7 +60,9 @@ def _charts(nodes: list[dict], names: list[str]) -> Markup:
     order = _slowest(nodes)
     rows = [(names[i], nodes[i]["microseconds"], _said(nodes[i : i + 1])) for i in order[:SLOWEST]]
     rest = [nodes[i] for i in order[SLOWEST:]]
-    caption = f"The slowest operations. The other {len(rest):,}: {_said(rest)}." if rest else "The slowest operations."
+    caption = together(
+        tag("strong", "The slowest operations"), f"; the other {len(rest):,}: {_said(rest)}." if rest else "."
+    )
     slowest = bars("The slowest operations", f"{rows[0][0]} takes most: {rows[0][2]}.", rows)
     panels = [
         Panel("time, \u00b5s", [node["microseconds"] for node in nodes], ",.2f"),
@@ -73,7 +75,13 @@ def _charts(nodes: list[dict], names: list[str]) -> Markup:
     header: list[Column] = [("operation", ""), *((panel.label, panel.spec) for panel in panels)]
     return charts(
         chart(slowest, caption, [("operation", ""), ("\u00b5s", ",.2f"), ("", "")], rows),
-        chart(through, "All operations in the order in which they run.", header, numbers, wide=True),
+        chart(
+            through,
+            together(tag("strong", "All operations"), " in the order in which they run."),
+            header,
+            numbers,
+            wide=True,
+        ),
     )
 
 
