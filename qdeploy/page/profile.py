@@ -110,7 +110,7 @@ def _operations(nodes: list[dict], names: list[str]) -> Markup:
     rows: list[tuple] = []
     for name, node in zip(names, nodes, strict=True):
         shape = "x".join(map(str, node["shape"]))
-        row = (name, node["of_time"], node["microseconds"], node["op"], node["bits"] or None, shape)
+        row: tuple[Any, ...] = (name, node["of_time"], node["microseconds"], node["op"], node["bits"] or None, shape)
         row += (node["macs"] / 1e6, node["gmacs_per_second"], node["of_peak"])
         row += (node["kernel"], node["tile"], node["split"])
         rows.append((*row, node["note"]) if notes else row)
