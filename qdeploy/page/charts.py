@@ -223,17 +223,16 @@ class Compared:
 
 
 def dots(title: str, text: str, rows: Sequence[Compared], x: Axis) -> Markup:
-    """A row each: its name above, both values on one axis below it."""
-    high, base = 34, 34 * len(rows)
+    """A row each: its name on the left, both values on one axis on the right."""
+    base = 20 * len(rows) + 4
 
     def at(value: float) -> str:
-        return _percent(0.015 + 0.97 * min(max(x.share(value), 0.0), 1.0))
+        return _percent(0.45 + 0.53 * min(max(x.share(value), 0.0), 1.0))
 
     content = [tag("line", class_="grid", x1=at(tick), x2=at(tick), y1=0, y2=base) for tick in x.ticks]
     for i, row in enumerate(rows):
-        y = float(high * i + high - 10)
-        content.append(tag("line", class_="grid", x1=0, x2="100%", y1=y, y2=y))
-        content.append(tag("text", tag("title", row.label), short(row.label), x=0, y=y - 12, class_="strong halo"))
+        y = 20.0 * i + 12
+        content.append(tag("text", tag("title", row.label), short(row.label, 24), x=0, y=y + 4, class_="strong"))
         for value, error, ours in ((row.other, row.other_error, False), (row.value, row.error, True)):
             if value is None:
                 continue
@@ -241,14 +240,9 @@ def dots(title: str, text: str, rows: Sequence[Compared], x: Axis) -> Markup:
                 ends = {"x1": at(value - error), "x2": at(value + error)}
                 content.append(tag("line", class_="error" if ours else "axis", y1=y, y2=y, **ends))
             said = tag("title", f"{row.label}, {'here' if ours else 'published'}: {x.text(value)}")
-            content.append(tag("circle", said, class_="fill" if ours else "other", cx=at(value), cy=y, r=4.5))
-    content += [tag("text", x.text(tick), x=at(tick), y=base + 13.0, class_=_anchor(x.share(tick))) for tick in x.ticks]
-    content.append(tag("text", x.label, x="100%", y=base + 28.0, class_="end"))
-    return fluid(title, text, base + 34, *content)
-
-
-def _anchor(share: float) -> str | None:
-    return "end" if share > 0.95 else "middle" if share > 0.05 else None
+            content.append(tag("circle", said, class_="fill" if ours else "other", cx=at(value), cy=y, r=4.0))
+    content += [tag("text", x.text(tick), x=at(tick), y=base + 14.0, class_="middle") for tick in x.ticks]
+    return fluid(title, text, base + 20, *content)
 
 
 def heat(title: str, text: str, values: Sequence[Sequence[float | None]], edges: Sequence[float], key: str) -> Markup:
