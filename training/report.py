@@ -11,7 +11,7 @@ from typing import Any
 from qdeploy.errors import InputError
 from qdeploy.training.config import plain
 from qdeploy.training.report_cells import Cell, bits, cell, check_row, check_table, held_out, of_files
-from qdeploy.training.report_rows import labelled
+from qdeploy.training.report_rows import labelled, plainest
 from qdeploy.training.report_runs import Missing, Result, find
 from qdeploy.training.tables import Column, Row, Table, matches, table
 
@@ -85,7 +85,8 @@ def _columns(data: str, domains: Sequence[str], decimals: int = 1, validation: b
 
 def _of_paper(one: Table, results: Sequence[Result]) -> dict[str, Any]:
     """Its rows and columns; runs of data that it does not have get columns of their own."""
-    groups = [[run for run in results if matches(row, run.config, run.data, run.kind)] for row in one.rows]
+    asked = [run for run in results if run.row is None or not run.of_seeds]
+    groups = [plainest([run for run in asked if matches(row, run.config, run.data, run.kind)]) for row in one.rows]
     added = _added(one.columns, held_out([run for group in groups for run in group]))
     rows = [replace(row, published=[*[(None, None)] * len(added), *row.published]) for row in one.rows]
     found = _filled([*added, *one.columns], rows, groups, one.varies)
@@ -93,7 +94,7 @@ def _of_paper(one: Table, results: Sequence[Result]) -> dict[str, Any]:
     used = {run.folder for group in groups for run in group}
     if any(run.config.selection != one.selection for group in groups for run in group):
         found["notes"].append(f"The published ones were selected by another rule: {SELECTIONS[one.selection]}.")
-    if left := [label for label, group in labelled(results).items() if not any(run.folder in used for run in group)]:
+    if left := [label for label, group in labelled(asked).items() if not any(run.folder in used for run in group)]:
         found["notes"].append(f"In no row of this table: {'; '.join(left)}.")
     return {"name": one.name, "title": one.title, **found}
 

@@ -9,10 +9,12 @@ from typing import Any
 from qdeploy.errors import InputError
 from qdeploy.training import fingerprint
 from qdeploy.training.config import MAY_CHANGE, Config, differences
-from qdeploy.training.report_runs import Result
+from qdeploy.training.report_runs import MEASURES, Result
+from qdeploy.training.run_files import sound
 from qdeploy.training.tables import Column, domains_of, same_domain
 
 Cell = dict[str, Any]  # {"mean", "error", "n"}
+INT8 = "int8"  # in place of a value of a column: the accuracy of the model file
 
 # In what the runs of a row may differ: it does not change what they are runs of.
 OF_PLACE = MAY_CHANGE - {"updates", "epochs"} | {"float_runs"}
@@ -84,7 +86,7 @@ def _samples(results: Sequence[Result], column: Column, domain: str, varies: Col
     found = {}
     for one in results:
         name = next((name for name in one.tests if same_domain(name, domain)), None)
-        value = None if name is None else _value(one, column.value, name)
+        value = None if name is None else _value(one, column, name)
         if value is not None:
             found[_sample(one, varies)] = value
     return found
@@ -98,16 +100,29 @@ def _sample(one: Result, varies: Collection[str]) -> object:
     return (one.config.seed, *others)
 
 
-def _value(one: Result, value: str, domain: str) -> float | None:
-    if value == "test":
+def _value(one: Result, column: Column, domain: str) -> float | None:
+    if column.value == "test":
         return one.tests[domain]
-    if value == "validation":
+    if column.value == "validation":
         return one.validation
-    if value == "int8":
+    if column.value == INT8:
         return None if one.file is None else one.file["tests"].get(domain)
-    measure, _, name = value.partition(".")
-    found = one.measures.get(measure, {}).get(name)
-    return float(found) if isinstance(found, int | float) else None
+    return _measured(one, column)
+
+
+def _measured(one: Result, column: Column) -> float | None:
+    """The mean over the rows of the measure's table that the column means; None where a search was saturated."""
+    measure, _, name = column.value.partition(".")
+    content = one.measures.get(measure)
+    if content is None:
+        return None
+    with sound(one.folder / MEASURES / f"{measure}.json"):
+        if column.where is None:
+            return float(content[name])
+        rows = [row for row in content["table"] if column.where.items() <= row.items()]
+        if not rows or any(row.get("saturated") for row in rows):
+            return None
+        return statistics.fmean(row[name] for row in rows)
 
 
 def _is_in(key: str, names: Collection[str]) -> bool:
@@ -130,6 +145,6 @@ def of_files(results: Sequence[Result], domains: Mapping[str, Sequence[str]]) ->
     if not files:
         return {"size": None, "int8": None, "agreement": None}
     data = [*dict.fromkeys(one.data for one in results)]
-    int8 = cell(results, Column("int8", value="int8"), domains[data[0]], ()) if len(data) == 1 else None
+    int8 = cell(results, Column(INT8, value=INT8), domains[data[0]], ()) if len(data) == 1 else None
     agreement = 100 * statistics.fmean(file["agreement"] for file in files)
     return {"size": max(file["bytes"] for file in files), "int8": int8, "agreement": agreement}

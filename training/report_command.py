@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the report of `report_data`, which it returns with {"files": [path]}."""
+    """Writes the report of `report_data`, which it returns with {"written": [path]}."""
     from qdeploy.training.report import report_data
 
     out = args.folders[0] if args.out is None else args.out
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     for name, content in files.items():
         with atomic_file(out / name) as file:
             file.write(content)
-    return {**data, "files": [str(out / name) for name in files]}
+    return {**data, "written": [str(out / name) for name in files]}
 
 
 def _check_out(out: Path) -> None:
@@ -59,4 +59,4 @@ def show(data: dict[str, Any]) -> None:
     from qdeploy.training.report_text import markdown
 
     write(markdown(data).rstrip())
-    write(f"\nwritten: {', '.join(data['files'])}")
+    write(f"\nwritten: {', '.join(data['written'])}")

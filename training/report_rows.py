@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from qdeploy.training.config import differences, plain
+from qdeploy.training.config import Config, differences, plain, resolve
 from qdeploy.training.report_cells import OF_PLACE
 from qdeploy.training.report_runs import Result
 
@@ -21,11 +21,15 @@ def labelled(results: Sequence[Result]) -> dict[str, list[Result]]:
     firsts = [group[0] for group in groups.values() if group[0].row is None]
     found: dict[str, list[Result]] = {}
     for group in groups.values():
-        label = group[0].row or _words(group[0], firsts)
+        label = _of_sweep(group[0]) or _words(group[0], firsts)
         while label in found:  # in another sweep
             label += "'"
         found[label] = group
     return found
+
+
+def _of_sweep(one: Result) -> str | None:
+    return f"{one.row}: {one.kind} of {one.members}" if one.row is not None and one.of_seeds else one.row
 
 
 def _key(one: Result) -> str:
@@ -54,3 +58,15 @@ def _word(one: Result, key: str) -> str:
     if isinstance(value, Mapping) and "name" in value:
         value = value.get(option or "name")
     return str(value)
+
+
+def plainest(results: Sequence[Result]) -> list[Result]:
+    """Of several rows of a sweep those with the fewest settings beside what their methods have: a row of a paper means
+    them, and not, say, the members of an average that vary the learning rate. Of other runs all."""
+    distances = {one.row: _distance(one.config) for one in results if one.row is not None}
+    return [one for one in results if one.row is None or distances[one.row] == min(distances.values())]
+
+
+def _distance(config: Config) -> int:
+    usual = resolve(Config(data=config.data, test_domain=config.test_domain, method=config.method))
+    return len(differences(usual, config).keys() - _NO_ROW)

@@ -16,7 +16,7 @@ from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, read_done, 
 from qdeploy.training.tables import data_set
 
 SWEEP, SWEEP_VERSION = "sweep.json", 1
-MEASURES = "measures"
+MEASURES, MEASURE_VERSION = "measures", 1
 
 File = Mapping[str, Any]  # "file" of a summary: {"bytes", "test", "tests", "agreement"}
 
@@ -25,8 +25,9 @@ File = Mapping[str, Any]  # "file" of a summary: {"bytes", "test", "tests", "agr
 class Result:
     """A finished run, or what was made of several (`kind`, of `members` networks), with its accuracies by domain.
 
-    validation: the mean over the source domains; None of an ensemble. row: its name in a sweep. file: what a summary
-    says of the model file. images: their fingerprint, where it is known.
+    validation: the mean over the source domains; None of an ensemble. row: its name in a sweep. of_seeds: what
+    `qdeploy train` makes of its seeds unasked. file: what a summary says of the model file. images: their fingerprint,
+    where it is known.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class Result:
     row: str | None = None
     kind: str | None = None
     members: int = 1
+    of_seeds: bool = False
     file: File | None = None
     images: Mapping[str, Any] | None = None
     records: Sequence[Mapping[str, Any]] = ()
@@ -130,10 +132,7 @@ def read_sweep(folder: Path) -> Sweep:
     """Raises InputError for a damaged file and for one of a newer version."""
     path = folder / SWEEP
     with sound(path):
-        content = json.loads(path.read_bytes())
-        if content["version"] > SWEEP_VERSION:
-            got = f"version {content['version']}, of a newer qdeploy"
-            raise InputError(f"expected a sweep of version {SWEEP_VERSION}, got {got} - at {path}")
+        content = _of_version(json.loads(path.read_bytes()), SWEEP_VERSION, path)
         runs = {(folder / entry["folder"]).resolve(): entry for entry in content["runs"]}
         for entry in runs.values():
             entry["row"], entry["target"], entry["state"]  # noqa: B018 - what is missing is said here
@@ -143,8 +142,10 @@ def read_sweep(folder: Path) -> Sweep:
 def _of_sweep(sweep: Sweep) -> Iterator[Result | Missing]:
     """In the order of its rows; what has no result with its state."""
     found = {one.folder.resolve(): one for one in _below(sweep.folder, sweep)}
+    have_runs = {(entry["row"], entry["target"]) for entry in sweep.runs.values() if entry.get("seed") is not None}
     for path, entry in sweep.runs.items():
-        if not isinstance(found.get(path), Result):
+        is_summary = entry.get("seed") is None and (entry["row"], entry["target"]) in have_runs
+        if not isinstance(found.get(path), Result) and not (is_summary and entry["state"] == "done"):
             state = "done, but its files are gone" if entry["state"] == "done" else entry["state"]
             state += f": {entry['error']}" if entry.get("error") else ""
             folder = sweep.folder / entry["folder"]
@@ -195,6 +196,7 @@ def _combined(folder: Path, summary: Mapping[str, Any], sweep: Sweep | None) -> 
             row=sweep.row(folder) if sweep else None,
             kind=summary.get("kind") or ensemble_of([config], "layers" in summary),
             members=len(summary["members"]),
+            of_seeds="kind" not in summary,
             file=summary.get("file"),
         )
         if not found.tests or not all(0 <= share <= 1 for share in tests.values()):
@@ -236,6 +238,14 @@ def _progress(folder: Path) -> str:
 def _measures(folder: Path) -> dict[str, Any]:
     found = {}
     for path in sorted((folder / MEASURES).glob("*.json")):
-        with sound(path):
-            found[path.stem] = {**json.loads(path.read_bytes())}
+        if not path.stem.endswith(".partial"):  # of a command that goes on
+            with sound(path):
+                found[path.stem] = _of_version(json.loads(path.read_bytes()), MEASURE_VERSION, path)
     return found
+
+
+def _of_version(content: dict[str, Any], known: int, path: Path) -> dict[str, Any]:
+    if content["version"] > known:
+        expected = f"a file of version {known}"
+        raise InputError(f"expected {expected}, got version {content['version']} of a newer qdeploy - at {path}")
+    return content

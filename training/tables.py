@@ -24,14 +24,15 @@ SHARES = ("test", "validation")  # values of a column that are accuracies of a r
 class Column:
     """What stands in a column: of a data set the mean over what is held out, or of the domain `target` alone.
 
-    data: None for that of the row. value: one of SHARES, or MEASURE.VALUE. mean_of: labels of the columns whose mean it
-    is instead. percent: the value is a share.
+    data: None for that of the row. value: one of SHARES, or MEASURE.VALUE, `where` its table is so. mean_of: labels of
+    the columns whose mean it is instead. percent: the value is a share.
     """
 
     label: str
     data: str | None = None
     target: str | None = None
     value: str = "test"
+    where: Mapping[str, Any] | None = None
     mean_of: Sequence[str] = ()
     percent: bool = True
     decimals: int = 1
