@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -39,20 +40,20 @@ def check_row(results: Sequence[Result], varies: Collection[str]) -> None:
 def check_table(results: Sequence[Result]) -> None:
     """Raises InputError for runs that do not belong into one table: another split, selection rule or images of one
     name, or a domain that is held out in another way."""
-    for one in results:
-        first = results[0]
-        for key in ("split_seed", "selection"):
-            _check_same(key, getattr(first.config, key), getattr(one.config, key), first, one)
-        alike = [other for other in results if other.data == one.data]
+    for place, one in enumerate(results):
+        _check_same("split_seed", results[0], one)
+        _check_same("selection", results[0], one)
+        alike = [other for other in results[:place] if other.data == one.data]
         for other in alike:
             if {*other.tests} & {*one.tests}:
-                _check_same("test_domain", other.config.test_domain, one.config.test_domain, other, one)
-        first = alike[0]
-        if first.images and one.images and (found := fingerprint.difference(first.images, one.images)):
-            raise InputError(f"expected the images of {first.folder}, got {found} - at {one.folder}")
+                _check_same("test_domain", other, one)
+        for first in alike[:1]:
+            if first.images and one.images and (found := fingerprint.difference(first.images, one.images)):
+                raise InputError(f"expected the images of {first.folder}, got {found} - at {one.folder}")
 
 
-def _check_same(key: str, was: object, now: object, first: Result, one: Result) -> None:
+def _check_same(key: str, first: Result, one: Result) -> None:
+    was, now = getattr(first.config, key), getattr(one.config, key)
     if was != now:
         expected = f"runs of one table, {key}={was!r} as in {first.folder}"
         raise InputError(f"expected {expected}, got {key}={now!r} - at {one.folder}")
@@ -111,18 +112,19 @@ def _value(one: Result, column: Column, domain: str) -> float | None:
 
 
 def _measured(one: Result, column: Column) -> float | None:
-    """The mean over the rows of the measure's table that the column means; None where a search was saturated."""
+    """The mean over the rows of the measure's table that the column means; None where it has no number, or one of a
+    search that was saturated."""
     measure, _, name = column.value.partition(".")
     content = one.measures.get(measure)
     if content is None:
         return None
     with sound(one.folder / MEASURES / f"{measure}.json"):
-        if column.where is None:
-            return float(content[name])
-        rows = [row for row in content["table"] if column.where.items() <= row.items()]
-        if not rows or any(row.get("saturated") for row in rows):
+        rows = [content] if column.where is None else content["table"]
+        found = [row for row in rows if (column.where or {}).items() <= row.items() and name in row]
+        if not found or any(row.get("saturated") for row in found):
             return None
-        return statistics.fmean(row[name] for row in rows)
+        value = statistics.fmean(row[name] for row in found)
+        return value if math.isfinite(value) else None
 
 
 def _is_in(key: str, names: Collection[str]) -> bool:

@@ -26,22 +26,18 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from qdeploy.training.report import report_data
 
     out = args.folders[0] if args.out is None else args.out
-    _check_out(out)
+    for name in FILES:
+        check_regular(out / name)
     data = report_data(args.folders, args.table)
-    files = _drawn(data)
+    files = _made(data)
+    out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         with atomic_file(out / name) as file:
             file.write(content)
     return {**data, "written": [str(out / name) for name in files]}
 
 
-def _check_out(out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        check_regular(out / name)
-
-
-def _drawn(data: dict[str, Any]) -> dict[str, bytes]:
+def _made(data: dict[str, Any]) -> dict[str, bytes]:
     """The files by name: all of them are made before one is written."""
     from qdeploy.training.report_text import csv_text, markdown
 
