@@ -64,7 +64,7 @@ def test_wheel_contents(wheel: Path):
         installed = {name for name in names if Path(name).parent == Path(package) and name.endswith(".py")}
         assert installed == {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     data = {f"qdeploy/demo_data/{path.name}" for path in (ROOT / "qdeploy/demo_data").iterdir()}
-    assert data | {"qdeploy/_engine.pyi", "qdeploy/py.typed"} <= set(names)
+    assert data | {"qdeploy/_engine.pyi", "qdeploy/py.typed", "qdeploy/training/tables.yaml"} <= set(names)
     assert sum(name.endswith(".so") for name in names) == 1
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qdeploy"}  # no top-level kernels, training, tests
 

@@ -29,7 +29,8 @@ def report_data(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str,
 
     Returns {"title", "tables": [table], "runs": [{"row", "target", "seed", "folder", "records", "config", "measures"}]}
 
-    A table is {"name", "title", "columns": [label], "decimals": [digits by column], "rows", "notes": [sentence]}.
+    A table is {"name", "title", "columns": [label], "decimals": [digits by column], "units": ["%" or "" by column],
+    "rows", "notes": [sentence]}.
     A row is {"label", "cells", "seeds": text, "networks": how many an ensemble has, "bits": text, "size": bytes,
     "int8": cell, "agreement"}, a cell None or {"mean", "error", "n", "published", "published_error"}, by column.
     Accuracies are in percent, as the papers print them; an error is the standard error over n seeds. What is not known
@@ -119,7 +120,7 @@ def _added(columns: Sequence[Column], domains: Domains) -> list[Column]:
 def _filled(
     columns: Sequence[Column], rows: Sequence[Row], groups: Sequence[Sequence[Result]], varies: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """{"columns", "decimals", "rows", "notes"} of a table whose rows have these results."""
+    """{"columns", "decimals", "units", "rows", "notes"} of a table whose rows have these results."""
     used = [one for group in groups for one in group]
     check_table(used)
     for group in groups:
@@ -133,7 +134,8 @@ def _filled(
         notes.append(f"Mean and standard error over seeds; selection: {rule}; split {split}.")
         notes.append("A mean is over all held-out domains, or it is missing.")
     labels, decimals = [column.label for column in columns], [column.decimals for column in columns]
-    return {"columns": labels, "decimals": decimals, "rows": filled, "notes": notes}
+    units = ["%" if column.percent else "" for column in columns]
+    return {"columns": labels, "decimals": decimals, "units": units, "rows": filled, "notes": notes}
 
 
 def _row(

@@ -26,7 +26,7 @@ STYLE: dict[Any, Any] = {
     "ytick.color": INK,
 }
 ROW, HEAD, FOOT = 0.24, 0.75, 0.55  # inches: of a row, above the panels of a table and below them
-PANEL, LABEL = 1.75, 0.075  # inches: the width of a panel, and of a letter of a row's label
+PANEL, WIDEST, LABEL = 1.75, 3.5, 0.075  # inches: of a panel, of one with room beside, of a letter of a row's label
 
 
 def draw(data: Mapping[str, Any], kind: str) -> bytes:
@@ -77,16 +77,21 @@ def _draw(figure: Figure, table: Mapping[str, Any], left: float, top: float, bot
     """A table between two heights, in inches."""
     width, height = figure.get_size_inches()
     rows, columns = _rows(table), _columns(table)
-    place = {"left": left / width, "right": 1 - 0.15 / width, "wspace": 0.16}
+    right = min(width - 0.15, left + WIDEST * len(columns))
+    place = {"left": left / width, "right": right / width, "wspace": 0.16}
     place |= {"top": (top - HEAD) / height, "bottom": (bottom + FOOT) / height}
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False, gridspec_kw=place)[0]
     for axes, column in zip(panels, columns, strict=True):
         _panel(axes, [row["cells"][column] for row in rows])
-        axes.set_title(_short(table["columns"][column]), fontsize=9)
+        unit = table["units"][column]
+        axes.set_title(_short(table["columns"][column]) + (f", {unit}" if unit else ""), fontsize=9)
     panels[0].set_yticks(range(len(rows)), [_short(row["label"]) for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     has_published = any((row["cells"][column] or {}).get("published") is not None for row in rows for column in columns)
-    legend = "filled: here, with the standard error over seeds" + ("; open: published" if has_published else "")
+    seeds = " or ".join(sorted({row["seeds"] for row in rows}))
+    legend = f"filled: here, mean and standard error over {seeds} seeds" + (
+        "; open: published" if has_published else ""
+    )
     figure.text(0.1 / width, (top - 0.2) / height, f"{table['name']}: {table['title']}", fontsize=10, weight="bold")
     figure.text(0.1 / width, (top - 0.38) / height, legend, fontsize=8)
 
