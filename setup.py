@@ -48,7 +48,11 @@ ROOMS = ("exporter", "exporter.lowering", "gpu", "kernels", "networks", "ops", "
 setup(
     packages=["qdeploy", *(f"qdeploy.{room}" for room in ROOMS)],
     package_dir={"qdeploy": "qdeploy", "qdeploy.kernels": "kernels", "qdeploy.training": "training"},
-    package_data={"qdeploy": ["_engine.pyi", "py.typed", "demo_data/*"], "qdeploy.page": ["style.css"]},
+    package_data={
+        "qdeploy": ["_engine.pyi", "py.typed", "demo_data/*"],
+        "qdeploy.page": ["style.css"],
+        "qdeploy.training": ["tables.yaml"],
+    },
     ext_modules=[
         Extension(
             "qdeploy._engine",

@@ -417,6 +417,24 @@ def _show_combine(report: Report) -> None:
     combine_command.show(report)
 
 
+def report(args: argparse.Namespace) -> Report:
+    """Write tables of finished training runs, those of the papers with the published figures beside."""
+    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
+    from qdeploy import page
+    from qdeploy.training import report_command
+
+    _check_output(args.html)
+    report = report_command.main(args)
+    _write_page(args.html, lambda: page.of_report(report))
+    return report
+
+
+def _show_report(report: Report) -> None:
+    from qdeploy.training import report_command
+
+    report_command.show(report)
+
+
 def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file; two or more make an ensemble."""
     from qdeploy.training import finished_runs  # imports no torch
@@ -595,12 +613,13 @@ def _parser() -> argparse.ArgumentParser:
     added = command(verify, _show_verify, file=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=2)
     added.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
-    from qdeploy.training import combine_command, data_command  # these three import no torch
+    from qdeploy.training import combine_command, data_command, report_command  # these four import no torch
     from qdeploy.training import command as train_command
 
     data_command.add_arguments(command(data, _show_data))
     train_command.add_arguments(command(train, _show_train))
     combine_command.add_arguments(command(combine, _show_combine))
+    report_command.add_arguments(command(report, _show_report, html=True))
     command(doctor, _show_doctor)
     return parser
 

@@ -64,7 +64,8 @@ def test_wheel_contents(wheel: Path):
         installed = {name for name in names if Path(name).parent == Path(package) and name.endswith(".py")}
         assert installed == {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     data = {f"qdeploy/demo_data/{path.name}" for path in (ROOT / "qdeploy/demo_data").iterdir()}
-    assert data | {"qdeploy/_engine.pyi", "qdeploy/py.typed", "qdeploy/page/style.css"} <= set(names)
+    data |= {f"qdeploy/{name}" for name in ("_engine.pyi", "py.typed", "page/style.css", "training/tables.yaml")}
+    assert data <= set(names)
     assert sum(name.endswith(".so") for name in names) == 1
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qdeploy"}  # no top-level kernels, training, tests
 
