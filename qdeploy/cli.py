@@ -421,11 +421,11 @@ def report(args: argparse.Namespace) -> Report:
     """Write tables of finished training runs, those of the papers with the published figures beside."""
     _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
     from qdeploy import page
-    from qdeploy.training import report_command
+    from qdeploy.training import report_command, report_files
 
     _check_output(args.html)
     report = report_command.main(args)
-    _write_page(args.html, lambda: page.of_report(report))
+    _write_page(args.html, lambda: page.of_report(report_files.timed(report)))
     return report
 
 

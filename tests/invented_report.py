@@ -33,7 +33,8 @@ def _table(rng: np.random.Generator, rows: tuple[str, ...]) -> dict:
         filled.append({"label": label, "cells": cells, **known})
     notes = ["Mean and standard error over seeds; selection: training-domain validation; split 0."]
     title = "Digits-DG: the rows of QT-DoG"
-    return {"name": "all", "title": title, "columns": columns, "decimals": [1] * 5, "rows": filled, "notes": notes}
+    about = {"name": "all", "title": title, "columns": columns, "decimals": [1] * 5, "units": ["%"] * 5}
+    return {**about, "rows": filled, "notes": notes}
 
 
 def _cell(rng: np.random.Generator, mean: float, i: int) -> dict:

@@ -121,7 +121,8 @@ def test_a_table_shows_published_figures_beside_ours_and_what_is_missing_as_miss
     cell = {"mean": 61.26, "error": 0.5, "n": 3, "published": 63.8, "published_error": 0.4}
     only_published = {"mean": None, "error": None, "n": 0, "published": 66.2, "published_error": None}
     rows = [{"label": "ERM", "cells": [cell, None], "size": 140000}, {"label": "SWAD", "cells": [only_published, None]}]
-    table = {"name": "t", "title": "T", "columns": ["PACS", "mean"], "decimals": [1, 1], "rows": rows, "notes": ["n"]}
+    about = {"name": "all", "title": "T", "columns": ["PACS", "mean"], "decimals": [1, 1], "units": ["%", ""]}
+    table = {**about, "rows": rows, "notes": ["n"]}
     text = page.of_report({"title": "runs", "tables": [table], "runs": []})
     (body,) = re.findall(r"<tbody>(.*?)</tbody>", text.split("<ul")[0])
     cells = [re.sub("<.*?>", "", found) for found in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", body)]

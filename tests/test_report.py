@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+import qdeploy
 from qdeploy import cli
 from qdeploy.errors import InputError
-from qdeploy.training import report_command, report_picture, tables
+from qdeploy.training import report_command, report_files, report_picture, tables
 from qdeploy.training.config import Config, plain, resolve
 from qdeploy.training.fingerprint import fingerprint
 from qdeploy.training.report import report_data
@@ -168,9 +169,23 @@ def test_a_true_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         **{"label": "qt-dog", "seeds": "1", "networks": 1, "bits": "7", "size": file["bytes"]},
         "int8": {"mean": 100 * file["test"], "error": None, "n": 1},
         "agreement": 100 * file["agreement"],
+        "file": {"path": str(tmp_path / "out/model.safetensors"), "layers": file["layers"]},
     }
     log = [json.loads(line) for line in (tmp_path / "out/seed0/log.jsonl").read_text().splitlines()]
     assert found["runs"][0]["records"] == log and len(log) == 3
+    (shown,) = report_files.timed(found)["files"]
+    assert shown["label"] == "qt-dog" and [layer["sqnr_db"] for layer in shown["layers"]]
+    nodes = qdeploy.load_int_model(tmp_path / "out/model.safetensors").plan()
+    assert [layer["name"] for layer in shown["layers"]] == [node["name"] for node in nodes]
+    assert {layer["name"]: layer["sqnr_db"] for layer in shown["layers"]} == {
+        layer["name"]: layer["sqnr_db"] for layer in file["layers"]
+    }
+    assert all(layer["microseconds"] > 0 for layer in shown["layers"])
+    assert cli.main(["report", str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert (
+        "<h2>Layers of the files</h2>" in page and "signal over error, SQNR in dB" in page and "time, \u00b5s" in page
+    )
 
 
 # ---- The tables of the papers ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 from qdeploy.errors import InputError
 from qdeploy.training import fingerprint
 from qdeploy.training.config import MAY_CHANGE, Config, differences
+from qdeploy.training.report_files import file_of
 from qdeploy.training.report_runs import MEASURES, Result
 from qdeploy.training.run_files import sound
 from qdeploy.training.tables import Column, domains_of, same_domain
@@ -142,11 +143,14 @@ def bits(config: Config) -> str:
 
 def of_files(results: Sequence[Result], domains: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """{"size": bytes of the largest model file, "int8": accuracy of the engine as of `cell`, "agreement": percent of
-    images for which engine and network say the same}; None where no run has a file."""
+    images for which engine and network say the same, "file": the largest one as of `file_of`}; None where no run has a
+    file."""
     files = [one.file for one in results if one.file is not None]
     if not files:
-        return {"size": None, "int8": None, "agreement": None}
+        return {"size": None, "int8": None, "agreement": None, "file": None}
     data = [*dict.fromkeys(one.data for one in results)]
     int8 = cell(results, Column(INT8, value=INT8), domains[data[0]], ()) if len(data) == 1 else None
     agreement = 100 * statistics.fmean(file["agreement"] for file in files)
-    return {"size": max(file["bytes"] for file in files), "int8": int8, "agreement": agreement}
+    size, largest = max((one.file["bytes"], i) for i, one in enumerate(results) if one.file is not None)
+    file = file_of(results[largest].file or {}, results[largest].folder)
+    return {"size": size, "int8": int8, "agreement": agreement, "file": file}

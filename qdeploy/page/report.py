@@ -14,11 +14,11 @@ def of_report(data: dict[str, Any]) -> str:
     """The page of a report as `qdeploy report --json` prints it.
 
     data: {"title", "tables", "runs"} and "files" where they were profiled. A table has "name", "title", "columns",
-    "decimals", "notes" and "rows" of "label", "cells" (one a column, None or {"mean", "error", "n", "published",
-    "published_error"}) and what is known of "seeds", "networks", "bits", "size" (bytes), "milliseconds" (of an input),
-    "int8" (a cell) and "agreement" (percent). A run has "row", "target", "seed", "records" (its log), "config" and
-    "measures", what its measures/*.json hold, by name. A file has "label" and "layers" of "name", "member", "bits",
-    "sqnr_db", "microseconds" and "macs", as far as they are known.
+    "decimals", "units" ("%" or ""), "notes" and "rows" of "label", "cells" (one a column, None or {"mean", "error",
+    "n", "published", "published_error"}) and what is known of "seeds", "networks", "bits", "size" (bytes),
+    "milliseconds" (of an input), "int8" (a cell) and "agreement" (percent). A run has "row", "target", "seed",
+    "records" (its log), "config" and "measures", what its measures/*.json hold, by name. A file has "label" and
+    "layers" of "name", "member", "bits", "sqnr_db", "microseconds" and "macs", as far as they are known.
     """
     runs = data["runs"]
     sections: list[tuple[str, Markup | None]] = [(_title(one), tables.section_of(one)) for one in data["tables"]]

@@ -76,6 +76,7 @@ def _drawn(content: Mapping[str, Any]) -> list[Markup]:
     if column is None:
         return []
     label, spec = content["columns"][column], f",.{content['decimals'][column]}f"
+    label += f", {content['units'][column]}" if content["units"][column] else ""
     rows = [(row, row["cells"][column]) for row in content["rows"] if row["cells"][column] is not None]
     compared = _comparison(rows, label, spec) if len(rows) > 1 else None
     size = _against(rows, "size", 1e-6, "size, MB", label, spec)
