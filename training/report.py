@@ -32,7 +32,8 @@ def report_data(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str,
     A table is {"name", "title", "columns": [label], "decimals": [digits by column], "units": ["%" or "" by column],
     "rows", "notes": [sentence]}.
     A row is {"label", "cells", "seeds": text, "networks": how many an ensemble has, "bits": text, "size": bytes,
-    "int8": cell, "agreement", "file": {"path", "layers"}}, a cell None or {"mean", "error", "n", "published", "published_error"}, by column.
+    "int8": cell, "agreement", "file": {"path", "layers"}}, a cell None or {"mean", "error", "n", "published",
+    "published_error"}, by column.
     Accuracies are in percent, as the papers print them; an error is the standard error over n seeds. What is not known
     is None.
 
