@@ -281,7 +281,7 @@ def chromium(folder: Path, file: Path, scheme: str, *options: str) -> str:
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
     command += ["--enable-logging=stderr", f"--user-data-dir={folder / 'chromium'}"]
     command += [f"--blink-settings=preferredColorScheme={SCHEMES.index(scheme)}", *options, file.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert [line for line in result.stderr.splitlines() if "CONSOLE" in line] == []
     return result.stdout
