@@ -149,6 +149,17 @@ def test_numbers_that_are_none_are_gaps_and_dashes():
     ]
 
 
+def test_a_map_without_losses_is_shown_as_such():
+    data = report(ROWS[:1], seeds=1)
+    surface = data["runs"][0]["measures"]["surface"]
+    surface["loss"] = None
+    for row in surface["table"]:
+        row["loss"] = None
+    assert (
+        ": loss - at the weights, - to - on the map." in Reader(page.of_report(data | {"runs": data["runs"][:1]})).texts
+    )
+
+
 @pytest.mark.parametrize(
     ("values", "ticks"),
     [

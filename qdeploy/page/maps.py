@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.page.charts import BANDS, heat
-from qdeploy.page.document import Column, chart, charts, paragraph
+from qdeploy.page.document import Column, chart, charts, number, paragraph
 from qdeploy.page.images import image
 from qdeploy.page.markup import Markup, tag, together
 from qdeploy.page.runs import Run, first_seeds, title_of
@@ -43,11 +43,10 @@ def _edges(losses: np.ndarray) -> list[float]:
 
 
 def _surface(title: str, measure: Mapping[str, Any], grid: np.ndarray, edges: Sequence[float]) -> Markup:
-    at_weights = (
-        f"loss {measure['loss']:.3g} at the weights" if measure["loss"] is not None else "no loss at the weights"
-    )
-    low, high = (f"{value:.3g}" for value in (np.nanmin(grid), np.nanmax(grid)))
-    text = f"{at_weights}, {low} to {high} on the map"
+    known = grid[np.isfinite(grid)]
+    low, high = (known.min(), known.max()) if known.size else (None, None)
+    said = (number(value, ".3g") for value in (measure["loss"], low, high))
+    text = "loss {} at the weights, {} to {} on the map".format(*said)
     places = sorted({row["a"] for row in measure["table"]})
     columns: list[Column] = [("b \\ a", ".2f"), *((f"{a:.2f}", ".3g") for a in places)]
     numbers = [(b, *line) for b, line in zip(reversed(places), reversed(grid.tolist()), strict=True)]

@@ -32,7 +32,7 @@ BESIDE: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
     ("networks", "networks", lambda count: count if count > 1 else None),
     ("bits", "bits", str),
     ("size", "bytes", lambda size: size),
-    ("milliseconds", "ms", lambda time: f"{time:,.3f}"),
+    ("milliseconds", "ms here", lambda time: f"{time:,.3f}"),
     ("int8", "int8 engine", lambda cell: _cell(cell, 1)),
     ("agreement", "agreement", lambda share: f"{share:.2f}%"),
 )
