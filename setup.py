@@ -43,13 +43,17 @@ class CMakeBuild(build_ext):
         subprocess.run([run_cmake, "--install", build, "--prefix", destination], check=True)
 
 
-ROOMS = ("exporter", "exporter.lowering", "gpu", "kernels", "networks", "ops")
+ROOMS = ("exporter", "exporter.lowering", "gpu", "kernels", "networks", "ops", "page")
 ROOMS += ("training", "training.figures", "training.measures", "training.methods")
 
 setup(
     packages=["qdeploy", *(f"qdeploy.{room}" for room in ROOMS)],
     package_dir={"qdeploy": "qdeploy", "qdeploy.kernels": "kernels", "qdeploy.training": "training"},
-    package_data={"qdeploy": ["_engine.pyi", "py.typed", "demo_data/*"]},
+    package_data={
+        "qdeploy": ["_engine.pyi", "py.typed", "demo_data/*"],
+        "qdeploy.page": ["style.css"],
+        "qdeploy.training": ["tables.yaml"],
+    },
     ext_modules=[
         Extension(
             "qdeploy._engine",

@@ -25,7 +25,7 @@ import numpy as np
 import qdeploy
 from qdeploy.arguments import integer
 from qdeploy.errors import InputError, QdeployError
-from qdeploy.files import check_regular
+from qdeploy.files import atomic_file, check_regular
 from qdeploy.graph import COMBINE, Graph, Member, Node
 from qdeploy.memory import check_memory
 from qdeploy.model import MAX_ROUNDS
@@ -229,8 +229,9 @@ def _planned(report: Report, node: Report) -> Report:
 
 def profile(args: argparse.Namespace) -> Report:
     """The plan with the time of each node, and how near it comes to the peak of the CPU's int8 instructions."""
-    from qdeploy import peers
+    from qdeploy import page, peers
 
+    _check_output(args.html)
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
     x = _random_input(model, args.batch)
     found = peers.measure(model, x, {}, args.rounds, progress=status)
@@ -244,11 +245,10 @@ def profile(args: argparse.Namespace) -> Report:
         node["of_peak"] = peak and counted and node["gmacs_per_second"] / (peak * model.num_threads) or None
     call = found["results"][0]
     keys = ("isa", "threads", "batch", "macs", "peak_gmacs")
-    return {key: found[key] for key in keys} | {
-        "call_ms": call["median_ms"],
-        "of_peak": call["of_limit"],
-        "nodes": nodes,
-    }
+    report = {"file": str(args.file)} | {key: found[key] for key in keys}
+    report |= {"call_ms": call["median_ms"], "of_peak": call["of_limit"], "nodes": nodes}
+    _write_page(args.html, lambda: page.of_profile(report))
+    return report
 
 
 def _show_profile(report: Report) -> None:
@@ -431,16 +431,34 @@ def _show_measure(report: Report) -> None:
     measure_command.show(report)
 
 
+def report(args: argparse.Namespace) -> Report:
+    """Write tables of finished training runs, those of the papers with the published figures beside."""
+    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
+    from qdeploy import page
+    from qdeploy.training import report_command, report_files
+
+    _check_output(args.html)
+    report = report_command.main(args)
+    _write_page(args.html, lambda: page.of_report(report_files.timed(report)))
+    return report
+
+
+def _show_report(report: Report) -> None:
+    from qdeploy.training import report_command
+
+    report_command.show(report)
+
+
 def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file; two or more make an ensemble."""
     from qdeploy.training import finished_runs  # imports no torch
 
     _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
     runs = finished_runs.read_runs(args.runs)
-    if not args.out.parent.is_dir():
-        raise InputError(f"expected a folder to write {args.out.name} in, got none - at {args.out.parent}")
-    check_regular(args.out)
+    _check_output(args.out)
+    _check_output(args.html)
     report = finished_runs.export_runs(runs, args.out, args.combine, args.observer, args.images)
+    _write_page(args.html, report.to_html)
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
 
 
@@ -503,6 +521,20 @@ def _checked_shape(model: Model, batch: int) -> tuple[int, ...]:
     return shape
 
 
+def _check_output(path: Path | None) -> None:
+    """Raise OSError or InputError for a file that cannot be written, before anything is computed."""
+    if path is not None:
+        if not path.parent.is_dir():
+            raise InputError(f"expected a folder to write {path.name} in, got none - at {path.parent}")
+        check_regular(path)
+
+
+def _write_page(path: Path | None, page: Callable[[], str]) -> None:
+    if path is not None:
+        with atomic_file(path) as file:
+            file.write(page().encode())
+
+
 def _print_rows(rows: list[dict]) -> None:
     status()
     write(columns(rows))
@@ -556,7 +588,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qdeploy {qdeploy.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    def command(run: Callable, show: Callable, *, file: bool = False, threads: bool = False) -> argparse.ArgumentParser:
+    def command(
+        run: Callable, show: Callable, *, file: bool = False, threads: bool = False, html: bool = False
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
         added.set_defaults(run=run, show=show)
         added.add_argument("--json", action="store_true", help="print the report as one line of JSON")
@@ -564,11 +598,14 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("file", help="a model file")
         if threads:
             added.add_argument("--threads", type=_integer, help="default: what affinity and cgroup give")
+        if html:
+            text = "write the report as a page, too: one HTML file that loads nothing"
+            added.add_argument("--html", type=Path, metavar="FILE", help=text)
         return added
 
     command(demo, _show_demo, threads=True)
     command(info, _show_info, file=True)
-    added = command(export, _show_export)
+    added = command(export, _show_export, html=True)
     added.add_argument("runs", nargs="+", type=Path, help="folders of finished runs: OUT/seed0 of `qdeploy train`")
     added.add_argument("--out", type=Path, required=True, help="the model file")
     added.add_argument("--combine", choices=COMBINE, default="logits", help="rule of an ensemble (default: logits)")
@@ -578,7 +615,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--images", type=_at_most(MAX_BATCH), default=128, help=text)
     added = command(plan, _show_plan, file=True, threads=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
-    added = command(profile, _show_profile, file=True, threads=True)
+    added = command(profile, _show_profile, file=True, threads=True, html=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
     text = "the times are medians of so many (default: 10)"
     added.add_argument("--rounds", type=_at_most(MAX_ROUNDS), default=10, help=text)
@@ -590,13 +627,15 @@ def _parser() -> argparse.ArgumentParser:
     added = command(verify, _show_verify, file=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=2)
     added.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
-    from qdeploy.training import combine_command, data_command, measure_command  # these four import no torch
+    # None of these imports torch.
+    from qdeploy.training import combine_command, data_command, measure_command, report_command
     from qdeploy.training import command as train_command
 
     data_command.add_arguments(command(data, _show_data))
     train_command.add_arguments(command(train, _show_train))
     combine_command.add_arguments(command(combine, _show_combine))
     measure_command.add_arguments(command(measure, _show_measure))
+    report_command.add_arguments(command(report, _show_report, html=True))
     command(doctor, _show_doctor)
     return parser
 

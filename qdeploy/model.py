@@ -246,11 +246,18 @@ class Model:
         return classes
 
     def plan(self, batch: int = 1) -> list[dict]:
-        """What runs each node: kernel, tile, split over threads, bits of the weights, MACs for `batch` images, and a
-        `note` where a convolution is not in the form that it would have."""
+        """What runs each node: kernel, tile, split over threads, shape of the output without the batch, bits of the
+        weights, MACs for `batch` images, and a `note` where a convolution is not in the form that it would have."""
         total = max(1, self._macs)
         batch = integer(batch, 1, MAX_MACS // total, "batch")
-        return [{**step, "share_of_macs": step["macs"] / (batch * total)} for step in self._session.plan(batch)]
+        return [
+            {
+                **step,
+                "shape": list(self._activations[step["output"]]["shape"]),
+                "share_of_macs": step["macs"] / (batch * total),
+            }
+            for step in self._session.plan(batch)
+        ]
 
     def profile(self, images: np.ndarray, rounds: int = 10) -> list[dict]:
         """The plan with `microseconds` per node: the median of `rounds` runs (1 to a million) of `images`, one or

@@ -19,13 +19,17 @@ class Advance(Protocol):
 
 
 def printable(text: str) -> str:
+    """`visible` with escapes for what the encoding of standard output does not have, too."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return visible(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def visible(text: str) -> str:
     """`text` as one line that is safe to show: escapes (\\x9b, \\u202e) stand for what is no visible character, such as
-    those with which commands to a terminal begin, and for what the encoding of standard output does not have."""
+    those with which commands to a terminal begin."""
     if text.isascii() and text.isprintable():
         return text
-    visible = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return visible.encode(encoding, "backslashreplace").decode(encoding)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def write(text: str = "") -> None:

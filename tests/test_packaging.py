@@ -16,8 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "MNN", "lightning_fabric", "rich", "PIL")
 PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/exporter/lowering")}  # as installed
-PACKAGES |= {name: name for name in ("qdeploy/gpu", "qdeploy/networks", "qdeploy/ops")}
-PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training", "training/measures", "training/methods")}
+PACKAGES |= {name: name for name in ("qdeploy/gpu", "qdeploy/networks", "qdeploy/ops", "qdeploy/page")}
+PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training", "training/figures", "training/measures")}
+PACKAGES |= {"qdeploy/training/methods": "training/methods"}
 BLOCK = f"""
 import sys
 class Blocked:
@@ -64,7 +65,8 @@ def test_wheel_contents(wheel: Path):
         installed = {name for name in names if Path(name).parent == Path(package) and name.endswith(".py")}
         assert installed == {f"{package}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     data = {f"qdeploy/demo_data/{path.name}" for path in (ROOT / "qdeploy/demo_data").iterdir()}
-    assert data | {"qdeploy/_engine.pyi", "qdeploy/py.typed"} <= set(names)
+    data |= {f"qdeploy/{name}" for name in ("_engine.pyi", "py.typed", "page/style.css", "training/tables.yaml")}
+    assert data <= set(names)
     assert sum(name.endswith(".so") for name in names) == 1
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qdeploy"}  # no top-level kernels, training, tests
 

@@ -13,7 +13,7 @@ from qdeploy.format import check_path
 from qdeploy.graph import COMBINE, MAX_MEMBERS
 from qdeploy.terminal import status, write
 from qdeploy.training.config import Config, plain, resolve
-from qdeploy.training.finished_runs import Runs, all_seeds, export_networks, finish, read_runs, varied
+from qdeploy.training.finished_runs import Runs, all_seeds, export_networks, finish, layers_of, read_runs, varied
 
 if TYPE_CHECKING:
     import torch
@@ -134,10 +134,13 @@ def _average(
         net, kept = diwa_restricted(_networks(order, benchmark), accuracy)
     if args.state is not None:
         save_tensors(args.state, net.state_dict())
+    exported = None
     if args.out is not None:
-        export_networks([net], config, benchmark, args.out, fallback_bits=args.fallback_bits)
+        exported = export_networks([net], config, benchmark, args.out, fallback_bits=args.fallback_bits)
     validated = accuracy(net)
     judged = judge([net], config, benchmark, device, args.out)
+    if exported is not None:
+        judged["file"]["layers"] = layers_of(exported)
     average = {"validation": validated, **judged.pop("rules")["logits"], "kept": kept}
     return {"kind": AVERAGES[args.rule], "average": average, **judged}
 

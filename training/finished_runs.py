@@ -143,6 +143,12 @@ def file_options(benchmark: Benchmark) -> dict[str, Any]:
     return {**benchmark.inputs.file_options(), "classes": benchmark.classes}
 
 
+def layers_of(report: ExportReport) -> list[dict[str, Any]]:
+    """What an export says of each layer of the file, for a summary."""
+    keys = ("member", "name", "op", "bits", "macs", "sqnr_db")
+    return [{key: getattr(layer, key) for key in keys} for layer in report.layers]
+
+
 def finish(
     nets: Sequence[nn.Module],
     config: Config,
@@ -155,8 +161,8 @@ def finish(
     """What there is to say of trained networks together, and of the model file that is written where there is a `path`.
 
     Of quantized ones {"layers": [[...], ...]}; of several, which are an ensemble, {"ensemble": {rule: accuracy},
-    "ensemble_tests": {rule: {domain: accuracy}}}; of the file {"file": ...} as `judge` returns it. The networks are
-    moved to the device.
+    "ensemble_tests": {rule: {domain: accuracy}}}; of the file {"file": ...} as `judge` returns it, with "layers" as of
+    `layers_of`. The networks are moved to the device.
     """
     from qdeploy.training.attached_quantizers import quantizers
     from qdeploy.training.judging import judge
@@ -165,9 +171,12 @@ def finish(
     found: dict[str, Any] = {}
     if any(quantizers(net) for net in nets):
         found["layers"] = [[asdict(layer) for layer in summary(net)] for net in nets]
+    exported = None
     if path is not None:
-        export_networks(nets, config, benchmark, path, combine=combine, fallback_bits=fallback_bits)
+        exported = export_networks(nets, config, benchmark, path, combine=combine, fallback_bits=fallback_bits)
     judged = judge(nets, config, benchmark, device, path, combine)
+    if exported is not None:
+        judged["file"]["layers"] = layers_of(exported)
     rules = judged.pop("rules")
     if len(nets) > 1:
         found["ensemble"] = {rule: result["test"] for rule, result in rules.items()}

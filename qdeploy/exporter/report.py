@@ -7,11 +7,12 @@ import os
 import warnings
 from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
 
-from qdeploy import reference
+from qdeploy import page, reference
 from qdeploy.calibration import doubt
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
@@ -69,8 +70,15 @@ class ExportReport:
 
     def to_json(self) -> str:
         """The fields, `mac_share` and the two ratios as one JSON object."""
+        return json.dumps(self._fields(), indent=2)
+
+    def to_html(self) -> str:
+        """The same as a page: one HTML file that loads nothing."""
+        return page.of_export(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
         ratios = {"packed_ratio": self.packed_ratio, "file_ratio": self.file_ratio}
-        return json.dumps({**asdict(self), "mac_share": self.mac_share, **ratios}, indent=2)
+        return {**asdict(self), "mac_share": self.mac_share, **ratios}
 
     def __str__(self) -> str:
         width = max(len(self._label(layer)) for layer in self.layers)
