@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Here:
     """An engine without processes of its own."""
 
-    slots = 1
+    slots = threads = 1
 
     def __init__(self, slots, threads):
         self.job = None

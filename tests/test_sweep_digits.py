@@ -57,7 +57,7 @@ def test_the_settings_of_all_runs_resolve(tmp_path):
 def test_every_row_trains_and_its_files_are_written(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_workers, "Workers", Here)
     content = yaml.safe_load(FILE.read_text())
-    content["settings"] |= {"updates": 6, "quantize_at": 2, "eval_every": 1, "batch_size": 2, "model.width": 2}
+    content["settings"] |= {"updates": 6, "quantize_at": 2, "eval_every": 1, "batch_size": 2}
     content["targets"], content["seeds"] = ["pen"], 1
     for row in content["rows"].values():
         row.pop("eval_every", None)

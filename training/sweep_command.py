@@ -6,12 +6,16 @@ import argparse
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qdeploy import _engine
 from qdeploy.arguments import integer
 from qdeploy.errors import InputError
 from qdeploy.terminal import note, write
+
+if TYPE_CHECKING:
+    from qdeploy.training.sweep_ray import RayTasks
+    from qdeploy.training.sweep_workers import Workers
 
 ENGINES = ("local", "ray")
 MAX_JOBS = 1024
@@ -38,29 +42,39 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from qdeploy.training.sweep_board import board_of
     from qdeploy.training.sweep_file import read_sweep
     from qdeploy.training.sweep_plan import plan
+    from qdeploy.training.sweep_ray import RayTasks
     from qdeploy.training.sweep_schedule import Schedule
 
     out = Path(os.path.abspath(args.out or Path("runs", args.file.stem)))  # the same for every process
     sweep = read_sweep(args.file)
-    if args.address is not None and args.engine != "ray":
-        raise InputError(f"expected --engine ray, got {args.engine} - at --address {args.address}")
-    jobs = integer(1 if args.jobs is None else args.jobs, 1, MAX_JOBS, "--jobs")
-    threads = max(1, _cores() // jobs)
-    planned = plan(sweep, out, threads)
-    from qdeploy.training.sweep_workers import Workers
-
-    with alone(out):
-        schedule = Schedule(out, [row.name for row in sweep.rows], planned)
-        done = len(schedule.of("done"))
-        note(f"{len(planned)} jobs, {done} of them done; {jobs} at once with {threads} thread(s) each - in {out}")
-        with closing(Workers(jobs, threads)) as engine, board_of(schedule, engine.slots) as board:
-            schedule.run(engine, board.changed, board.tick)
+    with closing(_engine_of(args)) as engine:
+        jobs = plan(sweep, out, engine.threads)
+        with alone(out):
+            if isinstance(engine, RayTasks):
+                engine.check(out, jobs)
+            schedule = Schedule(out, [row.name for row in sweep.rows], jobs)
+            done, at_once = len(schedule.of("done")), f"{engine.slots} at once with {engine.threads} thread(s) each"
+            note(f"{len(jobs)} jobs, {done} of them done; {at_once} - in {out}")
+            with board_of(schedule, engine.slots) as board:
+                schedule.run(engine, board.changed, board.tick)
     return {
         "out": str(out),
         "done": len(schedule.of("done")),
         "failed": [{"name": entry.job.name, "error": entry.error} for entry in schedule.of("failed")],
         "left_out": [{"name": entry.job.name, "error": entry.error} for entry in schedule.of("left out")],
     }
+
+
+def _engine_of(args: argparse.Namespace) -> Workers | RayTasks:
+    from qdeploy.training import sweep_workers
+    from qdeploy.training.sweep_ray import RayTasks
+
+    slots = None if args.jobs is None else integer(args.jobs, 1, MAX_JOBS, "--jobs")
+    if args.engine == "ray":
+        return RayTasks(args.address, slots)
+    if args.address is not None:
+        raise InputError(f"expected --engine ray, got {args.engine} - at --address {args.address}")
+    return sweep_workers.Workers(slots or 1, max(1, _cores() // (slots or 1)))
 
 
 def _cores() -> int:

@@ -17,13 +17,12 @@ class Workers:
     with threads, as torch has them, may hang."""
 
     def __init__(self, slots: int, threads: int):
-        self.slots = slots
-        self._threads = threads
+        self.slots, self.threads = slots, threads
         self._idle: list[_Worker] = []
         self._busy: dict[_Worker, Job] = {}
 
     def start(self, job: Job) -> None:
-        worker = self._idle.pop() if self._idle else _Worker(self._threads)
+        worker = self._idle.pop() if self._idle else _Worker(self.threads)
         self._busy[worker] = job
         worker.send(job)
 
