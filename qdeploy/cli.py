@@ -1,7 +1,7 @@
 """The `qdeploy` command. Each subcommand is one function that returns a report; it is printed as text, or as JSON.
 
-Exit codes: 0 fine, 1 a verification failed or an image cannot be read, 2 bad input or usage (one line on stderr),
-70 a bug of qdeploy (with its traceback), 130 Ctrl-C, 143 a training that SIGTERM stopped.
+Exit codes: 0 fine, 1 a verification or a run of a sweep failed or an image cannot be read, 2 bad input or usage (one
+line on stderr), 70 a bug of qdeploy (with its traceback), 130 Ctrl-C, 143 a training that SIGTERM stopped.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(json.dumps(report))
             else:
                 args.show(report)
-        return 1 if report.get("equal") is False or report.get("unreadable") else 0
+        return 1 if report.get("equal") is False or report.get("unreadable") or report.get("failed") else 0
     except QdeployError as error:
         return _fail(str(error))
     except OSError as error:
@@ -403,6 +403,20 @@ def _show_train(report: Report) -> None:
     command.show(report)
 
 
+def sweep(args: argparse.Namespace) -> Report:
+    """Train all that a file lists, rows by held-out domains by seeds, several runs at once; or go on with it."""
+    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
+    from qdeploy.training import sweep_command
+
+    return sweep_command.main(args)
+
+
+def _show_sweep(report: Report) -> None:
+    from qdeploy.training import sweep_command
+
+    sweep_command.show(report)
+
+
 def combine(args: argparse.Namespace) -> Report:
     """Judge the ensemble or the average of finished training runs, and write its model file."""
     _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
@@ -628,11 +642,12 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=2)
     added.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
     # None of these imports torch.
-    from qdeploy.training import combine_command, data_command, measure_command, report_command
+    from qdeploy.training import combine_command, data_command, measure_command, report_command, sweep_command
     from qdeploy.training import command as train_command
 
     data_command.add_arguments(command(data, _show_data))
     train_command.add_arguments(command(train, _show_train))
+    sweep_command.add_arguments(command(sweep, _show_sweep))
     combine_command.add_arguments(command(combine, _show_combine))
     measure_command.add_arguments(command(measure, _show_measure))
     report_command.add_arguments(command(report, _show_report, html=True))

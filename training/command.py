@@ -97,16 +97,24 @@ def main(args: argparse.Namespace) -> dict:
     count = integer(args.seeds, 1, MAX_MEMBERS, "--seeds")
     configs = [replace(config, seed=seed) for seed in range(config.seed, config.seed + count)]
     runs = {args.out / f"seed{one.seed}": one for one in configs}
-    _check_folders(args.out, [*runs])
+    check_folders(args.out, [*runs])
     runs, benchmark, fabric = _prepared(runs)
     fabric.launch()
-    members = _trained(runs, benchmark, fabric, args.export)
+    members = trained(runs, benchmark, fabric, args.export)
     if not fabric.is_global_zero:
         raise SystemExit(0)  # of several processes one goes on
-    config = next(iter(runs.values()))
-    made_of_them = _finish(config, benchmark, args.out, [*runs], fabric.device, args.export)
+    return summarize(runs, members, benchmark, fabric, args.export)
+
+
+def summarize(
+    runs: Runs, members: list[dict[str, Any]], benchmark: Benchmark, fabric: Fabric, exports: bool
+) -> dict[str, Any]:
+    """Writes what finished runs of several seeds are together, beside their folders: the summary, which is returned,
+    and the model file. `members` as `trained` returns them."""
+    config, out = next(iter(runs.values())), next(iter(runs)).parent
+    made_of_them = _finish(config, benchmark, out, [*runs], fabric.device, exports)
     summary = {"config": plain(config), "members": members} | made_of_them
-    with atomic_file(args.out / SUMMARY) as file:
+    with atomic_file(out / SUMMARY) as file:
         file.write(json.dumps(summary, indent=1).encode())
     return summary
 
@@ -123,7 +131,7 @@ def _prepared(runs: Runs) -> tuple[Runs, Benchmark, Fabric]:
     config = next(iter(runs.values()))
     check_logger(config.logger)
     if config.epochs is None:
-        _check_begun(runs)
+        check_begun(runs)
     if config.float_runs is not None or made(config, "quantization").of_finished_runs:
         for one in runs.values():
             float_run(one)
@@ -133,11 +141,11 @@ def _prepared(runs: Runs) -> tuple[Runs, Benchmark, Fabric]:
         shown = training_images(config, benchmark)
         runs = {run: with_updates(one, *shown) for run, one in runs.items()}
         check_selectable(next(iter(runs.values())))
-        _check_begun(runs)
+        check_begun(runs)
     return runs, benchmark, fabric
 
 
-def _trained(runs: Runs, benchmark: Benchmark, fabric: Fabric, exports: bool) -> list[dict[str, Any]]:
+def trained(runs: Runs, benchmark: Benchmark, fabric: Fabric, exports: bool) -> list[dict[str, Any]]:
     """Makes or continues the runs; what their selected networks got right."""
     from qdeploy.training.evaluation import evaluation_sets
     from qdeploy.training.processes import Interrupted
@@ -170,7 +178,7 @@ def _trained(runs: Runs, benchmark: Benchmark, fabric: Fabric, exports: bool) ->
     return members
 
 
-def _check_folders(out: Path, runs: Sequence[Path]) -> None:
+def check_folders(out: Path, runs: Sequence[Path]) -> None:
     """Raise InputError unless the files of these runs can be written."""
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
@@ -181,7 +189,7 @@ def _check_folders(out: Path, runs: Sequence[Path]) -> None:
         check_regular(path)
 
 
-def _check_begun(runs: Runs) -> None:
+def check_begun(runs: Runs) -> None:
     """Raise InputError unless what was begun in these folders are these runs."""
     for run, config in runs.items():
         if (done := read_done(run)) is not None:

@@ -213,6 +213,13 @@ def _check_taken(name: str, is_taken: bool, given: Config, found: Mapping[str, A
         raise InputError(f"expected a setting of the method, got {got} - at {flag(name)}")
 
 
+def taken(config: Config) -> set[str]:
+    """Of the settings that a method may not have a use for those that this one has."""
+    layered = _layered(_typed(config))
+    found = {name for axis in AXES for name in parameters_of(getattr(layered, axis), axis) if name in SHARED}
+    return found | {"quantize_at"} if "start" in parameters_of(layered.quantization, "quantization") else found
+
+
 def made(config: Config, axis: str, **more: Any) -> Any:
     """What stands on an axis of a run as an object; `more` is what the run gives besides its settings."""
     of_run = {"start": config.quantize_at or 0, "updates": config.updates, "every": config.eval_every}

@@ -33,10 +33,14 @@ class Done(NamedTuple):
     initial: str  # `network_hash` of the network that it began with
 
 
+class TrainedElsewhere(InputError):
+    """Another process trains the run."""
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Keeps other processes from training in `folder`, until this one ends, however it ends; removes the half-written
-    files of one that was killed. Makes the folder. Raises InputError, naming host and process, where one trains there.
+    files of one that was killed. Makes the folder. Raises TrainedElsewhere, naming host and process, where one does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = _locked(folder)
@@ -70,7 +74,8 @@ def _locked(folder: Path) -> BinaryIO | None:
             file.seek(0)
             holder = file.read().decode(errors="replace") or "another process"
             file.close()
-            raise InputError(f"expected a run that no process trains now, got one of {holder} - at {folder}") from None
+            expected = "a run that no process trains now"
+            raise TrainedElsewhere(f"expected {expected}, got one of {holder} - at {folder}") from None
         except OSError as error:
             file.close()
             path.unlink(missing_ok=True)

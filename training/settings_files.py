@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,41 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises InputError where it cannot be read, is no YAML or names what is no setting.
     """
+    found = {str(key).replace("-", "_"): value for key, value in read_yaml(path).items()}
+    check_names(found, [setting.name for setting in fields(Config)], path)
+    return found
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping in a file of YAML. Raises InputError where it cannot be read, is another or has a name twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            """Of a name that stands there twice YAML would keep the last."""
+            names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise InputError(f"expected every name once, got {twice[0]!r} twice - at {path}")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text())
+        found = yaml.load(path.read_text(), Loader)
     except OSError as error:
         raise InputError(f"expected a file of settings, got {error.strerror or error} - at {path}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         got = " ".join(str(error).split())
         raise InputError(f"expected a file of settings in YAML, got another: {got} - at {path}") from error
-    if not isinstance(content, Mapping):
-        got = "nothing" if content is None else type(content).__name__
+    if not isinstance(found, dict):
+        got = "nothing" if found is None else type(found).__name__
         raise InputError(f"expected settings by name, got {got} - at {path}")
-    known = [setting.name for setting in fields(Config)]
-    found = {str(key).replace("-", "_"): value for key, value in content.items()}
-    for name in found.keys() - known:
-        raise InputError(f"expected one of {', '.join(known)}, got {name!r}{_meant(name, known)} - at {path}")
     return found
+
+
+def check_names(names: Iterable[Any], known: Sequence[str], at: object) -> None:
+    """Raise InputError for one of `names` that is not `known`."""
+    for name in map(str, names):
+        if name not in known:
+            raise InputError(f"expected one of {', '.join(known)}, got {name!r}{_meant(name, known)} - at {at}")
 
 
 def written(config: Config) -> str:
