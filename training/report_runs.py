@@ -12,7 +12,7 @@ from typing import Any
 from qdeploy.errors import InputError
 from qdeploy.training.command import SUMMARY
 from qdeploy.training.config import Config, stored
-from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_record, read_done, sound
+from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, SETTINGS, check_record, read_done, sound
 from qdeploy.training.tables import data_set
 
 SWEEP, SWEEP_VERSION = "sweep.json", 1
@@ -116,7 +116,7 @@ def _found(folder: Path, sweep: Sweep | None = None, file: File | None = None) -
     """`file`: what the summary of one run above this folder says of its model file."""
     if (folder / SWEEP).exists():
         yield from _of_sweep(read_sweep(folder))
-    elif any((folder / name).exists() for name in (DONE, LOG, CHECKPOINT, MODEL)):
+    elif any((folder / name).exists() for name in (DONE, LOG, SETTINGS, CHECKPOINT, MODEL)):
         yield _run(folder, sweep, file)
     else:
         yield from _below(folder, sweep)

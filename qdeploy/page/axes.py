@@ -62,7 +62,7 @@ def logarithmic(label: str, values: Iterable[float], spec: str = ",g") -> Axis:
         ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
         if len(ticks) <= 6:
             break
-    every = math.ceil(len(ticks) / 6)
+    every = max(1, math.ceil(len(ticks) / 6))
     return Axis(label, low, high, ticks[::every] or [min(found)], spec, True)
 
 
