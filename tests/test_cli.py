@@ -184,8 +184,10 @@ def test_trained_ensemble_verifies(runs):
 
 
 def test_export_repeats_the_file_of_train(runs, tmp_path):
-    result = run("export", runs / "seed0", runs / "seed1", "--out", tmp_path / "eoq.safetensors")
+    out, html = tmp_path / "eoq.safetensors", tmp_path / "eoq.html"
+    result = run("export", runs / "seed0", runs / "seed1", "--out", out, "--html", html)
     assert (result.returncode, result.stderr) == (0, "")
+    assert "<h1>eoq.safetensors</h1>" in html.read_text()
     assert (tmp_path / "eoq.safetensors").read_bytes() == (runs / "eoq.safetensors").read_bytes()
 
 

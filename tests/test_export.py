@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qdeploy
-from qdeploy import ExportError, InputError, ModelError, _engine, export, export_ensemble, format, reference
+from qdeploy import ExportError, InputError, ModelError, _engine, export, export_ensemble, format, page, reference
 from qdeploy.exporter.calibrate import Histogram
 from qdeploy.exporter.grid import grid_of_range
 from qdeploy.graph import COMBINE
@@ -822,6 +822,7 @@ def test_report_counts(path):
     assert report.file_bytes == os.path.getsize(path)
     assert report.mac_share == {7: 1.0}
     loaded = json.loads(report.to_json())
+    assert report.to_html() == page.of_export({**loaded, "mac_share": report.mac_share})
     assert loaded["packed_ratio"] == report.packed_bytes / report.fp32_bytes and len(loaded["layers"]) == len(
         graph.members[0].nodes
     )

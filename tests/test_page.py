@@ -327,7 +327,7 @@ def test_a_browser_draws_the_page(tmp_path, scheme):
         tmp_path, tmp_path / "page.html", scheme, "--window-size=1400,900", f"--screenshot={tmp_path / 'page.png'}"
     )
     with image.open(tmp_path / "page.png") as opened:
-        drawn = {"#%02x%02x%02x" % color for _, color in opened.convert("RGB").getcolors(2**24)}
+        drawn = {"#{:02x}{:02x}{:02x}".format(*color) for _, color in opened.convert("RGB").getcolors(2**24)}
     assert {colors(scheme)[name] for name in ("paper", "ink", "line", "accent")} <= drawn
 
 

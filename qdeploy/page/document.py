@@ -76,8 +76,12 @@ def table(name: str, columns: Sequence[Column], rows: Sequence[Row]) -> Markup:
 
 
 def _cell(value: object, spec: str, names_row: bool) -> Markup:
-    content = value if isinstance(value, Markup) else number(value, spec)
+    content = value if isinstance(value, Markup) else _shown(number(value, spec))
     return tag("th", content, scope="row", class_=_side(spec)) if names_row else tag("td", content, class_=_side(spec))
+
+
+def _shown(text: str) -> object:
+    return tag("span", text, class_="muted") if text == "-" else text
 
 
 def _side(spec: str) -> str | None:

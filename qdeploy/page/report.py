@@ -21,7 +21,7 @@ def of_report(data: dict[str, Any]) -> str:
     "sqnr_db", "microseconds" and "macs", as far as they are known.
     """
     runs = data["runs"]
-    sections: list[tuple[str, Markup | None]] = [(one["title"], tables.section_of(one)) for one in data["tables"]]
+    sections: list[tuple[str, Markup | None]] = [(_title(one), tables.section_of(one)) for one in data["tables"]]
     sections += [
         ("Training", curves.training(runs)),
         ("Layers of the files", _layers(data.get("files", []))),
@@ -41,8 +41,14 @@ def of_report(data: dict[str, Any]) -> str:
     )
 
 
+def _title(table: dict[str, Any]) -> str:
+    return table["title"] if table["name"] == "all" else f"{table['name']}: {table['title']}"
+
+
 def _figures(data: dict[str, Any]) -> list[tuple[str, str]]:
-    counts = {name: {run[key] for run in data["runs"]} for name, key in (("held out", "target"), ("seeds", "seed"))}
+    counts = {
+        name: {run[key] for run in data["runs"]} for name, key in (("held-out domains", "target"), ("seeds", "seed"))
+    }
     rows = sum(len(one["rows"]) for one in data["tables"])
     figures = [(f"{len(data['runs']):,}", "finished runs"), (f"{rows:,}", "rows")]
     return figures + [(f"{len(found):,}", name) for name, found in counts.items() if found]

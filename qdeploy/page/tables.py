@@ -65,7 +65,7 @@ def _cell(cell: Cell | None, decimals: int) -> object:
 def _figure(mean: float | None, error: float | None, decimals: int) -> Markup:
     spec = f".{decimals}f"
     beside = None if error is None or mean is None else tag("span", f" \u00b1 {error:{spec}}", class_="muted")
-    return together(number(mean, spec), beside)
+    return together(tag("span", "-", class_="muted") if mean is None else number(mean, spec), beside)
 
 
 # ---- The pictures --------------------------------------------------------------------------------------------------
@@ -77,11 +77,10 @@ def _drawn(content: Mapping[str, Any]) -> list[Markup]:
         return []
     label, spec = content["columns"][column], f",.{content['decimals'][column]}f"
     rows = [(row, row["cells"][column]) for row in content["rows"] if row["cells"][column] is not None]
-    return [_comparison(rows, label, spec)] + [
-        drawing
-        for key, factor, title in (("size", 1e-6, "size, MB"), ("milliseconds", 1, "time of an input, ms"))
-        if (drawing := _against(rows, key, factor, title, label, spec)) is not None
-    ]
+    compared = _comparison(rows, label, spec) if len(rows) > 1 else None
+    size = _against(rows, "size", 1e-6, "size, MB", label, spec)
+    time = _against(rows, "milliseconds", 1, "time of an input, ms", label, spec)
+    return [drawing for drawing in (compared, size, time) if drawing is not None]
 
 
 def _main_column(content: Mapping[str, Any]) -> int | None:
