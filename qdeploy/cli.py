@@ -420,9 +420,13 @@ def _show_combine(report: Report) -> None:
 def report(args: argparse.Namespace) -> Report:
     """Write tables of finished training runs, those of the papers with the published figures beside."""
     _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
+    from qdeploy import page
     from qdeploy.training import report_command
 
-    return report_command.main(args)
+    _check_output(args.html)
+    report = report_command.main(args)
+    _write_page(args.html, lambda: page.of_report(report))
+    return report
 
 
 def _show_report(report: Report) -> None:
@@ -615,7 +619,7 @@ def _parser() -> argparse.ArgumentParser:
     data_command.add_arguments(command(data, _show_data))
     train_command.add_arguments(command(train, _show_train))
     combine_command.add_arguments(command(combine, _show_combine))
-    report_command.add_arguments(command(report, _show_report))
+    report_command.add_arguments(command(report, _show_report, html=True))
     command(doctor, _show_doctor)
     return parser
 

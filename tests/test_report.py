@@ -34,7 +34,8 @@ def write_run(
     """A finished run as a training leaves it, but for the content of its network."""
     config = resolve(Config(**{"data": "debug", "test_domain": "debug1", "accelerator": "cpu", **given}))
     tests = test if isinstance(test, dict) else {config.test_domain: test}
-    record = {"update": 1000, "validation": validation, "test": statistics.fmean(tests.values()), "tests": tests}
+    record = {"update": 1000, "quantized": config.quantize_at is not None, "validation": validation}
+    record |= {"test": statistics.fmean(tests.values()), "tests": tests}
     folder.mkdir(parents=True)
     append_log(folder, record)
     (folder / MODEL).touch()
@@ -119,7 +120,7 @@ def test_runs_are_found_once_in_any_depth_and_in_the_order_of_seeds(tmp_path: Pa
     assert [run["seed"] for run in found["runs"]] == [2, 9, 10]
     assert found["runs"][0] == {
         **{"row": "erm", "target": "debug1", "seed": 2, "folder": str(tmp_path / "a/b/seed2")},
-        "records": [{"update": 1000, "validation": 0.5, "test": 0.5, "tests": {"debug1": 0.5}}],
+        "records": [{"update": 1000, "quantized": False, "validation": 0.5, "test": 0.5, "tests": {"debug1": 0.5}}],
         "config": plain(resolve(Config(data="debug", test_domain="debug1", accelerator="cpu", method="erm", seed=2))),
         "measures": {},
     }
@@ -141,10 +142,10 @@ def test_ensembles_averages_and_their_files(tmp_path: Path):
     write_summary(tmp_path / "diwa", {"method": "erm"}, 0.5, 6, kind="DiWA, uniform", average=average)
     assert rows_of(markdown_of(tmp_path)) == {
         "": ["debug1", "validation", "seeds", "networks", "bits", "file, bytes", "int8 engine", "agreement"],
-        "DiWA, uniform of 6: erm": ["50.0", "87.5", "1", "6", "32", "-", "-", "-"],
-        "ERM ensemble of 2: erm": ["62.5", "-", "1", "2", "32", "-", "-", "-"],
+        "DiWA, uniform of 6: erm": ["50.0", "87.5", "-", "6", "32", "-", "-", "-"],
+        "ERM ensemble of 2: erm": ["62.5", "-", "-", "2", "32", "-", "-", "-"],
         "qt-dog": ["51.0", "50.0", "1", "-", "7", "12,345", "50.0", "99.75 %"],
-        "EoQ of 3: qt-dog": ["75.0", "-", "1", "3", "7", "12,345", "50.0", "99.75 %"],
+        "EoQ of 3: qt-dog": ["75.0", "-", "-", "3", "7", "12,345", "50.0", "99.75 %"],
     }
 
 
@@ -425,7 +426,7 @@ def test_a_sweep_has_its_rows_and_what_is_missing(tmp_path: Path):
     found = markdown_of(tmp_path)
     assert [*rows_of(found).items()][1:] == [
         ("z", ["50.0", "50.0", "1", "-", "32"]),
-        ("ens", ["62.5", "-", "1", "5", "32"]),
+        ("ens", ["62.5", "-", "-", "5", "32"]),
         ("a", ["50.0", "50.0", "1", "-", "7"]),
         ("late", ["-", "-", "-", "-", "-"]),
     ]
@@ -499,6 +500,7 @@ HALF = '{"half": '
     [
         (DONE, HALF),
         (LOG, HALF),
+        (LOG, '{"update": 1, "quantized": true, "validation": 2, "test": 0, "tests": {"a": 0}}'),
         ("summary.json", HALF),
         ("summary.json", '{"members": [{}]}'),
         ("../summary.json", '{"config": {}, "members": [{"seed": 0}], "file": {"bytes": 1}}'),
@@ -560,6 +562,17 @@ def test_files_are_the_same_for_the_same_runs(tmp_path: Path, capsys: pytest.Cap
     assert float(lines[0]["mean"]) == pytest.approx(85) and float(lines[0]["error"]) == pytest.approx(5)
     missing = next(line for line in lines if line["row"] == "DiWA, uniform")
     assert [missing[key] for key in ("mean", "error", "n", "published")] == [""] * 4
+
+
+def test_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_pacs(tmp_path / "runs", {"method": "erm"}, {target: [0.8, 0.9] for target in PACS})
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(tmp_path / "runs"), "--table", "qt-dog/10", "--html", str(page)]) == 0
+    assert "Few bits" in page.read_text() and "85.0" in page.read_text()
+    capsys.readouterr()
+    at = tmp_path / "none/page.html"
+    line = refused(capsys, tmp_path / "runs", "--html", at)
+    assert line == f"expected a folder to write page.html in, got none - at {at.parent}"
 
 
 def test_nothing_is_written_unless_all_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

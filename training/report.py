@@ -145,7 +145,7 @@ def _row(
     for column in columns:
         mean = _mean([cells[label] for label in column.mean_of])
         cells[column.label] = mean if column.mean_of else _ours(group, column, domains, varies)
-    counts = sorted({one["n"] for one in cells.values() if one is not None})
+    counts = sorted({one["n"] for one in cells.values() if one is not None and group[0].kind is None})
     about = {
         "label": row.label,
         "cells": [_beside(ours, *published) for ours, published in zip(cells.values(), row.published, strict=True)],

@@ -88,10 +88,9 @@ def _draw(figure: Figure, table: Mapping[str, Any], left: float, top: float, bot
     panels[0].set_yticks(range(len(rows)), [_short(row["label"]) for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)
     has_published = any((row["cells"][column] or {}).get("published") is not None for row in rows for column in columns)
-    seeds = " or ".join(sorted({row["seeds"] for row in rows}))
-    legend = f"filled: here, mean and standard error over {seeds} seeds" + (
-        "; open: published" if has_published else ""
-    )
+    seeds = " or ".join(sorted({row["seeds"] for row in rows if row["seeds"] is not None}))
+    legend = "filled: here" + (f", mean and standard error over {seeds} seeds" if seeds else "")
+    legend += "; open: published" if has_published else ""
     figure.text(0.1 / width, (top - 0.2) / height, f"{table['name']}: {table['title']}", fontsize=10, weight="bold")
     figure.text(0.1 / width, (top - 0.38) / height, legend, fontsize=8)
 

@@ -12,7 +12,7 @@ from typing import Any
 from qdeploy.errors import InputError
 from qdeploy.training.command import SUMMARY
 from qdeploy.training.config import Config, stored
-from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, read_done, sound
+from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, check_record, read_done, sound
 from qdeploy.training.tables import data_set
 
 SWEEP, SWEEP_VERSION = "sweep.json", 1
@@ -219,7 +219,11 @@ def _summary(folder: Path) -> Mapping[str, Any]:
 def _records(folder: Path) -> list[dict[str, Any]]:
     path = folder / LOG
     with sound(path):
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        for record in found:
+            check_record(record)
+            record["quantized"]  # noqa: B018 - what is missing is said here
+    return found
 
 
 def _progress(folder: Path) -> str:
