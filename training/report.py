@@ -43,7 +43,7 @@ def report_data(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str,
     results, missing = find(folders)
     tables = [_of_paper(one, results) for one in chosen] or [_of_all(results, missing)]
     for one in tables:
-        one["notes"] += [_missing(run) for run in missing]
+        one["notes"] += _missing(missing)
     runs = [_run(one, label) for label, group in labelled(results).items() for one in group if one.kind is None]
     return {"title": f"Runs in {', '.join(map(str, folders))}", "tables": tables, "runs": runs}
 
@@ -53,23 +53,32 @@ def _run(one: Result, label: str) -> dict[str, Any]:
     return {**about, "records": [*one.records], "config": plain(one.config), "measures": {**one.measures}}
 
 
-def _missing(run: Missing) -> str:
-    known = [str(part) for part in (run.row, run.target, run.seed) if part is not None]
-    about = f" ({', '.join(known)})" if known else ""
-    return f"Missing: {run.folder}{about}: {run.state}."
+def _missing(runs: Sequence[Missing]) -> list[str]:
+    """A sentence for each run, but those of a row of a sweep that are in one state share one."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        key = (str(run.folder), run.state) if run.row is None else (run.row, run.state)
+        seed = "" if run.seed is None else f" seed {run.seed}"
+        found.setdefault(key, []).append(f"{run.target or run.folder}{seed}")
+    return [f"Missing: {_places(what, places)}: {state}." for (what, state), places in found.items()]
+
+
+def _places(what: str, places: Sequence[str]) -> str:
+    return what if places == [what] else f"{what} ({', '.join(places)})"
 
 
 # ---- The columns and rows of a table -------------------------------------------------------------------------------
 
 
 def _of_all(results: Sequence[Result], missing: Sequence[Missing]) -> dict[str, Any]:
-    """A row for each row of a sweep, or for each set of settings; a column for each domain that is held out."""
+    """A row for each row of a sweep and for the model file of its seeds, or for each set of settings; a column for each
+    domain that is held out."""
     for one in results:
         if one.data != results[0].data:
             expected = f"runs of one data set, {results[0].data} as in {results[0].folder}"
             got = f"{one.data}: give --table, or report each alone"
             raise InputError(f"expected {expected}, got {got} - at {one.folder}")
-    groups = labelled(results)
+    groups = labelled([one for one in results if one.row is None or not one.of_seeds or one.file])
     groups |= {run.row: [] for run in missing if run.row is not None and run.row not in groups}
     columns = [column for data, domains in held_out(results).items() for column in _columns(data, domains)]
     rows = [Row(label, [(None, None)] * len(columns), {}) for label in groups]

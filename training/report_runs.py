@@ -145,7 +145,7 @@ def _of_sweep(sweep: Sweep) -> Iterator[Result | Missing]:
     have_runs = {(entry["row"], entry["target"]) for entry in sweep.runs.values() if entry.get("seed") is not None}
     for path, entry in sweep.runs.items():
         is_summary = entry.get("seed") is None and (entry["row"], entry["target"]) in have_runs
-        if not isinstance(found.get(path), Result) and not (is_summary and entry["state"] == "done"):
+        if not isinstance(found.get(path), Result) and not (is_summary and entry["state"] != "failed"):
             state = "done, but its files are gone" if entry["state"] == "done" else entry["state"]
             state += f": {entry['error']}" if entry.get("error") else ""
             folder = sweep.folder / entry["folder"]
