@@ -17,7 +17,7 @@ from qdeploy.training import report_command, report_picture, tables
 from qdeploy.training.config import Config, plain, resolve
 from qdeploy.training.fingerprint import fingerprint
 from qdeploy.training.report import report_data
-from qdeploy.training.run_files import DONE, LOG, MODEL, append_log, write_done
+from qdeploy.training.run_files import DONE, LOG, MODEL, write_done
 
 PACS = ("art_painting", "cartoon", "photo", "sketch")
 DEBUG = ("debug0", "debug1", "debug2")
@@ -37,7 +37,7 @@ def write_run(
     record = {"update": 1000, "quantized": config.quantize_at is not None, "validation": validation}
     record |= {"test": statistics.fmean(tests.values()), "tests": tests}
     folder.mkdir(parents=True)
-    append_log(folder, record)
+    (folder / LOG).write_text(f"{json.dumps(record)}\n")
     (folder / MODEL).touch()
     write_done(folder, config, record, more.get("images") or images(DEBUG), "0" * 64)
     return folder
@@ -381,6 +381,15 @@ def test_refused_in_a_row_of_a_table(tmp_path: Path, second: dict[str, Any], exp
     a, b = tmp_path / "a/photo/seed0", tmp_path / "b/sketch/seed0"
     line = f"expected runs of one row that differ in their seeds alone, {expected.format(a=a)} - at {b}"
     with pytest.raises(InputError, match=f"^{re.escape(line)}$"):
+        report_data([tmp_path], ["qt-dog/1"])
+
+
+def test_ensembles_of_other_sizes_are_refused(tmp_path: Path):
+    for members, target in ((5, "debug1"), (4, "debug2")):
+        given = {"method": "qt-dog", "test_domain": target}
+        write_summary(tmp_path / target, given, 0.5, members, kind="EoQ", layers=[])
+    at = f"5 networks as in {tmp_path}/debug1, got 4 - at {tmp_path}/debug2"
+    with pytest.raises(InputError, match=f"^{re.escape(f'expected ensembles of one row of {at}')}$"):
         report_data([tmp_path], ["qt-dog/1"])
 
 

@@ -23,7 +23,7 @@ OF_PLACE = MAY_CHANGE - {"updates", "epochs"} | {"float_runs"}
 
 def check_row(results: Sequence[Result], varies: Collection[str]) -> None:
     """Raises InputError unless these runs of one row and one data set differ in held-out domain and seed alone, beside
-    `varies`, and no seed comes twice."""
+    `varies`, no seed comes twice, and ensembles are of as many networks."""
     first = results[0]
     allowed = {*OF_PLACE, *varies, "seed", "test_domain"}
     seen: dict[tuple[object, ...], Result] = {}
@@ -32,6 +32,9 @@ def check_row(results: Sequence[Result], varies: Collection[str]) -> None:
         for key, (was, now) in found.items():
             expected = f"runs of one row that differ in their seeds alone, {key}={was!r} as in {first.folder}"
             raise InputError(f"expected {expected}, got {key}={now!r} - at {one.folder}")
+        if one.members != first.members:
+            expected = f"ensembles of one row of {first.members} networks as in {first.folder}"
+            raise InputError(f"expected {expected}, got {one.members} - at {one.folder}")
         if (other := seen.setdefault((one.config.test_domain, _sample(one, varies)), one)) is not one:
             expected = f"every run of a row once, {one.config.test_domain} with seed {one.config.seed} as in"
             raise InputError(f"expected {expected} {other.folder}, got it twice - at {one.folder}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,24 @@ def find(folders: Sequence[Path]) -> tuple[list[Result], list[Missing]]:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"expected a folder of runs, got none - at {folder}")
-        here = [*_found(folder)]
+        here = [*_sharing_images(_found(folder))]
         if not here:
             raise InputError(f"expected runs (--out of `qdeploy train`), got no {DONE} in the folder - at {folder}")
         for one in here:
             found.setdefault(one.folder.resolve(), one)
     results = [one for one in found.values() if isinstance(one, Result)]
     return _with_images(results), [one for one in found.values() if isinstance(one, Missing)]
+
+
+def _sharing_images(found: Iterable[Result | Missing]) -> Iterator[Result | Missing]:
+    """With equal fingerprints, of which that of DomainNet has megabytes, once in memory."""
+    known: list[Mapping[str, Any]] = []
+    for one in found:
+        if isinstance(one, Result) and one.images is not None:
+            images = next((other for other in known if other == one.images), one.images)
+            known += [] if images is not one.images else [images]
+            one = replace(one, images=images)
+        yield one
 
 
 def _with_images(results: Sequence[Result]) -> list[Result]:
