@@ -182,6 +182,10 @@ def test_ticks_of_a_logarithmic_axis():
     assert axis.share(axis.low) == 0 and axis.share(axis.high) == 1
 
 
+def test_equal_values_have_an_axis():
+    assert axes.logarithmic("MB", [0.0173, 0.0173]).ticks == [0.0173]
+
+
 def test_labels_do_not_lie_on_each_other():
     points = [charts.Point(f"row {i}", 1 + i / 100, 60 + i / 100) for i in range(5)]
     x, y = axes.logarithmic("x", [0.5, 2]), axes.linear("y", [50, 70])
