@@ -50,17 +50,15 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(request):
-    """The address of a head with two CPUs, in an environment with what the test adds."""
+def head():
+    """The address of a head with two CPUs."""
     address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # Ray's sockets need a short path
         words = ["start", "--head", "--block", "--port", address.rpartition(":")[2], "--node-ip-address", "127.0.0.1"]
         words += ["--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats", "--temp-dir", folder]
         command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", *words]
-        environment = {**os.environ, **getattr(request, "param", {})}
-        with subprocess.Popen(
-            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        ) as process:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, start_new_session=True, **quiet) as process:
             try:
                 while True:
                     assert process.poll() is None
@@ -75,10 +73,10 @@ def head(request):
 
 
 def sweep(file: Path, out: Path, address: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "qdeploy.cli", "sweep", str(file), "--out", str(out)]
-    return subprocess.Popen(
-        [*command, "--engine", "ray", "--address", address], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    """Elsewhere than in the checkout, which Ray would hand to its workers as a place to import from."""
+    command = [sys.executable, "-m", "qdeploy.cli", "sweep", str(file), "--out", str(out), "--engine", "ray"]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, "--address", address], cwd=file.parent, **pipes)
 
 
 @needs_ray
