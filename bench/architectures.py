@@ -79,7 +79,7 @@ def page(rows: list[Row]) -> str:
         "| network | nodes | format version | SQNR, dB | reference |",
         "|---|---|---|---|---|",
         *(
-            f"| {row['name']} | {row['nodes']} | {row['version']} | {sqnr(row)} | {'equal' if row['equal'] else ''} |"
+            f"| {row['name']} | {row['nodes']} | {row['version']} | {sqnr(row)} | {'equal' if row['equal'] else '-'} |"
             for row in exported
         ),
     ]
