@@ -278,6 +278,14 @@ def test_runs_of_other_data_have_columns_of_their_own(tmp_path: Path):
     assert "another rule" not in found
 
 
+def test_many_rows_that_a_table_does_not_have(tmp_path: Path):
+    for number in range(14):
+        write_run(tmp_path / f"{number:02}", {"method": "sam", "lr": 0.01 * (1 + number)}, 0.5)
+    *_, note = report_data([tmp_path], ["qt-dog/1"])["tables"][0]["notes"]
+    assert note.startswith("In no row of this table: sam, lr 0.01; sam, lr 0.02; ")
+    assert note.endswith("; sam, lr 0.12 and 2 more.")
+
+
 def test_another_selection_than_that_of_the_paper_is_said(tmp_path: Path):
     write_run(tmp_path / "a", {"method": "gaqat"}, 0.5)
     write_run(tmp_path / "b", {"method": "sam"}, 0.5)

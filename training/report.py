@@ -21,6 +21,7 @@ SELECTIONS = {
     "last": "the last evaluation",
     "lowest-train-loss": "the lowest training loss",
 }
+NAMED_ROWS = 12  # of those that a table does not have
 Domains = Mapping[str, Sequence[str]]  # those held out, by data set
 
 
@@ -106,7 +107,8 @@ def _of_paper(one: Table, results: Sequence[Result]) -> dict[str, Any]:
     if any(run.config.selection != one.selection for group in groups for run in group):
         found["notes"].append(f"The published ones were selected by another rule: {SELECTIONS[one.selection]}.")
     if left := [label for label, group in labelled(asked).items() if not any(run.folder in used for run in group)]:
-        found["notes"].append(f"In no row of this table: {'; '.join(left)}.")
+        more = f" and {len(left) - NAMED_ROWS} more" if len(left) > NAMED_ROWS else ""
+        found["notes"].append(f"In no row of this table: {'; '.join(left[:NAMED_ROWS])}{more}.")
     return {"name": one.name, "title": one.title, **found}
 
 

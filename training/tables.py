@@ -69,7 +69,7 @@ def table(name: str) -> Table:
     """The table `name`, such as qt-dog/1. Raises InputError for an unknown one."""
     known = _content()["tables"]
     if name not in known:
-        raise InputError(f"expected one of {', '.join(known)}, got {name!r} - at --table")
+        raise InputError(f"expected one of {', '.join(names())}, got {name!r} - at --table")
     content = known[name]
     rows = [_row(one, content.get("settings", {})) for one in content["rows"]]
     labels = [*content["columns"]]
