@@ -113,7 +113,9 @@ class Schedule:
         elif outcome.kind == "elsewhere":
             entry.not_before = time.monotonic() + AGAIN
             return said != entry.error
-        elif outcome.kind == "died" and not stopping:
+        elif stopping:  # however it ended, the same command goes on with it
+            entry.error = None
+        elif outcome.kind == "died":
             entry.deaths += 1
             entry.error = (
                 f"expected a process that finishes, got one that died ({outcome.line}) - at {entry.job.folder}"
