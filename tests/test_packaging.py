@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "MNN", "lightning_fabric", "rich", "PIL")
 PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/exporter/lowering")}  # as installed
 PACKAGES |= {name: name for name in ("qdeploy/gpu", "qdeploy/networks", "qdeploy/ops")}
-PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training", "training/measures", "training/methods")}
+ROOMS = ("kernels", "training", "training/figures", "training/measures", "training/methods")
+PACKAGES |= {f"qdeploy/{name}": name for name in ROOMS}
 BLOCK = f"""
 import sys
 class Blocked:
