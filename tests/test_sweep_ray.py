@@ -106,23 +106,3 @@ def test_a_killed_worker_of_ray_and_ctrl_c_change_no_bit(head, tmp_path):
     assert process.returncode == 0, said
     train(tmp_path / "alone", method="qt-dog", updates=160, eval_every=4)
     assert same(run, tmp_path / "alone" / "seed0")
-
-
-@pytest.fixture
-def without_qdeploy(tmp_path, monkeypatch):
-    """For the head alone: a package in front of the true one, as if that were not there."""
-    stub = tmp_path / "stub" / "qdeploy"
-    stub.mkdir(parents=True)
-    (stub / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'qdeploy'\")\n")
-    monkeypatch.setenv("PYTHONPATH", f"{stub.parent}:{os.environ.get('PYTHONPATH', '')}")
-
-
-@needs_ray
-def test_a_node_without_qdeploy_is_one_line(without_qdeploy, head, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.environ["PYTHONPATH"].partition(":")[2])
-    file = written(tmp_path / "a.yaml", {"erm": {"method": "erm"}})
-    with sweep(file, tmp_path / "out", head) as process:
-        _, said = process.communicate()
-    assert process.returncode == 2, said
-    expected = "expected qdeploy, got none - at the node 127.0.0.1 of Ray"
-    assert said.splitlines()[-1] == f"qdeploy: error: {expected}"
