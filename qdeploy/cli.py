@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Report = dict
 PARAMETERS = ("weight", "bias", "rows")  # of nodes with weights: what float32 networks hold as well
-EXTRAS = ("train", "models", "onnx", "plots", "bench")  # "test" is for those who change qdeploy
+EXTRAS = ("train", "models", "onnx", "plots", "tensorboard", "ray", "bench")  # "test" is for those who change qdeploy
 MAX_BATCH = 2**31 - 1
 CPU_FLAGS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8"),
