@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,9 @@ from test_sweep import SETTINGS, same, states, train, written
 from qdeploy import cli
 from qdeploy.errors import InputError
 from qdeploy.training import sweep_ray
+from qdeploy.training.sweep_file import read_sweep
+from qdeploy.training.sweep_jobs import _benchmark
+from qdeploy.training.sweep_plan import plan
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
@@ -42,6 +46,24 @@ def test_an_address_that_does_not_answer_is_given_up(monkeypatch):
         sweep_ray.check_answers(address)
     with pytest.raises(InputError, match="expected HOST:PORT of the head of Ray, got 'head' - at --address"):
         sweep_ray.check_answers("head")
+
+
+def test_what_a_node_lacks_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {**SETTINGS, "data": "photos", "from_scratch": True, "image_size": 8}
+    file = written(tmp_path / "a.yaml", {"erm": {"method": "erm"}}, settings=settings, targets=["a"])
+    for name in ("a/cat", "a/dog", "b/cat", "b/dog"):
+        Path("photos", name).mkdir(parents=True)
+        for i in range(5):
+            Path("photos", name, f"{i}.png").write_bytes(b"not looked at")
+    jobs = plan(read_sweep(file), tmp_path / "out", 1)
+    shutil.rmtree("photos")
+    _benchmark.cache_clear()  # as in a process of its own
+    here, out = str(tmp_path), tmp_path / "out"
+    assert sweep_ray._look(here, out, jobs) == f"expected a folder that all nodes see, got none at {out}"
+    out.mkdir()
+    said = sweep_ray._look(here, out, jobs)
+    assert said.startswith("expected the data of the sweep, got this: expected") and "got 'photos' - at --data" in said
 
 
 def free_port() -> int:
