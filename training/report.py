@@ -21,7 +21,7 @@ SELECTIONS = {
     "last": "the last evaluation",
     "lowest-train-loss": "the lowest training loss",
 }
-NAMED_ROWS = 12  # of those that a table does not have
+NAMED_ROWS, NAMED_RUNS = 12, 4  # of those that a table does not have, or a row
 Domains = Mapping[str, Sequence[str]]  # those held out, by data set
 
 
@@ -56,17 +56,25 @@ def _run(one: Result, label: str) -> dict[str, Any]:
 
 
 def _missing(runs: Sequence[Missing]) -> list[str]:
-    """A sentence for each run, but those of a row of a sweep that are in one state share one."""
+    """A sentence for each run, but those of a row of a sweep that are in one state share one, and so do rows that lack
+    the same ones."""
     found: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         key = (str(run.folder), run.state) if run.row is None else (run.row, run.state)
         seed = "" if run.seed is None else f" seed {run.seed}"
         found.setdefault(key, []).append(f"{run.target or run.folder}{seed}")
-    return [f"Missing: {_places(what, places)}: {state}." for (what, state), places in found.items()]
+    alike: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for (what, state), places in found.items():
+        alike.setdefault((tuple(places), state), []).append(what)
+    return [f"Missing: {_places(names, places)}: {state}." for (places, state), names in alike.items()]
 
 
-def _places(what: str, places: Sequence[str]) -> str:
-    return what if places == [what] else f"{what} ({', '.join(places)})"
+def _places(names: Sequence[str], places: Sequence[str]) -> str:
+    """Where each of the `names` is missing; a run of no row has its place for a name."""
+    if list(names) == list(places):
+        return names[0]
+    number = f"{len(places)} runs{' each' if len(names) > 1 else ''}"
+    return f"{'; '.join(names)} ({', '.join(places) if len(places) <= NAMED_RUNS else number})"
 
 
 # ---- The columns and rows of a table -------------------------------------------------------------------------------
