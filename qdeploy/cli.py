@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Report = dict
 PARAMETERS = ("weight", "bias", "rows")  # of nodes with weights: what float32 networks hold as well
+TRAIN = ("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")  # the extra, and what it brings
 EXTRAS = ("train", "models", "onnx", "plots", "tensorboard", "ray", "bench")  # "test" is for those who change qdeploy
 MAX_BATCH = 2**31 - 1
 CPU_FLAGS = (
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         _check_streams()
         parser = _parser()
         args, unknown = parser.parse_known_args(argv)
-        if args.run is train:
+        if args.run.__name__ == "train":
             args.unknown = unknown  # --axis.option
         elif unknown:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -372,82 +373,56 @@ def _show_doctor(report: Report) -> None:
     for extra, names in _extras().items():
         found = [f"{name} {report['packages'][name] or '-'}" for name in names]
         missing = any(report["packages"][name] is None for name in names)
-        write(f"[{extra}]".ljust(9) + ", ".join(found) + (f"   pip install 'qdeploy[{extra}]'" if missing else ""))
+        write(
+            f"[{extra}]".ljust(max(map(len, EXTRAS)) + 3)
+            + ", ".join(found)
+            + (f"   pip install 'qdeploy[{extra}]'" if missing else "")
+        )
 
 
-def data(args: argparse.Namespace) -> Report:
-    """Count the images of training data by domain and class, after every file was decoded; 1 if one cannot be."""
-    _require("train", "torch", "lightning_fabric", "rich", "PIL")
-    from qdeploy.training import data_command
-
-    return data_command.main(args)
-
-
-def _show_data(report: Report) -> None:
-    from qdeploy.training import data_command
-
-    data_command.show(report)
-
-
-def train(args: argparse.Namespace) -> Report:
-    """Train one network or an ensemble on domains but one, by a method of the papers; write the model file."""
-    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
-    from qdeploy.training import command
-
-    return command.main(args)
-
-
-def _show_train(report: Report) -> None:
-    from qdeploy.training import command
-
-    command.show(report)
+# Commands that are a module of qdeploy.training with `add_arguments`, `main` and `show`, and what they do.
+TRAINING = {
+    "data": (
+        "data_command",
+        "Count the images of training data by domain and class, after every file was decoded; 1 if one cannot be.",
+    ),
+    "train": (
+        "command",
+        "Train one network or an ensemble on domains but one, by a method of the papers; write the model file.",
+    ),
+    "sweep": (
+        "sweep_command",
+        "Train all that a file lists, rows by held-out domains by seeds, several runs at once; or go on with it.",
+    ),
+    "combine": (
+        "combine_command",
+        "Judge the ensemble or the average of finished training runs, and write its model file.",
+    ),
+    "measure": (
+        "measure_command",
+        "Measure a finished training run as papers do: flatness, PAC-Bayes and sharpness bounds, loss surface.",
+    ),
+}
 
 
-def sweep(args: argparse.Namespace) -> Report:
-    """Train all that a file lists, rows by held-out domains by seeds, several runs at once; or go on with it."""
-    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
-    from qdeploy.training import sweep_command
+def _of_training(name: str) -> tuple[Callable, Callable]:
+    """What runs the command, and what shows its report."""
+    module, text = TRAINING[name]
 
-    return sweep_command.main(args)
+    def run(args: argparse.Namespace) -> Report:
+        _require(*TRAIN)
+        return import_module(f"qdeploy.training.{module}").main(args)
 
+    def show(report: Report) -> None:
+        import_module(f"qdeploy.training.{module}").show(report)
 
-def _show_sweep(report: Report) -> None:
-    from qdeploy.training import sweep_command
-
-    sweep_command.show(report)
-
-
-def combine(args: argparse.Namespace) -> Report:
-    """Judge the ensemble or the average of finished training runs, and write its model file."""
-    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
-    from qdeploy.training import combine_command
-
-    return combine_command.main(args)
-
-
-def _show_combine(report: Report) -> None:
-    from qdeploy.training import combine_command
-
-    combine_command.show(report)
-
-
-def measure(args: argparse.Namespace) -> Report:
-    """Measure a finished training run as papers do: flatness, PAC-Bayes and sharpness bounds, loss surface."""
-    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
-    from qdeploy.training import measure_command
-
-    return measure_command.main(args)
-
-
-def _show_measure(report: Report) -> None:
-    from qdeploy.training import measure_command
-
-    measure_command.show(report)
+    run.__name__, run.__doc__ = name, text
+    return run, show
 
 
 def report(args: argparse.Namespace) -> Report:
     """Write tables of finished training runs, those of the papers with the published figures beside."""
-    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
+    _require(*TRAIN)
     from qdeploy import page
     from qdeploy.training import report_command, report_files
 
@@ -467,7 +442,7 @@ def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file; two or more make an ensemble."""
     from qdeploy.training import finished_runs  # imports no torch
 
-    _require("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")
+    _require(*TRAIN)
     runs = finished_runs.read_runs(args.runs)
     _check_output(args.out)
     _check_output(args.html)
@@ -641,15 +616,10 @@ def _parser() -> argparse.ArgumentParser:
     added = command(verify, _show_verify, file=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=2)
     added.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
-    # None of these imports torch.
-    from qdeploy.training import combine_command, data_command, measure_command, report_command, sweep_command
-    from qdeploy.training import command as train_command
+    for name, (module, _) in TRAINING.items():  # none of these modules imports torch
+        import_module(f"qdeploy.training.{module}").add_arguments(command(*_of_training(name)))
+    from qdeploy.training import report_command
 
-    data_command.add_arguments(command(data, _show_data))
-    train_command.add_arguments(command(train, _show_train))
-    sweep_command.add_arguments(command(sweep, _show_sweep))
-    combine_command.add_arguments(command(combine, _show_combine))
-    measure_command.add_arguments(command(measure, _show_measure))
     report_command.add_arguments(command(report, _show_report, html=True))
     command(doctor, _show_doctor)
     return parser
