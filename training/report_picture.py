@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from qdeploy.training.pictures import STYLE, encoded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK, PALE = "#1f2328", "#d0d7de"
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "qdeploy",  # else ids are random
-    "svg.fonttype": "path",  # the same letters whatever fonts a reader has
-    "font.family": "DejaVu Sans",  # matplotlib brings it along
+OF_REPORT: dict[Any, Any] = STYLE | {
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.spines.left": False,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -33,11 +29,8 @@ def draw(data: Mapping[str, Any], kind: str) -> bytes:
     """The picture of the rows and columns that have a result, all tables below one another, as `png` or `svg`."""
     import matplotlib
 
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else None  # nothing that changes
-    drawn = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        _picture(data).savefig(drawn, format=kind, dpi=150, facecolor="white", metadata=metadata)
-    return drawn.getvalue()
+    with matplotlib.rc_context(OF_REPORT):
+        return encoded(_picture(data), kind)
 
 
 def _picture(data: Mapping[str, Any]) -> Figure:

@@ -5,7 +5,6 @@ GAQAT's figure 1 is an illustration without data. QT-DoG's figures 7 and 9 to 12
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,6 +13,7 @@ from typing import Any
 
 from qdeploy.errors import InputError
 from qdeploy.files import atomic_file
+from qdeploy.training.pictures import FORMATS, encoded
 
 # The module of each function of this name. It takes a list of `Measured`, or, of *rows*, the rows of a table.
 FIGURES = {
@@ -31,10 +31,6 @@ FIGURES = {
     "gaqat_figure_6": "surfaces",  # surface
     "qgen_figure_1": "qgen",  # bin-widths
     "qgen_figure_2": "surfaces",  # surface
-}
-FORMATS: dict[str, dict[str, Any]] = {  # nothing that changes from one process to the next
-    "png": {"dpi": 150, "metadata": {"Software": None}},
-    "svg": {"metadata": {"Date": None, "Creator": None}},
 }
 
 
@@ -70,16 +66,14 @@ def draw(name: str, data: Sequence[Any], folder: Path) -> list[Path]:
     check_matplotlib(name)
     from matplotlib import rc_context
 
-    from qdeploy.training.figures.drawing import STYLE
+    from qdeploy.training.figures.drawing import OF_PAPERS
 
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    with rc_context(STYLE):
+    with rc_context(OF_PAPERS):
         figure = getattr(import_module(f"{__name__}.{FIGURES[name]}"), name)(data)
-        for suffix, options in FORMATS.items():
-            whole = io.BytesIO()
-            figure.savefig(whole, format=suffix, **options)
-            paths.append(folder / f"{name}.{suffix}")
+        for kind in FORMATS:
+            paths.append(folder / f"{name}.{kind}")
             with atomic_file(paths[-1]) as file:
-                file.write(whole.getbuffer())
+                file.write(encoded(figure, kind))
     return paths

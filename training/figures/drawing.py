@@ -14,17 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qdeploy.training.figures import Measured
+from qdeploy.training.pictures import STYLE
 
 Numbers = Sequence[float] | np.ndarray
 
-STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "qdeploy",  # else ids are random
-    "svg.fonttype": "path",  # the same letters whatever fonts a reader has
-    "font.family": "DejaVu Sans",  # matplotlib brings it along
+OF_PAPERS: dict[Any, Any] = STYLE | {
     "font.size": 8,
     "axes.titlesize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.formatter.useoffset": False,
     "legend.frameon": False,
     "legend.handlelength": 3.2,  # a pattern of dashes needs two periods to be seen
