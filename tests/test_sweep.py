@@ -379,6 +379,7 @@ def test_a_killed_worker_and_ctrl_c_change_no_bit(tmp_path):
         _, said = sweep.communicate()
     assert sweep.returncode == 130, said
     assert "died (SIGKILL)" in said
+    assert "stopping: what runs writes its checkpoint; the same command goes on\n" in said
     assert [*states(out).values()] == ["waiting"] * 2
     assert (run / "checkpoint.pt").exists() and not (run / "lock").exists()
     assert not Path(f"/proc/{worker}").exists()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from qdeploy.errors import InputError
 from qdeploy.files import atomic_file
+from qdeploy.terminal import note
 from qdeploy.training.processes import signals_received
 from qdeploy.training.run_files import sound
 from qdeploy.training.sweep_jobs import Job, Outcome
@@ -74,6 +75,8 @@ class Schedule:
             while self.of("running") or not stopping and self.of("waiting"):
                 if not stopping and (signals or full):
                     stopping = True
+                    if self.of("running"):
+                        note("stopping: what runs writes its checkpoint; the same command goes on")
                     engine.stop()
                 if not stopping:
                     self._start(engine)
