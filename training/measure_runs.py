@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdeploy.training import sweep_workers
 from qdeploy.training.measure_run import FOLDER, Asked, measure_run
 from qdeploy.training.sweep_board import Board
 from qdeploy.training.sweep_command import cores
 from qdeploy.training.sweep_jobs import Job
 from qdeploy.training.sweep_schedule import Schedule
-from qdeploy.training.sweep_workers import Workers
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,11 @@ class Measuring(Job):
         return None
 
     def make(self) -> dict[str, Any]:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # finished draws are kept
-        measure_run(Path(self.row), self.asked)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # finished draws are kept
+        try:
+            measure_run(Path(self.row), self.asked)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return {}
 
 
@@ -45,7 +48,7 @@ def measure_runs(runs: Sequence[Path], asked: Asked, at_once: int) -> dict[str, 
     SystemExit when the draws that are finished are kept; the same command goes on.
     """
     schedule = Schedule([Measuring(str(run), "", None, run / FOLDER, (), asked) for run in runs])
-    with closing(Workers(at_once, max(1, cores() // at_once))) as workers:
+    with closing(sweep_workers.Workers(at_once, max(1, cores() // at_once))) as workers:
         board = Board(schedule, at_once)
         schedule.run(workers, board.changed, board.tick)
     return {

@@ -36,7 +36,7 @@ def report_data(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str,
     "rows", "notes": [sentence]}.
     A row is {"label", "cells", "seeds": text, "networks": how many an ensemble has, "bits": text, "size": bytes,
     "int8": cell, "agreement", "file": {"path", "layers"}}, a cell None or {"mean", "error", "n", "published",
-    "published_error"}, by column.
+    "published_error"}, by column; of a ranking {"mean", "error", "n", "counted": whether n stands beside}.
     Accuracies are in percent, as the papers print them; an error is the standard error over n seeds. What is not known
     is None.
 
@@ -97,8 +97,11 @@ def _of_pool(results: Sequence[Result]) -> list[dict[str, Any]]:
     pool = with_gap(results)
     groups = labelled(pool)
     rows = [Row(label, [(None, None)] * len(LOSSES), {}) for label in groups]
+    ranked, left = ranking_table(pool), sum(one.kind is None for one in results) - len(pool)
+    if left:
+        ranked["notes"].append(f"{left} of {len(pool) + left} runs have no gap and are left out.")
     losses = {"name": f"{RANKING}/gaps", "title": "The gaps, and the losses of which they are the difference"}
-    return [ranking_table(pool), losses | _filled(LOSSES, rows, [*groups.values()])]
+    return [ranked, losses | _filled(LOSSES, rows, [*groups.values()])]
 
 
 def _columns(data: str, domains: Sequence[str], decimals: int = 1, validation: bool = True) -> list[Column]:

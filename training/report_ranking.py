@@ -30,6 +30,7 @@ _NUMBERS = (
 )
 _BOUNDS = ("pac-bayes", "sharpness")
 _BESIDE = ("seed", "split_seed", "test_domain")  # networks of a group share them, but nobody chooses by them
+_NAME = "method"  # of a row of choices, each of which is a setting
 
 Settings = Mapping[str, Sequence[str]]  # by name, of each network
 
@@ -52,7 +53,7 @@ def ranking_table(results: Sequence[Result]) -> dict[str, Any]:
         raise InputError(f"expected {expected}, got none - at --table {RANKING}")
     values = varied([one.config for one in results])
     known = {name: [json.dumps(value, sort_keys=True, default=str) for value in of] for name, of in values.items()}
-    settings, following = _independent({name: of for name, of in known.items() if name not in _BESIDE})
+    settings, following = _independent({name: of for name, of in known.items() if name not in (*_BESIDE, _NAME)})
     networks = [
         {column.label: measured(one, column) for column in (*columns, GAP)}
         | {name: of[i] for name, of in known.items()}
@@ -65,15 +66,14 @@ def ranking_table(results: Sequence[Result]) -> dict[str, Any]:
     for row in found["table"]:
         of = [groups[row["measure"], setting] for setting in settings]
         cells = [_cell(row["tau"], row["networks"]), _cell(row["psi"], sum(one["tau"] is not None for one in of))]
-        cells += [_cell(one["tau"], one["groups"]) for one in of]
+        cells += [_cell(one["tau"], one["groups"], counted=True) for one in of]
         rows.append(_row(row["measure"], cells, row["networks"]))
-    labels = [f"{name} ({_counted([groups[c.label, name]['groups'] for c in columns])})" for name in settings]
     return {
         "name": RANKING,
         "title": f"How measures rank {len(results)} networks by their generalization gap",
-        "columns": ["tau_b", "Psi", *labels],
-        "decimals": [3] * (2 + len(labels)),
-        "units": [""] * (2 + len(labels)),
+        "columns": ["tau_b", "Psi", *settings],
+        "decimals": [3] * (2 + len(settings)),
+        "units": [""] * (2 + len(settings)),
         "rows": rows,
         "notes": [*_notes(settings, following), *_left_out(results, columns)],
     }
@@ -109,8 +109,8 @@ def _independent(settings: Settings) -> tuple[list[str], list[str]]:
     return [*kept], [*reversed(following)]
 
 
-def _cell(value: float | None, count: int) -> dict[str, Any] | None:
-    return None if value is None else {"mean": value, "error": None, "n": count}
+def _cell(value: float | None, count: int, counted: bool = False) -> dict[str, Any] | None:
+    return None if value is None else {"mean": value, "error": None, "n": count, "counted": counted}
 
 
 def _row(label: str, cells: Sequence[Any], networks: int) -> dict[str, Any]:
@@ -118,14 +118,9 @@ def _row(label: str, cells: Sequence[Any], networks: int) -> dict[str, Any]:
     return {"label": label, "cells": [*cells], "networks": networks, **unknown}
 
 
-def _counted(groups: Sequence[int]) -> str:
-    least, most = min(groups), max(groups)
-    return f"{most} groups" if least == most else f"{least} to {most} groups"
-
-
 def _notes(settings: Sequence[str], following: Sequence[str]) -> list[str]:
     notes = [
-        "tau_b is of all networks; that of a setting is the mean over groups that differ in it alone.",
+        "tau_b is of all networks; that of a setting is the mean over n groups that differ in it alone.",
         "Psi is the mean over the settings. A group in which measure or gap is the same for all does not count.",
     ]
     if not settings:
