@@ -70,7 +70,7 @@ def test_measures_rank_a_pool(pool):
     assert counts["pac-mag-init, exact"] == [13, 2, 6, None, 5] and rows["pac-mag-init, exact"]["networks"] == 13
     assert means["distance from the initial weights"] == [None] * 5  # the same for all
     assert ranking["notes"][2:] == [
-        "Without a column, as they follow from the others: quantization, quantize_at, lr, lr_step_size.",
+        "Without a column, as they follow from the others: bits, quantize_at, lr_step_size, lr.",
         "Left out, the search was saturated: 2 of pac-mag-init, exact.",
         "Left out, no number: 1 of pac-mag-init, exact.",
     ]
