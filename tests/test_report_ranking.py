@@ -92,7 +92,8 @@ def test_files_and_page_have_the_count_of_groups(pool, capsys):
     assert line == "| pac-init, exact | 1.000 | 1.000 | 1.000, n 8 | - | 1.000, n 8 | 16 |"
     with (pool / "report.csv").open() as file:
         found = {(row["row"], row["column"]): row for row in csv.DictReader(file) if row["table"] == "ranking"}
-    assert found["pac-mag-init, exact", "quantization"]["n"] == "6" and found["pac-init, exact", "optimizer"]["mean"] == ""
+    assert found["pac-mag-init, exact", "quantization"]["n"] == "6"
+    assert found["pac-init, exact", "optimizer"]["mean"] == ""
     shown = (pool / "page.html").read_text()
     assert "How measures rank 16 networks" in shown and ">n 8</span>" in shown
     assert capsys.readouterr().out.startswith("# Runs in ")

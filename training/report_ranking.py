@@ -101,7 +101,7 @@ def _independent(settings: Settings) -> tuple[list[str], list[str]]:
     """Those that can differ alone, and those whose value follows from the others, as a rate does that an optimizer has
     of its own; of two that follow from each other the first one stays."""
     kept, following = dict(settings), []
-    for name in reversed(settings):
+    for name in reversed([*settings]):
         others = [*zip(*(of for other, of in kept.items() if other != name), strict=True)]
         if others and len({*zip(others, kept[name], strict=True)}) == len({*others}):
             following.append(name)
