@@ -19,7 +19,7 @@ from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import load_benchmark
 from qdeploy.training.measure_run import Asked
 from qdeploy.training.measure_runs import Measuring
-from qdeploy.training.measures import MEASURES, flatness, norms
+from qdeploy.training.measures import flatness, norms
 from qdeploy.training.sweep_jobs import outcome_of
 
 SETTINGS = {"data": "debug", "test_domain": "debug1", "accelerator": "cpu", "updates": 4, "eval_every": 2}
@@ -136,4 +136,3 @@ def test_bad_words_are_one_line(pool, tmp_path, capsys):
         assert cli.main(["measure", *map(str, words), "--what", "norms"]) == 2
         assert capsys.readouterr().err.splitlines()[-1] == f"qdeploy: error: {line}"
     assert not (tmp_path / "nowhere").exists() and not [*pool.rglob("measures")]
-    assert "norms" in MEASURES
