@@ -13,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 
 from qdeploy import cli, files
-from qdeploy.training import measure_command, trainer
+from qdeploy.training import measure_command, measure_run, trainer
 from qdeploy.training.config import Config, resolve
 from qdeploy.training.domains import load_benchmark
 from qdeploy.training.measures import MEASURES, Measure, bisection, flatness, sharpness, surface
@@ -200,7 +200,7 @@ def test_what_stops_goes_on_to_the_same_bits(measure, run, name, monkeypatch, ca
     whole = {path.name: path.read_bytes() for path in (run / "measures").iterdir()}
     shutil.rmtree(run / "measures")
     made: list[str] = []
-    draw = measure_command._Files.draw
+    draw = measure_run._Files.draw
 
     def stops_at_the_fifth(self, name, make):
         def counted():
@@ -212,7 +212,7 @@ def test_what_stops_goes_on_to_the_same_bits(measure, run, name, monkeypatch, ca
 
         return draw(self, name, counted)
 
-    monkeypatch.setattr(measure_command._Files, "draw", stops_at_the_fifth)
+    monkeypatch.setattr(measure_run._Files, "draw", stops_at_the_fifth)
     for kept in (4, 6):
         assert cli.main(["measure", str(run), *map(str, words)]) == 130
         assert [path.name for path in (run / "measures").iterdir()] == [f"{name}.partial.json"]
@@ -306,7 +306,7 @@ def test_files_of_a_newer_version_and_damaged_ones_are_refused(run, refused, fil
 
 
 def test_two_processes_do_not_measure_one_run(run, refused):
-    with measure_command.alone(run / "measures"):
+    with measure_run.alone(run / "measures"):
         assert refused(*FLATNESS).endswith(f" - at {run / 'measures'}")
 
 

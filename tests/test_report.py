@@ -521,7 +521,7 @@ def test_folders_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_unknown_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     line = refused(capsys, tmp_path, "--table", "qt-dog/16")
-    assert line == f"expected one of {', '.join(tables.names())}, got 'qt-dog/16' - at --table"
+    assert line == f"expected one of {', '.join(tables.names())} or ranking, got 'qt-dog/16' - at --table"
 
 
 DAMAGED = "expected a file written by a run, got a damaged one: delete it - at {}"

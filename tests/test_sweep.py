@@ -161,7 +161,7 @@ def test_what_is_done_is_not_made_again(swept, capsys, monkeypatch):
     assert cli.main(["sweep", str(swept / "tiny.yaml"), "--out", out, "--jobs", "2", "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"out": out, "done": 17, "failed": [], "left_out": []}
-    threads = max(1, sweep_command._cores() // 2)
+    threads = max(1, sweep_command.cores() // 2)
     assert said.err == f"17 jobs, 17 of them done; 2 at once with {threads} thread(s) each - in {out}\n"
 
 

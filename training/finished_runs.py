@@ -3,6 +3,7 @@ until a network is loaded."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from qdeploy.errors import InputError
 from qdeploy.terminal import note
 from qdeploy.training import fingerprint
 from qdeploy.training.config import MACHINE, Config, differences
-from qdeploy.training.run_files import DONE, Done, read_done, sound
+from qdeploy.training.run_files import DONE, SETTINGS, Done, read_done, sound
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,31 @@ def all_seeds(folders: Sequence[Path]) -> list[Path]:
     return found
 
 
+def in_number_order(path: Path) -> list[str | int]:
+    """A key to sort folders by: seed10 comes after seed2."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
+
+
+def runs_in(folders: Sequence[Path]) -> list[Path]:
+    """The finished runs in each folder and in all folders in it, itself included, in order, once each. Raises
+    InputError for a folder without any."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        runs = sorted((path.parent for path in folder.rglob(DONE)), key=in_number_order)
+        if not runs:
+            raise _none_at(folder)
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+        if left := sum(not (path.parent / DONE).exists() for path in folder.rglob(SETTINGS)):
+            note(f"{left} runs are not finished, and left out - in {folder}")
+    return [*found.values()]
+
+
+def _none_at(folder: Path) -> InputError:
+    expected = f"the folder of a finished run (OUT/seed0 of `qdeploy train`), got no {DONE}"
+    return InputError(f"expected {expected} - at {folder}")
+
+
 def read_runs(folders: Sequence[Path]) -> dict[Path, Done]:
     """What the runs in `folders` say of themselves.
 
@@ -47,8 +73,7 @@ def read_runs(folders: Sequence[Path]) -> dict[Path, Done]:
     for folder in folders:
         done = read_done(folder)
         if done is None:
-            expected = f"the folder of a finished run (OUT/seed0 of `qdeploy train`), got no {DONE}"
-            raise InputError(f"expected {expected} - at {folder}")
+            raise _none_at(folder)
         if any(folder.samefile(other) for other in runs):
             raise InputError(f"expected every run once, got one twice - at {folder}")
         runs[folder] = done

@@ -11,9 +11,10 @@ from typing import Any
 from qdeploy.errors import InputError
 from qdeploy.training.config import plain
 from qdeploy.training.report_cells import Cell, bits, cell, check_row, check_table, held_out, of_files
+from qdeploy.training.report_ranking import LOSSES, ranking_table, with_gap
 from qdeploy.training.report_rows import labelled, plainest
 from qdeploy.training.report_runs import Missing, Result, find
-from qdeploy.training.tables import Column, Row, Table, matches, table
+from qdeploy.training.tables import RANKING, Column, Row, Table, matches, table
 
 SELECTIONS = {
     "validation": "training-domain validation",
@@ -26,7 +27,8 @@ Domains = Mapping[str, Sequence[str]]  # those held out, by data set
 
 
 def report_data(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str, Any]:
-    """All that a report says, for JSON: the tables `names`, or without any one of all that is in `folders`.
+    """All that a report says, for JSON: the tables `names`, or without any one of all that is in `folders`. Of the name
+    "ranking" there are two: how measures rank the runs, and the losses of their rows.
 
     Returns {"title", "tables": [table], "runs": [{"row", "target", "seed", "folder", "records", "config", "measures"}]}
 
@@ -34,16 +36,19 @@ def report_data(folders: Sequence[Path], names: Sequence[str] = ()) -> dict[str,
     "rows", "notes": [sentence]}.
     A row is {"label", "cells", "seeds": text, "networks": how many an ensemble has, "bits": text, "size": bytes,
     "int8": cell, "agreement", "file": {"path", "layers"}}, a cell None or {"mean", "error", "n", "published",
-    "published_error"}, by column.
+    "published_error"}, by column; of a ranking {"mean", "error", "n", "counted": whether n stands beside}.
     Accuracies are in percent, as the papers print them; an error is the standard error over n seeds. What is not known
     is None.
 
     Raises InputError for a table that is not known, for folders without runs, damaged files and files of a newer
     version, and for runs that must not be averaged.
     """
-    chosen = [table(name) for name in names]  # an unknown name first
+    chosen = {name: table(name) for name in names if name != RANKING}  # an unknown name first
     results, missing = find(folders)
-    tables = [_of_paper(one, results) for one in chosen] or [_of_all(results, missing)]
+    tables = []
+    for name in names:
+        tables += _of_pool(results) if name == RANKING else [_of_paper(chosen[name], results)]
+    tables = tables or [_of_all(results, missing)]
     for one in tables:
         one["notes"] += _missing(missing)
     runs = [_run(one, label) for label, group in labelled(results).items() for one in group if one.kind is None]
@@ -94,6 +99,17 @@ def _of_all(results: Sequence[Result], missing: Sequence[Missing]) -> dict[str, 
     rows = [Row(label, [(None, None)] * len(columns), {}) for label in groups]
     title = f"All runs of {results[0].data}" if results else "No run is finished"
     return {"name": "all", "title": title, **_filled(columns, rows, [*groups.values()])}
+
+
+def _of_pool(results: Sequence[Result]) -> list[dict[str, Any]]:
+    pool = with_gap(results)
+    groups = labelled(pool)
+    rows = [Row(label, [(None, None)] * len(LOSSES), {}) for label in groups]
+    ranked, left = ranking_table(pool), sum(one.kind is None for one in results) - len(pool)
+    if left:
+        ranked["notes"].append(f"{left} of {len(pool) + left} runs have no gap and are left out.")
+    losses = {"name": f"{RANKING}/gaps", "title": "The gaps, and the losses of which they are the difference"}
+    return [ranked, losses | _filled(LOSSES, rows, [*groups.values()])]
 
 
 def _columns(data: str, domains: Sequence[str], decimals: int = 1, validation: bool = True) -> list[Column]:

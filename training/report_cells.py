@@ -112,10 +112,10 @@ def _value(one: Result, column: Column, domain: str) -> float | None:
         return one.validation
     if column.value == INT8:
         return None if one.file is None else one.file["tests"].get(domain)
-    return _measured(one, column)
+    return measured(one, column)
 
 
-def _measured(one: Result, column: Column) -> float | None:
+def measured(one: Result, column: Column) -> float | None:
     """The mean over the rows of the measure's table that the column means; None where it has no number, or one of a
     search that was saturated."""
     measure, _, name = column.value.partition(".")
@@ -125,7 +125,7 @@ def _measured(one: Result, column: Column) -> float | None:
     with sound(one.folder / MEASURES / f"{measure}.json"):
         rows = [content] if column.where is None else content["table"]
         found = [row for row in rows if (column.where or {}).items() <= row.items() and name in row]
-        if not found or any(row.get("saturated") for row in found):
+        if not found or any(row.get("saturated") or row[name] is None for row in found):
             return None
         value = statistics.fmean(row[name] for row in found)
         return value if math.isfinite(value) else None

@@ -16,7 +16,8 @@ FILES = ("report.md", "report.csv", "report.png", "report.svg")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "folders with finished runs in them: those of `qdeploy train --out`, of sweeps, or folders of these"
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help=text)
-    text = "tables of the papers, such as qt-dog/1, with their figures beside (default: one of all runs)"
+    text = "tables of the papers, such as qt-dog/1, with their figures beside; ranking: how measures rank the runs by"
+    text += " their generalization gap (default: one of all runs)"
     parser.add_argument("--table", nargs="+", default=[], metavar="NAME", help=text)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"for {', '.join(FILES)} (default: DIR)")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from qdeploy.errors import InputError
 from qdeploy.training.command import SUMMARY
 from qdeploy.training.config import Config, stored
+from qdeploy.training.finished_runs import in_number_order
 from qdeploy.training.run_files import CHECKPOINT, DONE, LOG, MODEL, SETTINGS, check_record, read_done, sound
 from qdeploy.training.tables import data_set
 
@@ -124,16 +124,11 @@ def _found(folder: Path, sweep: Sweep | None = None, file: File | None = None) -
 
 def _below(folder: Path, sweep: Sweep | None) -> Iterator[Result | Missing]:
     summary = _summary(folder)
-    for below in sorted((path for path in folder.iterdir() if path.is_dir()), key=_numbered):
+    for below in sorted((path for path in folder.iterdir() if path.is_dir()), key=in_number_order):
         is_only = [f"seed{one['seed']}" for one in summary.get("members", ())] == [below.name]
         yield from _found(below, sweep, summary.get("file") if is_only else None)
     if len(summary.get("members", ())) > 1:
         yield _combined(folder, summary, sweep)
-
-
-def _numbered(path: Path) -> list[str | int]:
-    """seed10 comes after seed2."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 # ---- Sweeps --------------------------------------------------------------------------------------------------------

@@ -52,10 +52,13 @@ def _escaped(text: str) -> str:
 
 
 def cell_text(cell: Mapping[str, Any] | None, decimals: int, only_published: bool = False) -> str:
-    """`ours (published)` of a cell, each `mean ± error`; or the published figure alone, in brackets."""
+    """`ours (published)` of a cell, each `mean ± error`; or the published figure alone, in brackets. Of a `counted` one
+    `ours, n 16`."""
     if cell is None:
         return "-"
     ours = number(cell["mean"], cell["error"], decimals)
+    if cell.get("counted"):
+        return f"{ours}, n {cell['n']}"
     if cell.get("published") is None:
         return ours
     published = f"({number(cell['published'], cell['published_error'], decimals)})"

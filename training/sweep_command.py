@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     from qdeploy.training.sweep_file import read_sweep
     from qdeploy.training.sweep_plan import plan
     from qdeploy.training.sweep_ray import RayTasks
-    from qdeploy.training.sweep_schedule import Schedule
+    from qdeploy.training.sweep_schedule import SweepSchedule
 
     out = Path(os.path.abspath(args.out or Path("runs", args.file.stem)))  # the same for every process
     sweep = read_sweep(args.file)
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         with alone(out):
             if isinstance(engine, RayTasks):
                 engine.check(out, jobs)
-            schedule = Schedule(out, [row.name for row in sweep.rows], jobs)
+            schedule = SweepSchedule(out, [row.name for row in sweep.rows], jobs)
             done, at_once = len(schedule.of("done")), f"{engine.slots} at once with {engine.threads} thread(s) each"
             note(f"{len(jobs)} jobs, {done} of them done; {at_once} - in {out}")
             with board_of(schedule, engine.slots) as board:
@@ -74,10 +74,10 @@ def _engine_of(args: argparse.Namespace) -> Workers | RayTasks:
         return RayTasks(args.address, slots)
     if args.address is not None:
         raise InputError(f"expected --engine ray, got {args.engine} - at --address {args.address}")
-    return sweep_workers.Workers(slots or 1, max(1, _cores() // (slots or 1)))
+    return sweep_workers.Workers(slots or 1, max(1, cores() // (slots or 1)))
 
 
-def _cores() -> int:
+def cores() -> int:
     return max(1, int(min(len(os.sched_getaffinity(0)), _engine.cpu_quota())))
 
 

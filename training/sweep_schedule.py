@@ -1,5 +1,5 @@
 """What a sweep does next: jobs whose needs are met, on an engine, until all are done or cannot be; DIR/sweep.json says
-how far it is."""
+how far a sweep is."""
 
 from __future__ import annotations
 
@@ -49,16 +49,14 @@ class Entry:
 
 
 class Schedule:
-    """The jobs of a sweep in its folder `out`. Raises InputError where another sweep was begun there."""
+    """Jobs, each behind those that it needs. Raises InputError where something else was begun in a folder of theirs."""
 
-    def __init__(self, out: Path, rows: Sequence[str], jobs: Sequence[Job]):
-        self.out, self.rows = out, rows
+    def __init__(self, jobs: Sequence[Job]):
         self.entries = {job.folder: Entry(job) for job in jobs}
-        seconds = _seconds(out / STATE)
-        for folder, entry in self.entries.items():
+        for entry in self.entries.values():
             found = entry.job.found()
             if found is not None and all(self.entries[need].state == "done" for need in entry.job.needs):
-                entry.state, entry.found, entry.seconds = "done", found, seconds.get(self._name(folder))
+                entry.state, entry.found = "done", found
 
     def of(self, state: str) -> list[Entry]:
         return [entry for entry in self.entries.values() if entry.state == state]
@@ -132,6 +130,20 @@ class Schedule:
             for need in entry.job.needs:
                 if self.entries[need].state in ("failed", "left out"):
                     entry.state, entry.error = "left out", f"left out: it needs {self.entries[need].job.name}"
+
+    def _write(self) -> None:
+        """Whoever would like to keep how it stands does it here."""
+
+
+class SweepSchedule(Schedule):
+    """The jobs of a sweep in its folder `out`, where STATE tells how each stands."""
+
+    def __init__(self, out: Path, rows: Sequence[str], jobs: Sequence[Job]):
+        self.out, self.rows = out, rows
+        super().__init__(jobs)
+        seconds = _seconds(out / STATE)
+        for entry in self.of("done"):
+            entry.seconds = seconds.get(self._name(entry.job.folder))
 
     def _name(self, folder: Path) -> str:
         return str(folder.relative_to(self.out))

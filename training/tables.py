@@ -17,6 +17,7 @@ from qdeploy.training.methods import AXES, METHODS
 from qdeploy.training.settings_files import over
 
 PATH = Path(__file__).with_name("tables.yaml")
+RANKING = "ranking"  # beside the tables of papers: of all runs, how measures rank them
 SHARES = ("test", "validation")  # values of a column that are accuracies of a run; others are of its measures
 
 
@@ -69,7 +70,7 @@ def table(name: str) -> Table:
     """The table `name`, such as qt-dog/1. Raises InputError for an unknown one."""
     known = _content()["tables"]
     if name not in known:
-        raise InputError(f"expected one of {', '.join(names())}, got {name!r} - at --table")
+        raise InputError(f"expected one of {', '.join(names())} or {RANKING}, got {name!r} - at --table")
     content = known[name]
     rows = [_row(one, content.get("settings", {})) for one in content["rows"]]
     labels = [*content["columns"]]

@@ -52,10 +52,12 @@ def _table(content: Mapping[str, Any]) -> Markup:
 
 
 def _cell(cell: Cell | None, decimals: int) -> object:
-    """Ours, and the published one in brackets below it; None where there is neither."""
+    """Ours, and the published one in brackets below it, or the n of a `counted` one; None where there is neither."""
     if cell is None:
         return None
     ours = _figure(cell["mean"], cell["error"], decimals)
+    if cell.get("counted"):
+        return together(ours, tag("span", f"n {cell['n']}", class_="published"))
     if cell.get("published") is None:
         return ours
     published = _figure(cell["published"], cell["published_error"], decimals)

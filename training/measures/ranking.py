@@ -39,9 +39,14 @@ def kendall_tau_b(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarr
 
 
 def ranking(
-    networks: Sequence[Network], measures: Sequence[str], settings: Sequence[str], gap: str = "gap"
+    networks: Sequence[Network],
+    measures: Sequence[str],
+    settings: Sequence[str],
+    gap: str = "gap",
+    beside: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """How each of `measures` ranks `networks` against `gap`.
+    """How each of `measures` ranks `networks` against `gap`. Groups differ in one of `settings` alone; they share what
+    `beside` names as well, such as the seed, by which nobody chooses a network.
 
     A network without a measure (None: a saturated search, say) is left out of that measure. Groups in which measure or
     gap is the same for all have no tau and do not count.
@@ -52,16 +57,15 @@ def ranking(
     """
     table, granulated = [], []
     for network in networks:
-        for name in (*settings, gap):
+        for name in (*settings, *beside, gap):
             if network.get(name) is None:
                 raise InputError(f"expected `{name}` of every network, got none - at {dict(network)}")
     for measure in measures:
         known = [network for network in networks if network.get(measure) is not None]
         means = []
         for setting in settings:
-            taus = [
-                tau for group in _groups(known, setting, settings) if (tau := _tau(group, measure, gap)) is not None
-            ]
+            groups = _groups(known, setting, [*settings, *beside])
+            taus = [tau for group in groups if (tau := _tau(group, measure, gap)) is not None]
             mean = statistics.fmean(taus) if taus else None
             granulated.append({"measure": measure, "setting": setting, "groups": len(taus), "tau": mean})
             means += [] if mean is None else [mean]
