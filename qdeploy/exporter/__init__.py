@@ -4,8 +4,7 @@ The codes in the file are those of training: rint(clamp(w / step size)) of the w
 biases and all scales go into one multiplier and one bias per channel, computed once in float64 (docs/format.md section
 4 is the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass. Needs PyTorch.
 
-    trace -> lowering    torch.export, some operators in terms of others (rewriting.py), then one layer for each ATen
-                         operator (layers.py), in real numbers
+    from_torch           torch.export, then one layer for each ATen operator (layers.py), in real numbers
     fusion               few layers of the many, each an operation of the file
     weights, calibrate   codes of the weights, grids (grid.py) of the activations
     emit                 the integer graph
@@ -31,9 +30,9 @@ from qdeploy.errors import ExportError, InputError, ModelError
 from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
 from qdeploy.exporter.dry_run import check_graph
 from qdeploy.exporter.emit import check_shapes, emit
+from qdeploy.exporter.from_torch import lower
 from qdeploy.exporter.fusion import fuse
 from qdeploy.exporter.layers import Network, Norm
-from qdeploy.exporter.lowering import lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.files import AnyPath

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
+from qdeploy.exporter.from_torch.trace import Trace
 from qdeploy.exporter.grid import Grid
-from qdeploy.exporter.trace import Trace
 from qdeploy.ops import OPS
 
 Function = Callable[[Tensor], Tensor]  # elementwise, float64 to float64

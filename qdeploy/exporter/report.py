@@ -14,9 +14,9 @@ from torch import Tensor, fx
 
 from qdeploy import page, reference
 from qdeploy.calibration import doubt
+from qdeploy.exporter.from_torch.trace import LSQ
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
-from qdeploy.exporter.trace import LSQ
 from qdeploy.files import AnyPath
 from qdeploy.graph import Activation, Graph
 from qdeploy.model import load_int_model

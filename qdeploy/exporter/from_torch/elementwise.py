@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, channel_axis
+from qdeploy.exporter.from_torch.attention import Scores, biased, scaled
+from qdeploy.exporter.from_torch.moved import Value, index_of, is_bijective, layer_of, regrouped, seen, settled
+from qdeploy.exporter.from_torch.site import Site, aten, float64
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import (
     Add,
@@ -27,9 +30,6 @@ from qdeploy.exporter.layers import (
     checked_step,
     elementwise,
 )
-from qdeploy.exporter.lowering.attention import Scores, biased, scaled
-from qdeploy.exporter.lowering.moved import Value, index_of, is_bijective, layer_of, regrouped, seen, settled
-from qdeploy.exporter.lowering.site import Site, aten, float64
 from qdeploy.ops.op import channels_of, rows_of
 
 FUNCTION = "an elementwise operator on functions of one tensor, a sum or a product"

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import qdeploy.kernels.lsq  # noqa: F401  (registers the operator qdeploy::lsq)
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import BATCH
-from qdeploy.exporter.rewriting import rewrite
+from qdeploy.exporter.from_torch.rewriting import rewrite
 from qdeploy.networks.wrappers import plain_names, unwrapped
 
 LSQ = torch.ops.qdeploy.lsq.default

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, numbered, with_channels
+from qdeploy.exporter.from_torch.moved import Value, arranged, image, index_of, layer_of, seen, vector
+from qdeploy.exporter.from_torch.site import OPERATOR, Site, float64
 from qdeploy.exporter.layers import Conv2d, Embedding, Input, Layer, LearnedWeight, Linear
-from qdeploy.exporter.lowering.moved import Value, arranged, image, index_of, layer_of, seen, vector
-from qdeploy.exporter.lowering.site import OPERATOR, Site, float64
 from qdeploy.graph import Shape
 from qdeploy.ops.op import channels_of
 

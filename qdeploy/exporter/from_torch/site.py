@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value, value_of
+from qdeploy.exporter.from_torch.trace import Trace, modules_of
 from qdeploy.exporter.layers import Layer
-from qdeploy.exporter.trace import Trace, modules_of
 from qdeploy.graph import Shape
 
 aten = torch.ops.aten

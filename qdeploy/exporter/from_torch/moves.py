@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, channel_axis, with_channels
-from qdeploy.exporter.layers import Concat, Layer, LearnedWeight, Pad, Position
-from qdeploy.exporter.lowering.attention import Scores, reshaped_scores
-from qdeploy.exporter.lowering.moved import (
+from qdeploy.exporter.from_torch.attention import Scores, reshaped_scores
+from qdeploy.exporter.from_torch.moved import (
     Moved,
     Value,
     arranged,
@@ -24,7 +23,8 @@ from qdeploy.exporter.lowering.moved import (
     seen,
     settled,
 )
-from qdeploy.exporter.lowering.site import RIGHT_BEFORE, Site, float64
+from qdeploy.exporter.from_torch.site import RIGHT_BEFORE, Site, float64
+from qdeploy.exporter.layers import Concat, Layer, LearnedWeight, Pad, Position
 from qdeploy.ops.op import channels_of
 
 HOLE = np.iinfo(np.int64).min

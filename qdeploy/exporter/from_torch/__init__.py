@@ -1,6 +1,8 @@
-"""From a trace to layers: LOWERING has one function for each ATen operator that the engine can express; any other is an
-ExportError. fusion.py then makes few layers of the many.
+"""PyTorch's front end: `lower` makes layers of a network, in real numbers. Needs PyTorch.
 
+LOWERING has one function for each ATen operator that the engine can express; any other is an ExportError.
+
+    trace          torch.export of the network; rewriting.py puts some of its operators in terms of others
     moves          what only moves elements, in numbers of elements (moved.py)
     elementwise    functions of one tensor, sums, products, constants
     weighted, norms, attention, windows
@@ -18,10 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
-from qdeploy.exporter.layers import Input, Layer, LearnedWeight, Network
-from qdeploy.exporter.lowering import attention, elementwise, moves, norms, weighted, windows
-from qdeploy.exporter.lowering.moved import Moved, layer_of, plain
-from qdeploy.exporter.lowering.site import (
+from qdeploy.exporter.from_torch import attention, elementwise, moves, norms, weighted, windows
+from qdeploy.exporter.from_torch.moved import Moved, layer_of, plain
+from qdeploy.exporter.from_torch.site import (
     OPERATOR,
     RIGHT_BEFORE,
     Missing,
@@ -34,8 +35,9 @@ from qdeploy.exporter.lowering.site import (
     depends,
     missing,
 )
-from qdeploy.exporter.lowering.words import described
-from qdeploy.exporter.trace import LSQ, Trace, is_random, trace
+from qdeploy.exporter.from_torch.trace import LSQ, Trace, is_random, trace
+from qdeploy.exporter.from_torch.words import described
+from qdeploy.exporter.layers import Input, Layer, LearnedWeight, Network
 
 
 def lower(net: nn.Module, example: Tensor) -> Network:
