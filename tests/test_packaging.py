@@ -137,8 +137,17 @@ def test_import_without_anything_optional():
 
 
 def test_export_without_torch_says_what_to_install():
-    code = f"{BLOCK}import qdeploy\ntry: qdeploy.export\nexcept ImportError as error: print(error)"
+    call = "qdeploy.export(None, numpy.zeros((1, 4), numpy.float32), 'net.safetensors')"
+    code = f"{BLOCK}import numpy, qdeploy\ntry: {call}\nexcept ImportError as error: print(error)"
     assert "torch" in python(code)
+
+
+def test_all_but_the_front_end_exports_without_torch(tmp_path: Path):
+    modules = {f"qdeploy.exporter.{path.stem}" for path in (ROOT / "qdeploy/exporter").glob("*.py")}
+    imports = "; ".join(f"import {module.removesuffix('.__init__')}" for module in sorted(modules))
+    path = [str(ROOT / "tests")]
+    code = f"{BLOCK}sys.path += {path}\n{imports}\nfrom network_by_hand import check; check({str(tmp_path)!r})"
+    python(code)
 
 
 def objects(built: Path, folder: str) -> list[Path]:

@@ -40,7 +40,7 @@ def quantize(site: Site, x: Value, step: Tensor, qmin: int, qmax: int, axis: int
         site.fail("one step size for a layer's input", f"{step.numel()}")
     if qmax - qmin > 255 or qmin > 0:
         site.fail("an activation quantizer of at most 8 bits that holds 0", f"codes {qmin}..{qmax}")
-    scale = checked_step(step, f"input quantizer of module `{site.module}`")[0]
+    scale = checked_step(step.numpy(), f"input quantizer of module `{site.module}`")[0]
     return _each(site, x, Quantize, grid=Grid(float(scale), -qmin, 0, qmax - qmin))
 
 
@@ -279,11 +279,11 @@ def _function(site: Site, target: Callable[..., Tensor], index: np.ndarray | Non
     if root is None:
         site.fail(FUNCTION, "two tensors")
     functions = [_path(root, a) if isinstance(a, Layer) else _scalar(site, a) for a in args]
-    layer = site.layer(
-        *(Table, [root], root.shape, index),
-        function=lambda v: target(*(f(v) if callable(f) else f for f in functions), **kwargs),
-    )
-    return seen(layer, index)
+
+    def function(v: np.ndarray) -> np.ndarray:
+        return target(*(torch.as_tensor(f(v)) if callable(f) else f for f in functions), **kwargs).numpy()
+
+    return seen(site.layer(Table, [root], root.shape, index, function=function), index)
 
 
 def _scalar(site: Site, constant: Any) -> Any:
@@ -312,7 +312,7 @@ def _path(root: Layer, layer: Layer) -> Function:
     chain = _ancestry(layer)
     functions = [function for step in chain[: chain.index(root)] if (function := elementwise(step))]
 
-    def composed(v: Tensor) -> Tensor:
+    def composed(v: np.ndarray) -> np.ndarray:
         for function in reversed(functions):
             v = function(v)
         return v
