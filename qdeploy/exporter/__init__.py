@@ -105,10 +105,10 @@ def export_ensemble(
     combine: "logits", softmax of the mean logit (QT-DoG equation 6), or "probs", mean of the members' softmax.
     Members are named member0, member1... in order.
     """
+    from qdeploy.exporter.from_torch import is_network  # loads PyTorch
+
     if combine not in COMBINE:
         raise InputError(f"expected combine {' or '.join(COMBINE)}, got {combine!r} - at export_ensemble")
-    from qdeploy.exporter.from_torch import is_network
-
     if is_network(nets):
         raise InputError(f"expected two or more networks, got one {type(nets).__name__} - at export_ensemble")
     nets = list(nets)

@@ -46,7 +46,7 @@ class Value:
     """The tensor of the float network that holds a layer's output.
 
     tensor: as the network's source calls it, a node of the trace for example.
-    source: by element number where it is among the `places` that the tensor has for one image; None: as torch has it.
+    source: by element number where it is among the `places` that the tensor has for one image; None: [N, *shape].
     outer: the product of the sizes before the batch: 1, or T of a tensor [T, N, D].
     """
 
