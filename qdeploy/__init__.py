@@ -23,7 +23,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("check", "export", "export_ensemble"):  # these need torch, which `import qdeploy` must not
+    if name in ("check", "export", "export_ensemble"):  # of no use to a model that runs
         from . import exporter  # not named export.py: importing a submodule would put the module where the function is
 
         return getattr(exporter, name)

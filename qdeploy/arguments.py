@@ -5,6 +5,8 @@ from __future__ import annotations
 import operator
 import os
 
+import numpy as np
+
 from qdeploy.errors import InputError, ModelError
 from qdeploy.files import AnyPath
 
@@ -22,6 +24,13 @@ def integer(value: object, least: int, most: int, at: str) -> int:
     if number > most:
         raise InputError(f"expected at most {most}, got {number} - at {at}")
     return number
+
+
+def checked_bits(bits: object, at: str) -> int:
+    """`bits` as an int: 2 to 8, an integer of Python or numpy; raises InputError for anything else."""
+    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 2 <= bits <= 8:
+        raise InputError(f"expected 2 to 8 bits, got {bits!r} - at {at}")
+    return int(bits)
 
 
 def path_text(path: AnyPath, at: str = "path") -> str:

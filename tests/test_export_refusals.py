@@ -444,7 +444,7 @@ def test_check_accepts_what_export_accepts():
 
 
 def test_a_report_that_fails_leaves_no_file(path, monkeypatch):
-    monkeypatch.setattr(qdeploy.exporter.report, "_sizes", lambda network: 1 / 0)
+    monkeypatch.setattr(qdeploy.exporter.report, "_sqnr", lambda expected, got: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(small(), X[:1], path, X, fallback_bits=8)
     assert not path.exists()

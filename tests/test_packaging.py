@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "MNN", "lightning_fabric", "rich", "PIL")
-PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/exporter/lowering")}  # as installed
+PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/exporter/from_torch")}  # as installed
 PACKAGES |= {name: name for name in ("qdeploy/gpu", "qdeploy/networks", "qdeploy/ops", "qdeploy/page")}
 PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training", "training/figures", "training/measures")}
 PACKAGES |= {"qdeploy/training/methods": "training/methods"}
@@ -128,7 +128,7 @@ def test_no_module_imports_back():
     for name, tree in trees.items():
         among = [[module for module in trees if f"{found}.".startswith(f"{module}.")] for found in imported(tree)]
         graph[name] = {max(modules, key=len) for modules in among if modules} - {name}
-    assert graph["qdeploy.exporter.lowering.elementwise"] >= {"qdeploy.exporter.layers", "qdeploy.exporter.grid"}
+    assert graph["qdeploy.exporter.from_torch.elementwise"] >= {"qdeploy.exporter.layers", "qdeploy.exporter.grid"}
     list(TopologicalSorter(graph).static_order())  # a CycleError names the circle
 
 
@@ -137,8 +137,17 @@ def test_import_without_anything_optional():
 
 
 def test_export_without_torch_says_what_to_install():
-    code = f"{BLOCK}import qdeploy\ntry: qdeploy.export\nexcept ImportError as error: print(error)"
+    call = "qdeploy.export(None, numpy.zeros((1, 4), numpy.float32), 'net.safetensors')"
+    code = f"{BLOCK}import numpy, qdeploy\ntry: {call}\nexcept ImportError as error: print(error)"
     assert "torch" in python(code)
+
+
+def test_all_but_the_front_end_exports_without_torch(tmp_path: Path):
+    modules = {f"qdeploy.exporter.{path.stem}" for path in (ROOT / "qdeploy/exporter").glob("*.py")}
+    imports = "; ".join(f"import {module.removesuffix('.__init__')}" for module in sorted(modules))
+    path = [str(ROOT / "tests")]
+    code = f"{BLOCK}sys.path += {path}\n{imports}\nfrom network_by_hand import check; check({str(tmp_path)!r})"
+    python(code)
 
 
 def objects(built: Path, folder: str) -> list[Path]:

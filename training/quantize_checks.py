@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdeploy.arguments import checked_bits
 from qdeploy.errors import InputError
-from qdeploy.networks.quantizable import WEIGHT_TYPES, checked_bits, classifier, plain_layers, weight_name
+from qdeploy.networks.quantizable import WEIGHT_TYPES, classifier, plain_layers, weight_name
 from qdeploy.networks.wrappers import unwrapped
 from qdeploy.training.attached_quantizers import input_quantizer, weight_quantizer
 from qdeploy.training.float_matrices import check_matrices

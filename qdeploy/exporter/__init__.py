@@ -1,15 +1,17 @@
-"""`qdeploy.export`: a trained PyTorch network becomes an integer model file, exactly or not at all.
+"""`qdeploy.export`: a trained network becomes an integer model file, exactly or not at all.
 
 The codes in the file are those of training: rint(clamp(w / step size)) of the weight that LSQ trained. BatchNorm,
 biases and all scales go into one multiplier and one bias per channel, computed once in float64 (docs/format.md section
-4 is the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass. Needs PyTorch.
+4 is the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass.
 
-    trace -> lowering    torch.export, some operators in terms of others (rewriting.py), then one layer for each ATen
-                         operator (layers.py), in real numbers
+    from_torch           the front end: torch.export, then one layer for each ATen operator (layers.py), in real numbers
     fusion               few layers of the many, each an operation of the file
     weights, calibrate   codes of the weights, grids (grid.py) of the activations
     emit                 the integer graph
     report               its engine beside the network
+
+A front end is one function, `lower(net, example)`, that makes a layers.Network; PyTorch is imported where it is called.
+All the rest needs numpy only.
 """
 
 from __future__ import annotations
@@ -19,11 +21,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from qdeploy import format, reference
 from qdeploy.checks import check_name
@@ -33,13 +33,14 @@ from qdeploy.exporter.dry_run import check_graph
 from qdeploy.exporter.emit import check_shapes, emit
 from qdeploy.exporter.fusion import fuse
 from qdeploy.exporter.layers import Network, Norm
-from qdeploy.exporter.lowering import lower
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.files import AnyPath
 from qdeploy.graph import COMBINE, Graph, Member
-from qdeploy.networks.quantizable import classifier
 from qdeploy.validate import validate
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = ["ExportReport", "check", "export", "export_ensemble", "rehearse"]
 
@@ -104,11 +105,12 @@ def export_ensemble(
     combine: "logits", softmax of the mean logit (QT-DoG equation 6), or "probs", mean of the members' softmax.
     Members are named member0, member1... in order.
     """
+    from qdeploy.exporter.from_torch import is_network  # loads PyTorch
+
     if combine not in COMBINE:
         raise InputError(f"expected combine {' or '.join(COMBINE)}, got {combine!r} - at export_ensemble")
-    held: object = nets
-    if isinstance(held, nn.Module) and not isinstance(held, nn.ModuleList):
-        raise InputError(f"expected two or more networks, got one {type(held).__name__} - at export_ensemble")
+    if is_network(nets):
+        raise InputError(f"expected two or more networks, got one {type(nets).__name__} - at export_ensemble")
     nets = list(nets)
     if len(nets) < 2:
         raise InputError(f"expected two or more networks, got {len(nets)} - at export_ensemble")
@@ -158,11 +160,11 @@ def _exported(
     for name, net in nets.items():
         with _named(name, combine is not None):
             networks.append(_fused(net, example))
-            quantize_weights(networks[-1], classifier(net), options.fallback_bits)
+            quantize_weights(networks[-1], options.fallback_bits)
     classes = _checked_classes(options.classes, networks)
     _doubt_observer(options.observer, networks)
     grids = [Grids(network, options.observer) for network in networks]
-    images = observe(grids, calibration, example.numpy(), preprocess, images_to_compare(networks))
+    images = observe(grids, calibration, example, preprocess, images_to_compare(networks))
     members = []
     for name, network, found in zip(nets, networks, grids, strict=True):
         with _named(name, combine is not None):
@@ -209,7 +211,9 @@ def rehearse(net: nn.Module, example: Tensor | np.ndarray, calibration: object, 
     _exported({"net": net}, None, example, "", calibration, _Options(**options))
 
 
-def _fused(net: nn.Module, example: Tensor) -> Network:
+def _fused(net: nn.Module, example: np.ndarray) -> Network:
+    from qdeploy.exporter.from_torch import lower  # loads PyTorch
+
     network = fuse(lower(net, example))
     check_shapes(network)
     return network
@@ -266,16 +270,15 @@ def _doubt_observer(observer: str, networks: list[Network]) -> None:
         warnings.warn(f"expected {expected}, got {observer} - at export", stacklevel=4)
 
 
-def _checked_example(example: Tensor | np.ndarray) -> Tensor:
-    example = torch.from_numpy(np.ascontiguousarray(example)) if isinstance(example, np.ndarray) else example
-    if not isinstance(example, Tensor):
+def _checked_example(example: Tensor | np.ndarray) -> np.ndarray:
+    if not isinstance(example, np.ndarray) and not hasattr(example, "detach"):  # as a tensor has it
         raise InputError(f"expected an array or tensor, got {type(example).__name__} - at the example")
-    ids = example.dtype in (torch.int32, torch.int64) and example.dim() == 2
-    if not (ids or example.dtype == torch.float32 and example.dim() in (2, 3, 4)) or not example.numel():
-        got = f"{str(example.dtype).removeprefix('torch.')} {list(example.shape)}"
+    dtype, shape = str(example.dtype).removeprefix("torch."), list(example.shape)
+    ids = dtype in ("int32", "int64") and len(shape) == 2
+    if not (ids or dtype == "float32" and len(shape) in (2, 3, 4)) or 0 in shape:
         expected = "float32 [N, C, H, W], [N, T, D] or [N, F], or token ids [N, T], with N >= 1"
-        raise InputError(f"expected {expected}, got {got} - at the example")
-    return example.detach().cpu()
+        raise InputError(f"expected {expected}, got {dtype} {shape} - at the example")
+    return np.ascontiguousarray(example) if isinstance(example, np.ndarray) else example.detach().cpu().numpy()
 
 
 def _checked_preprocess(

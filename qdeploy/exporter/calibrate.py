@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from torch import Tensor, fx
 
 from qdeploy.calibration import Preprocess, batches, count_batches
 from qdeploy.errors import ExportError, InputError
@@ -124,19 +123,8 @@ class Grids:
 
     def observe(self, images: np.ndarray) -> None:
         """Runs the network on f32 `images` and adds what its layers compute to the histograms."""
-        adders: dict[fx.Node, list[Callable[[np.ndarray], None]]] = {}
-        for bundle, histogram in self.observed:
-            for layer in _sources(bundle):
-                adders.setdefault(layer.value.node, []).append(_adder(layer, histogram))
-
-        def all_of(functions: list[Callable[[np.ndarray], None]]) -> Callable[[Tensor], None]:
-            def call(value: Tensor) -> None:
-                for function in functions:
-                    function(value.numpy())
-
-            return call
-
-        self.network.trace.run(images, {node: all_of(functions) for node, functions in adders.items()})
+        sources = [(layer, histogram) for bundle, histogram in self.observed for layer in _sources(bundle)]
+        self.network.run(images, {layer: _adder(layer, histogram) for layer, histogram in sources})
 
     def chosen(self) -> dict[Layer, Grid]:
         """The grid of each layer's output but the last layer's, which is float."""
@@ -188,8 +176,7 @@ def _sources(bundle: list[Layer]) -> list[Layer]:
 
 
 def _adder(layer: Layer, histogram: Histogram) -> Callable[[np.ndarray], None]:
-    def add(value: np.ndarray) -> None:
-        values = np.clip(layer.value.read(value, layer.shape), layer.low, layer.high)
+    def add(values: np.ndarray) -> None:
         if not np.isfinite(values).all():
             got = "NaN or infinity on calibration data"
             raise ExportError(f"expected finite activations, got {got} - at module `{layer.name}`")

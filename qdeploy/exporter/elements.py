@@ -1,4 +1,4 @@
-"""Where the elements of an activation are: in memory, and in the tensors of PyTorch that hold them.
+"""Where the elements of an activation are: in memory, and in the tensors of the float network that hold them.
 
 Element number row*channels + channel is the one of docs/format.md; that of image b has b times the elements of an image
 more. What moves elements is run on these numbers, of a batch of BATCH images, and says where everything went.
@@ -7,11 +7,10 @@ more. What moves elements is run on these numbers, of a batch of BATCH images, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import fx
 
 from qdeploy.graph import Shape
 
@@ -44,23 +43,24 @@ def with_channels(shape: Shape, channels: int) -> Shape:
 
 @dataclass(frozen=True)
 class Value:
-    """The tensor of the trace that holds a layer's output.
+    """The tensor of the float network that holds a layer's output.
 
-    source: by element number where it is among the `places` that the tensor has for one image; None: as torch has it.
+    tensor: as the network's source calls it, a node of the trace for example.
+    source: by element number where it is among the `places` that the tensor has for one image; None: [N, *shape].
     outer: the product of the sizes before the batch: 1, or T of a tensor [T, N, D].
     """
 
-    node: fx.Node
+    tensor: Hashable
     source: np.ndarray | None = None
     places: int = 0
     outer: int = 1
 
-    def read(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
-        """The layer's output, of this shape, from the tensor: [N, *shape]."""
+    def read(self, values: np.ndarray, shape: Shape) -> np.ndarray:
+        """The layer's output, of this shape, from the values of the tensor: [N, *shape]."""
         if self.source is None:
-            return tensor.reshape(-1, *shape)
-        count = tensor.size // self.places
-        flat = np.moveaxis(tensor.reshape(self.outer, count, -1), 1, 0).reshape(count, -1)[:, self.source]
+            return values.reshape(-1, *shape)
+        count = values.size // self.places
+        flat = np.moveaxis(values.reshape(self.outer, count, -1), 1, 0).reshape(count, -1)[:, self.source]
         if len(shape) != 3:
             return flat.reshape(count, *shape)
         return flat.reshape(count, *shape[1:], shape[0]).transpose(0, 3, 1, 2)
@@ -70,7 +70,7 @@ class Value:
         source, places = self.source, self.places
         if source is None:
             source, places = places_of(numbered(shape)[0], math.prod(shape)), math.prod(shape)
-        return Value(self.node, source[elements.reshape(-1)], places, self.outer)
+        return Value(self.tensor, source[elements.reshape(-1)], places, self.outer)
 
 
 def places_of(index: np.ndarray, count: int) -> np.ndarray:
@@ -80,7 +80,7 @@ def places_of(index: np.ndarray, count: int) -> np.ndarray:
     return places
 
 
-def value_of(node: fx.Node, index: np.ndarray, shape: Shape) -> Value | None:
+def value_of(tensor: Hashable, index: np.ndarray, shape: Shape) -> Value | None:
     """That of a layer of this shape whose elements are in the tensor as `index`, of a whole batch, says; None where the
     batch is no dimension of the tensor."""
     count = math.prod(shape)
@@ -89,7 +89,7 @@ def value_of(node: fx.Node, index: np.ndarray, shape: Shape) -> Value | None:
         return None
     outer, inner = sizes
     first = index.reshape(outer, BATCH, inner)[:, 0]
-    return Value(node, places_of(first, count), outer * inner, outer)
+    return Value(tensor, places_of(first, count), outer * inner, outer)
 
 
 def around_batch(images: np.ndarray) -> tuple[int, int] | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.exporter.elements import Value
 from qdeploy.exporter.layers import (
     Add,
     Affine,
@@ -355,7 +354,8 @@ def _end_in_float(network: Network) -> None:
             output = source
     if _may_be_f32(output):
         return
-    table = Table("output", [output], output.shape, Value(network.trace.output), function=lambda v: v)
+    own = (output.shape, output.value, output.low, output.high)
+    table = Table("output", [output], *own, function=lambda v: v)
     network.layers.append(table)
     network.output = table
 

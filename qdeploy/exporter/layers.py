@@ -7,21 +7,18 @@ part, never into the weight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
 from qdeploy.exporter.grid import Grid
-from qdeploy.exporter.trace import Trace
 from qdeploy.ops import OPS
 
-Function = Callable[[Tensor], Tensor]  # elementwise, float64 to float64
+Function = Callable[[np.ndarray], np.ndarray]  # elementwise, float64 to float64
 
 
 # ---- Weights ------------------------------------------------------------------------------------------------------
@@ -29,10 +26,10 @@ Function = Callable[[Tensor], Tensor]  # elementwise, float64 to float64
 
 @dataclass(frozen=True)
 class LearnedWeight:
-    """A weight and its LSQ quantizer, as the node qdeploy::lsq names them."""
+    """A weight and its LSQ quantizer; all f32."""
 
-    value: Tensor
-    step: Tensor
+    value: np.ndarray
+    step: np.ndarray  # [], or by output channel
     qmin: int
     qmax: int
 
@@ -40,19 +37,18 @@ class LearnedWeight:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
 
-    def reshaped(self, shape: Sequence[int]) -> LearnedWeight:
+    def reshape(self, shape: Sequence[int]) -> LearnedWeight:
         """With the same output channels."""
         return replace(self, value=self.value.reshape(tuple(shape)))
 
-    def of(self, channels: np.ndarray) -> LearnedWeight:
+    def __getitem__(self, channels: np.ndarray) -> LearnedWeight:
         """Of some output channels."""
-        index = torch.from_numpy(channels)
-        return replace(self, value=self.value[index], step=self.step[index] if self.step.numel() > 1 else self.step)
+        return replace(self, value=self.value[channels], step=self.step[channels] if self.step.size > 1 else self.step)
 
-    def dequantized(self) -> Tensor:
+    def dequantized(self) -> np.ndarray:
         """What the quantizer makes of it, as in training."""
-        step = self.step.reshape(-1, *[1] * (self.value.dim() - 1)) if self.step.dim() else self.step
-        return (self.value / step).clamp(self.qmin, self.qmax).round() * step
+        step = self.step.reshape(-1, *[1] * (self.value.ndim - 1)) if self.step.ndim else self.step
+        return np.rint(np.clip(self.value / step, self.qmin, self.qmax)) * step
 
 
 @dataclass(frozen=True)
@@ -68,9 +64,9 @@ class Codes:
         return self.values.shape
 
 
-def checked_step(step: Tensor, at: str) -> np.ndarray:
+def checked_step(step: np.ndarray, at: str) -> np.ndarray:
     """The step sizes as float64; ExportError where one is not > 0 and finite."""
-    steps = step.detach().cpu().reshape(-1).numpy()
+    steps = step.reshape(-1)
     wrong = np.flatnonzero(~(np.isfinite(steps) & (steps > 0)))
     if len(wrong):
         raise ExportError(f"expected step sizes > 0 and finite, got {steps[wrong[0]]} of channel {wrong[0]} - at {at}")
@@ -88,7 +84,7 @@ class Layer:
     name: str  # of the module; unique once the network is lowered
     inputs: list[Layer]
     shape: tuple[int, ...]  # without the batch
-    value: Value  # of the trace: its output, clamped to [low, high], is this layer's
+    value: Value  # in the float network: its output, clamped to [low, high], is this layer's
     low: float = -math.inf
     high: float = math.inf
 
@@ -118,7 +114,7 @@ class Scaled(Layer):
 class Weighted(Scaled):
     """`scale[c] * (weight * x)[c] + shift[c]`, and with a second input `+ residual * inputs[1]`."""
 
-    weight: LearnedWeight | Tensor | Codes
+    weight: LearnedWeight | np.ndarray | Codes
     residual: float = 1.0
 
     @property
@@ -323,8 +319,8 @@ class Quantize(Layer):
     op = "quantize"
     grid: Grid
 
-    def function(self, values: Tensor) -> Tensor:
-        return torch.from_numpy(self.grid.real(self.grid.codes(values.numpy())))
+    def function(self, values: np.ndarray) -> np.ndarray:
+        return self.grid.real(self.grid.codes(values))
 
 
 def elementwise(layer: Layer) -> Function | None:
@@ -333,28 +329,55 @@ def elementwise(layer: Layer) -> Function | None:
     if isinstance(layer, Table):
         return layer.function
     if isinstance(layer, Clamp):
-        return lambda v: v.clamp(low, high)
+        return lambda v: np.clip(v, low, high)
     if isinstance(layer, Affine) and layer.uniform:
         scale, shift = float(layer.scale[0]), float(layer.shift[0])
-        return lambda v: (v * scale + shift).clamp(low, high)
+        return lambda v: np.clip(v * scale + shift, low, high)
     return None
 
 
 # ---- Networks -----------------------------------------------------------------------------------------------------
 
 
+class Source(Protocol):
+    """A float network as its front end holds it."""
+
+    def run(self, images: np.ndarray, observe: Mapping[Hashable, Callable[[np.ndarray], None]]) -> None:
+        """Runs it on f32 images, or int64 token ids, and hands the f32 values of each tensor in `observe` to its
+        function, which must copy what it keeps: memory may be used again."""
+
+    def stored(self) -> tuple[int, int]:
+        """Bytes of the network in float32, and with learned weights packed at their width, all the rest in float32."""
+
+
 @dataclass
 class Network:
-    """The layers in execution order; layers[0] is the input."""
+    """The layers in execution order; layers[0] is the input. What a front end makes and the rest of the exporter takes.
 
-    trace: Trace
+    classifier: the name of the module that may be rounded without being asked for.
+    """
+
+    source: Source
     layers: list[Layer]
     output: Layer
+    ids: bool = False  # the input is token ids
+    classifier: str | None = None
 
-    @property
-    def ids(self) -> bool:
-        """Whether the input is token ids."""
-        return self.trace.ids
+    def run(self, images: np.ndarray, observe: Mapping[Layer, Callable[[np.ndarray], None]]) -> None:
+        """Runs the float network on `images` and hands what each layer in `observe` computes there, [N, *shape], to its
+        function."""
+        tensors: dict[Hashable, list[Layer]] = {}
+        for layer in observe:
+            tensors.setdefault(layer.value.tensor, []).append(layer)
+
+        def distributed(layers: list[Layer]) -> Callable[[np.ndarray], None]:
+            def call(values: np.ndarray) -> None:
+                for layer in layers:
+                    observe[layer](np.clip(layer.value.read(values, layer.shape), layer.low, layer.high))
+
+            return call
+
+        self.source.run(images, {tensor: distributed(layers) for tensor, layers in tensors.items()})
 
     def users(self, layer: Layer) -> list[Layer]:
         return [user for user in self.layers if layer in user.inputs]

@@ -16,7 +16,6 @@ from qdeploy.exporter.layers import (
     Gather,
     Image,
     Layer,
-    LearnedWeight,
     Linear,
     Network,
     Norm,
@@ -65,11 +64,11 @@ def _makes_channels(x: Layer) -> bool:
 
 def _channels_of(x: Any, part: Gather) -> Layer:
     index = part.index
-    weight = x.weight.of(index) if isinstance(x.weight, LearnedWeight) else x.weight[index]
     rows = rows_of(x.shape)
     value = x.value.of(np.arange(rows)[:, None] * channels_of(x.shape) + index, x.shape)
     scale, shift = x.scale[index], x.shift[index]
-    return replace(x, inputs=list(x.inputs), shape=part.shape, value=value, weight=weight, scale=scale, shift=shift)
+    fields = {"weight": x.weight[index], "scale": scale, "shift": shift}
+    return replace(x, inputs=list(x.inputs), shape=part.shape, value=value, **fields)
 
 
 def _before_rows(network: Network, gather: Gather) -> bool:
@@ -117,9 +116,8 @@ def _by_rows(x: Any, source: Layer, shape: Shape, value: Value) -> Layer:
     kind: type[Weighted] = Conv2d if len(shape) == 3 else Linear
     rank = 4 if kind is Conv2d else 2
     if len(x.weight.shape) != rank:
-        sizes = (*x.weight.shape[:2], *[1] * (rank - 2))
         weight: Any = x.weight
-        fields["weight"] = weight.reshaped(sizes) if isinstance(weight, LearnedWeight) else weight.reshape(sizes)
+        fields["weight"] = weight.reshape((*weight.shape[:2], *[1] * (rank - 2)))
     if kind is Conv2d:
         fields["window"] = {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1}
     return kind(x.name, [source], shape, value, x.low, x.high, **fields)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx
 
 from qdeploy import page, reference
 from qdeploy.calibration import doubt
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
-from qdeploy.exporter.trace import LSQ
 from qdeploy.files import AnyPath
 from qdeploy.graph import Activation, Graph
 from qdeploy.model import load_int_model
@@ -151,7 +149,7 @@ def compare(
     else:
         expected, output = floats[0], _real(output, graph.members[0].output)
     expected, output = (scores.reshape(len(images), -1) for scores in (expected, output))
-    sizes = [_sizes(network) for network in networks]
+    sizes = [network.source.stored() for network in networks]
     return ExportReport(
         path=os.fsdecode(path),
         layers=rows,
@@ -201,14 +199,9 @@ def _row(member: str, layer: Layer, sqnr: float | None) -> LayerReport:
 
 def _float_values(network: Network, images: np.ndarray, layers: list[Layer]) -> dict[Layer, np.ndarray]:
     """What each layer computes in the fake-quant network."""
-    nodes: dict[fx.Node, np.ndarray] = {}
-
-    def keep(node: fx.Node) -> Callable[[Tensor], None]:
-        return lambda value: nodes.update({node: value.numpy().copy()})
-
-    network.trace.run(images, {layer.value.node: keep(layer.value.node) for layer in layers})
-    values = {layer: layer.value.read(nodes[layer.value.node], layer.shape) for layer in layers}
-    return {layer: np.clip(value, layer.low, layer.high) for layer, value in values.items()}
+    values: dict[Layer, np.ndarray] = {}
+    network.run(images, {layer: functools.partial(values.__setitem__, layer) for layer in layers})
+    return values
 
 
 def _real(values: np.ndarray, tensor: Activation) -> np.ndarray:
@@ -220,33 +213,3 @@ def _sqnr(expected: np.ndarray, got: np.ndarray) -> float | None:
     signal = np.square(expected, dtype=np.float64).sum()
     error = np.square(expected.reshape(-1).astype(np.float64) - got.reshape(-1)).sum()
     return None if signal == 0 or error == 0 else float(10 * np.log10(signal / error))
-
-
-def _sizes(network: Network) -> tuple[int, int]:
-    """Bytes of the network in float32, and with learned weights packed at their width, all the rest in float32."""
-    constants, nodes = network.trace.constants, network.trace.module.graph.nodes
-    quantizers = [node for node in nodes if node.target is LSQ]
-    steps = {node.args[1] for node in quantizers}
-    packed = {node.args[0]: (node.args[3] - node.args[2]).bit_length() for node in quantizers}
-    packed = {node: bits for node, bits in packed.items() if node in constants}  # weights, no activations
-    floats = {
-        node: value.numel()
-        for node, value in constants.items()
-        if node.op == "placeholder" and node.users and isinstance(value, Tensor) and value.is_floating_point()
-    }
-    fp32 = 4 * sum(count for node, count in floats.items() if node not in steps)
-    # A weight may be computed, from direction and gain for example: packed, it stands for these.
-    inside = _sources(list(packed))
-    rest = _sources([node for node in nodes if node.op == "output"], stop=set(packed))
-    learned = sum((constants[node].numel() * bits + 7) // 8 for node, bits in packed.items())
-    return fp32, learned + 4 * sum(count for node, count in floats.items() if node in rest or node not in inside)
-
-
-def _sources(nodes: list[fx.Node], stop: Container[fx.Node] = ()) -> set[fx.Node]:
-    """`nodes` and all that they are computed from, but for `stop`."""
-    found, waiting = set(nodes), list(nodes)
-    while waiting:
-        new = {node for node in waiting.pop().all_input_nodes if node not in found and node not in stop}
-        found |= new
-        waiting += new
-    return found

@@ -6,22 +6,18 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from torch import Tensor
 
+from qdeploy.arguments import checked_bits
 from qdeploy.errors import ExportError
 from qdeploy.exporter.layers import Codes, LearnedWeight, Network, Weighted, checked_step
-from qdeploy.networks.quantizable import checked_bits
 
 CLASSIFIER_BITS = 8
 
 
-def quantize_weights(network: Network, classifier: str | None, fallback_bits: int | Mapping[str, int] | None) -> None:
-    """Turns every weight into codes and multiplies its step size into the scale of its layer.
-
-    classifier: the module that `quantize_` leaves in float by default.
-    """
+def quantize_weights(network: Network, fallback_bits: int | Mapping[str, int] | None) -> None:
+    """Turns every weight into codes and multiplies its step size into the scale of its layer."""
     layers = [layer for layer in network.layers if isinstance(layer, Weighted)]
-    fallback = _fallback(layers, classifier, fallback_bits)
+    fallback = _fallback(layers, network.classifier, fallback_bits)
     for layer in layers:
         if isinstance(layer.weight, LearnedWeight):
             codes, step = _learned_codes(layer.weight, layer.name)
@@ -54,7 +50,7 @@ def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray
     if not 2 <= bits <= 8:
         got = f"{learned.qmin}..{learned.qmax}"
         raise ExportError(f"expected signed codes of 2 to 8 bits, got {got} - at weight of module `{name}`")
-    value = learned.value.detach().cpu().numpy()
+    value = learned.value
     scaled = value / _per_channel(step, value.ndim).astype(np.float32)  # one f32 division, as in training
     codes = np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8)
     if (step == 1).all() and value.any() and not codes.any():
@@ -63,9 +59,9 @@ def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray
     return Codes(codes, bits, "learned"), step
 
 
-def _rounded_codes(weight: Tensor, bits: int) -> tuple[Codes, np.ndarray]:
+def _rounded_codes(weight: np.ndarray, bits: int) -> tuple[Codes, np.ndarray]:
     """Round to nearest, the largest weight of each channel on the largest code; step sizes are float64 [channels]."""
-    value = weight.detach().cpu().numpy().astype(np.float64)
+    value = weight.astype(np.float64)
     largest = np.abs(value).reshape(len(value), -1).max(1)
     step = np.where(largest > 0, largest, 1) / (2 ** (bits - 1) - 1)
     return Codes(np.rint(value / _per_channel(step, value.ndim)).astype(np.int8), bits, "rounded"), step
@@ -79,7 +75,7 @@ def _fallback(
     layers: list[Weighted], classifier: str | None, bits: int | Mapping[str, int] | None
 ) -> dict[Weighted, int]:
     """Of `layers` those that may do without a learned quantizer, and their bits."""
-    plain = [layer for layer in layers if isinstance(layer.weight, Tensor)]
+    plain = [layer for layer in layers if isinstance(layer.weight, np.ndarray)]
 
     def named(name: str) -> list[Weighted]:  # "fc.linear" where the class of `fc` is not one of PyTorch
         return [x for x in plain if x.name.split("#")[0] in (name, f"{name}.{x.op}".lstrip("."))]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 from torch import nn
 
-from qdeploy.errors import InputError
 from qdeploy.networks.wrappers import plain_names
 
 # The layers whose `weight` is quantized, and whose input can be; axis 0 of each weight is its output channel.
@@ -46,13 +44,6 @@ def classifier(net: nn.Module) -> str | None:
     """The layer that `quantize_` leaves in float unless told otherwise, and that `export` rounds to 8 bits: of all
     convolutions and linear layers that registered last, whatever the network does with it. None where there is none."""
     return next(reversed(plain_layers(net)), None)
-
-
-def checked_bits(bits: object, at: str) -> int:
-    """`bits` as an int: 2 to 8, an integer of Python or numpy; raises InputError for anything else."""
-    if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)) or not 2 <= bits <= 8:
-        raise InputError(f"expected 2 to 8 bits, got {bits!r} - at {at}")
-    return int(bits)
 
 
 # Layers of PyTorch that have no integer form, whatever the network does with them.

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, channel_axis
+from qdeploy.exporter.from_torch.attention import Scores, biased, scaled
+from qdeploy.exporter.from_torch.moved import Value, index_of, is_bijective, layer_of, regrouped, seen, settled
+from qdeploy.exporter.from_torch.site import Site, aten, float64
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import (
     Add,
@@ -27,9 +30,6 @@ from qdeploy.exporter.layers import (
     checked_step,
     elementwise,
 )
-from qdeploy.exporter.lowering.attention import Scores, biased, scaled
-from qdeploy.exporter.lowering.moved import Value, index_of, is_bijective, layer_of, regrouped, seen, settled
-from qdeploy.exporter.lowering.site import Site, aten, float64
 from qdeploy.ops.op import channels_of, rows_of
 
 FUNCTION = "an elementwise operator on functions of one tensor, a sum or a product"
@@ -40,7 +40,7 @@ def quantize(site: Site, x: Value, step: Tensor, qmin: int, qmax: int, axis: int
         site.fail("one step size for a layer's input", f"{step.numel()}")
     if qmax - qmin > 255 or qmin > 0:
         site.fail("an activation quantizer of at most 8 bits that holds 0", f"codes {qmin}..{qmax}")
-    scale = checked_step(step, f"input quantizer of module `{site.module}`")[0]
+    scale = checked_step(step.numpy(), f"input quantizer of module `{site.module}`")[0]
     return _each(site, x, Quantize, grid=Grid(float(scale), -qmin, 0, qmax - qmin))
 
 
@@ -279,11 +279,11 @@ def _function(site: Site, target: Callable[..., Tensor], index: np.ndarray | Non
     if root is None:
         site.fail(FUNCTION, "two tensors")
     functions = [_path(root, a) if isinstance(a, Layer) else _scalar(site, a) for a in args]
-    layer = site.layer(
-        *(Table, [root], root.shape, index),
-        function=lambda v: target(*(f(v) if callable(f) else f for f in functions), **kwargs),
-    )
-    return seen(layer, index)
+
+    def function(v: np.ndarray) -> np.ndarray:
+        return target(*(torch.as_tensor(f(v)) if callable(f) else f for f in functions), **kwargs).numpy()
+
+    return seen(site.layer(Table, [root], root.shape, index, function=function), index)
 
 
 def _scalar(site: Site, constant: Any) -> Any:
@@ -312,7 +312,7 @@ def _path(root: Layer, layer: Layer) -> Function:
     chain = _ancestry(layer)
     functions = [function for step in chain[: chain.index(root)] if (function := elementwise(step))]
 
-    def composed(v: Tensor) -> Tensor:
+    def composed(v: np.ndarray) -> np.ndarray:
         for function in reversed(functions):
             v = function(v)
         return v

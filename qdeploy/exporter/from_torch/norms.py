@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from qdeploy.exporter.elements import numbered
+from qdeploy.exporter.from_torch.elementwise import batch_norm
+from qdeploy.exporter.from_torch.moved import Value, image, seen, sizes_of
+from qdeploy.exporter.from_torch.site import Site, float64
+from qdeploy.exporter.from_torch.weighted import by_rows
 from qdeploy.exporter.layers import Layer, Norm
-from qdeploy.exporter.lowering.elementwise import batch_norm
-from qdeploy.exporter.lowering.moved import Value, image, seen, sizes_of
-from qdeploy.exporter.lowering.site import Site, float64
-from qdeploy.exporter.lowering.weighted import by_rows
 from qdeploy.graph import Shape
 
 MOST = 32_767  # elements with the same statistics, of s16 codes

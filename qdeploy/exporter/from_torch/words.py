@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qdeploy.exporter.lowering.site import Site
+from qdeploy.exporter.from_torch.site import Site
 
 PATTERNS = {
     "linalg_vector_norm": "a norm of activations (GRN and the like)",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, numbered, with_channels
+from qdeploy.exporter.from_torch.moved import Value, arranged, image, index_of, layer_of, seen, vector
+from qdeploy.exporter.from_torch.site import OPERATOR, Site, dequantized, float64
 from qdeploy.exporter.layers import Conv2d, Embedding, Input, Layer, LearnedWeight, Linear
-from qdeploy.exporter.lowering.moved import Value, arranged, image, index_of, layer_of, seen, vector
-from qdeploy.exporter.lowering.site import OPERATOR, Site, float64
 from qdeploy.graph import Shape
 from qdeploy.ops.op import channels_of
 
@@ -49,7 +49,7 @@ def conv1d(
     groups: int = 1,
 ) -> Value:
     """As a convolution of [C, L, 1] by a kernel [K, 1]."""
-    tall = weight.reshaped((*weight.shape, 1)) if isinstance(weight, LearnedWeight) else weight.unsqueeze(-1)
+    tall = weight.reshape((*weight.shape, 1))
     beside = padding if isinstance(padding, str) else [*_one(padding), 0]
     channels, length = site.shape
     tiles, gaps = [*_one(stride), 1], [*_one(dilation), 1]
@@ -74,10 +74,9 @@ def _conv(
     groups: int,
     index: np.ndarray | None,
 ) -> Layer:
-    value = weight.value if isinstance(weight, LearnedWeight) else weight
     dilation = pairs(dilation)
     if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, value.shape[2:], strict=True)]
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
         padding = [total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2]
     else:
         padding = [0, 0] * 2 if padding == "valid" else pairs(padding) * 2
@@ -99,12 +98,8 @@ def row_by_row(site: Site, layer: Layer, shape: Shape, index: np.ndarray | None,
     if len(layer.shape) < 3:
         return site.layer(Linear, [layer], shape, index, **fields)
     window = {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1}
-    return site.layer(Conv2d, [layer], shape, index, window=window, **fields | {"weight": as_1x1(fields["weight"])})
-
-
-def as_1x1(weight: Any) -> Any:
-    shape = (*weight.shape, 1, 1)
-    return weight.reshaped(shape) if isinstance(weight, LearnedWeight) else weight.reshape(shape)
+    weight = fields["weight"].reshape((*fields["weight"].shape, 1, 1))
+    return site.layer(Conv2d, [layer], shape, index, window=window, **fields | {"weight": weight})
 
 
 def by_rows(site: Site, x: Value, make: Make, channels: int) -> Value:
@@ -132,20 +127,25 @@ def _weighted(site: Site, weight: Any, bias: Tensor | None) -> dict[str, Any]:
         site.fail("a weight that does not depend on the input", "one that does")
     channels = weight.shape[0]
     shift = np.zeros(channels) if bias is None else float64(bias)
-    return {"weight": weight, "scale": np.ones(channels), "shift": shift}
+    return {"weight": _held(weight), "scale": np.ones(channels), "shift": shift}
+
+
+def _held(weight: LearnedWeight | Tensor) -> LearnedWeight | np.ndarray:
+    """As a layer holds it."""
+    return weight if isinstance(weight, LearnedWeight) else weight.numpy()
 
 
 def embedding(site: Site, weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
     """Of the network's input; of constant ids it is a constant."""
     if isinstance(ids, Tensor):
-        table = weight.dequantized() if isinstance(weight, LearnedWeight) else weight
+        table = dequantized(weight) if isinstance(weight, LearnedWeight) else weight
         return torch.nn.functional.embedding(ids, table)
     if not isinstance(ids, Input):
         site.fail("token ids that are the network's input", "others")
     shape = (*ids.shape, weight.shape[1])
     ones = np.ones(weight.shape[0])
     rows = np.zeros(shape)
-    return site.layer(Embedding, [ids], shape, weight=weight, scale=ones, shift=np.zeros(1), rows=rows)
+    return site.layer(Embedding, [ids], shape, weight=_held(weight), scale=ones, shift=np.zeros(1), rows=rows)
 
 
 def no_padding(site: Site, ids: Any, padding: Any) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 
 from qdeploy.exporter.elements import numbered
+from qdeploy.exporter.from_torch.moved import Value, arranged, batch_axis, image, index_of, layer_of, seen, sizes_of
+from qdeploy.exporter.from_torch.site import Site
+from qdeploy.exporter.from_torch.weighted import pairs
 from qdeploy.exporter.layers import AvgPool2d, Band, Codes, Conv2d, Layer, MaxPool2d, Mean, Resize
-from qdeploy.exporter.lowering.moved import Value, arranged, batch_axis, image, index_of, layer_of, seen, sizes_of
-from qdeploy.exporter.lowering.site import Site
-from qdeploy.exporter.lowering.weighted import pairs
 
 RESIZE_BITS = 11  # of each axis: 255*2048*2048 < 2^31
 

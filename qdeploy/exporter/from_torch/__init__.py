@@ -1,6 +1,8 @@
-"""From a trace to layers: LOWERING has one function for each ATen operator that the engine can express; any other is an
-ExportError. fusion.py then makes few layers of the many.
+"""PyTorch's front end: `lower` makes layers of a network, in real numbers. Needs PyTorch.
 
+LOWERING has one function for each ATen operator that the engine can express; any other is an ExportError.
+
+    trace          torch.export of the network; rewriting.py puts some of its operators in terms of others
     moves          what only moves elements, in numbers of elements (moved.py)
     elementwise    functions of one tensor, sums, products, constants
     weighted, norms, attention, windows
@@ -12,16 +14,16 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
-from qdeploy.exporter.layers import Input, Layer, LearnedWeight, Network
-from qdeploy.exporter.lowering import attention, elementwise, moves, norms, weighted, windows
-from qdeploy.exporter.lowering.moved import Moved, layer_of, plain
-from qdeploy.exporter.lowering.site import (
+from qdeploy.exporter.from_torch import attention, elementwise, moves, norms, weighted, windows
+from qdeploy.exporter.from_torch.moved import Moved, layer_of, plain
+from qdeploy.exporter.from_torch.site import (
     OPERATOR,
     RIGHT_BEFORE,
     Missing,
@@ -32,22 +34,30 @@ from qdeploy.exporter.lowering.site import (
     all_of,
     aten,
     depends,
+    dequantized,
     missing,
 )
-from qdeploy.exporter.lowering.words import described
-from qdeploy.exporter.trace import LSQ, Trace, is_random, trace
+from qdeploy.exporter.from_torch.trace import LSQ, Trace, is_random, trace
+from qdeploy.exporter.from_torch.words import described
+from qdeploy.exporter.layers import Input, Layer, LearnedWeight, Network
+from qdeploy.networks.quantizable import classifier
 
 
-def lower(net: nn.Module, example: Tensor) -> Network:
+def is_network(value: object) -> bool:
+    """Whether it is one network, not a list of them."""
+    return isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList)
+
+
+def lower(net: nn.Module, example: np.ndarray) -> Network:
     """One layer for each operator of `net` that its output needs, for inputs like `example`, [N, ...].
 
     The network is traced in eval mode and left as it was. Raises ExportError for what the engine lacks: all of it, with
     the modules.
     """
-    return _lowered(trace(net, example))
+    return _lowered(trace(net, torch.from_numpy(example[:1].copy())), classifier(net))
 
 
-def _lowered(trace: Trace) -> Network:
+def _lowered(trace: Trace, classifier: str | None) -> Network:
     values: dict[fx.Node, Any] = {}
     layers: list[Layer] = []
     obstacles: list[Obstacle] = []
@@ -81,7 +91,7 @@ def _lowered(trace: Trace) -> Network:
     output = values.get(trace.output)
     if not isinstance(output, (Layer, Moved)):
         raise ExportError("expected an output that depends on the input, got a constant - at the network's forward")
-    return Network(trace, layers, plain(Site(trace.output, trace, layers), output))
+    return Network(trace, layers, plain(Site(trace.output, trace, layers), output), trace.ids, classifier)
 
 
 def _constant(node: fx.Node, trace: Trace) -> Any:
@@ -90,7 +100,7 @@ def _constant(node: fx.Node, trace: Trace) -> Any:
         value, step, qmin, qmax, axis = arguments
         if axis > 0:
             Site(node, trace, []).fail("step sizes per output channel (axis 0) or per tensor", f"axis {axis}")
-        return LearnedWeight(value, step, qmin, qmax)
+        return LearnedWeight(value.numpy(), step.numpy(), qmin, qmax)
     return trace.constants[node]
 
 
@@ -123,7 +133,7 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     if rule is not None and any(isinstance(x, Unknown) for x in inputs):
         return _in_place(site, inputs)
     if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], LearnedWeight):
-        return _computed(site, (args[0], args[1].dequantized(), *args[2:]), kwargs)  # of constants, as learned queries
+        return _computed(site, (args[0], dequantized(args[1]), *args[2:]), kwargs)  # of constants, as learned queries
     moved = rule in (moves.same, moves.move, moves.getitem)  # the codes stay
     for i, value in enumerate(inputs):
         right = i == 1 and rule in WEIGHTED or i == 0 and rule is weighted.embedding

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, channel_axis, with_channels
-from qdeploy.exporter.layers import Concat, Layer, LearnedWeight, Pad, Position
-from qdeploy.exporter.lowering.attention import Scores, reshaped_scores
-from qdeploy.exporter.lowering.moved import (
+from qdeploy.exporter.from_torch.attention import Scores, reshaped_scores
+from qdeploy.exporter.from_torch.moved import (
     Moved,
     Value,
     arranged,
@@ -24,7 +23,8 @@ from qdeploy.exporter.lowering.moved import (
     seen,
     settled,
 )
-from qdeploy.exporter.lowering.site import RIGHT_BEFORE, Site, float64
+from qdeploy.exporter.from_torch.site import RIGHT_BEFORE, Site, float64
+from qdeploy.exporter.layers import Concat, Layer, LearnedWeight, Pad, Position
 from qdeploy.ops.op import channels_of
 
 HOLE = np.iinfo(np.int64).min
@@ -73,7 +73,7 @@ def move_in_float(site: Site, x: Value, *args: Any, **kwargs: Any) -> Value:
 
 def _moved_weight(site: Site, weight: LearnedWeight, *args: Any, **kwargs: Any) -> Any:
     """Its output channels, all or some of them, in another shape."""
-    moved = site.target(torch.arange(weight.value.numel()).reshape(weight.shape), *args, **kwargs)
+    moved = site.target(torch.arange(weight.value.size).reshape(weight.shape), *args, **kwargs)
     if isinstance(moved, Tensor):
         return _channels_of(site, weight, moved)
     return tuple(_channels_of(site, weight, part) for part in moved)
@@ -84,11 +84,11 @@ def _channels_of(site: Site, weight: LearnedWeight, elements: Tensor) -> Learned
     rows = elements.reshape(len(elements), -1)
     channels = rows[:, 0] // width
     whole = rows.shape[1] == width and torch.equal(rows, channels[:, None] * width + torch.arange(width))
-    if weight.step.numel() > 1 and not whole:
+    if weight.step.size > 1 and not whole:
         site.fail(RIGHT_BEFORE, "weight standardization or another function of all weights after it")
     if whole:
-        return weight.of(channels.numpy()).reshaped(elements.shape)
-    return replace(weight, value=weight.value.reshape(-1)[elements])
+        return weight[channels.numpy()].reshape(elements.shape)
+    return replace(weight, value=weight.value.reshape(-1)[elements.numpy()])
 
 
 def pad(site: Site, x: Value, padding: list[int], mode: str = "constant", value: float | None = None) -> Value:

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value, value_of
-from qdeploy.exporter.layers import Layer
-from qdeploy.exporter.trace import Trace, modules_of
+from qdeploy.exporter.from_torch.trace import Trace, modules_of
+from qdeploy.exporter.layers import Layer, LearnedWeight
 from qdeploy.graph import Shape
 
 aten = torch.ops.aten
@@ -160,6 +160,10 @@ def _places(modules: list[str]) -> str:
         return f"module {names[0]}" + (f" ({len(modules)} times)" if len(modules) > 1 else "")
     rest = len(modules) - len(names[:3])
     return f"modules {', '.join(names[:3])}" + (f" and {rest} more" if rest else "")
+
+
+def dequantized(weight: LearnedWeight) -> Tensor:
+    return torch.from_numpy(weight.dequantized())
 
 
 def float64(tensor: Tensor) -> np.ndarray:

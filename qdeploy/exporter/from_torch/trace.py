@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 from io import StringIO
@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 import qdeploy.kernels.lsq  # noqa: F401  (registers the operator qdeploy::lsq)
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import BATCH
-from qdeploy.exporter.rewriting import rewrite
+from qdeploy.exporter.from_torch.rewriting import rewrite
 from qdeploy.networks.wrappers import plain_names, unwrapped
 
 LSQ = torch.ops.qdeploy.lsq.default
@@ -48,25 +48,49 @@ class Trace:
         """A size of the trace, for a batch of BATCH."""
         return size if isinstance(size, int) else int(size.node.expr.subs({self.batch.node.expr: BATCH}))
 
-    def run(self, images: np.ndarray, observe: dict[fx.Node, Callable[[Tensor], None]]) -> None:
-        """Runs the fake-quant network in float32 on `images` and hands the value of each node in `observe` to its
-        function.
-
-        The function must copy what it keeps: an in-place operator may follow.
-        """
+    def run(self, images: np.ndarray, observe: Mapping[Any, Callable[[np.ndarray], None]]) -> None:
+        """As layers.Source: an in-place operator may follow a node that is observed."""
         with torch.no_grad():
             _Observed(self.module, observe).run(torch.from_numpy(images.copy()), initial_env=dict(self.constants))
 
+    def stored(self) -> tuple[int, int]:
+        """As layers.Source."""
+        quantizers = [node for node in self.module.graph.nodes if node.target is LSQ]
+        steps = {node.args[1] for node in quantizers}
+        packed = {node.args[0]: (node.args[3] - node.args[2]).bit_length() for node in quantizers}
+        packed = {node: bits for node, bits in packed.items() if node in self.constants}  # weights, no activations
+        floats = {
+            node: value.numel()
+            for node, value in self.constants.items()
+            if node.op == "placeholder" and node.users and isinstance(value, Tensor) and value.is_floating_point()
+        }
+        fp32 = 4 * sum(count for node, count in floats.items() if node not in steps)
+        # A weight may be computed, from direction and gain for example: packed, it stands for these.
+        inside = _sources(list(packed))
+        rest = _sources([node for node in self.module.graph.nodes if node.op == "output"], stop=set(packed))
+        learned = sum((self.constants[node].numel() * bits + 7) // 8 for node, bits in packed.items())
+        return fp32, learned + 4 * sum(count for node, count in floats.items() if node in rest or node not in inside)
+
+
+def _sources(nodes: list[fx.Node], stop: Container[fx.Node] = ()) -> set[fx.Node]:
+    """`nodes` and all that they are computed from, but for `stop`."""
+    found, waiting = set(nodes), list(nodes)
+    while waiting:
+        new = {node for node in waiting.pop().all_input_nodes if node not in found and node not in stop}
+        found |= new
+        waiting += new
+    return found
+
 
 class _Observed(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, observe: dict[fx.Node, Callable[[Tensor], None]]):
+    def __init__(self, module: fx.GraphModule, observe: Mapping[Any, Callable[[np.ndarray], None]]):
         super().__init__(module)
         self.observe = observe
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n in self.observe:
-            self.observe[n](result)
+            self.observe[n](result.numpy())
         return result
 
 
