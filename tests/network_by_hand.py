@@ -15,7 +15,7 @@ from qdeploy.exporter.calibrate import Grids, observe
 from qdeploy.exporter.elements import Value
 from qdeploy.exporter.emit import emit
 from qdeploy.exporter.fusion import fuse
-from qdeploy.exporter.layers import Input, LearnedWeight, Linear, Network, Table
+from qdeploy.exporter.layers import Input, Linear, Network, QuantizedWeight, Table
 from qdeploy.exporter.report import compare
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.graph import Graph
@@ -54,7 +54,7 @@ class ByHand:
             return {"scale": np.ones(channels), "shift": np.zeros(channels)}
 
         x = Input("input", [], SIZES[:1], Value("x"))
-        weight = LearnedWeight(self.first, np.array(STEP), -8, 7)
+        weight = QuantizedWeight(self.first, np.array(STEP), -8, 7)
         first = Linear("first", [x], SIZES[1:2], Value("linear"), weight=weight, **exact(SIZES[1]))
         act = Table("act", [first], SIZES[1:2], Value("hardswish"), function=hardswish)
         fc = Linear("fc", [act], SIZES[2:], Value("scores"), weight=self.second, **exact(SIZES[2]))

@@ -25,23 +25,24 @@ Function = Callable[[np.ndarray], np.ndarray]  # elementwise, float64 to float64
 
 
 @dataclass(frozen=True)
-class LearnedWeight:
-    """A weight and its LSQ quantizer; all f32."""
+class QuantizedWeight:
+    """A weight and its quantizer; all f32. `origin`: "learned" in training, or of a "file" that holds the codes."""
 
     value: np.ndarray
     step: np.ndarray  # [], or by output channel
     qmin: int
     qmax: int
+    origin: str = "learned"
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.value.shape)
 
-    def reshape(self, shape: Sequence[int]) -> LearnedWeight:
+    def reshape(self, shape: Sequence[int]) -> QuantizedWeight:
         """With the same output channels."""
         return replace(self, value=self.value.reshape(tuple(shape)))
 
-    def __getitem__(self, channels: np.ndarray) -> LearnedWeight:
+    def __getitem__(self, channels: np.ndarray) -> QuantizedWeight:
         """Of some output channels."""
         return replace(self, value=self.value[channels], step=self.step[channels] if self.step.size > 1 else self.step)
 
@@ -53,7 +54,7 @@ class LearnedWeight:
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized weight. `quantizer`: "learned", "rounded" (fallback_bits), or "" of a layer that a rule made."""
+    """A quantized weight. `quantizer`: "learned", "file", "rounded" (fallback_bits), or "" where a rule made it."""
 
     values: np.ndarray  # int8
     bits: int
@@ -114,7 +115,7 @@ class Scaled(Layer):
 class Weighted(Scaled):
     """`scale[c] * (weight * x)[c] + shift[c]`, and with a second input `+ residual * inputs[1]`."""
 
-    weight: LearnedWeight | np.ndarray | Codes
+    weight: QuantizedWeight | np.ndarray | Codes
     residual: float = 1.0
 
     @property
@@ -314,10 +315,11 @@ class Table(Layer):
 
 @dataclass(eq=False, kw_only=True)
 class Quantize(Layer):
-    """A learned quantizer of an activation: nothing where its input has its grid, else a table."""
+    """A quantizer of an activation, "learned" or of a "file": nothing where its input has its grid, else a table."""
 
     op = "quantize"
     grid: Grid
+    origin: str = "learned"
 
     def function(self, values: np.ndarray) -> np.ndarray:
         return self.grid.real(self.grid.codes(values))

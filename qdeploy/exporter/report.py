@@ -33,7 +33,7 @@ class LayerReport:
     bits: int | None
     weights: int
     macs: int
-    quantizer: str  # of the weight: "learned", "rounded" (fallback_bits) or ""
+    quantizer: str  # of the weight: "learned", "file", "rounded" (fallback_bits) or ""
     sqnr_db: float | None
 
 

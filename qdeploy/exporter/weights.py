@@ -9,7 +9,7 @@ import numpy as np
 
 from qdeploy.arguments import checked_bits
 from qdeploy.errors import ExportError
-from qdeploy.exporter.layers import Codes, LearnedWeight, Network, Weighted, checked_step
+from qdeploy.exporter.layers import Codes, Network, QuantizedWeight, Weighted, checked_step
 
 CLASSIFIER_BITS = 8
 
@@ -19,8 +19,8 @@ def quantize_weights(network: Network, fallback_bits: int | Mapping[str, int] | 
     layers = [layer for layer in network.layers if isinstance(layer, Weighted)]
     fallback = _fallback(layers, network.classifier, fallback_bits)
     for layer in layers:
-        if isinstance(layer.weight, LearnedWeight):
-            codes, step = _learned_codes(layer.weight, layer.name)
+        if isinstance(layer.weight, QuantizedWeight):
+            codes, step = _codes(layer.weight, layer.name)
         elif isinstance(layer.weight, Codes):
             codes, step = layer.weight, np.ones(1)
         elif layer in fallback:
@@ -43,20 +43,20 @@ def _check(layer: Weighted, codes: Codes) -> None:
         raise ExportError(f"expected {expected}, got {depth} - at module `{layer.name}`")
 
 
-def _learned_codes(learned: LearnedWeight, name: str) -> tuple[Codes, np.ndarray]:
+def _codes(weight: QuantizedWeight, name: str) -> tuple[Codes, np.ndarray]:
     """The codes and the step sizes, float64 [1] or [channels]."""
-    step = checked_step(learned.step, f"weight of module `{name}`")
-    bits = max((-learned.qmin - 1).bit_length(), learned.qmax.bit_length()) + 1
+    step = checked_step(weight.step, f"weight of module `{name}`")
+    bits = max((-weight.qmin - 1).bit_length(), weight.qmax.bit_length()) + 1
     if not 2 <= bits <= 8:
-        got = f"{learned.qmin}..{learned.qmax}"
+        got = f"{weight.qmin}..{weight.qmax}"
         raise ExportError(f"expected signed codes of 2 to 8 bits, got {got} - at weight of module `{name}`")
-    value = learned.value
+    value = weight.value
     scaled = value / _per_channel(step, value.ndim).astype(np.float32)  # one f32 division, as in training
-    codes = np.rint(np.clip(scaled, learned.qmin, learned.qmax)).astype(np.int8)
-    if (step == 1).all() and value.any() and not codes.any():
+    codes = np.rint(np.clip(scaled, weight.qmin, weight.qmax)).astype(np.int8)
+    if weight.origin == "learned" and (step == 1).all() and value.any() and not codes.any():
         got = f"1.0 for all, as if never initialized: weights up to {np.abs(value).max():.3g} are all rounded to 0"
         raise ExportError(f"expected trained step sizes, got {got} - at weight of module `{name}`")
-    return Codes(codes, bits, "learned"), step
+    return Codes(codes, bits, weight.origin), step
 
 
 def _rounded_codes(weight: np.ndarray, bits: int) -> tuple[Codes, np.ndarray]:

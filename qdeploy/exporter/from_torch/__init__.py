@@ -39,7 +39,7 @@ from qdeploy.exporter.from_torch.site import (
 )
 from qdeploy.exporter.from_torch.trace import LSQ, Trace, is_random, trace
 from qdeploy.exporter.from_torch.words import described
-from qdeploy.exporter.layers import Input, Layer, LearnedWeight, Network
+from qdeploy.exporter.layers import Input, Layer, Network, QuantizedWeight
 from qdeploy.networks.quantizable import classifier
 
 
@@ -100,7 +100,7 @@ def _constant(node: fx.Node, trace: Trace) -> Any:
         value, step, qmin, qmax, axis = arguments
         if axis > 0:
             Site(node, trace, []).fail("step sizes per output channel (axis 0) or per tensor", f"axis {axis}")
-        return LearnedWeight(value.numpy(), step.numpy(), qmin, qmax)
+        return QuantizedWeight(value.numpy(), step.numpy(), qmin, qmax)
     return trace.constants[node]
 
 
@@ -132,12 +132,12 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     rule = _rule(site)
     if rule is not None and any(isinstance(x, Unknown) for x in inputs):
         return _in_place(site, inputs)
-    if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], LearnedWeight):
+    if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], QuantizedWeight):
         return _computed(site, (args[0], dequantized(args[1]), *args[2:]), kwargs)  # of constants, as learned queries
     moved = rule in (moves.same, moves.move, moves.getitem)  # the codes stay
     for i, value in enumerate(inputs):
         right = i == 1 and rule in WEIGHTED or i == 0 and rule is weighted.embedding
-        if isinstance(value, LearnedWeight) and not moved and not right:
+        if isinstance(value, QuantizedWeight) and not moved and not right:
             site.fail(RIGHT_BEFORE, f"aten.{site.operator} of its result")
     if not any(map(depends, inputs)):
         return _computed(site, args, kwargs)

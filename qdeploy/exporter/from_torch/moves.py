@@ -24,7 +24,7 @@ from qdeploy.exporter.from_torch.moved import (
     settled,
 )
 from qdeploy.exporter.from_torch.site import RIGHT_BEFORE, Site, float64
-from qdeploy.exporter.layers import Concat, Layer, LearnedWeight, Pad, Position
+from qdeploy.exporter.layers import Concat, Layer, Pad, Position, QuantizedWeight
 from qdeploy.ops.op import channels_of
 
 HOLE = np.iinfo(np.int64).min
@@ -53,7 +53,7 @@ def getitem(site: Site, x: Any, index: int) -> Any:
 
 
 def move(site: Site, x: Any, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(x, LearnedWeight):
+    if isinstance(x, QuantizedWeight):
         return _moved_weight(site, x, *args, **kwargs)
     if isinstance(x, Scores):
         return reshaped_scores(site, x)
@@ -71,7 +71,7 @@ def move_in_float(site: Site, x: Value, *args: Any, **kwargs: Any) -> Value:
     return seen(layer_of(x), moved.numpy().astype(np.int64))
 
 
-def _moved_weight(site: Site, weight: LearnedWeight, *args: Any, **kwargs: Any) -> Any:
+def _moved_weight(site: Site, weight: QuantizedWeight, *args: Any, **kwargs: Any) -> Any:
     """Its output channels, all or some of them, in another shape."""
     moved = site.target(torch.arange(weight.value.size).reshape(weight.shape), *args, **kwargs)
     if isinstance(moved, Tensor):
@@ -79,7 +79,7 @@ def _moved_weight(site: Site, weight: LearnedWeight, *args: Any, **kwargs: Any) 
     return tuple(_channels_of(site, weight, part) for part in moved)
 
 
-def _channels_of(site: Site, weight: LearnedWeight, elements: Tensor) -> LearnedWeight:
+def _channels_of(site: Site, weight: QuantizedWeight, elements: Tensor) -> QuantizedWeight:
     width = math.prod(weight.shape[1:])
     rows = elements.reshape(len(elements), -1)
     channels = rows[:, 0] // width

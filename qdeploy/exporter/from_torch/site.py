@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value, value_of
 from qdeploy.exporter.from_torch.trace import Trace, modules_of
-from qdeploy.exporter.layers import Layer, LearnedWeight
+from qdeploy.exporter.layers import Layer, QuantizedWeight
 from qdeploy.graph import Shape
 
 aten = torch.ops.aten
@@ -162,7 +162,7 @@ def _places(modules: list[str]) -> str:
     return f"modules {', '.join(names[:3])}" + (f" and {rest} more" if rest else "")
 
 
-def dequantized(weight: LearnedWeight) -> Tensor:
+def dequantized(weight: QuantizedWeight) -> Tensor:
     return torch.from_numpy(weight.dequantized())
 
 

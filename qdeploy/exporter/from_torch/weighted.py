@@ -13,7 +13,7 @@ from torch import Tensor
 from qdeploy.exporter.elements import BATCH, numbered, with_channels
 from qdeploy.exporter.from_torch.moved import Value, arranged, image, index_of, layer_of, seen, vector
 from qdeploy.exporter.from_torch.site import OPERATOR, Site, dequantized, float64
-from qdeploy.exporter.layers import Conv2d, Embedding, Input, Layer, LearnedWeight, Linear
+from qdeploy.exporter.layers import Conv2d, Embedding, Input, Layer, Linear, QuantizedWeight
 from qdeploy.graph import Shape
 from qdeploy.ops.op import channels_of
 
@@ -123,22 +123,22 @@ def by_rows(site: Site, x: Value, make: Make, channels: int) -> Value:
 
 def _weighted(site: Site, weight: Any, bias: Tensor | None) -> dict[str, Any]:
     """The fields that conv2d and linear share."""
-    if not isinstance(weight, (LearnedWeight, Tensor)):
+    if not isinstance(weight, (QuantizedWeight, Tensor)):
         site.fail("a weight that does not depend on the input", "one that does")
     channels = weight.shape[0]
     shift = np.zeros(channels) if bias is None else float64(bias)
     return {"weight": _held(weight), "scale": np.ones(channels), "shift": shift}
 
 
-def _held(weight: LearnedWeight | Tensor) -> LearnedWeight | np.ndarray:
+def _held(weight: QuantizedWeight | Tensor) -> QuantizedWeight | np.ndarray:
     """As a layer holds it."""
-    return weight if isinstance(weight, LearnedWeight) else weight.numpy()
+    return weight if isinstance(weight, QuantizedWeight) else weight.numpy()
 
 
 def embedding(site: Site, weight: Any, ids: Any, *_: Any, **__: Any) -> Any:
     """Of the network's input; of constant ids it is a constant."""
     if isinstance(ids, Tensor):
-        table = dequantized(weight) if isinstance(weight, LearnedWeight) else weight
+        table = dequantized(weight) if isinstance(weight, QuantizedWeight) else weight
         return torch.nn.functional.embedding(ids, table)
     if not isinstance(ids, Input):
         site.fail("token ids that are the network's input", "others")
