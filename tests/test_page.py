@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from invented_report import ROWS, report
 
 from qdeploy import cli, page
@@ -183,7 +185,22 @@ def test_ticks_of_a_logarithmic_axis():
 
 
 def test_equal_values_have_an_axis():
-    assert axes.logarithmic("MB", [0.0173, 0.0173]).ticks == [0.0173]
+    assert axes.logarithmic("MB", [0.0173, 0.0173]).ticks == [0.016, 0.017, 0.018, 0.019]
+
+
+@given(low=st.floats(1e-6, 1e6), wide=st.floats(1, 1e6))
+def test_a_logarithmic_axis_has_three_to_six_ticks(low, wide):
+    axis = axes.logarithmic("x", [low, low * wide])
+    assert 3 <= len(axis.ticks) <= 6
+    assert axis.low <= min(axis.ticks) and max(axis.ticks) <= axis.high
+
+
+@pytest.mark.parametrize(("size", "title"), [(999_999, "size, kB"), (1_000_000, "size, MB")])
+def test_small_files_are_told_in_small_units(size, title):
+    table = report(ROWS[:3], seeds=1)["tables"][0]
+    rows = [row | {"size": size} for row in table["rows"]]
+    text = page.of_report({"title": "runs", "tables": [table | {"rows": rows}], "runs": []})
+    assert f"against {title}" in text
 
 
 def test_labels_do_not_lie_on_each_other():
