@@ -166,7 +166,7 @@ Model::Model(const std::string& path, int num_threads, const std::string& isa)
 
 Model::Model(const uint8_t* content, size_t bytes, int num_threads, const std::string& isa)
     : session_(guarded("<bytes>", [&] {
-        check_pointer(content, 1, "the content of a file", "<bytes>");
+        check_pointer(content, bytes > 0, "the content of a file", "<bytes>");
         return std::make_shared<Session>(ModelFile("<bytes>", content, bytes), num_threads, isa);
       })) {}
 

@@ -1,5 +1,5 @@
 // Calls include/qdeploy.h as tests/test_cpp.py asks, which compares what comes out with Python:
-// call_model open FILE... : of each file from its path, then of its bytes, the error or "ok"
+// call_model open FILE... , call_model bytes FILE... : of each, from its path or from its content, the error or "ok"
 // call_model plan FILE BATCH THREADS : the plan
 // call_model run FILE f32|u8|ids N THREADS [WIDTH LENGTH...] < input > output : results of N images or texts, f32,
 // and then, where there are scores, their classes, i64; many threads call one model at once and have to agree
@@ -21,7 +21,7 @@ namespace {
 
 using Bytes = std::vector<uint8_t>;
 
-constexpr int kCallers = 4, kCalls = 3;
+constexpr int kCallers = 3, kCalls = 2;
 
 Bytes read_all(std::istream& from) { return Bytes{std::istreambuf_iterator<char>(from), {}}; }
 
@@ -36,8 +36,7 @@ void say(const Work& work) {
   }
 }
 
-void open_file(const std::string& path) {
-  say([&] { qdeploy::Model model(path, 1, "scalar"); });
+void open_bytes(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const Bytes content = read_all(file);
   say([&] { qdeploy::Model model(content.data(), content.size(), 1, "scalar"); });
@@ -127,7 +126,9 @@ int main(int argc, char** argv) {
   const std::string what = argv[1];
   try {
     if (what == "open") {
-      for (int i = 2; i < argc; ++i) open_file(argv[i]);
+      for (int i = 2; i < argc; ++i) say([&] { qdeploy::Model model(argv[i], 1, "scalar"); });
+    } else if (what == "bytes") {
+      for (int i = 2; i < argc; ++i) open_bytes(argv[i]);
     } else if (what == "plan") {
       printf("%s", qdeploy::Model(argv[2], atoi(argv[4])).plan(atoll(argv[3])).c_str());
     } else if (what == "misuse") {
