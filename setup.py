@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "NLOHMANN_JSON_INCLUDE": Path(nlohmann_json.__file__).parent / "include",
+            "QDEPLOY_PYTHON": "ON",
             "QDEPLOY_SANITIZE": "OFF",
         }
         configure = [f"-D{name}={value}" for name, value in options.items()]

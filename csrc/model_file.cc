@@ -133,6 +133,8 @@ std::string tensor_text(DType dtype, const std::vector<int64_t>& shape) {
 }
 
 ModelFile::ModelFile(const std::string& path) : path_(path) {
+  require(!path.empty(), "a path", "an empty one", "path");
+  require(path.find('\0') == std::string::npos, "a path", "one with a byte 0", "path");
   fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd_ < 0) fail("a readable file", std::string(strerror(errno)), path);
   try {
