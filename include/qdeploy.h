@@ -20,7 +20,7 @@ class Error : public std::runtime_error {
 };
 
 // A loaded network, or an ensemble of some. Any number of threads may call one Model; copies share what was loaded.
-// Everything but the descriptions throws Error.
+// What does not fit, a file or an argument, throws Error.
 class Model {
  public:
   // path: of a file that qdeploy wrote. Nothing in it is executed or followed, and it is not needed any more later on.
