@@ -77,8 +77,8 @@ class Grids:
     """The grids of one network: which tensors share one, what calibration must observe, and what follows.
 
     Tensors whose codes are the same (before and after a max pool, the parts of a concatenation) form a bundle with one
-    grid. It is the learned one where all that writes or all that reads the bundle is one learned quantizer. Other
-    bundles are observed.
+    grid. It is that of the quantizer where all that writes or all that reads the bundle is one. Other bundles are
+    observed.
     """
 
     def __init__(self, network: Network, observer: str):
@@ -106,16 +106,22 @@ class Grids:
         return [x for x in self.network.layers if x not in bundle and any(source in bundle for source in x.inputs)]
 
     def _learned(self, bundle: list[Layer]) -> list[Grid]:
-        grids = [layer.grid for layer in (*_sources(bundle), *self._readers(bundle)) if isinstance(layer, Quantize)]
+        return self._grids(bundle, [*_sources(bundle), *self._readers(bundle)])
+
+    def _grids(self, bundle: list[Layer], layers: list[Layer]) -> list[Grid]:
+        grids = [layer.grid for layer in layers if isinstance(layer, Quantize)]
         if self.network.layers[0] in bundle:  # nothing clamps the input's codes
             grids = [replace(grid, low=0, high=255) for grid in grids]
         return list(dict.fromkeys(grids))
 
     def _only_learned_grid(self, bundle: list[Layer]) -> Grid | None:
-        grids = self._learned(bundle)
-        sides = (_sources(bundle), self._readers(bundle))
-        decided = any(side and all(isinstance(layer, Quantize) for layer in side) for side in sides)
-        return grids[0] if len(grids) == 1 and decided else None
+        """That of the one quantizer which writes the bundle, whatever reads it; else of the one through which all read
+        it: a writer that rounds to another grid is a table then."""
+        for side in (_sources(bundle), self._readers(bundle)):
+            grids = self._grids(bundle, side)
+            if len(grids) == 1 and all(isinstance(layer, Quantize) for layer in side):
+                return grids[0]
+        return None
 
     def missing(self) -> list[str]:
         """Names of the layers whose output needs calibration data."""

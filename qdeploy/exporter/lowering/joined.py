@@ -78,7 +78,7 @@ def _joined(site: Site, tensors: list[Value], dim: int) -> Value:
         shape = (
             (sizes[axis], *lead, 1)[:3] if images and by_channels and len(lead) < 3 else (math.prod(lead), sizes[axis])
         )
-        piece, index = arranged(site, x, axis, shape if rank > 2 else shape[-1:])
+        piece, index = arranged(site, x, axis, shape if rank > 2 else (sizes[axis],))
         pieces.append(piece)
         b, local = np.divmod(index, math.prod(shape))
         width = whole_sizes[axis]
