@@ -78,7 +78,7 @@ def differences(network: Network, grids: Mapping[Layer, Any], member: Member, x:
                 count + apart.size,
                 max(largest, apart.max()),
             )
-    return different, count, float(largest)
+    return different, count, largest
 
 
 def graph_of(member: Member) -> Graph:

@@ -224,11 +224,12 @@ def pt2e() -> None:
 
 def torch_ao() -> None:
     """FX QAT, converted, and with its fake quantizers kept."""
-    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization import QConfigMapping, get_default_qat_qconfig
     from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
 
     net = network(Convnet).train()
-    prepared = prepare_qat_fx(net, get_default_qat_qconfig_mapping("x86"), (torch.from_numpy(images(2)),))
+    config = QConfigMapping().set_global(get_default_qat_qconfig("x86", version=0))
+    prepared = prepare_qat_fx(net, config, (torch.from_numpy(images(2)),))
     with torch.no_grad():
         prepared(torch.from_numpy(images(32)))
     prepared.eval().apply(torch.ao.quantization.disable_observer)
