@@ -14,7 +14,6 @@ from qdeploy.exporter.elements import BATCH, channel_axis
 from qdeploy.exporter.from_torch.attention import Scores, biased, scaled
 from qdeploy.exporter.from_torch.moved import Value, index_of, is_bijective, layer_of, regrouped, seen, settled
 from qdeploy.exporter.from_torch.site import Site, aten, float64
-from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import (
     Add,
     Affine,
@@ -24,10 +23,8 @@ from qdeploy.exporter.layers import (
     Layer,
     Mul,
     Position,
-    Quantize,
     Table,
     Tokens,
-    checked_step,
     elementwise,
 )
 from qdeploy.ops.op import channels_of, rows_of
@@ -35,16 +32,7 @@ from qdeploy.ops.op import channels_of, rows_of
 FUNCTION = "an elementwise operator on functions of one tensor, a sum or a product"
 
 
-def quantize(site: Site, x: Value, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Value:
-    if step.numel() != 1:
-        site.fail("one step size for a layer's input", f"{step.numel()}")
-    if qmax - qmin > 255 or qmin > 0:
-        site.fail("an activation quantizer of at most 8 bits that holds 0", f"codes {qmin}..{qmax}")
-    scale = checked_step(step.numpy(), f"input quantizer of module `{site.module}`")[0]
-    return _each(site, x, Quantize, grid=Grid(float(scale), -qmin, 0, qmax - qmin))
-
-
-def _each(site: Site, x: Value, kind: type[Layer], **fields: Any) -> Value:
+def each(site: Site, x: Value, kind: type[Layer], **fields: Any) -> Value:
     layer, index = settled(site, x)
     return seen(site.layer(kind, [layer], layer.shape, index, **fields), index)
 
@@ -235,7 +223,7 @@ def _pair(site: Site, a: Value, b: Value, gate: bool = False) -> tuple[Layer, La
 
 def clamp(site: Site, x: Value, low: Any = None, high: Any = None) -> Value:
     bounds = [default if v is None else float(v) for v, default in ((low, -math.inf), (high, math.inf))]
-    return _each(site, x, Clamp, low=min(bounds), high=bounds[1])
+    return each(site, x, Clamp, low=min(bounds), high=bounds[1])
 
 
 def clamp_max(site: Site, x: Value, high: Any) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value, value_of
+from qdeploy.exporter.from_torch.operators import gives_real_numbers, is_inserted
 from qdeploy.exporter.from_torch.trace import Trace, modules_of
 from qdeploy.exporter.layers import Layer, QuantizedWeight
 from qdeploy.graph import Shape
@@ -22,7 +24,7 @@ OPERATOR = (
     "one tensor, sums and products of two, pools, resize, and whatever moves rows or channels)"
 )
 RIGHT_BEFORE = (
-    "a learned quantizer right before its conv2d or linear (make what else is done to the weight a parametrization of "
+    "a quantizer right before its conv2d or linear (make what else is done to the weight a parametrization of "
     "it, then quantize_)"
 )
 
@@ -59,10 +61,13 @@ class Site:
 
     @property
     def module(self) -> str:
-        """Path of the module whose forward holds the operator, and the operator, unless the module is of torch.nn."""
+        """Path of the module whose forward holds the operator, and the operator, unless the module is of torch.nn. Of a
+        quantizer that PT2E inserted it is the module that reads it."""
+        if is_inserted(self.node) and (reader := _reader(self.node)) is not None:
+            return Site(reader, self.trace, self.layers).module
         path, kind = modules_of(self.node, self.trace.names)[-1]
         path = path.split(".parametrizations.")[0]
-        if path and (kind.startswith("torch.nn.") or self.operator == "lsq"):
+        if path and (kind.startswith(("torch.nn.", "torch.ao.", "torchao.")) or gives_real_numbers(self.node)):
             return path
         return f"{path}.{self.operator}" if path else self.operator
 
@@ -121,6 +126,15 @@ class Site:
         layer = kind(self.module, inputs, shape, value, **fields)
         self.layers.append(layer)
         return layer
+
+
+def _reader(node: fx.Node) -> fx.Node | None:
+    """The first operator behind quantizers."""
+    while is_inserted(node) or node.target is operator.getitem:
+        if not node.users:
+            return None
+        node = next(iter(node.users))
+    return node if node.op == "call_function" else None
 
 
 def missing(site: Site, value: Any, inputs: list[Any]) -> Any:
