@@ -93,29 +93,38 @@ class Grids:
                     self.bundle_of |= dict.fromkeys(merged, merged)
         self.streams = _streams(network, self.bundle_of)
         self.fixed: dict[Layer, Grid] = {}
+        self.origins: dict[Layer, str] = {}  # of the grids of those: "learned" or "file"
         self.observed: list[tuple[list[Layer], Histogram]] = []
         for bundle in {id(bundle): bundle for bundle in self.bundle_of.values()}.values():
-            grid = self._only_learned_grid(bundle)
-            if grid is None:
+            quantizer = self._only_quantizer(bundle)
+            if quantizer is None:
                 exact = observer == "minmax" or bundle[0] in self.streams
                 self.observed.append((bundle, Histogram(exact=exact)))
             else:
-                self.fixed |= dict.fromkeys(bundle, grid)
+                self.fixed |= dict.fromkeys(bundle, self._of_input(quantizer.grid, bundle))
+                self.origins |= dict.fromkeys(bundle, quantizer.origin)
 
     def _readers(self, bundle: list[Layer]) -> list[Layer]:
         return [x for x in self.network.layers if x not in bundle and any(source in bundle for source in x.inputs)]
 
+    def _of_input(self, grid: Grid, bundle: list[Layer]) -> Grid:
+        """Nothing clamps the codes of the network's input."""
+        return replace(grid, low=0, high=255) if self.network.layers[0] in bundle else grid
+
     def _learned(self, bundle: list[Layer]) -> list[Grid]:
-        grids = [layer.grid for layer in (*_sources(bundle), *self._readers(bundle)) if isinstance(layer, Quantize)]
-        if self.network.layers[0] in bundle:  # nothing clamps the input's codes
-            grids = [replace(grid, low=0, high=255) for grid in grids]
+        layers = (*_sources(bundle), *self._readers(bundle))
+        grids = [self._of_input(layer.grid, bundle) for layer in layers if isinstance(layer, Quantize)]
         return list(dict.fromkeys(grids))
 
-    def _only_learned_grid(self, bundle: list[Layer]) -> Grid | None:
-        grids = self._learned(bundle)
-        sides = (_sources(bundle), self._readers(bundle))
-        decided = any(side and all(isinstance(layer, Quantize) for layer in side) for side in sides)
-        return grids[0] if len(grids) == 1 and decided else None
+    def _only_quantizer(self, bundle: list[Layer]) -> Quantize | None:
+        """What writes the bundle decides, whatever quantizes it again; else what reads it, if that is of one mind."""
+        writers, readers = _sources(bundle), self._readers(bundle)
+        written = {layer.grid if isinstance(layer, Quantize) else None for layer in writers}
+        for side, grids in ((writers, written), (readers, set(self._learned(bundle)))):
+            quantizers = [layer for layer in side if isinstance(layer, Quantize)]
+            if quantizers and len(quantizers) == len(side) and len(grids) == 1:
+                return quantizers[0]
+        return None
 
     def missing(self) -> list[str]:
         """Names of the layers whose output needs calibration data."""

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
 from qdeploy.exporter.from_torch import attention, elementwise, exported, moves, norms, quantizers, weighted, windows
-from qdeploy.exporter.from_torch.exported import Source, example_of, is_exported, module_of
+from qdeploy.exporter.from_torch.exported import Source, is_exported, module_of
 from qdeploy.exporter.from_torch.moved import Moved, layer_of, plain
 from qdeploy.exporter.from_torch.operators import DEQUANTIZE, FAKE, LSQ, QUANTIZE, gives_real_numbers, name_of
 from qdeploy.exporter.from_torch.site import (

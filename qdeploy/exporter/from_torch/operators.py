@@ -1,7 +1,7 @@
 """The operators that quantize: LSQ, the fake quantization of torch.ao, and the pairs that PT2E writes.
 
-LSQ and fake quantization give real numbers; PT2E has `quantize`, which gives codes, and `dequantize` behind it. Those of
-PT2E are known by name: the module of torch that defines them takes a third of a second to import.
+LSQ and fake quantization give real numbers; PT2E has `quantize`, which gives codes, and `dequantize` behind it. They
+are known by name: the module of torch that defines those of PT2E takes a third of a second to import.
 """
 
 from __future__ import annotations
@@ -54,5 +54,5 @@ def arguments(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def quantizer_arguments(target: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Those of a quantizer: self, scale, zero_point, quant_min, quant_max, axis..., whatever the operator calls them."""
+    """Those of a quantizer: self, scale, zero_point, quant_min, quant_max, axis..., however the operator calls them."""
     return {SAME_ARGUMENT.get(name, name): value for name, value in arguments(target, args, kwargs).items()}

@@ -66,7 +66,8 @@ def lsq(site: Site, x: Value, step: Tensor, qmin: int, qmax: int, axis: int, gra
 
 
 def fake_quantize(site: Site, x: Value, *args: Any, **kwargs: Any) -> Value:
-    return each(site, x, Quantize, grid=_grid(site, quantizer_arguments(site.target, (x, *args), kwargs)), origin="file")
+    grid = _grid(site, quantizer_arguments(site.target, (x, *args), kwargs))
+    return each(site, x, Quantize, grid=grid, origin="file")
 
 
 @dataclass(eq=False)
@@ -115,4 +116,4 @@ def _numbers(site: Site, value: Any) -> np.ndarray:
     """A scale or zero point, f64 [count]."""
     if not isinstance(value, (Tensor, float, int)):
         site.fail("static quantization (ranges that calibration found)", "a scale that depends on the input")
-    return float64(torch.as_tensor(value)).reshape(-1)
+    return (float64(value) if isinstance(value, Tensor) else np.float64(value)).reshape(-1)
