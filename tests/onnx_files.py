@@ -60,7 +60,8 @@ def differences(network: Network, grids: Mapping[Layer, Any], member: Member, x:
     for i, layer in enumerate(network.layers):
         if layer in values:
             real = values[layer] / np.float32(grids[layer].scale)  # in f32, as QuantizeLinear
-            expected = np.clip(np.rint(real) + grids[layer].zero_point, 0, 255)
+            grid = grids[layer]
+            expected = np.clip(np.rint(real) + grid.zero_point, grid.low, grid.high)
         if i in nodes:
             inputs = [member.tensors[k] for k in nodes[i].inputs]
             operands = [codes[k] for k in nodes[i].inputs]

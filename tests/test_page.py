@@ -23,7 +23,7 @@ from qdeploy.page.markup import VOID, Markup, tag
 
 HOSTILE = '<script>document.title = "taken"</script>"\'><img src=x onerror=alert(1)>&amp;\u202e'
 SHOWN = HOSTILE.replace("\u202e", "\\u202e")
-LAYER = {"member": "m", "op": "conv2d", "weights": 4608, "quantizer": "learned"}
+LAYER = {"member": "m", "op": "conv2d", "weights": 4608, "quantizer": "learned", "grid": "file"}
 
 
 def node(name: str, microseconds: float, **others: object) -> dict:

@@ -93,39 +93,43 @@ class Grids:
                     self.bundle_of |= dict.fromkeys(merged, merged)
         self.streams = _streams(network, self.bundle_of)
         self.fixed: dict[Layer, Grid] = {}
+        self.origins: dict[Layer, str] = {}  # of the grids of those: "learned" or "file"
         self.observed: list[tuple[list[Layer], Histogram]] = []
         for bundle in {id(bundle): bundle for bundle in self.bundle_of.values()}.values():
-            grid = self._only_learned_grid(bundle)
-            if grid is None:
+            quantizer = self._only_quantizer(bundle)
+            if quantizer is None:
                 exact = observer == "minmax" or bundle[0] in self.streams
                 self.observed.append((bundle, Histogram(exact=exact)))
             else:
-                self.fixed |= dict.fromkeys(bundle, grid)
+                self.fixed |= dict.fromkeys(bundle, self._of_input(quantizer.grid, bundle))
+                self.origins |= dict.fromkeys(bundle, quantizer.origin)
 
     def _readers(self, bundle: list[Layer]) -> list[Layer]:
         return [x for x in self.network.layers if x not in bundle and any(source in bundle for source in x.inputs)]
 
+    def _of_input(self, grid: Grid, bundle: list[Layer]) -> Grid:
+        """Nothing clamps the codes of the network's input."""
+        return replace(grid, low=0, high=255) if self.network.layers[0] in bundle else grid
+
     def _learned(self, bundle: list[Layer]) -> list[Grid]:
-        return self._grids(bundle, [*_sources(bundle), *self._readers(bundle)])
+        return self._grids([*_sources(bundle), *self._readers(bundle)], bundle)
 
-    def _grids(self, bundle: list[Layer], layers: list[Layer]) -> list[Grid]:
-        grids = [layer.grid for layer in layers if isinstance(layer, Quantize)]
-        if self.network.layers[0] in bundle:  # nothing clamps the input's codes
-            grids = [replace(grid, low=0, high=255) for grid in grids]
-        return list(dict.fromkeys(grids))
+    def _grids(self, layers: list[Layer], bundle: list[Layer]) -> list[Grid]:
+        return list(dict.fromkeys(self._of_input(x.grid, bundle) for x in layers if isinstance(x, Quantize)))
 
-    def _only_learned_grid(self, bundle: list[Layer]) -> Grid | None:
-        """That of the one quantizer which writes the bundle, whatever reads it; else of the one through which all read
-        it: a writer that rounds to another grid is a table then."""
+    def _only_quantizer(self, bundle: list[Layer]) -> Quantize | None:
+        """The one that writes the bundle, whatever quantizes it again; else the one through which all read it: a writer
+        that rounds to another grid is a table then."""
         for side in (_sources(bundle), self._readers(bundle)):
-            grids = self._grids(bundle, side)
-            if len(grids) == 1 and all(isinstance(layer, Quantize) for layer in side):
-                return grids[0]
+            quantizers = [layer for layer in side if isinstance(layer, Quantize)]
+            if len(quantizers) == len(side) and len(self._grids(side, bundle)) == 1:
+                return quantizers[0]
         return None
 
     def missing(self) -> list[str]:
-        """Names of the layers whose output needs calibration data."""
-        return [layer.name for bundle, _ in self.observed for layer in _sources(bundle)]
+        """The tensors that need calibration data, each by the names of both its ends."""
+        ends = [(_sources(bundle), self._readers(bundle) or [self.network.output]) for bundle, _ in self.observed]
+        return [f"{layer.name} to {readers[0].name}" for sources, readers in ends for layer in sources]
 
     def observe(self, images: np.ndarray) -> None:
         """Runs the network on f32 `images` and adds what its layers compute to the histograms."""
@@ -211,6 +215,15 @@ def _finer_grid(learned: Grid, low: float, high: float) -> Grid | None:
 # ---- Calibration data ---------------------------------------------------------------------------------------------
 
 
+def check_complete(grids: list[Grids]) -> None:
+    """Raises InputError unless all grids are known without data."""
+    missing = [ends for one in grids for ends in one.missing()]
+    if missing:
+        names = ", ".join(missing[:3]) + ("..." if len(missing) > 3 else "")
+        expected = f"calibration data for {len(missing)} tensors without a quantizer (from {names})"
+        raise InputError(f"expected {expected}, got none - at export")
+
+
 def observe(
     grids: list[Grids],
     calibration: object,
@@ -222,12 +235,8 @@ def observe(
 
     Without data these are of the example, f32 [N, ...]. Raises InputError for data that do not fit it or are missing.
     """
-    missing = [name for one in grids for name in one.missing()]
     if calibration is None:
-        if missing:
-            names = ", ".join(missing[:3]) + ("..." if len(missing) > 3 else "")
-            expected = f"calibration data for {len(missing)} tensors without a learned quantizer ({names})"
-            raise InputError(f"expected {expected}, got none - at export")
+        check_complete(grids)
         return example[:count]
     kept: list[np.ndarray] = []
     ends = []  # lowest and highest number of each channel, by batch

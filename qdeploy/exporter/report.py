@@ -13,6 +13,7 @@ import numpy as np
 
 from qdeploy import page, reference
 from qdeploy.calibration import doubt
+from qdeploy.exporter.calibrate import Grids
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
 from qdeploy.files import AnyPath
@@ -35,6 +36,7 @@ class LayerReport:
     macs: int
     quantizer: str  # of the weight: "learned", "file", "rounded" (fallback_bits) or ""
     sqnr_db: float | None
+    grid: str  # of its output: "learned", "file", "calibration", or "" where it has none of its own
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class ExportReport:
 
     def __str__(self) -> str:
         width = max(len(self._label(layer)) for layer in self.layers)
-        lines = [f"{'layer':{width}}  {'op':10}  bits  {'weights':>10}  {'MMACs':>8}  {'quantizer':9}  SQNR dB"]
+        numbers = f"bits  {'weights':>10}  {'MMACs':>8}"
+        lines = [f"{'layer':{width}}  {'op':10}  {numbers}  {'quantizer':9}  {'grid':11}  SQNR dB"]
         for layer in self.layers:
             if layer.bits is None and layer.sqnr_db is None:
                 continue
@@ -88,9 +91,8 @@ class ExportReport:
             macs = f"{layer.macs / 1e6:.2f}" if layer.macs else ""
             sqnr = "" if layer.sqnr_db is None else f"{layer.sqnr_db:7.1f}"
             numbers = f"{bits:>4}  {weights:>10}  {macs:>8}"
-            lines.append(
-                f"{self._label(layer):{width}}  {layer.op:10}  {numbers}  {layer.quantizer:9}  {sqnr}".rstrip()
-            )
+            origins = f"{layer.quantizer:9}  {layer.grid:11}"
+            lines.append(f"{self._label(layer):{width}}  {layer.op:10}  {numbers}  {origins}  {sqnr}".rstrip())
         shares = ", ".join(f"{share:.1%} at {bits} bits" for bits, share in self.mac_share.items())
         sqnr = "" if self.output_sqnr_db is None else f", output SQNR {self.output_sqnr_db:.1f} dB"
         lines += [
@@ -116,15 +118,15 @@ def images_to_compare(networks: list[Network]) -> int:
 def compare(
     graph: Graph,
     networks: list[Network],
-    learned: list[dict[Layer, Grid]],
+    grids: list[Grids],
     content: bytes,
     path: AnyPath,
     images: np.ndarray,
 ) -> ExportReport:
     """Runs `content`, the file to be, in the engine and the networks in float32 on f32 `images`.
 
-    learned: of each network the layers whose output has the grid of a learned quantizer. They are compared behind it:
-        what training rounded there is no error.
+    grids: of each network. Layers whose output has the grid of a quantizer are compared behind it: what training
+        rounded there is no error.
     """
     compared = [
         [layer for layer in network.layers if not layer.same_grid and not isinstance(layer, Input)]
@@ -141,9 +143,12 @@ def compare(
         for layer in network.layers[1:]:
             sqnr = None
             if layer in values:
-                expected = _rounded(values[layer], learned[i][layer]) if layer in learned[i] else values[layer]
+                fixed = grids[i].fixed.get(layer)
+                expected = values[layer] if fixed is None else _rounded(values[layer], fixed)
                 sqnr = _sqnr(expected, _real(integers[prefixes[i] + layer.name], tensors[layer.name]))
-            rows.append(_row(member.name, layer, sqnr))
+            codes = layer is network.output or layer.same_grid  # it has no grid, or its input's
+            origin = "" if codes else grids[i].origins.get(layer, "calibration")
+            rows.append(_row(member.name, layer, sqnr, origin))
     if graph.combine:
         expected, _ = reference.combine([logits.astype(np.float32) for logits in floats], graph.combine)
     else:
@@ -189,12 +194,12 @@ def _rounded(values: np.ndarray, grid: Grid) -> np.ndarray:
     return grid.real(np.clip(np.rint(values / np.float32(grid.scale)) + grid.zero_point, grid.low, grid.high))
 
 
-def _row(member: str, layer: Layer, sqnr: float | None) -> LayerReport:
+def _row(member: str, layer: Layer, sqnr: float | None, origin: str) -> LayerReport:
     if not isinstance(layer, Weighted):
-        return LayerReport(member, layer.name, layer.op, None, 0, 0, "", sqnr)
+        return LayerReport(member, layer.name, layer.op, None, 0, 0, "", sqnr, origin)
     codes = layer.codes
     weights = codes.values.size if codes.quantizer else 0
-    return LayerReport(member, layer.name, layer.op, codes.bits, weights, layer.macs, codes.quantizer, sqnr)
+    return LayerReport(member, layer.name, layer.op, codes.bits, weights, layer.macs, codes.quantizer, sqnr, origin)
 
 
 def _float_values(network: Network, images: np.ndarray, layers: list[Layer]) -> dict[Layer, np.ndarray]:

@@ -53,7 +53,7 @@ def _table(layers: list[dict]) -> Markup:
     header: list[Column] = [("layer", ""), ("SQNR dB", ".1f"), ("bits", "d"), ("weights", ",d"), ("MMAC", ",.3f")]
     rows = [
         (name, layer["sqnr_db"], layer["bits"], layer["weights"] or None, layer["macs"] / 1e6 or None)
-        + (layer["op"], layer["quantizer"])
+        + (layer["op"], layer["quantizer"], layer["grid"])
         for name, layer in zip(layer_names(layers), layers, strict=True)
     ]
-    return table("Every layer in its order", [*header, ("op", ""), ("quantizer", "")], rows)
+    return table("Every layer in its order", [*header, ("op", ""), ("quantizer", ""), ("grid", "")], rows)

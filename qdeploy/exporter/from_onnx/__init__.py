@@ -23,7 +23,7 @@ from qdeploy.exporter.elements import numbered, value_of
 from qdeploy.exporter.from_onnx import arranged, elementwise, ending, quantized, source, weighted, windows
 from qdeploy.exporter.from_onnx.constants import fold
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
-from qdeploy.exporter.from_onnx.model import File, is_onnx, read
+from qdeploy.exporter.from_onnx.model import File, read
 from qdeploy.exporter.from_onnx.moves import MOVES
 from qdeploy.exporter.from_onnx.quantized import Coded, Stored
 from qdeploy.exporter.from_onnx.site import OPERATOR, Site, State
@@ -35,7 +35,7 @@ from qdeploy.exporter.lowering.site import Obstacle, Unknown, all_of
 if TYPE_CHECKING:
     from qdeploy.exporter.from_onnx.model import AnyModel
 
-__all__ = ["is_onnx", "lower"]
+__all__ = ["lower"]
 
 
 def lower(model: AnyModel, shape: tuple[int, ...] | None = None) -> Network:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,7 @@ def move(site: Site, x: Any, *constants: Any) -> Any:
     """An operator of MOVES, run on the numbers of the elements."""
     if isinstance(x, Coded):
         result = move(site, x.before, *constants)
-        return (
-            tuple(quantized.moved(site, x, part) for part in result)
-            if isinstance(result, tuple)
-            else (quantized.moved(site, x, result))
-        )
+        return tuple(replace(x, before=part) for part in (result if isinstance(result, tuple) else (result,)))
     if site.node.op == "Reshape" and constants:
         constants = (_shape_of_batch(site, x, site.constant(constants[0], "a shape")),)
     if site.node.op in ("Identity", "Dropout"):

@@ -102,7 +102,8 @@ def batch_norm(site: Site, x: Value, gamma: Any, beta: Any, mean: Any, variance:
     fields = [real(site.constant(value, "a parameter")).reshape(-1) for value in (gamma, beta, mean, variance)]
     if any(values.size != sizes_of(x)[1] for values in fields):
         site.fail(f"parameters for {sizes_of(x)[1]} channels", f"{[values.size for values in fields]}")
-    return elementwise.batch_norm(site, x, *fields, site.number("epsilon", 1e-5))
+    scale, shift, means, variances = fields
+    return elementwise.batch_norm(site, x, scale, shift, means, variances, site.number("epsilon", 1e-5))
 
 
 def layer_norm(site: Site, x: Value, gain: Any, shift: Any = None) -> Value:

@@ -37,7 +37,7 @@ def external_bytes(tensor: onnx.TensorProto, folder: Path | None, at: str) -> by
     try:
         descriptor = os.open(folder / location, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        got = "a link" if (folder / location).is_symlink() else error.strerror
+        got = "a link" if (folder / location).is_symlink() else str(error.strerror)
         raise ExportError(f"expected external data in {quoted(location)}, got {got} - at {at}") from None
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)

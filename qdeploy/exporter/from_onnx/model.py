@@ -13,7 +13,9 @@ import numpy as np
 
 from qdeploy.checks import quoted, shape_text
 from qdeploy.errors import ExportError, InputError
+from qdeploy.exporter.from_onnx.channels import with_one_scale
 from qdeploy.exporter.from_onnx.external import external_bytes
+from qdeploy.exporter.from_onnx.qoperator import in_qdq_form
 from qdeploy.graph import MAX_ELEMENTS, MAX_NODES
 
 if TYPE_CHECKING:
@@ -51,28 +53,22 @@ class File:
     opset: int
 
 
-def is_onnx(source: object) -> bool:
-    """Whether it is a path, the bytes of a file, or a ModelProto."""
-    return isinstance(source, (str, bytes, os.PathLike)) or type(source).__name__ == "ModelProto"
-
-
 def read(source: AnyModel, shape: tuple[int, ...] | None) -> File:
     """`shape`: of the input without the batch, where the file leaves it free.
 
     Raises ExportError for anything that is no network as File holds one, InputError where the package onnx is missing.
     """
-    from qdeploy.exporter.from_onnx.qoperator import in_qdq_form
-
     proto, folder = _parsed(source)
     _check_model(proto)
     graph = proto.graph
     constants = _initializers(graph, folder)
     in_qdq_form(proto)
-    nodes = [_node(node) for node in graph.node]
-    _check_names(graph, nodes, constants)
-    for node in nodes:
+    _check_names(graph, [_node(node) for node in graph.node], constants)
+    for node in map(_node, graph.node):
         if node.op == "Constant":
             constants[node.outputs[0]] = _constant(node)
+    with_one_scale(proto, constants)
+    nodes = [_node(node) for node in graph.node]
     inputs = [x for x in graph.input if x.name not in constants]
     if len(inputs) != 1 or len(graph.output) != 1:
         got = f"{len(inputs)} ({_names(inputs)}) and {len(graph.output)} ({_names(graph.output)})"

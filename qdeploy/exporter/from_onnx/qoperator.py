@@ -142,7 +142,7 @@ def _concat(pen: _Pen, sy: str, zy: str, *parts: str) -> None:
 
     def operands() -> Iterator[str]:
         for i in range(0, len(parts), 3):
-            yield pen.real(*parts[i : i + 3])
+            yield pen.real(parts[i], parts[i + 1], parts[i + 2])
 
     pen.codes(pen("Concat", list(operands()), attributes=True), sy, zy)
 

@@ -14,14 +14,13 @@ import numpy as np
 from qdeploy.exporter.from_onnx.moves import MOVES
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.grid import Grid
-from qdeploy.exporter.layers import Clamp, Quantize, QuantizedWeight
+from qdeploy.exporter.layers import Quantize, QuantizedWeight
 from qdeploy.exporter.lowering import elementwise, joined
-from qdeploy.exporter.lowering.moved import Value, layer_of, sizes_of
+from qdeploy.exporter.lowering.moved import Value
 
 CODES = {"uint8": (0, 255), "int8": (-128, 127), "uint4": (0, 15), "int4": (-8, 7), "uint2": (0, 3), "int2": (-2, 1)}
 OFFSETS = {"uint8": 0, "int8": 128}  # from codes of an activation to u8
 STATIC = "a scale that is a constant (quantize with static ranges)"
-PER_CHANNEL = "one scale for a tensor, or one per channel where depthwise convolutions alone read it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +35,11 @@ class Stored:
         return self.codes * self.scale.astype(np.float64)
 
     def moved(self, site: Site, *constants: Any) -> Any:
-        parts = [MOVES[site.node.op](site, array, *constants) for array in (self.codes, self.scale)]
-        if isinstance(parts[0], tuple):
-            return tuple(Stored(*pair) for pair in zip(*parts, strict=True))
-        return Stored(parts[0], parts[1])
+        codes, scale = (MOVES[site.node.op](site, array, *constants) for array in (self.codes, self.scale))
+        if isinstance(codes, tuple):
+            return tuple(Stored(*pair) for pair in zip(codes, scale, strict=True))
+        assert not isinstance(scale, tuple)
+        return Stored(codes, scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,6 @@ class Coded:
     before: Value
     grid: Grid  # of u8: of s8 both codes and zero point are 128 more
     dtype: str
-    factors: np.ndarray | None = None  # by channel: `before` is what the file says, divided by them
 
 
 def code_type(site: Site, zero_point: np.ndarray | None) -> str:
@@ -140,41 +139,9 @@ def quantize(site: Site, x: Value, scale: Any, zero_point: Any = None) -> Coded:
     if zeros.size == 0 or np.ptp(zeros):
         site.fail("one zero point for a tensor", f"{zeros.size}, {zeros[:4]}")
     grid = Grid(float(values.max()), int(zeros[0]) + OFFSETS[name])
-    if values.size == 1:
-        return Coded(x, grid, name)
-    if site.integer("axis", 1) % len(sizes_of(x)) != 1 or values.size != sizes_of(x)[1] or not _only_depthwise(site):
-        site.fail(PER_CHANNEL, f"{values.size} scales along axis {site.integer('axis', 1)}")
-    factors = values.astype(np.float64) / grid.scale
-    return Coded(_divided(site, x, factors, grid), grid, name, factors)
-
-
-def _only_depthwise(site: Site) -> bool:
-    """Whether what is quantized here goes through max pools into depthwise convolutions alone."""
-    waiting, last = [site.node.outputs[0]], False
-    while waiting:
-        readers = site.state.readers(waiting.pop())
-        for node in readers:
-            if node.op in ("DequantizeLinear", "MaxPool"):
-                waiting.append(node.outputs[0])
-            elif node.op != "Conv" or node.attributes.get("group", 1) == 1:
-                return False
-            else:
-                last = True
-    return last
-
-
-def _divided(site: Site, x: Value, factors: np.ndarray, grid: Grid) -> Value:
-    """x / factors by channel: before a clamp at 0, and at a bound that is the last code in every channel anyway."""
-    inverse = (1 / factors).reshape(1, -1, *[1] * (len(sizes_of(x)) - 2))
-    layer = layer_of(x)
-    if not isinstance(layer, Clamp) or layer is not x:
-        return elementwise.affine(site, x, inverse, 0.0)
-    last = grid.real(grid.high) * factors
-    high = np.inf if (layer.high >= last).all() else layer.high
-    if layer.low not in (0.0, -np.inf) or high != np.inf:
-        site.fail("scales per channel behind a clip at 0 or beyond the last code", f"{layer.low}..{layer.high}")
-    divided = elementwise.affine(site, layer.inputs[0], inverse, 0.0)
-    return elementwise.clamp(site, divided, layer.low, high)
+    if values.size > 1:  # channels.py has rewritten those that can be
+        site.fail("one scale for a tensor", f"{values.size}")
+    return Coded(x, grid, name)
 
 
 def dequantize(site: Site, x: Coded, scale: Any, zero_point: Any = None) -> Value:
@@ -187,10 +154,7 @@ def dequantize(site: Site, x: Coded, scale: Any, zero_point: Any = None) -> Valu
     key = (x.before, x.grid)
     if key not in site.state.quantized:
         site.state.quantized[key] = elementwise.each(site, x.before, Quantize, grid=x.grid, origin="file")
-    real = site.state.quantized[key]
-    if x.factors is None:
-        return real
-    return elementwise.affine(site, real, x.factors.reshape(1, -1, *[1] * (len(sizes_of(real)) - 2)), 0.0)
+    return site.state.quantized[key]
 
 
 def clip(site: Site, x: Coded, low: Any = None, high: Any = None) -> Coded:
@@ -202,12 +166,6 @@ def clip(site: Site, x: Coded, low: Any = None, high: Any = None) -> Coded:
     if not least <= grid.zero_point <= most:
         site.fail("codes that hold the zero point", f"{least - offset}..{most - offset}")
     return replace(x, grid=replace(grid, low=least, high=most))
-
-
-def moved(site: Site, x: Coded, before: Value) -> Coded:
-    if x.factors is not None and before is not x.before and site.node.op != "MaxPool":
-        site.fail(PER_CHANNEL, f"{site.node.op} between")
-    return replace(x, before=before)
 
 
 def concat(site: Site, parts: list[Any], axis: int) -> Coded:

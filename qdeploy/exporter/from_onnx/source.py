@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Source:
         return self.sizes
 
 
-def _session(file: File, names: list[str]) -> object:
+def _session(file: File, names: list[str]) -> Any:
     try:
         import onnxruntime
     except ImportError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from qdeploy.exporter.elements import numbered
-from qdeploy.exporter.from_onnx.quantized import Coded, moved
+from qdeploy.exporter.from_onnx.quantized import Coded
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.from_onnx.weighted import WINDOW, padding, spatial
 from qdeploy.exporter.layers import Layer
@@ -17,7 +18,7 @@ from qdeploy.exporter.lowering.moved import Value, image, seen, sizes_of
 
 def max_pool(site: Site, x: Any) -> Any:
     if isinstance(x, Coded):
-        return moved(site, x, max_pool(site, x.before))
+        return replace(x, before=max_pool(site, x.before))
     if site.integer("storage_order", 0) or len(list(filter(None, site.node.outputs))) > 1:
         site.fail("a max pool without indices", "one with them")
     picture, window = _window(site, x)
@@ -84,7 +85,7 @@ def whole_image(kind: str) -> Any:
 
     def rule(site: Site, x: Any) -> Any:
         if isinstance(x, Coded):
-            return moved(site, x, rule(site, x.before))
+            return replace(x, before=rule(site, x.before))
         return windows.reduce(site, x, range(2, len(sizes_of(x))), True, kind)
 
     return rule

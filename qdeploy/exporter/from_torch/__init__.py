@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
-from qdeploy.exporter.from_torch import attention, elementwise, moves, norms, weighted, windows
+from qdeploy.exporter.from_torch import attention, elementwise, exported, moves, norms, quantizers, weighted, windows
+from qdeploy.exporter.from_torch.exported import Source, is_exported, module_of
+from qdeploy.exporter.from_torch.operators import DEQUANTIZE, FAKE, LSQ, QUANTIZE, gives_real_numbers, name_of
 from qdeploy.exporter.from_torch.site import (
     OPERATOR,
     RIGHT_BEFORE,
@@ -32,7 +34,7 @@ from qdeploy.exporter.from_torch.site import (
     dequantized,
     missing,
 )
-from qdeploy.exporter.from_torch.trace import LSQ, Trace, is_random, trace
+from qdeploy.exporter.from_torch.trace import Trace, is_random, trace
 from qdeploy.exporter.from_torch.words import described
 from qdeploy.exporter.layers import Input, Layer, Network, QuantizedWeight
 from qdeploy.exporter.lowering.moved import Moved, layer_of, plain
@@ -42,16 +44,18 @@ from qdeploy.networks.quantizable import classifier
 
 def is_network(value: object) -> bool:
     """Whether it is one network, not a list of them."""
-    return isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList)
+    return isinstance(value, Source) and not isinstance(value, nn.ModuleList)
 
 
-def lower(net: nn.Module, example: np.ndarray) -> Network:
-    """One layer for each operator of `net` that its output needs, for inputs like `example`, [N, ...].
+def lower(source: Source, example: np.ndarray) -> Network:
+    """One layer for each operator of the network that its output needs, for inputs like `example`, [N, ...].
 
-    The network is traced in eval mode and left as it was. Raises ExportError for what the engine lacks: all of it, with
-    the modules.
+    The network is traced in eval mode and left as it was; what torch.export made has no mode. Raises ExportError for
+    what the engine lacks: all of it, with the modules.
     """
-    return _lowered(trace(net, torch.from_numpy(example[:1].copy())), classifier(net))
+    net = module_of(source)
+    found = trace(net, torch.from_numpy(example[:1].copy()))
+    return _lowered(found, exported.classifier(net) if is_exported(net) else classifier(net))
 
 
 def _lowered(trace: Trace, classifier: str | None) -> Network:
@@ -67,7 +71,7 @@ def _lowered(trace: Trace, classifier: str | None) -> Network:
             continue
         found = node.meta.get("val")
         if node in trace.constants:
-            values[node] = _constant(node, trace)
+            values[node] = quantizers.weight(node, trace) if gives_real_numbers(node) else trace.constants[node]
         elif node.op == "placeholder":
             values[node] = Input("input", [], trace.shape, Value(node))
             layers.append(values[node])
@@ -91,18 +95,9 @@ def _lowered(trace: Trace, classifier: str | None) -> Network:
     return Network(trace, layers, plain(Site(trace.output, trace, layers), output), trace.ids, classifier)
 
 
-def _constant(node: fx.Node, trace: Trace) -> Any:
-    if node.target is LSQ:
-        arguments: Any = fx.map_arg(node.args[:5], lambda n: trace.constants[n])
-        value, step, qmin, qmax, axis = arguments
-        if axis > 0:
-            Site(node, trace, []).fail("step sizes per output channel (axis 0) or per tensor", f"axis {axis}")
-        return QuantizedWeight(value.numpy(), step.numpy(), qmin, qmax)
-    return trace.constants[node]
-
-
 def _rule(site: Site) -> Callable[..., Any] | None:
-    return LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+    rule = LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+    return rule or QUANTIZERS.get(name_of(site.target))
 
 
 def _in_place(site: Site, inputs: list[Any]) -> Any:
@@ -129,6 +124,8 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     rule = _rule(site)
     if rule is not None and any(isinstance(x, Unknown) for x in inputs):
         return _in_place(site, inputs)
+    if rule is not quantizers.dequantize and any(isinstance(x, quantizers.Quantized) for x in inputs):
+        site.fail("an activation that is dequantized right behind its quantizer", f"{site.operator} of its codes")
     if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], QuantizedWeight):
         return _computed(site, (args[0], dequantized(args[1]), *args[2:]), kwargs)  # of constants, as learned queries
     moved = rule in (moves.same, moves.move, moves.getitem)  # the codes stay
@@ -169,8 +166,13 @@ FILLED = "new_zeros new_ones new_full zeros_like ones_like full_like"
 FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh prelu rrelu
     threshold log_sigmoid exp expm1 log log1p sqrt rsqrt square pow reciprocal abs sign erf sin cos atan floor ceil
     round gt ge lt le where max min maximum minimum"""
+QUANTIZERS: dict[str, Callable[..., Any]] = {  # by name: torch registers some of them late
+    **dict.fromkeys(FAKE, quantizers.fake_quantize),
+    **dict.fromkeys(QUANTIZE, quantizers.quantize),
+    **dict.fromkeys(DEQUANTIZE, quantizers.dequantize),
+}
 LOWERING: dict[Any, Callable[..., Any]] = {
-    LSQ.overloadpacket: elementwise.quantize,
+    LSQ.overloadpacket: quantizers.lsq,
     operator.getitem: moves.getitem,
     aten.conv1d: weighted.convolution,
     aten.conv2d: weighted.convolution,

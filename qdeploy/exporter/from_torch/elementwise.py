@@ -11,20 +11,9 @@ from torch import Tensor
 
 from qdeploy.exporter.from_torch.attention import Scores, biased, scaled
 from qdeploy.exporter.from_torch.site import Site, aten, float64
-from qdeploy.exporter.grid import Grid
-from qdeploy.exporter.layers import Mul, Quantize, checked_step
+from qdeploy.exporter.layers import Mul
 from qdeploy.exporter.lowering import elementwise as rules
 from qdeploy.exporter.lowering.moved import Value, seen, settled
-
-
-def quantize(site: Site, x: Value, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Value:
-    if step.numel() != 1:
-        site.fail("one step size for a layer's input", f"{step.numel()}")
-    if qmax - qmin > 255 or qmin > 0:
-        site.fail("an activation quantizer of at most 8 bits that holds 0", f"codes {qmin}..{qmax}")
-    scale = checked_step(step.numpy(), f"input quantizer of module `{site.name}`")[0]
-    return rules.each(site, x, Quantize, grid=Grid(float(scale), -qmin, 0, qmax - qmin))
-
 
 # ---- With constants --------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ def getitem(site: Site, x: Any, index: int) -> Any:
     """BatchNorm and pools with indices return tuples; only their first element is a value."""
     if isinstance(x, (tuple, list)):  # of a split
         return x[index]
+    if isinstance(x, QuantizedWeight):  # fake quantization may tell what it clipped, too
+        return x
     if index:
         site.fail("only the first result of the operator to be read", f"result {index}")
     x.value = type(x.value)(site.node)

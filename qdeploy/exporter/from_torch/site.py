@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qdeploy.exporter.elements import Value
+from qdeploy.exporter.from_torch.operators import gives_real_numbers, is_inserted
 from qdeploy.exporter.from_torch.trace import Trace, modules_of
 from qdeploy.exporter.layers import Layer, QuantizedWeight
 from qdeploy.exporter.lowering import site as lowering
@@ -22,7 +24,7 @@ OPERATOR = (
     "one tensor, sums and products of two, pools, resize, and whatever moves rows or channels)"
 )
 RIGHT_BEFORE = (
-    "a learned quantizer right before its conv2d or linear (make what else is done to the weight a parametrization of "
+    "a quantizer right before its conv2d or linear (make what else is done to the weight a parametrization of "
     "it, then quantize_)"
 )
 
@@ -42,10 +44,13 @@ class Site(lowering.Site):
 
     @property
     def name(self) -> str:
-        """Path of the module whose forward holds the operator, and the operator, unless the module is of torch.nn."""
+        """Path of the module whose forward holds the operator, and the operator, unless the module is of torch.nn. Of a
+        quantizer that PT2E inserted it is the module that reads it."""
+        if is_inserted(self.node) and (reader := _reader(self.node)) is not None:
+            return Site(reader, self.trace, self.layers).name
         path, kind = modules_of(self.node, self.trace.names)[-1]
         path = path.split(".parametrizations.")[0]
-        if path and (kind.startswith("torch.nn.") or self.operator == "lsq"):
+        if path and (kind.startswith(("torch.nn.", "torch.ao.", "torchao.")) or gives_real_numbers(self.node)):
             return path
         return f"{path}.{self.operator}" if path else self.operator
 
@@ -92,6 +97,15 @@ class Site(lowering.Site):
     @property
     def detail(self) -> str:
         return f" (aten.{self.operator})"
+
+
+def _reader(node: fx.Node) -> fx.Node | None:
+    """The first operator behind quantizers."""
+    while is_inserted(node) or node.target is operator.getitem:
+        if not node.users:
+            return None
+        node = next(iter(node.users))
+    return node if node.op == "call_function" else None
 
 
 def missing(site: Site, value: Any, inputs: list[Any]) -> Any:
