@@ -6,6 +6,7 @@ biases and all scales go into one multiplier and one bias per channel, computed 
 
     sources              which front end reads a network
     from_torch           PyTorch: torch.export, then one layer for each ATen operator (layers.py), in real numbers
+    from_onnx            files of others
     fusion               few layers of the many, each an operation of the file
     weights, calibrate   codes of the weights, grids (grid.py) of the activations
     emit                 the integer graph

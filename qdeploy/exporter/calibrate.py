@@ -77,8 +77,8 @@ class Grids:
     """The grids of one network: which tensors share one, what calibration must observe, and what follows.
 
     Tensors whose codes are the same (before and after a max pool, the parts of a concatenation) form a bundle with one
-    grid. It is the learned one where all that writes or all that reads the bundle is one learned quantizer. Other
-    bundles are observed.
+    grid. It is that of the quantizer where all that writes or all that reads the bundle is one. Other bundles are
+    observed.
     """
 
     def __init__(self, network: Network, observer: str):
@@ -112,17 +112,18 @@ class Grids:
         return replace(grid, low=0, high=255) if self.network.layers[0] in bundle else grid
 
     def _learned(self, bundle: list[Layer]) -> list[Grid]:
-        layers = (*_sources(bundle), *self._readers(bundle))
+        return self._grids(bundle, [*_sources(bundle), *self._readers(bundle)])
+
+    def _grids(self, bundle: list[Layer], layers: list[Layer]) -> list[Grid]:
         grids = [self._of_input(layer.grid, bundle) for layer in layers if isinstance(layer, Quantize)]
         return list(dict.fromkeys(grids))
 
     def _only_quantizer(self, bundle: list[Layer]) -> Quantize | None:
-        """What writes the bundle decides, whatever quantizes it again; else what reads it, if that is of one mind."""
-        writers, readers = _sources(bundle), self._readers(bundle)
-        written = {layer.grid if isinstance(layer, Quantize) else None for layer in writers}
-        for side, grids in ((writers, written), (readers, set(self._learned(bundle)))):
+        """The one which writes the bundle, whatever reads it; else the one through which all read it: a writer that
+        rounds to another grid is a table then."""
+        for side in (_sources(bundle), self._readers(bundle)):
             quantizers = [layer for layer in side if isinstance(layer, Quantize)]
-            if quantizers and len(quantizers) == len(side) and len(grids) == 1:
+            if len(self._grids(bundle, side)) == 1 and len(quantizers) == len(side):
                 return quantizers[0]
         return None
 

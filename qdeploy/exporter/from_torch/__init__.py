@@ -3,9 +3,9 @@
 LOWERING has one function for each ATen operator that the engine can express; any other is an ExportError.
 
     trace          torch.export of the network; rewriting.py puts some of its operators in terms of others
-    moves          what only moves elements, in numbers of elements (moved.py)
-    elementwise    functions of one tensor, sums, products, constants
-    weighted, norms, attention, windows
+    moves          what only moves elements, in numbers of elements
+    elementwise, weighted, norms, windows   what the operators of the rules in exporter/lowering/ are in ATen
+    attention      products of queries and keys, and of softmax and values
 """
 
 from __future__ import annotations
@@ -23,17 +23,12 @@ from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
 from qdeploy.exporter.from_torch import attention, elementwise, exported, moves, norms, quantizers, weighted, windows
 from qdeploy.exporter.from_torch.exported import Source, is_exported, module_of
-from qdeploy.exporter.from_torch.moved import Moved, layer_of, plain
 from qdeploy.exporter.from_torch.operators import DEQUANTIZE, FAKE, LSQ, QUANTIZE, gives_real_numbers, name_of
 from qdeploy.exporter.from_torch.site import (
     OPERATOR,
     RIGHT_BEFORE,
-    Missing,
-    Obstacle,
     Site,
-    Unknown,
     UnknownScores,
-    all_of,
     aten,
     depends,
     dequantized,
@@ -42,6 +37,8 @@ from qdeploy.exporter.from_torch.site import (
 from qdeploy.exporter.from_torch.trace import Trace, is_random, trace
 from qdeploy.exporter.from_torch.words import described
 from qdeploy.exporter.layers import Input, Layer, Network, QuantizedWeight
+from qdeploy.exporter.lowering.moved import Moved, layer_of, plain
+from qdeploy.exporter.lowering.site import Missing, Obstacle, Unknown, all_of
 from qdeploy.networks.quantizable import classifier
 
 
@@ -91,7 +88,7 @@ def _lowered(trace: Trace, classifier: str | None) -> Network:
                     obstacles.append(obstacle)
                 values[node] = _in_place(site, inputs)
     if obstacles:
-        raise all_of(obstacles)
+        raise all_of(obstacles, OPERATOR)
     output = values.get(trace.output)
     if not isinstance(output, (Layer, Moved)):
         raise ExportError("expected an output that depends on the input, got a constant - at the network's forward")
@@ -157,7 +154,7 @@ def _computed(site: Site, args: tuple, kwargs: dict) -> Any:
         return target(*args, **kwargs)
 
 
-WEIGHTED = (weighted.conv1d, weighted.conv2d, weighted.linear)
+WEIGHTED = (weighted.convolution, weighted.linear)
 MOVES = """view reshape flatten squeeze unsqueeze unflatten _unsafe_view expand expand_as repeat permute transpose t
     movedim swapaxes swapdims select slice narrow chunk split split_with_sizes unbind flip roll rot90 index_select
     tensor_split unsafe_split unsafe_chunk view_as reshape_as pixel_shuffle pixel_unshuffle channel_shuffle"""
@@ -177,8 +174,8 @@ QUANTIZERS: dict[str, Callable[..., Any]] = {  # by name: torch registers some o
 LOWERING: dict[Any, Callable[..., Any]] = {
     LSQ.overloadpacket: quantizers.lsq,
     operator.getitem: moves.getitem,
-    aten.conv1d: weighted.conv1d,
-    aten.conv2d: weighted.conv2d,
+    aten.conv1d: weighted.convolution,
+    aten.conv2d: weighted.convolution,
     aten.linear: weighted.linear,
     aten.embedding: weighted.embedding,
     aten.ne: weighted.no_padding,

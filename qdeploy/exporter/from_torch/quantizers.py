@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from qdeploy.exporter.from_torch.elementwise import each
-from qdeploy.exporter.from_torch.moved import Value, layer_of
 from qdeploy.exporter.from_torch.operators import DEQUANTIZE, LSQ, name_of, quantizer_arguments
 from qdeploy.exporter.from_torch.site import Site, float64
 from qdeploy.exporter.from_torch.trace import Trace
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Quantize, QuantizedWeight, checked_step
+from qdeploy.exporter.lowering.elementwise import each
+from qdeploy.exporter.lowering.moved import Value, layer_of
 
 BY_CHANNEL = "step sizes per output channel (axis 0) or per tensor"
 
@@ -43,7 +43,7 @@ def weight(node: fx.Node, trace: Trace) -> QuantizedWeight | Tensor:
 
 def _from_file(site: Site, value: np.ndarray, step: np.ndarray) -> QuantizedWeight:
     """With as many bits as its codes need: a quantizer that leaves some of them out says so only by what it writes."""
-    checked_step(step, f"weight of module `{site.module}`")
+    checked_step(step, f"weight of module `{site.name}`")
     codes = np.rint(value / step.reshape(-1, *[1] * (value.ndim - 1)))
     low, high = (float(end) for end in (codes.min(), codes.max()))
     if not -128 <= low <= high <= 127:  # neither of NaN
@@ -61,7 +61,7 @@ def lsq(site: Site, x: Value, step: Tensor, qmin: int, qmax: int, axis: int, gra
         site.fail("one step size for a layer's input", f"{step.numel()}")
     if qmax - qmin > 255 or qmin > 0:
         site.fail("an activation quantizer of at most 8 bits that holds 0", f"codes {qmin}..{qmax}")
-    scale = checked_step(step.numpy(), f"input quantizer of module `{site.module}`")[0]
+    scale = checked_step(step.numpy(), f"input quantizer of module `{site.name}`")[0]
     return each(site, x, Quantize, grid=Grid(float(scale), -qmin, 0, qmax - qmin))
 
 
@@ -90,7 +90,7 @@ def dequantize(site: Site, codes: Any, *args: Any, **kwargs: Any) -> Value:
         site.fail(f"codes of {grid}, as it dequantizes them", got)
     if codes.real is None:
         codes.real = each(site, codes.x, Quantize, grid=grid, origin="file")
-        layer_of(codes.real).name = f"{site.module}.input"
+        layer_of(codes.real).name = f"{site.name}.input"
     return codes.real
 
 
