@@ -46,7 +46,7 @@ from qdeploy.validate import validate
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qdeploy.exporter.from_torch import Source
+    from qdeploy.exporter.from_torch.exported import Source
 
 __all__ = ["ExportReport", "check", "converted", "export", "export_ensemble", "rehearse"]
 

@@ -112,17 +112,18 @@ class Grids:
         return replace(grid, low=0, high=255) if self.network.layers[0] in bundle else grid
 
     def _learned(self, bundle: list[Layer]) -> list[Grid]:
-        return self._grids([*_sources(bundle), *self._readers(bundle)], bundle)
+        return self._grids(bundle, [*_sources(bundle), *self._readers(bundle)])
 
-    def _grids(self, layers: list[Layer], bundle: list[Layer]) -> list[Grid]:
-        return list(dict.fromkeys(self._of_input(x.grid, bundle) for x in layers if isinstance(x, Quantize)))
+    def _grids(self, bundle: list[Layer], layers: list[Layer]) -> list[Grid]:
+        grids = [self._of_input(layer.grid, bundle) for layer in layers if isinstance(layer, Quantize)]
+        return list(dict.fromkeys(grids))
 
     def _only_quantizer(self, bundle: list[Layer]) -> Quantize | None:
-        """The one that writes the bundle, whatever quantizes it again; else the one through which all read it: a writer
-        that rounds to another grid is a table then."""
+        """The one which writes the bundle, whatever reads it; else the one through which all read it: a writer that
+        rounds to another grid is a table then."""
         for side in (_sources(bundle), self._readers(bundle)):
             quantizers = [layer for layer in side if isinstance(layer, Quantize)]
-            if len(quantizers) == len(side) and len(self._grids(side, bundle)) == 1:
+            if len(self._grids(bundle, side)) == 1 and len(quantizers) == len(side):
                 return quantizers[0]
         return None
 

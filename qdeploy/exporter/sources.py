@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,9 @@ from qdeploy.exporter.layers import Embedding, Network
 
 def is_one(source: object) -> bool:
     """Whether it is one network, not a list of them."""
-    if _is_onnx(source):
+    from qdeploy.exporter import from_onnx
+
+    if from_onnx.is_onnx(source):
         return True
     if "torch" not in sys.modules:  # then nobody can hold a network of PyTorch
         return False
@@ -29,10 +30,10 @@ def lowered(source: Any, example: np.ndarray | None, shape: Sequence[int] | None
     None, as the source says."""
     if example is not None and shape is not None:
         raise InputError(f"expected an example or its shape, got both - at shape {tuple(shape)}")
-    sizes = _checked_shape(shape if example is None else example.shape[1:])
-    if _is_onnx(source):
-        from qdeploy.exporter import from_onnx
+    from qdeploy.exporter import from_onnx
 
+    sizes = _checked_shape(shape if example is None else example.shape[1:])
+    if from_onnx.is_onnx(source):
         return from_onnx.lower(source, sizes)
     from qdeploy.exporter.from_torch import exported, lower  # loads PyTorch
 
@@ -46,10 +47,6 @@ def random_inputs(network: Network, count: int) -> np.ndarray:
     if not network.ids:
         return random.normal(size=shape).astype(np.float32)
     return random.integers(min(x.channels for x in network.layers if isinstance(x, Embedding)), size=shape)
-
-
-def _is_onnx(source: object) -> bool:
-    return isinstance(source, (str, bytes, os.PathLike)) or type(source).__name__ == "ModelProto"
 
 
 def _checked_shape(shape: Sequence[int] | None) -> tuple[int, ...] | None:

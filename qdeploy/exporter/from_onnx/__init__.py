@@ -12,6 +12,7 @@ LOWERING has one function for each operator that the engine can express; any oth
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from qdeploy.exporter.elements import numbered, value_of
 from qdeploy.exporter.from_onnx import arranged, elementwise, ending, quantized, source, weighted, windows
 from qdeploy.exporter.from_onnx.constants import fold
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
-from qdeploy.exporter.from_onnx.model import File, read
+from qdeploy.exporter.from_onnx.model import File, is_onnx, read
 from qdeploy.exporter.from_onnx.moves import MOVES
 from qdeploy.exporter.from_onnx.quantized import Coded, Stored
 from qdeploy.exporter.from_onnx.site import OPERATOR, Site, State
@@ -35,7 +36,7 @@ from qdeploy.exporter.lowering.site import Obstacle, Unknown, all_of
 if TYPE_CHECKING:
     from qdeploy.exporter.from_onnx.model import AnyModel
 
-__all__ = ["lower"]
+__all__ = ["is_onnx", "lower"]
 
 
 def lower(model: AnyModel, shape: tuple[int, ...] | None = None) -> Network:
@@ -63,7 +64,13 @@ def lower(model: AnyModel, shape: tuple[int, ...] | None = None) -> Network:
     weights = [layer for layer in state.layers if isinstance(layer, Weighted)]
     classifier = weights[-1].name if weights and isinstance(weights[-1].weight, np.ndarray) else None
     network = source.Source(file, rows_first, source.bytes_of(state.layers))
-    return Network(network, state.layers, scores, classifier=classifier)
+    return Network(network, state.layers, scores, classifier=classifier, notes=[*notes, *_tables(file)])
+
+
+def _tables(file: File) -> list[str]:
+    """The functions that become tables."""
+    counts = Counter(node.op for node in file.nodes if node.op in FUNCTIONS)
+    return [f"{op} as a table of 256 codes ({count} times)" for op, count in sorted(counts.items())]
 
 
 def _input(file: File) -> tuple[Value, bool]:

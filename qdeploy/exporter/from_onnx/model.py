@@ -53,6 +53,11 @@ class File:
     opset: int
 
 
+def is_onnx(source: object) -> bool:
+    """Whether it is a path, the bytes of a file, or a ModelProto."""
+    return isinstance(source, (str, bytes, os.PathLike)) or type(source).__name__ == "ModelProto"
+
+
 def read(source: AnyModel, shape: tuple[int, ...] | None) -> File:
     """`shape`: of the input without the batch, where the file leaves it free.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def module_of(source: Source) -> nn.Module:
     return source.module() if isinstance(source, torch.export.ExportedProgram) else source
 
 
-def is_exported(net: nn.Module) -> bool:
+def is_exported(net: nn.Module) -> TypeGuard[fx.GraphModule]:
     """Whether torch.export made it: a graph of operators, which has no training mode to leave."""
     return isinstance(net, fx.GraphModule) and any(isinstance(n.target, torch._ops.OpOverload) for n in net.graph.nodes)
 
@@ -60,11 +60,15 @@ def classifier(net: fx.GraphModule) -> str | None:
 def example_of(source: Source, shape: tuple[int, ...] | None) -> np.ndarray:
     """Zeros as the source takes them: f32 or int64 [1, *shape], where `shape` says what the source leaves open."""
     net = module_of(source)
-    if not is_exported(net):
-        if shape is None:
-            got = f"neither for a {type(net).__name__}"
-            raise InputError(f"expected an example of the input, or shape=(3, 224, 224), got {got} - at export")
-        return np.zeros((1, *shape), np.float32)
+    if is_exported(net):
+        return _example_of_graph(net, shape)
+    if shape is None:
+        got = f"neither for a {type(net).__name__}"
+        raise InputError(f"expected an example of the input, or shape=(3, 224, 224), got {got} - at export")
+    return np.zeros((1, *shape), np.float32)
+
+
+def _example_of_graph(net: fx.GraphModule, shape: tuple[int, ...] | None) -> np.ndarray:
     inputs = [node.meta["val"] for node in net.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         raise ExportError(f"expected one input tensor, got {len(inputs)} - at the network's forward")
