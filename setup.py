@@ -44,7 +44,8 @@ class CMakeBuild(build_ext):
         subprocess.run([run_cmake, "--install", build, "--prefix", destination], check=True)
 
 
-ROOMS = ("exporter", "exporter.from_torch", "gpu", "kernels", "networks", "ops", "page")
+ROOMS = ("exporter", "exporter.from_onnx", "exporter.from_torch", "exporter.lowering")
+ROOMS += ("gpu", "kernels", "networks", "ops", "page")
 ROOMS += ("training", "training.figures", "training.measures", "training.methods")
 
 setup(

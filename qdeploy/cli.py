@@ -137,11 +137,12 @@ def info(args: argparse.Namespace) -> Report:
     """What a file holds: members, bits, sizes, operations, share of the MACs."""
     from qdeploy import format
 
-    graph = format.load(args.file)
+    content = format.read(args.file)
+    graph = format.parse(content, args.file)
     members = [_describe(member) for member in graph.members]
     return {
         "file": str(args.file),
-        "bytes": Path(args.file).stat().st_size,
+        "bytes": len(content),
         "float32_bytes": sum(member["float32_bytes"] for member in members),
         "input": list(graph.input_shape),
         "vocabulary": graph.vocabulary,
@@ -584,7 +585,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run, show=show)
         added.add_argument("--json", action="store_true", help="print the report as one line of JSON")
         if file:
-            added.add_argument("file", help="a model file")
+            added.add_argument("file", help="a model file, or a quantized ONNX file (*.onnx)")
         if threads:
             added.add_argument("--threads", type=_integer, help="default: what affinity and cgroup give")
         if html:

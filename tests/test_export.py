@@ -410,7 +410,7 @@ def test_without_calibration_every_tensor_needs_a_quantizer(path):
         export(net, x, path).output_sqnr_db > 60
     )  # the integers are the fake-quant network: only f32 rounding is left
     with pytest.raises(
-        InputError, match=r"calibration data for 2 tensors without a learned quantizer \(input, fc1.*got none"
+        InputError, match=r"calibration data for 2 tensors without a quantizer \(from input to.*got none"
     ):
         export(quantized(Net(lambda net, x: net.fc2(net.fc1(x)), fc1=nn.Linear(4, 6), fc2=nn.Linear(6, 3))), x, path)
 

@@ -25,7 +25,7 @@ from qdeploy.page.markup import VOID, Markup, tag
 
 HOSTILE = '<script>document.title = "taken"</script>"\'><img src=x onerror=alert(1)>&amp;\u202e'
 SHOWN = HOSTILE.replace("\u202e", "\\u202e")
-LAYER = {"member": "m", "op": "conv2d", "weights": 4608, "quantizer": "learned"}
+LAYER = {"member": "m", "op": "conv2d", "weights": 4608, "quantizer": "learned", "grid": "file"}
 
 
 def node(name: str, microseconds: float, **others: object) -> dict:
@@ -44,7 +44,13 @@ def export_page(name: str = "conv1") -> str:
     layers = [{**LAYER, "name": name, "bits": 4, "macs": 73728, "sqnr_db": 31.25}]
     layers += [{**LAYER, "name": "head", "bits": 8, "macs": 640, "sqnr_db": None}]
     sizes = {"fp32_bytes": 20_000, "packed_bytes": 3_000, "file_bytes": 5_000, "file_ratio": 0.25, "packed_ratio": 0.15}
-    about = {"path": "runs/net.safetensors", "images": 256, "top1_agreement": 0.9921875, "output_sqnr_db": 28.5}
+    about = {
+        "path": "runs/net.safetensors",
+        "images": 256,
+        "top1_agreement": 0.9921875,
+        "output_sqnr_db": 28.5,
+        "notes": [],
+    }
     return page.of_export(
         {**about, **sizes, "layers": layers, "mac_share": {4: 0.99, 8: 0.01}, "warnings": [f"see {name}"]}
     )

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qdeploy.exporter.elements import BATCH, around_batch, in_order_of_torch, numbered, with_channels
-from qdeploy.exporter.from_torch.site import Site
 from qdeploy.exporter.layers import Concat, Gather, Image, Layer, MaxPool2d, Reshape, Tokens
+from qdeploy.exporter.lowering.site import Site
 from qdeploy.graph import Shape
 from qdeploy.ops.op import channels_of, rows_of
 

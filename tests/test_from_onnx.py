@@ -1,0 +1,250 @@
+"""Networks from ONNX files: those of other tools beside onnxruntime, random ones, and the node tests of ONNX."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import qdeploy
+from qdeploy import format, reference
+from qdeploy.demo import MODEL
+from qdeploy.errors import ExportError, InputError
+from qdeploy.exporter import converted as content_of
+from qdeploy.exporter.layers import Network
+from qdeploy.graph import Graph, Member
+
+pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from onnx_files import FILES, converted, differences, graph_of, images
+from random_graphs import graphs
+
+from qdeploy.onnx import to_onnx
+
+REFUSED = {
+    "convnet_ort_dynamic": "DynamicQuantizeLinear (ranges at run time; quantize with static ranges",
+    "convnet_ort_u16s8": "activations of 8 bits, u8 or s8, with one scale, got uint16 - at node `x_QuantizeLinear`",
+    "convnet_ort_u8u8": "in groups (quantize with signed weights), got more - at node `/depthwise/Conv` (Conv)",
+    "convnet_ort_qoperator_u8u8": "(quantize with signed weights), got more - at node `/depthwise/Conv_quant` (Conv)",
+    "depthwise_ort_u8u8": "in groups (quantize with signed weights), got more - at node `/net/net.2/Conv` (Conv)",
+}
+WITH_GAPS = (
+    "convnet_modelopt",
+    "convnet_nncf_default",
+    "convnet_nncf_mixed",
+    "convnet_pt2e",
+    "resnet_pt2e",
+)
+QUANTIZED = sorted(path.stem for path in FILES.glob("*.onnx") if path.stem not in (*REFUSED, *WITH_GAPS))
+
+
+def correlation(member: Member, network: Network, x: np.ndarray) -> float:
+    """Of the scores with those of onnxruntime without optimizations."""
+    found: list[np.ndarray] = []
+    network.source.run(x, {network.output.value.tensor: found.append})
+    return float(np.corrcoef(reference.run(graph_of(member), x).ravel(), found[0].ravel())[0, 1])
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_each_node_has_the_codes_of_onnxruntime(name: str):
+    path, x = FILES / f"{name}.onnx", images(8)
+    network, grids, member = converted(path)
+    different, count, largest = differences(network, grids, member, x)
+    assert largest <= 1 and different <= 1e-4 * count
+    assert correlation(member, network, x) > 0.999
+    assert content_of(path) == content_of(path.read_bytes()) == format.dump(graph_of(member))
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_GAPS if (FILES / f"{name}.onnx").exists()])
+def test_a_gap_needs_data(name: str):
+    """Where the file has no grid onnxruntime computes with real numbers: one code more or less here."""
+    path, x = FILES / f"{name}.onnx", images(8)
+    with pytest.raises(
+        InputError, match=r"^expected calibration data for \d tensors? without a quantizer \(from .* to "
+    ):
+        content_of(path)
+    network, grids, member = converted(path, images(64))
+    assert differences(network, grids, member, x)[2] <= 1
+    assert correlation(member, network, x) > 0.999
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_says_why(name: str):
+    with pytest.raises(ExportError) as error:
+        content_of(FILES / f"{name}.onnx")
+    assert REFUSED[name] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_ensemble_that_we_wrote_is_read_back():
+    graph = format.load(MODEL)
+    graph.members[0].preprocess_table = None
+    graph = Graph(graph.members[:1])
+    content = content_of(to_onnx(graph, quantized=True))
+    x = images(4, graph.input_shape)
+    assert np.array_equal(qdeploy.load_int_model(content)(x), reference.run(graph, x))
+    assert content_of(to_onnx(format.parse(content, "twice"), quantized=True)) == content
+
+
+def test_a_path_is_loaded_with_numpy_and_onnx_alone(tmp_path: Path):
+    code = f"""
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnxruntime"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import qdeploy
+assert "onnx" not in sys.modules
+import numpy
+x = numpy.zeros((2, 3, 12, 12), numpy.float32)
+path = {str(FILES / "resnet_ort_qoperator.onnx")!r}
+assert qdeploy.load_int_model(path)(x).shape == (2, 10)
+report = qdeploy.export(path, None, {str(tmp_path / "net.safetensors")!r})
+assert report.top1_agreement is None and "onnxruntime" in str(report), str(report)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- Random graphs ---------------------------------------------------------------------------------------------------
+
+
+def varied(model: onnx.ModelProto, draw: Any) -> onnx.ModelProto:
+    """The same network in other words: signed activations, zero points of weights or none, clips, negative axes."""
+    graph = model.graph
+    values = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+
+    def constant(value: np.ndarray) -> str:
+        name = f"extra{len(graph.initializer)}"
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    signed, clipped, floats = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    for node in graph.node:
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            nodes.append(node)
+            continue
+        zero = values[node.input[2]]
+        if zero.dtype == np.uint8:
+            if signed:
+                node.input[2] = constant((zero.astype(int) - 128).astype(np.int8))
+            elif zero == 0:
+                del node.input[2]
+            nodes.append(node)
+            if node.op_type == "QuantizeLinear" and clipped:
+                low, high = (np.int8(-128), np.int8(127)) if signed else (np.uint8(0), np.uint8(255))
+                output = node.output[0]
+                node.output[0] = f"{output}_whole"
+                nodes.append(helper.make_node("Clip", [node.output[0], constant(low), constant(high)], [output]))
+            continue
+        codes = values[node.input[0]]
+        for attribute in node.attribute:
+            attribute.i = draw(st.sampled_from([attribute.i, attribute.i - codes.ndim]))
+        if floats:
+            real = (codes * values[node.input[1]].reshape(-1, *[1] * (codes.ndim - 1))).astype(np.float32)
+            output = f"{node.output[0]}_codes"
+            made = helper.make_node("QuantizeLinear", [constant(real), *node.input[1:]], [output])
+            made.attribute.extend(node.attribute)
+            nodes.append(made)
+            node.input[0] = output
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.checker.check_model(model)
+    return model
+
+
+@given(graphs(max_nodes=3, version=2), st.data())
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+def test_random_graphs_are_read_in_any_wording(graph: Graph, data: st.DataObject):
+    try:
+        model = to_onnx(graph, quantized=True)
+    except InputError:
+        assume(False)  # a random table has no twin
+    expected = content_of(model)
+    assert content_of(varied(model, data.draw)) == expected
+
+
+@given(graphs(max_nodes=3, version=2))
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+def test_random_graphs_have_the_codes_of_onnxruntime(graph: Graph):
+    try:
+        model = to_onnx(graph, quantized=True)
+    except InputError:
+        assume(False)  # a random table has no twin
+    tensor = graph.members[0].tensors[0]
+    codes = np.random.default_rng(0).integers(0, 256, (2, *tensor.shape))
+    x = ((codes - tensor.zero_point) * np.float32(tensor.scale)).astype(np.float32)
+    different, count, largest = differences(*converted(model), x)
+    assert largest <= 1 and different <= 1e-3 * count + 1
+
+
+# ---- The node tests of ONNX ------------------------------------------------------------------------------------------
+
+IN_SCOPE = {
+    "test_qlinearconv",
+    *(f"test_qlinearmatmul_2D_{codes}_{real}" for codes in ("int8", "uint8") for real in ("float16", "float32")),
+    "test_quantizelinear",
+}
+
+
+def cases() -> dict[str, Any]:
+    from onnx.backend.test.case import node as nodes
+
+    names = ("quantize", "qlinear", "convinteger", "matmulinteger")
+    found = {case.name: case for case in nodes.collect_testcases(None)}
+    return {name: case for name, case in found.items() if any(part in name for part in names)}
+
+
+def bound(case: Any) -> tuple[onnx.ModelProto, np.ndarray, np.ndarray]:
+    """Everything but the first input as constants, codes as real numbers on their grid, a batch where there is none."""
+    model = onnx.ModelProto()
+    model.CopyFrom(case.model)
+    graph, (inputs, outputs) = model.graph, case.data_sets[0]
+    arrays = dict(zip([x.name for x in graph.input], map(np.asarray, inputs), strict=True))
+    node, first = graph.node[0], graph.input[0].name
+    for value in list(graph.input)[1:]:
+        graph.initializer.append(numpy_helper.from_array(arrays[value.name], value.name))
+        graph.input.remove(value)
+    x = arrays[first]
+    if x.dtype != np.float32:
+        scale, zero = (arrays[name] for name in node.input[1:3])
+        node.input[0] = "codes"
+        made = helper.make_node("QuantizeLinear", ["real", node.input[1], node.input[2]], ["codes"])
+        graph.node.insert(0, made)
+        first, x = "real", ((x.astype(np.float64) - zero.astype(np.float64)) * scale.astype(np.float64)).astype("f4")
+    end = graph.node[-1]
+    quantizer = end.input[-2:] if end.op_type != "QLinearConv" else end.input[6:8]
+    graph.node.append(helper.make_node("DequantizeLinear", [end.output[0], *quantizer], ["y_real"]))
+    shape = ["N", *x.shape[1:]] if x.ndim > 1 else ["N", *x.shape]
+    del graph.input[:], graph.output[:]
+    graph.input.append(helper.make_tensor_value_info(first, TensorProto.FLOAT, shape))
+    graph.output.append(helper.make_tensor_value_info("y_real", TensorProto.FLOAT, None))
+    scale, zero = ((arrays[name]).astype(np.float64) for name in quantizer)
+    expected = (np.asarray(outputs[0]).astype(np.float64) - zero) * scale
+    return model, (x if x.ndim > 1 else x[None]), (expected if x.ndim > 1 else expected[None])
+
+
+def test_node_tests_in_scope_are_equal_and_the_others_are_refused_by_one_line():
+    equal, refused = set(), set()
+    for name, case in cases().items():
+        try:
+            model, x, expected = bound(case)
+            content = content_of(model)
+        except (ExportError, InputError) as error:
+            assert "\n" not in str(error) and " - at " in str(error)
+            refused.add(name)
+            continue
+        assert np.abs(qdeploy.load_int_model(content)(x) - expected).max() < 1e-5, name
+        equal.add(name)
+    assert equal == IN_SCOPE
+    assert len(refused) == 37
