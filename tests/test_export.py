@@ -730,7 +730,7 @@ def test_a_grid_holds_its_range_and_zero(a, b):
     if max(high, 0) - min(low, 0) > 1e-20:
         ends = np.array([min(low, 0), max(high, 0)])
         assert np.abs(grid.real(grid.codes(ends)) - ends).max() <= 0.500001 * grid.scale
-        assert grid.scale <= (ends[1] - ends[0]) / 254  # at most one code is lost to the zero point
+        assert grid.scale <= np.float32((ends[1] - ends[0]) / 254)  # at most one code is lost to the zero point
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40), st.randoms())

@@ -56,7 +56,7 @@ def ops_of(graph: Graph) -> Iterable[str]:
 
 def golden_files() -> Iterable[str]:
     """What check_model and the tests of old files run: those of the newest version hold every op."""
-    newest = max((ROOT / "tests/data").iterdir(), key=lambda folder: int(folder.name[1:]))
+    newest = max((ROOT / "tests/data").glob("v*"), key=lambda folder: int(folder.name[1:]))
     return {op for path in newest.glob("*.safetensors") for op in ops_of(format.load(path))}
 
 
