@@ -20,7 +20,7 @@ import numpy as np
 
 from qdeploy.checks import quoted
 from qdeploy.errors import ExportError
-from qdeploy.exporter.elements import numbered, value_of
+from qdeploy.exporter import elements
 from qdeploy.exporter.from_onnx import arranged, elementwise, ending, quantized, source, weighted, windows
 from qdeploy.exporter.from_onnx.constants import fold
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
@@ -76,11 +76,13 @@ def _tables(file: File) -> list[str]:
 def _input(file: File) -> tuple[Value, bool]:
     """Of a file that reads [N, H, W, C] the layer is [C, H, W] all the same."""
     rows_first = len(file.shape) == 3 and arranged.is_read_as_rows(file.nodes, file.input)
-    shape = (file.shape[2], *file.shape[:2]) if rows_first else file.shape
-    index = numbered(shape).transpose(0, 2, 3, 1) if rows_first else numbered(shape)
-    value = value_of(file.input, index, shape)
+    if not rows_first:
+        return Input("input", [], file.shape, elements.Value(file.input)), False
+    shape = (file.shape[2], *file.shape[:2])
+    index = elements.numbered(shape).transpose(0, 2, 3, 1)
+    value = elements.value_of(file.input, index, shape)
     assert value is not None  # the batch is dimension 0
-    return seen(Input("input", [], shape, value), index), rows_first
+    return seen(Input("input", [], shape, value), index), True
 
 
 def _lower_nodes(state: State, values: dict[str, Any], output: str) -> None:

@@ -68,15 +68,15 @@ def cast(site: Site, x: Any) -> Any:
 
 
 def concat(site: Site, *values: Any) -> Any:
-    axis = site.integer("axis", 1)
+    first = next(x for x in values if not is_constant(x))
+    axis = site.dimension(site.integer("axis", 1), len(sizes_of(first.before if isinstance(first, Coded) else first)))
     if any(isinstance(x, Coded) for x in values):
-        rank = len(sizes_of(values[0].before)) if isinstance(values[0], Coded) else 0
-        return quantized.concat(site, list(values), axis % max(rank, 1))
+        return quantized.concat(site, list(values), axis)
     constants = [x for x in values if is_constant(x)]
     if not constants:
         return joined.concat(site, list(values), axis)
     x = values[-1]
-    if len(values) != len(constants) + 1 or is_constant(x) or axis % len(sizes_of(x)) != len(sizes_of(x)) - 2:
+    if len(values) != len(constants) + 1 or is_constant(x) or axis != len(sizes_of(x)) - 2:
         site.fail("a concatenation of activations, or of constant rows before tokens", "a constant elsewhere")
     return joined.behind(site, [real(row) for row in constants], x)
 
@@ -88,7 +88,7 @@ def pad(site: Site, x: Any, pads: Any = None, value: Any = None, axes: Any = Non
     mode, rank = site.text("mode", "constant"), len(sizes_of(x))
     widths = site.axes(pads, "pads") or []
     number = site.number("value", 0.0) if value is None else float(real(site.constant(value, "a value")).reshape(-1)[0])
-    chosen = range(rank) if axes is None else [a % rank for a in site.axes(axes) or []]
+    chosen = range(rank) if axes is None else [site.dimension(a, rank) for a in site.axes(axes) or []]
     before, behind = [0] * rank, [0] * rank
     for i, axis in enumerate(chosen):
         before[axis], behind[axis] = widths[i], widths[len(widths) // 2 + i]

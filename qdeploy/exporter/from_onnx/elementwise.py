@@ -107,7 +107,7 @@ def batch_norm(site: Site, x: Value, gamma: Any, beta: Any, mean: Any, variance:
 
 
 def layer_norm(site: Site, x: Value, gain: Any, shift: Any = None) -> Value:
-    dims = len(sizes_of(x)) - site.integer("axis", -1) % len(sizes_of(x))
+    dims = len(sizes_of(x)) - site.dimension(site.integer("axis", -1), len(sizes_of(x)))
     own = [None if value is None else real(site.constant(value, "a gain")) for value in (gain, shift)]
     return norms.layer_norm(site, x, dims, own[0], own[1], site.number("epsilon", 1e-5))
 

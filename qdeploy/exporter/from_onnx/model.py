@@ -123,7 +123,9 @@ def _content(path: Path) -> tuple[bytes, Path, str]:
         if path.stat().st_size > LARGEST:
             raise ExportError(f"expected at most {LARGEST} bytes, got {path.stat().st_size} - at {at}")
         return path.read_bytes(), path.parent, at
-    except (OSError, ValueError) as error:
+    except ExportError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path with a byte 0
         raise ExportError(f"expected an ONNX file, got {error} - at {at}") from None
 
 

@@ -101,6 +101,12 @@ class Site(lowering.Site):
             return self.integers(key)
         return [int(v) for v in self.constant(value, key).reshape(-1)]
 
+    def dimension(self, axis: int, rank: int) -> int:
+        """Of a tensor of `rank` dimensions, counted from its end where it is negative."""
+        if not -rank <= axis < rank:
+            self.fail(f"a dimension of {rank}", f"{axis}")
+        return axis % rank
+
     # ---- Limits ------------------------------------------------------------------------------------------------------
 
     def computes(self, count: int, held: int = 0) -> None:

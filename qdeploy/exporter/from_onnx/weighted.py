@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from qdeploy.errors import ExportError
 from qdeploy.exporter.from_onnx.quantized import Stored, parts, weight
-from qdeploy.exporter.from_onnx.site import Site
+from qdeploy.exporter.from_onnx.site import MOST_COMPUTED, Site
 from qdeploy.exporter.layers import QuantizedWeight
 from qdeploy.exporter.lowering import elementwise, joined, weighted
 from qdeploy.exporter.lowering.moved import Value, sizes_of
@@ -18,6 +19,8 @@ WINDOW = "windows of one or two dimensions"
 
 def real(value: Any) -> np.ndarray:
     """A constant in float64."""
+    if isinstance(value, np.ndarray) and value.size > MOST_COMPUTED and not any(value.strides):
+        raise ExportError(f"expected at most {MOST_COMPUTED} elements of a constant, got {value.size} - at the graph")
     return value.real if isinstance(value, Stored) else np.asarray(value, np.float64)
 
 

@@ -100,6 +100,7 @@ def reduction(kind: str) -> Any:
             if site.integer("noop_with_empty_axes", 0):
                 return x
             site.fail("a reduction over height, width or both", "one over everything")
+        found = [site.dimension(axis, len(sizes_of(x))) for axis in found]
         return windows.reduce(site, x, found, bool(site.integer("keepdims", 1)), kind)
 
     return rule

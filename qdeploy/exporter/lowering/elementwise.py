@@ -77,17 +77,17 @@ def position(site: Site, layer: Layer, index: np.ndarray | None, factor: float, 
 
 def by_element(site: Site, constant: ArrayLike, layer: Layer, index: np.ndarray | None) -> np.ndarray:
     """The constant for each row and channel of the layer, f64 [1 or rows, channels]."""
-    value = np.asarray(constant, np.float64)
+    value = np.asarray(constant)
     channels = channels_of(layer.shape)
     if value.size == 1:
-        return np.full((1, channels), value.reshape(-1)[0])
+        return np.full((1, channels), value.reshape(-1)[0], np.float64)
     own = (BATCH, *layer.shape) if index is None else index.shape
     if value.ndim > len(own) or any(a not in (1, b) for a, b in zip(value.shape[::-1], own[::-1], strict=False)):
         site.fail("a constant that fits the tensor", f"shape {list(value.shape)} and {list(own)}")
     axis = 1 + channel_axis(layer.shape)
     aligned = (1,) * (len(own) - value.ndim) + value.shape
     if index is None and all(size == 1 for i, size in enumerate(aligned) if i != axis):
-        return value.reshape(1, channels)
+        return value.reshape(1, channels).astype(np.float64)
     spread = np.empty(BATCH * math.prod(layer.shape))
     spread[index_of(seen(layer, index)).reshape(-1)] = np.broadcast_to(value, own).reshape(-1)
     by_image = spread.reshape(BATCH, -1, channels)
