@@ -64,6 +64,13 @@ def read(source: AnyModel, shape: tuple[int, ...] | None) -> File:
     Raises ExportError for anything that is no network as File holds one, InputError where the package onnx is missing.
     """
     proto, folder = _parsed(source)
+    try:
+        return _read(proto, folder, shape)
+    except UnicodeError:  # protobuf says so where a name is read
+        raise ExportError("expected names in UTF-8, got other bytes - at the model") from None
+
+
+def _read(proto: onnx.ModelProto, folder: Path | None, shape: tuple[int, ...] | None) -> File:
     _check_model(proto)
     graph = proto.graph
     constants = _initializers(graph, folder)
