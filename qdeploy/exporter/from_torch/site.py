@@ -24,7 +24,7 @@ OPERATOR = (
     "one tensor, sums and products of two, pools, resize, and whatever moves rows or channels)"
 )
 RIGHT_BEFORE = (
-    "a quantizer right before its conv2d or linear (make what else is done to the weight a parametrization of "
+    "a learned quantizer right before its conv2d or linear (make what else is done to the weight a parametrization of "
     "it, then quantize_)"
 )
 
