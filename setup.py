@@ -43,7 +43,7 @@ class CMakeBuild(build_ext):
         subprocess.run([run_cmake, "--install", build, "--prefix", destination], check=True)
 
 
-ROOMS = ("exporter", "exporter.from_torch", "gpu", "kernels", "networks", "ops", "page")
+ROOMS = ("exporter", "exporter.from_torch", "gpu", "kernels", "networks", "onnx_nodes", "ops", "page")
 ROOMS += ("training", "training.figures", "training.measures", "training.methods")
 
 setup(

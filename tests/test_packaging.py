@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONAL = ("torch", "triton", "onnx", "onnxruntime", "openvino", "MNN", "lightning_fabric", "rich", "PIL")
 PACKAGES = {name: name for name in ("qdeploy", "qdeploy/exporter", "qdeploy/exporter/from_torch")}  # as installed
-PACKAGES |= {name: name for name in ("qdeploy/gpu", "qdeploy/networks", "qdeploy/ops", "qdeploy/page")}
+PACKAGES |= {f"qdeploy/{name}": f"qdeploy/{name}" for name in ("gpu", "networks", "onnx_nodes", "ops", "page")}
 PACKAGES |= {f"qdeploy/{name}": name for name in ("kernels", "training", "training/figures", "training/measures")}
 PACKAGES |= {"qdeploy/training/methods": "training/methods"}
 BLOCK = f"""
