@@ -40,8 +40,10 @@ def to_onnx(model: Graph | AnyPath, quantized: bool = True, u8: bool = False, in
 
     What differs from our codes: runtimes compute between the integers in float32 and round to the nearest code in
     their own way, so that a result beside the border of two codes may get the other one. Node by node from equal
-    codes onnxruntime without optimizations is at most 1 code away; its int8 kernels also round the bias to whole
-    accumulators, and a convolution before its residual (see qdeploy/onnx_nodes/weighted.py).
+    codes, onnxruntime 1.31 without optimizations was at most 1 code away over ResNet-18, MobileNetV2 and DeiT-S: in
+    8e-6 of the u8 codes, in 2.5e-4 of those of attention and in 8e-4 of the 16-bit ones. Before a residual its
+    convolutions are rounded once more (see qdeploy/onnx_nodes/weighted.py). Its int8 kernels also round the bias to
+    whole accumulators. The logits of the whole networks correlated with ours at 0.9994 and more.
 
     Raises InputError for `u8` without `preprocess`, `int4` without `quantized`, constants beyond float32 and more than
     the 2 GiB that one ONNX message can hold, and without the package onnx; ModelError for a file that is no model.

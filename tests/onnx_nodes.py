@@ -52,7 +52,7 @@ def from_given_codes(model: onnx.ModelProto, activations: dict[str, Activation])
 def node_by_node(
     model: onnx.ModelProto, graph: Graph, feeds: dict[str, np.ndarray], optimized: bool = False
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray | None, Activation]]:
-    """Of every node, and of the input: our codes, theirs, theirs before the rounding (None: there is none), the grid."""
+    """Of every node, and of the input: our codes, theirs, theirs before the rounding or None, and the grid."""
     first = next(iter(feeds.values()))
     activations, ours = {}, {}
     lengths = feeds["mask"].sum(axis=1) if "mask" in feeds else np.full(len(first), first.shape[1])
