@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def _tanh_gelu_inside(x: np.ndarray) -> np.ndarray:
     return math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
 
 
-def _node(op: str, **attributes: float) -> Write:
+def _node(op: str, **attributes: Any) -> Write:
     return lambda writer, x: writer.add(op, [x], **attributes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def conv2d(writer: Writer, node: Node, inputs: Sequence[Value], output: Activati
     groups, residual = node.attributes["groups"], inputs[1:]
     x, weight, bias = _operands(writer, node, inputs, output, groups, 0)
     keys = {"strides": "stride", "pads": "padding", "dilations": "dilation"}
-    attributes = {name: list(node.attributes[key]) for name, key in keys.items()}
+    attributes: dict[str, Any] = {name: list(node.attributes[key]) for name, key in keys.items()}
     real = writer.add("Conv", [x, weight, bias], group=groups, **attributes)
     if writer.quantized and residual and output.dtype == "u8":
         step = _without_residual(node.attributes["residual_multiplier"], residual[0].tensor, output)

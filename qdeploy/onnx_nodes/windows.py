@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ def max_pool2d(writer: Writer, node: Node, inputs: Sequence[Value], output: Acti
         pads = writer.integers([0, 0, *padding[:2], 0, 0, *padding[2:]], "pads")
         real = writer.add("Pad", [real, pads, writer.number(float(np.finfo(np.float32).min), "lowest")], "padded")
         padding = [0, 0, 0, 0]
-    attributes = {f"{key}s": list(node.attributes[key]) for key in ("stride", "dilation")}
+    attributes: dict[str, Any] = {f"{key}s": list(node.attributes[key]) for key in ("stride", "dilation")}
     real = writer.add("MaxPool", [real], kernel_shape=kernel, pads=padding, **attributes)
     return writer.value(real, node, output)
 
@@ -31,7 +32,7 @@ def avg_pool2d(writer: Writer, node: Node, inputs: Sequence[Value], output: Acti
     per_mean = multiplier * (size if with_padding else np.arange(1, size + 1))
     by_place = np.ptp(per_mean) > 1e-6 * np.abs(per_mean).max()
     keys = {"kernel_shape": "kernel", "strides": "stride", "pads": "padding"}
-    attributes = {name: list(node.attributes[key]) for name, key in keys.items()}
+    attributes: dict[str, Any] = {name: list(node.attributes[key]) for name, key in keys.items()}
     mean = writer.add("AveragePool", [writer.real(inputs[0])], count_include_pad=int(with_padding), **attributes)
     unit = output.scale / inputs[0].tensor.scale
     if by_place:
