@@ -440,11 +440,17 @@ def _show_report(report: Report) -> None:
 
 
 def export(args: argparse.Namespace) -> Report:
-    """Write the networks of finished training runs as one model file; two or more make an ensemble."""
+    """Write the networks of finished training runs as one model file, two or more as an ensemble; or a model file as
+    ONNX, by the name of --out."""
+    if args.out.suffix == ".onnx":
+        return _export_onnx(args)
+    for option in ("float", "u8", "int4"):
+        if getattr(args, option):
+            raise InputError(f"expected a file X.onnx with --{option}, got {args.out.name} - at --out")
     from qdeploy.training import finished_runs  # imports no torch
 
     _require(*TRAIN)
-    runs = finished_runs.read_runs(args.runs)
+    runs = finished_runs.read_runs([Path(run) for run in args.sources])
     _check_output(args.out)
     _check_output(args.html)
     report = finished_runs.export_runs(runs, args.out, args.combine, args.observer, args.images)
@@ -452,8 +458,28 @@ def export(args: argparse.Namespace) -> Report:
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
 
 
+def _export_onnx(args: argparse.Namespace) -> Report:
+    from qdeploy.onnx import to_onnx
+
+    if len(args.sources) > 1:
+        raise InputError(f"expected one model file to write as ONNX, got {len(args.sources)} - at the command line")
+    if args.html is not None:
+        raise InputError("expected no page of an ONNX file, got one - at --html")
+    _check_output(args.out)
+    model = to_onnx(args.sources[0], not args.float, args.u8, args.int4)
+    content = model.SerializeToString()
+    with atomic_file(args.out) as file:
+        file.write(content)
+    opset, nodes = model.opset_import[0].version, len(model.graph.node)
+    return {"file": str(args.out), "bytes": len(content), "opset": opset, "nodes": nodes, "table": []}
+
+
 def _show_export(report: Report) -> None:
-    write("\n".join(report["table"]))
+    if report["table"]:
+        write("\n".join(report["table"]))
+    else:
+        size = f"{report['bytes']:,} bytes, {report['nodes']:,} nodes, opset {report['opset']}"
+        write(f"{printable(report['file'])}: {size}")
 
 
 def demo(args: argparse.Namespace) -> Report:
@@ -596,13 +622,20 @@ def _parser() -> argparse.ArgumentParser:
     command(demo, _show_demo, threads=True)
     command(info, _show_info, file=True)
     added = command(export, _show_export, html=True)
-    added.add_argument("runs", nargs="+", type=Path, help="folders of finished runs: OUT/seed0 of `qdeploy train`")
-    added.add_argument("--out", type=Path, required=True, help="the model file")
+    text = "folders of finished runs: OUT/seed0 of `qdeploy train`; or a model file, with --out X.onnx"
+    added.add_argument("sources", nargs="+", metavar="source", help=text)
+    added.add_argument("--out", type=Path, required=True, help="the model file, or X.onnx")
     added.add_argument("--combine", choices=COMBINE, default="logits", help="rule of an ensemble (default: logits)")
     text = "how the ranges of activations follow from the calibration images: minmax (default), percentile or mse"
     added.add_argument("--observer", default="minmax", help=text)
     text = "calibration images of each source domain (default: 128)"
     added.add_argument("--images", type=_at_most(MAX_BATCH), default=128, help=text)
+    text = "ONNX: the float32 network that the integers stand for"
+    added.add_argument("--float", action="store_true", help=text)
+    text = "ONNX: raw images [N, H, W, C] as the input, with the preprocessing of the file in the graph"
+    added.add_argument("--u8", action="store_true", help=text)
+    text = "ONNX: weights of at most 4 bits as INT4 (onnxruntime runs those layers in float32)"
+    added.add_argument("--int4", action="store_true", help=text)
     added = command(plan, _show_plan, file=True, threads=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
     added = command(profile, _show_profile, file=True, threads=True, html=True)
