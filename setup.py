@@ -45,7 +45,7 @@ class CMakeBuild(build_ext):
 
 
 ROOMS = ("exporter", "exporter.from_onnx", "exporter.from_torch", "exporter.lowering")
-ROOMS += ("gpu", "kernels", "networks", "ops", "page")
+ROOMS += ("gpu", "kernels", "networks", "onnx_nodes", "ops", "page")
 ROOMS += ("training", "training.figures", "training.measures", "training.methods")
 
 setup(

@@ -145,15 +145,18 @@ def varied(model: onnx.ModelProto, draw: Any) -> onnx.ModelProto:
             if node.op_type == "QuantizeLinear" and clipped:
                 low, high = (np.int8(-128), np.int8(127)) if signed else (np.uint8(0), np.uint8(255))
                 output = node.output[0]
-                node.output[0] = f"{output}_whole"
+                node.output[0] = f"{output}_not_clipped"
                 nodes.append(helper.make_node("Clip", [node.output[0], constant(low), constant(high)], [output]))
             continue
         codes = values[node.input[0]]
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
         for attribute in node.attribute:
             attribute.i = draw(st.sampled_from([attribute.i, attribute.i - codes.ndim]))
         if floats:
-            real = (codes * values[node.input[1]].reshape(-1, *[1] * (codes.ndim - 1))).astype(np.float32)
-            output = f"{node.output[0]}_codes"
+            scale = values[node.input[1]]
+            along = [-1 if i == axis % codes.ndim else 1 for i in range(codes.ndim)]
+            real = (codes * (scale if scale.ndim == 0 else scale.reshape(along))).astype(np.float32)
+            output = f"{node.output[0]}_quantized_here"
             made = helper.make_node("QuantizeLinear", [constant(real), *node.input[1:]], [output])
             made.attribute.extend(node.attribute)
             nodes.append(made)

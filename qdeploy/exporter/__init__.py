@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from qdeploy.exporter.from_torch.exported import Source
 
-__all__ = ["ExportReport", "check", "converted", "export", "export_ensemble", "rehearse"]
+__all__ = ["ExportReport", "check", "converted", "export", "export_ensemble", "input_shape", "rehearse"]
 
 
 def export(
@@ -206,6 +206,11 @@ def converted(source: AnyPath | Any) -> bytes:
     grids = Grids(network, "minmax")
     check_complete([grids])
     return format.dump(_graph([emit("net", network, grids.chosen())], None, None, None))
+
+
+def input_shape(source: AnyPath | Any, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """Of what `export` would read, without the batch."""
+    return lowered(source, None, shape).layers[0].shape
 
 
 def _graph(

@@ -33,6 +33,9 @@ def with_one_scale(proto: onnx.ModelProto, constants: dict[str, np.ndarray]) -> 
         if node in coded:
             nodes += _before(proto, node, constants, made)
         elif source is not None and source in coded and node.op_type == "DequantizeLinear":
+            if list(node.input[1:]) != list(source.input[1:]):
+                expected = "the scale and zero point of its QuantizeLinear"
+                raise ExportError(f"expected {expected}, got others - at node {quoted(node.name or node.output[0])}")
             nodes += _behind(proto, node, constants)
         else:
             nodes.append(node)
@@ -66,7 +69,7 @@ def _before(
     scale = constants[node.input[1]].astype(np.float64).reshape(-1)
     zeros = constants.get(node.input[2]) if len(node.input) > 2 else np.zeros(1, np.uint8)
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-    alike = zeros is not None and zeros.size > 0 and np.ptp(zeros.astype(np.int64)) == 0
+    alike = zeros is not None and zeros.size > 0 and zeros.dtype.kind in "iu" and np.ptp(zeros.astype(np.int64)) == 0
     if axis not in (1, -3) or not alike or not _only_depthwise(proto.graph, node.output[0], scale.size):
         got = f"{scale.size} scales along axis {axis}" if alike else "zero points that differ"
         raise ExportError(f"expected {EXPECTED}, got {got} - at node {quoted(node.name or node.output[0])}")

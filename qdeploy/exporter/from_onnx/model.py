@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OPSETS = range(7, 26)  # of the default domain
 LARGEST = 2**31 - 1  # bytes of one protobuf message, and of all constants
+NOT_UTF8 = "expected names in UTF-8, got other bytes - at the model"
 REQUIRES = "expected the package onnx (pip install 'qdeploy[onnx]'), got none - at this Python environment"
 
 
@@ -64,6 +65,13 @@ def read(source: AnyModel, shape: tuple[int, ...] | None) -> File:
     Raises ExportError for anything that is no network as File holds one, InputError where the package onnx is missing.
     """
     proto, folder = _parsed(source)
+    try:
+        return _read(proto, folder, shape)
+    except UnicodeError:  # protobuf says so where a text is read
+        raise ExportError(NOT_UTF8) from None
+
+
+def _read(proto: onnx.ModelProto, folder: Path | None, shape: tuple[int, ...] | None) -> File:
     _check_model(proto)
     graph = proto.graph
     constants = _initializers(graph, folder)
@@ -131,6 +139,11 @@ def _content(path: Path) -> tuple[bytes, Path, str]:
 
 def _check_model(proto: onnx.ModelProto) -> None:
     graph = proto.graph
+    texts = [x.name for part in (graph.initializer, graph.input, graph.output) for x in part]
+    for node in graph.node:
+        texts += [node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ExportError(NOT_UTF8)
     versions = [x.version for x in proto.opset_import if x.domain in ("", "ai.onnx")]
     if len(versions) != 1 or versions[0] not in OPSETS:
         got = ", ".join(map(str, versions)) or "none"
