@@ -34,6 +34,7 @@ from qdeploy.exporter.emit import check_shapes, emit
 from qdeploy.exporter.fusion import fuse
 from qdeploy.exporter.layers import Network, Norm
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
+from qdeploy.exporter.rounding import Rounding, check_rounding
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.files import AnyPath
 from qdeploy.graph import COMBINE, Graph, Member
@@ -53,6 +54,8 @@ def export(
     *,
     fallback_bits: int | Mapping[str, int] | None = None,
     observer: str = "minmax",
+    rounding: str = "nearest",
+    correct_bias: bool = True,
     preprocess: Mapping[str, float | Sequence[float]] | None = None,
     classes: Sequence[str] | Mapping[Any, Any] | None = None,
 ) -> ExportReport:
@@ -74,6 +77,10 @@ def export(
             is an error. A number: all of them are rounded to it. A mapping from module names: these are.
         observer: "minmax", "percentile" (99.99) or "mse": how the range of a tensor without learned quantizer follows
             from the data.
+        rounding: how weights without a learned quantizer are rounded: "nearest", or with calibration data "obc"
+            (Optimal Brain Compression; seconds to minutes), which is for 6 bits and fewer.
+        correct_bias: with calibration data, whether what rounding these weights changes in the mean of each channel
+            goes into its bias.
         preprocess: {"mean": [C], "std": [C]} of the images in 0..1; the file then also takes raw uint8 [N, H, W, C]
             images.
         classes: names of the classes, one for each logit: a list, {0: name, ...} or {name: 0, ...}.
@@ -84,7 +91,7 @@ def export(
         InputError: an example, calibration batch or option that does not fit.
         ModelError: the file cannot be written.
     """
-    options = _Options(fallback_bits, observer, preprocess, classes)
+    options = _Options(fallback_bits, observer, rounding, correct_bias, preprocess, classes)
     return _export({"net": net}, None, example, path, calibration, options)
 
 
@@ -97,6 +104,8 @@ def export_ensemble(
     combine: str = "logits",
     fallback_bits: int | Mapping[str, int] | None = None,
     observer: str = "minmax",
+    rounding: str = "nearest",
+    correct_bias: bool = True,
     preprocess: Mapping[str, float | Sequence[float]] | None = None,
     classes: Sequence[str] | Mapping[Any, Any] | None = None,
 ) -> ExportReport:
@@ -115,7 +124,7 @@ def export_ensemble(
     if len(nets) < 2:
         raise InputError(f"expected two or more networks, got {len(nets)} - at export_ensemble")
     members = {f"member{i}": net for i, net in enumerate(nets)}
-    options = _Options(fallback_bits, observer, preprocess, classes)
+    options = _Options(fallback_bits, observer, rounding, correct_bias, preprocess, classes)
     return _export(members, combine, example, path, calibration, options)
 
 
@@ -125,6 +134,8 @@ class _Options:
 
     fallback_bits: int | Mapping[str, int] | None = None
     observer: str = "minmax"
+    rounding: str = "nearest"
+    correct_bias: bool = True
     preprocess: Mapping[str, float | Sequence[float]] | None = None
     classes: Sequence[str] | Mapping[Any, Any] | None = None
 
@@ -154,17 +165,23 @@ def _exported(
 ) -> tuple[bytes, ExportReport]:
     """What the file `path` will hold, and how close that is: no failure may follow a file that looks finished."""
     check_observer(options.observer)
+    check_rounding(options.rounding, calibration)
     example = _checked_example(example)
     preprocess = _checked_preprocess(options.preprocess, tuple(example.shape[1:]))
-    networks = []
+    networks, roundings = [], []
     for name, net in nets.items():
         with _named(name, combine is not None):
             networks.append(_fused(net, example))
-            quantize_weights(networks[-1], options.fallback_bits)
+            rounded = quantize_weights(networks[-1], options.fallback_bits)
+            roundings.append(Rounding(rounded, options.rounding, options.correct_bias))
     classes = _checked_classes(options.classes, networks)
     _doubt_observer(options.observer, networks)
     grids = [Grids(network, options.observer) for network in networks]
-    images = observe(grids, calibration, example, preprocess, images_to_compare(networks))
+    others = [rounding.observers() for rounding in roundings]
+    images = observe(grids, calibration, example, preprocess, images_to_compare(networks), others)
+    if calibration is not None:
+        for rounding in roundings:
+            rounding.apply()
     members = []
     for name, network, found in zip(nets, networks, grids, strict=True):
         with _named(name, combine is not None):
