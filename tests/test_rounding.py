@@ -236,13 +236,13 @@ def test_numbers_that_are_not_finite_are_named():
 
 
 def test_unknown_methods_and_missing_data():
-    check_rounding("nearest", None)
-    check_rounding("obc", [0])
+    check_rounding("nearest", has_data=False)
+    check_rounding("obc", has_data=True)
     with pytest.raises(InputError) as error:
-        check_rounding("gptq", [0])
+        check_rounding("gptq", has_data=True)
     assert str(error.value) == "expected rounding nearest or obc, got 'gptq' - at export"
     with pytest.raises(InputError) as error:
-        check_rounding("obc", None)
+        check_rounding("obc", has_data=False)
     assert str(error.value) == "expected calibration data for rounding obc, got none - at export"
 
 

@@ -165,7 +165,7 @@ def _exported(
 ) -> tuple[bytes, ExportReport]:
     """What the file `path` will hold, and how close that is: no failure may follow a file that looks finished."""
     check_observer(options.observer)
-    check_rounding(options.rounding, calibration)
+    check_rounding(options.rounding, calibration is not None)
     example = _checked_example(example)
     preprocess = _checked_preprocess(options.preprocess, tuple(example.shape[1:]))
     networks, roundings = [], []

@@ -86,9 +86,9 @@ def _damped(products: np.ndarray) -> np.ndarray:
     return products + np.eye(products.shape[1]) * np.where(damping > 0, damping, 1)[:, None, None]
 
 
-def check_rounding(method: str, calibration: object) -> None:
+def check_rounding(method: str, has_data: bool) -> None:
     """Raise InputError unless `export` knows the method and has what it needs."""
     if method not in ROUNDINGS:
         raise InputError(f"expected rounding {' or '.join(ROUNDINGS)}, got {method!r} - at export")
-    if method == "obc" and calibration is None:
+    if method == "obc" and not has_data:
         raise InputError("expected calibration data for rounding obc, got none - at export")
