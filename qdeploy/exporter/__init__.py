@@ -7,6 +7,7 @@ biases and all scales go into one multiplier and one bias per channel, computed 
     from_torch           the front end: torch.export, then one layer for each ATen operator (layers.py), in real numbers
     fusion               few layers of the many, each an operation of the file
     weights, calibrate   codes of the weights, grids (grid.py) of the activations
+    rounding             weights that came in float32, by what calibration data show of their inputs (layer_inputs.py)
     emit                 the integer graph
     report               its engine beside the network
 
