@@ -457,7 +457,8 @@ def export(args: argparse.Namespace) -> Report:
     runs = finished_runs.read_runs([Path(run) for run in args.sources])
     _check_output(args.out)
     _check_output(args.html)
-    report = finished_runs.export_runs(runs, args.out, args.combine, args.observer, args.images)
+    options = {key: vars(args)[key] for key in ("fallback_bits", "observer", "rounding", "correct_bias")}
+    report = finished_runs.export_runs(runs, args.out, args.combine, args.images, **options)
     _write_page(args.html, report.to_html)
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
 
@@ -674,6 +675,12 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--combine", choices=COMBINE, default="logits", help="rule of an ensemble (default: logits)")
     text = "how the ranges of activations follow from the calibration images: minmax (default), percentile or mse"
     added.add_argument("--observer", default="minmax", help=text)
+    text = "bits of all weights that trained in float (default: of the classifier 8; others are refused)"
+    added.add_argument("--fallback-bits", type=int, choices=range(2, 9), metavar="BITS", help=text)
+    text = "how these weights are rounded: nearest (default), or obc (Optimal Brain Compression), for few bits"
+    added.add_argument("--rounding", default="nearest", help=text)
+    text = "do not add to each bias what rounding changes in the mean of a channel"
+    added.add_argument("--no-correct-bias", dest="correct_bias", action="store_false", help=text)
     text = "calibration images of each source domain (default: 128)"
     added.add_argument("--images", type=_at_most(MAX_BATCH), default=128, help=text)
     text = "ONNX: the float32 network that the integers stand for"

@@ -189,6 +189,19 @@ def test_export_repeats_the_file_of_train(runs, tmp_path):
     assert (tmp_path / "eoq.safetensors").read_bytes() == (runs / "eoq.safetensors").read_bytes()
 
 
+def test_export_rounds_as_it_is_told(runs, tmp_path):
+    files = [tmp_path / "plain", tmp_path / "other"]
+    for out, options in zip(files, ([], ["--rounding", "obc", "--no-correct-bias"]), strict=True):
+        assert run("export", runs / "seed0", "--out", out, *options).returncode == 0
+    plain, other = (format.load(path).members[0].nodes for path in files)
+    same = {
+        a.bits: [np.array_equal(a.constants[key], b.constants[key]) for key in ("weight", "bias")]
+        for a, b in zip(plain, other, strict=True)
+        if a.bits
+    }
+    assert same == {7: [True, True], 8: [False, False]}  # of training, and of the classifier
+
+
 def test_export_of_what_is_no_run(runs, tmp_path):
     assert_one_line_error(
         run("export", runs, "--out", tmp_path / "x"), "expected the folder of a finished run", str(runs)
@@ -199,6 +212,10 @@ def test_export_of_what_is_no_run(runs, tmp_path):
     assert_one_line_error(
         run("export", runs / "seed0", "--out", tmp_path / "x", "--observer", "max"),
         "expected observer minmax, percentile, mse, got 'max' - at export",
+    )
+    assert_one_line_error(
+        run("export", runs / "seed0", "--out", tmp_path / "x", "--rounding", "gptq"),
+        "expected rounding nearest or obc, got 'gptq' - at export",
     )
 
 

@@ -446,16 +446,6 @@ def test_only_the_classifier_may_lack_a_quantizer(path):
     assert bits_and_sources(export(net, x, path, x)) == {"conv": (4, "learned"), "fc": (8, "rounded")}
 
 
-def test_rounded_weights_use_the_whole_range(path):
-    net, x = two_layers()
-    net.fc.weight.data[2] = 0  # an all-zero channel
-    export(net, x, path, x, fallback_bits=8)
-    for node in format.load(path).members[0].nodes:
-        if node.bits:
-            codes = np.abs(node.constants["weight"].reshape(len(node.constants["weight"]), -1).astype(int)).max(1)
-            assert codes.tolist() == [127 if node.name == "conv" or c != 2 else 0 for c in range(len(codes))]
-
-
 def test_bad_steps_are_named(path):
     net, x = two_layers()
     quantize_(net, 4)

@@ -10,6 +10,7 @@ biases and all scales go into one multiplier and one bias per channel, computed 
     lowering             what the two share
     fusion               few layers of the many, each an operation of the file
     weights, calibrate   codes of the weights, grids (grid.py) of the activations
+    rounding             weights that came in float32, by what calibration data show of their inputs (layer_inputs.py)
     emit                 the integer graph
     report               its engine beside the network
 
@@ -37,6 +38,7 @@ from qdeploy.exporter.emit import check_shapes, emit
 from qdeploy.exporter.fusion import fuse
 from qdeploy.exporter.layers import Network, Norm
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
+from qdeploy.exporter.rounding import Rounding, check_rounding
 from qdeploy.exporter.sources import is_one, lowered, random_inputs
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.files import AnyPath
@@ -60,6 +62,8 @@ def export(
     shape: Sequence[int] | None = None,
     fallback_bits: int | Mapping[str, int] | None = None,
     observer: str = "minmax",
+    rounding: str = "nearest",
+    correct_bias: bool = True,
     preprocess: Mapping[str, float | Sequence[float]] | None = None,
     classes: Sequence[str] | Mapping[Any, Any] | None = None,
 ) -> ExportReport:
@@ -86,6 +90,10 @@ def export(
             is an error. A number: all of them are rounded to it. A mapping from module names: these are.
         observer: "minmax", "percentile" (99.99) or "mse": how the range of a tensor without learned quantizer follows
             from the data.
+        rounding: how weights without a learned quantizer are rounded: "nearest", or with calibration data "obc"
+            (Optimal Brain Compression; seconds to minutes), which is for 6 bits and fewer.
+        correct_bias: with calibration data, whether what rounding these weights changes in the mean of each channel
+            goes into its bias.
         preprocess: {"mean": [C], "std": [C]} of the images in 0..1; the file then also takes raw uint8 [N, H, W, C]
             images.
         classes: names of the classes, one for each logit: a list, {0: name, ...} or {name: 0, ...}.
@@ -97,7 +105,7 @@ def export(
         InputError: an example, shape, calibration batch or option that does not fit.
         ModelError: the file cannot be written.
     """
-    options = _Options(fallback_bits, observer, preprocess, classes)
+    options = _Options(fallback_bits, observer, rounding, correct_bias, preprocess, classes)
     return _export({"net": source}, None, example, shape, path, calibration, options)
 
 
@@ -111,6 +119,8 @@ def export_ensemble(
     combine: str = "logits",
     fallback_bits: int | Mapping[str, int] | None = None,
     observer: str = "minmax",
+    rounding: str = "nearest",
+    correct_bias: bool = True,
     preprocess: Mapping[str, float | Sequence[float]] | None = None,
     classes: Sequence[str] | Mapping[Any, Any] | None = None,
 ) -> ExportReport:
@@ -126,7 +136,7 @@ def export_ensemble(
     members = {f"member{i}": source for i, source in enumerate(sources)}
     if len(members) < 2:
         raise InputError(f"expected two or more networks, got {len(members)} - at export_ensemble")
-    options = _Options(fallback_bits, observer, preprocess, classes)
+    options = _Options(fallback_bits, observer, rounding, correct_bias, preprocess, classes)
     return _export(members, combine, example, shape, path, calibration, options)
 
 
@@ -136,6 +146,8 @@ class _Options:
 
     fallback_bits: int | Mapping[str, int] | None = None
     observer: str = "minmax"
+    rounding: str = "nearest"
+    correct_bias: bool = True
     preprocess: Mapping[str, float | Sequence[float]] | None = None
     classes: Sequence[str] | Mapping[Any, Any] | None = None
 
@@ -167,19 +179,25 @@ def _exported(
 ) -> tuple[bytes, ExportReport]:
     """What the file `path` will hold, and how close that is: no failure may follow a file that looks finished."""
     check_observer(options.observer)
+    check_rounding(options.rounding, calibration is not None)
     found = None if example is None else _checked_example(example)
-    networks = []
+    networks, roundings = [], []
     for name, source in sources.items():
         with _named(name, combine is not None):
             networks.append(_fused(source, found, shape))
-            quantize_weights(networks[-1], options.fallback_bits)
+            rounded = quantize_weights(networks[-1], options.fallback_bits)
+            roundings.append(Rounding(rounded, options.rounding, options.correct_bias))
     count = images_to_compare(networks)
     inputs = random_inputs(networks[0], count) if found is None else found
     preprocess = _checked_preprocess(options.preprocess, tuple(inputs.shape[1:]))
     classes = _checked_classes(options.classes, networks)
     _doubt_observer(options.observer, networks)
     grids = [Grids(network, options.observer) for network in networks]
-    images = observe(grids, calibration, inputs, preprocess, count)
+    others = [rounding.observers() for rounding in roundings]
+    images = observe(grids, calibration, inputs, preprocess, count, others)
+    if calibration is not None:
+        for rounding in roundings:
+            rounding.apply()
     members = []
     for name, network, chosen in zip(sources, networks, grids, strict=True):
         with _named(name, combine is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,6 +14,8 @@ from qdeploy.exporter.layers import Add, Layer, Network, Norm, Position, Quantiz
 from qdeploy.ops import OPS
 from qdeploy.terminal import progress
 
+Observer = Callable[[np.ndarray], None]  # of what a layer computes for a batch, f32 [N, *shape]
+Observers = Mapping[Layer, Observer]
 OBSERVERS = ("minmax", "percentile", "mse")
 PERCENTILE = 99.99  # of the elements on each side of zero stay inside the range
 
@@ -132,10 +134,10 @@ class Grids:
         ends = [(_sources(bundle), self._readers(bundle) or [self.network.output]) for bundle, _ in self.observed]
         return [f"{layer.name} to {readers[0].name}" for sources, readers in ends for layer in sources]
 
-    def observe(self, images: np.ndarray) -> None:
-        """Runs the network on f32 `images` and adds what its layers compute to the histograms."""
+    def observers(self) -> Observers:
+        """What adds the outputs of layers to the histograms."""
         sources = [(layer, histogram) for bundle, histogram in self.observed for layer in _sources(bundle)]
-        self.network.run(images, {layer: _adder(layer, histogram) for layer, histogram in sources})
+        return {layer: _adder(layer, histogram) for layer, histogram in sources}
 
     def chosen(self) -> dict[Layer, Grid]:
         """The grid of each layer's output but the last layer's, which is float."""
@@ -186,14 +188,35 @@ def _sources(bundle: list[Layer]) -> list[Layer]:
     return [layer for layer in bundle if not layer.same_grid]
 
 
-def _adder(layer: Layer, histogram: Histogram) -> Callable[[np.ndarray], None]:
+def _adder(layer: Layer, histogram: Histogram) -> Observer:
     def add(values: np.ndarray) -> None:
-        if not np.isfinite(values).all():
-            got = "NaN or infinity on calibration data"
-            raise ExportError(f"expected finite activations, got {got} - at module `{layer.name}`")
+        check_finite(layer, values)
         histogram.add(values)
 
     return add
+
+
+def check_finite(layer: Layer, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        got = "NaN or infinity on calibration data"
+        raise ExportError(f"expected finite activations, got {got} - at module `{layer.name}`")
+
+
+def together(parts: Iterable[Observers]) -> Observers:
+    """All that observe a layer, in order, as one."""
+    of_layer: dict[Layer, list[Observer]] = {}
+    for observers in parts:
+        for layer, observer in observers.items():
+            of_layer.setdefault(layer, []).append(observer)
+
+    def joint(those: list[Observer]) -> Observer:
+        def observe(values: np.ndarray) -> None:
+            for observer in those:
+                observer(values)
+
+        return observe
+
+    return {layer: joint(those) for layer, those in of_layer.items()}
 
 
 def _finer_grid(learned: Grid, low: float, high: float) -> Grid | None:
@@ -231,20 +254,25 @@ def observe(
     example: np.ndarray,
     preprocess: Preprocess | None,
     count: int,
+    others: Sequence[Observers] = (),
 ) -> np.ndarray:
     """Shows all calibration data to all networks, once; returns the first `count` images, f32, for the report.
 
-    Without data these are of the example, f32 [N, ...]. Raises InputError for data that do not fit it or are missing.
+    others: what else observes the layers of each network. Without data the images are of the example, f32 [N, ...].
+    Raises InputError for data that do not fit it or are missing.
     """
     if calibration is None:
         check_complete(grids)
         return example[:count]
     kept: list[np.ndarray] = []
+    observers = [
+        together(parts) for parts in zip((one.observers() for one in grids), others or [{}] * len(grids), strict=True)
+    ]
     ends = []  # lowest and highest number of each channel, by batch
     with progress("calibrating", count_batches(calibration)) as advance:
         for batch in batches(calibration, example.shape[1:], preprocess, ids=example.dtype.kind == "i"):
-            for one in grids:
-                one.observe(batch)
+            for one, those in zip(grids, observers, strict=True):
+                one.network.run(batch, those)
             kept += [batch] if sum(map(len, kept)) < count else []
             ends.append((batch.min((0, *range(2, batch.ndim))), batch.max((0, *range(2, batch.ndim)))))
             advance()
