@@ -272,6 +272,49 @@ BOMBS = {
         ],
         {"k0": np.ones(4, np.float32)},
     ),
+    "convolved": ([node("ConstantOfShape", ["r"], "k"), node("Conv", ["x", "k"])], {"r": np.array([2**25, 3, 1, 1])}),
+    "convolved codes": (
+        [
+            node("ConstantOfShape", ["r"], "k", value=numpy_helper.from_array(np.array([3], np.int8))),
+            node("DequantizeLinear", ["k", "s"], "w"),
+            node("Conv", ["x", "w"]),
+        ],
+        {"r": np.array([2**25, 3, 1, 1]), "s": np.float32(0.5)},
+    ),
+    "convolved and moved": (
+        [
+            node("ConstantOfShape", ["r"], "k"),
+            node("Transpose", ["k"], "t", perm=[3, 2, 1, 0]),
+            node("Reshape", ["t", "n"], "w"),
+            node("Conv", ["x", "w"]),
+        ],
+        {"r": np.array([2**25, 3, 1, 1]), "n": np.array([2**25, 3, 1, 1])},
+    ),
+    "scaled": (
+        [
+            node("ConstantOfShape", ["r"], "s", value=numpy_helper.from_array(np.array([0.5], np.float32))),
+            node("DequantizeLinear", ["k", "s"], "w"),
+            node("Conv", ["x", "w"]),
+        ],
+        {"r": np.array([2**27]), "k": np.ones((4, 3, 1, 1), np.int8)},
+    ),
+    "divided": (
+        [
+            node("ConstantOfShape", ["r"], "s", value=numpy_helper.from_array(np.array([0.5], np.float32))),
+            node("QuantizeLinear", ["x", "s"], "q"),
+            node("DequantizeLinear", ["q", "s"], "d"),
+            node("Relu", ["d"]),
+        ],
+        {"r": np.array([2**27])},
+    ),
+    "biased": (
+        [node("ConstantOfShape", ["r"], "b"), node("Conv", ["x", "k", "b"])],
+        {"r": np.array([2**27]), "k": np.ones((4, 3, 1, 1), np.float32)},
+    ),
+    "normalized": (
+        [node("ConstantOfShape", ["r"], "b"), node("BatchNormalization", ["x", "b", "b", "b", "b"])],
+        {"r": np.array([2**27])},
+    ),
     "padded": ([node("Pad", ["x", "r"], "p"), node("Transpose", ["p"])], {"r": np.array([0, 0, 2**30, 0] * 2)}),
 }
 

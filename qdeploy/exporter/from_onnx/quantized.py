@@ -88,6 +88,7 @@ def dequantize_constant(site: Site, codes: np.ndarray, scale: Any, zero_point: A
     values = _scales(site, scale)
     if codes.dtype.kind not in "iu" and "int" not in codes.dtype.name:
         site.fail("codes that are integers", codes.dtype.name)
+    site.writes_out(codes)
     wide = codes.astype(np.int32 if codes.dtype.itemsize > 1 else np.int16)
     if zero_point is not None:
         zero = along_axis(site, site.constant(zero_point, "a zero point"), codes.shape)
@@ -99,6 +100,7 @@ def dequantize_constant(site: Site, codes: np.ndarray, scale: Any, zero_point: A
 def weight(site: Site, value: Any, order: tuple[int, ...]) -> QuantizedWeight | np.ndarray:
     """What a layer holds of a constant whose dimensions, output channels first, are `order`."""
     if isinstance(value, np.ndarray):
+        site.writes_out(value)
         return np.ascontiguousarray(value.transpose(order), np.float32)
     if not isinstance(value, Stored):
         site.fail("a weight that is a constant", "none" if value is None else "one that depends on the input")

@@ -93,6 +93,7 @@ class Site(lowering.Site):
         """`value`, which must depend on nothing."""
         if not isinstance(value, np.ndarray):
             self.fail(f"{what} that is a constant", "none" if value is None else "one that depends on the input")
+        self.writes_out(value)
         return value
 
     def axes(self, value: Any, key: str = "axes") -> list[int] | None:
@@ -115,6 +116,12 @@ class Site(lowering.Site):
         most = max(MOST_COMPUTED, BATCH * held)
         if count > most or self.state.computed > max(MOST_IN_ALL, 16 * self._held()):
             self.fail(f"at most {MOST_COMPUTED} elements of a computed constant", f"{count}")
+
+    def writes_out(self, constant: np.ndarray) -> None:
+        """Before all elements of `constant` stand in memory. It may be one number, as ConstantOfShape has it: 400 bytes
+        of a file could ask for gigabytes."""
+        if not any(constant.strides):
+            self.computes(constant.size, 1)
 
     def _held(self) -> int:
         return sum(array.size for array in self.state.file.constants.values())
