@@ -19,6 +19,7 @@ from qdeploy import format, reference
 from qdeploy.demo import MODEL
 from qdeploy.errors import ExportError, InputError
 from qdeploy.exporter import converted as content_of
+from qdeploy.exporter.from_onnx import lower
 from qdeploy.exporter.layers import Network
 from qdeploy.graph import Graph, Member
 
@@ -270,3 +271,20 @@ def test_node_tests_in_scope_are_equal_and_the_others_are_refused_by_one_line():
         equal.add(name)
     assert equal == IN_SCOPE
     assert len(refused) >= 37  # later releases of onnx have more
+
+
+# ---- Networks of others ----------------------------------------------------------------------------------------------
+
+LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
+
+
+@pytest.mark.parametrize("name", ["light_densenet121", "light_squeezenet"])
+def test_light_networks_of_opset_9_are_read(name: str):
+    """Their weights are made by ConstantOfShape."""
+    assert lower(LIGHT / f"{name}.onnx").output.shape[0] == 1000
+
+
+@pytest.mark.parametrize("name", ["light_bvlc_alexnet", "light_inception_v1", "light_zfnet512"])
+def test_light_networks_with_lrn_are_refused_by_its_name(name: str):
+    with pytest.raises(ExportError, match=r"got LRN \(.* are there\) - at nodes `n"):
+        lower(LIGHT / f"{name}.onnx")

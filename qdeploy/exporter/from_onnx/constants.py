@@ -46,7 +46,9 @@ def _filled(site: Site, shape: Any) -> np.ndarray:
 
     sizes = [int(d) for d in site.constant(shape, "a shape")]
     value = site.node.attributes.get("value")
-    number = np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value)
+    number = np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value)  # not external: of one number
+    if number.size != 1:
+        site.fail("one number to fill with", f"{number.size}")
     count = math.prod(sizes)
     if min(sizes, default=0) < 0 or count > MOST_FILLED:
         site.fail(f"at most {MOST_FILLED} elements", f"{count}")

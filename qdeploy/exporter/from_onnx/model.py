@@ -252,7 +252,7 @@ def _constant(node: Node) -> np.ndarray:
     """Of a node Constant."""
     at = f"node {_of(node)}"
     for key, value in node.attributes.items():
-        if key == "value" and hasattr(value, "dims"):
+        if key == "value" and hasattr(value, "data_location"):  # not sparse
             return _array(value, None, at)
         if key in ("value_float", "value_floats"):
             return np.asarray(value, np.float32)
