@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from qdeploy.checks import quoted
 from qdeploy.exporter.from_onnx.functions import ARITHMETIC, FUNCTIONS
+from qdeploy.exporter.from_onnx.model import array_of
 from qdeploy.exporter.from_onnx.moves import MOVES
 from qdeploy.exporter.from_onnx.site import Site
 
@@ -42,16 +44,14 @@ def _elementwise(site: Site, inputs: list[Any]) -> np.ndarray:
 
 
 def _filled(site: Site, shape: Any) -> np.ndarray:
-    from onnx import numpy_helper
-
     sizes = [int(d) for d in site.constant(shape, "a shape")]
     value = site.node.attributes.get("value")
-    number = np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value)  # not external: of one number
-    if number.size != 1:
-        site.fail("one number to fill with", f"{number.size}")
+    number = np.zeros(1, np.float32)
+    if value is not None:
+        number = array_of(value, None, f"node {quoted(site.name)}{site.detail}")
     count = math.prod(sizes)
-    if min(sizes, default=0) < 0 or count > MOST_FILLED:
-        site.fail(f"at most {MOST_FILLED} elements", f"{count}")
+    if number.size != 1 or min(sizes, default=0) < 0 or count > MOST_FILLED:
+        site.fail(f"one number for at most {MOST_FILLED} elements", f"{number.size} for {count}")
     return np.broadcast_to(number.reshape(-1)[0], sizes)
 
 
