@@ -133,6 +133,8 @@ def varied(model: onnx.ModelProto, draw: Any) -> onnx.ModelProto:
 
     signed, clipped, floats = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     for node in graph.node:
+        if node.op_type == "Clip" and signed and values[node.input[1]].dtype == np.uint8:  # of codes
+            node.input[1:] = [constant((values[name].astype(int) - 128).astype(np.int8)) for name in node.input[1:]]
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             nodes.append(node)
             continue

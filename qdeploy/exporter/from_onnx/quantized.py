@@ -163,8 +163,8 @@ def clip(site: Site, x: Coded, low: Any = None, high: Any = None) -> Coded:
     bounds = [None if v is None else int(site.constant(v, "a bound").reshape(-1)[0]) + offset for v in (low, high)]
     least, most = (default if v is None else v for v, default in zip(bounds, (grid.low, grid.high), strict=True))
     least, most = max(least, grid.low), min(most, grid.high)
-    if not least <= grid.zero_point <= most:
-        site.fail("codes that hold the zero point", f"{least - offset}..{most - offset}")
+    if least > most:
+        site.fail("bounds with codes between", f"{least - offset}..{most - offset}")
     return replace(x, grid=replace(grid, low=least, high=most))
 
 
