@@ -12,6 +12,7 @@ from qdeploy.checks import quoted
 from qdeploy.exporter.from_onnx.functions import ARITHMETIC, FUNCTIONS
 from qdeploy.exporter.from_onnx.model import array_of
 from qdeploy.exporter.from_onnx.moves import MOVES
+from qdeploy.exporter.from_onnx.quantized import CODES, along_axis, code_type
 from qdeploy.exporter.from_onnx.site import Site
 
 MOST_FILLED = 2**27  # elements that ConstantOfShape may have: as one number they take no memory
@@ -87,8 +88,6 @@ def _reduced(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 def quantized(site: Site, x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None = None) -> np.ndarray:
     """As QuantizeLinear of floats: rint(x / scale) + zero_point in f32, saturated."""
-    from qdeploy.exporter.from_onnx.quantized import CODES, along_axis, code_type
-
     name = code_type(site, zero_point)
     if name not in CODES:
         site.fail("codes of 8 bits or fewer", name)
