@@ -21,6 +21,13 @@ from qdeploy.exporter.lowering.moved import Value, index_of, layer_of, seen, siz
 
 def move(site: Site, x: Any, *constants: Any) -> Any:
     """An operator of MOVES, run on the numbers of the elements."""
+    if (
+        site.node.op == "Gather"
+        and isinstance(x, np.ndarray)
+        and len(constants) == 1
+        and isinstance(constants[0], Coded)
+    ):
+        return quantized.look_up(site, x, constants[0])
     if isinstance(x, Coded):
         result = move(site, x.before, *constants)
         return tuple(replace(x, before=part) for part in (result if isinstance(result, tuple) else (result,)))
