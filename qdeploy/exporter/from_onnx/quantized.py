@@ -153,11 +153,13 @@ def quantize(site: Site, x: Value, scale: Any, zero_point: Any = None) -> Coded:
     return Coded(x, grid, name)
 
 
-def look_up(site: Site, table: np.ndarray, x: Coded) -> LookedUp | Value:
-    """Gather of 256 codes or real numbers by the codes of an activation."""
-    if table.shape != (256,) or x.dtype != "uint8" or site.integer("axis", 0):
-        site.fail("a table of 256 entries for u8 codes", f"one of shape {list(table.shape)} for {x.dtype}")
-    found = LookedUp(_rounded(site, x), x.grid, table)
+def look_up(site: Site, table: np.ndarray, x: Coded | LookedUp) -> LookedUp | Value:
+    """Gather of 256 codes or real numbers by the codes of an activation, or by those that another table has."""
+    dtype = x.dtype if isinstance(x, Coded) else x.table.dtype.name
+    if table.shape != (256,) or dtype != "uint8" or site.integer("axis", 0):
+        site.fail("a table of 256 entries for u8 codes", f"one of shape {list(table.shape)} for {dtype}")
+    found = LookedUp(_rounded(site, x), x.grid, table) if isinstance(x, Coded) else replace(x, table=table[x.table])
+    table = found.table
     return found if table.dtype.kind in "iu" else _through(site, found, table.astype(np.float64))
 
 
