@@ -140,6 +140,16 @@ NETWORKS: dict[str, tuple[list, dict[str, Any]]] = {
         [("Relu", ["x"], "a", {}), ("Concat", ["a", "x"], "b", {"axis": -3}), ("Dropout", ["b"], "y", {})],
         {},
     ),
+    "concatenation of vectors": (
+        [
+            ("GlobalAveragePool", ["x"], "a", {}),
+            ("Flatten", ["a"], "b", {}),
+            ("GlobalMaxPool", ["x"], "c", {}),
+            ("Flatten", ["c"], "d", {}),
+            ("Concat", ["b", "d"], "y", {"axis": 1}),
+        ],
+        {},
+    ),
     "shape computed": (
         [
             ("Shape", ["x"], "s", {}),

@@ -342,3 +342,12 @@ if more > 200 * 1024:
     folder = str(Path(__file__).parent)
     result = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_constant_of_a_node_is_not_read_from_a_file():
+    tensor = TensorProto(data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="/etc/passwd")
+    shape = {"r": np.array([4])}
+    for made in (node("ConstantOfShape", ["r"], "k", value=tensor), node("Constant", [], "k", value=tensor)):
+        with pytest.raises(ExportError, match=r"expected all constants in the file, got external data .* `n_k`"):
+            converted(model([made, node("Add", ["x", "k"])], shape))

@@ -2,8 +2,8 @@
 
     python tests/fuzz/onnx_mutations.py [COUNT] [SEED]
 
-Each is converted in a process with 1 GB of memory and 5 s; what becomes of it must load. The first that does anything
-else is written to onnx_mutation.bin and ends the run.
+Each is converted within 5 s of the processor and 3 GB of addresses, of which the libraries map two; what becomes of it
+must load. The first that does anything else is written to onnx_mutation.bin and ends the run.
 """
 
 from __future__ import annotations
@@ -157,15 +157,20 @@ def _opset(model: onnx.ModelProto, rng: np.random.Generator) -> None:
 STRUCTURE = (_dims, _type, _values, _edge, _name, _op, _attribute, _remove, _twice, _input, _constant, _opset)
 
 
+def _too_long(number: int, frame: object) -> None:
+    raise TimeoutError("5 s")
+
+
 def main(count: int, seed: int) -> None:
     warnings.simplefilter("ignore")
-    resource.setrlimit(resource.RLIMIT_AS, (2**30 + 2**31, 2**30 + 2**31))  # libraries map two GB of addresses
+    resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))
+    signal.signal(signal.SIGVTALRM, _too_long)
     rng = np.random.default_rng(seed)
     files = seeds()
     read = 0
     for i in range(count):
         content = mutated(files[int(rng.integers(len(files)))], rng)
-        signal.alarm(5)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 5)
         try:
             load_int_model(converted(content))
             read += 1
@@ -174,7 +179,7 @@ def main(count: int, seed: int) -> None:
         except BaseException:
             Path("onnx_mutation.bin").write_bytes(content)
             raise
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         if i % 1000 == 999:
             print(f"{i + 1} mutations, {read} of them read", flush=True)
 

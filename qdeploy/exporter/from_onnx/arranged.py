@@ -12,7 +12,7 @@ from qdeploy.exporter.from_onnx import quantized
 from qdeploy.exporter.from_onnx.constants import TYPES
 from qdeploy.exporter.from_onnx.model import Node
 from qdeploy.exporter.from_onnx.moves import MOVES
-from qdeploy.exporter.from_onnx.quantized import Coded
+from qdeploy.exporter.from_onnx.quantized import Coded, LookedUp
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.from_onnx.weighted import is_constant, real
 from qdeploy.exporter.lowering import joined
@@ -21,6 +21,13 @@ from qdeploy.exporter.lowering.moved import Value, index_of, layer_of, seen, siz
 
 def move(site: Site, x: Any, *constants: Any) -> Any:
     """An operator of MOVES, run on the numbers of the elements."""
+    if (
+        site.node.op == "Gather"
+        and isinstance(x, np.ndarray)
+        and len(constants) == 1
+        and isinstance(constants[0], (Coded, LookedUp))
+    ):
+        return quantized.look_up(site, x, constants[0])
     if isinstance(x, Coded):
         result = move(site, x.before, *constants)
         return tuple(replace(x, before=part) for part in (result if isinstance(result, tuple) else (result,)))
@@ -61,7 +68,7 @@ def shape(site: Site, x: Any) -> np.ndarray:
 def cast(site: Site, x: Any) -> Any:
     """Nothing: of real numbers to real numbers, of codes to integers that hold them."""
     to = TYPES.get(site.integer("to", 1))
-    wanted = "iu" if isinstance(x, Coded) else "f"
+    wanted = "iu" if isinstance(x, (Coded, LookedUp)) else "f"
     if to is None or np.dtype(to).kind not in wanted or to is np.float16:
         site.fail("float32 throughout", f"a cast to type {site.integer('to', 1)}")
     return x

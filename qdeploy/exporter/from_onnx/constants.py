@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from qdeploy.checks import quoted
 from qdeploy.exporter.from_onnx.functions import ARITHMETIC, FUNCTIONS
+from qdeploy.exporter.from_onnx.model import array_of
 from qdeploy.exporter.from_onnx.moves import MOVES
+from qdeploy.exporter.from_onnx.quantized import CODES, along_axis, code_type
 from qdeploy.exporter.from_onnx.site import Site
 
 MOST_FILLED = 2**27  # elements that ConstantOfShape may have: as one number they take no memory
@@ -42,14 +45,14 @@ def _elementwise(site: Site, inputs: list[Any]) -> np.ndarray:
 
 
 def _filled(site: Site, shape: Any) -> np.ndarray:
-    from onnx import numpy_helper
-
     sizes = [int(d) for d in site.constant(shape, "a shape")]
     value = site.node.attributes.get("value")
-    number = np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value)
+    number = np.zeros(1, np.float32)
+    if value is not None:
+        number = array_of(value, None, f"node {quoted(site.name)}{site.detail}")
     count = math.prod(sizes)
-    if min(sizes, default=0) < 0 or count > MOST_FILLED:
-        site.fail(f"at most {MOST_FILLED} elements", f"{count}")
+    if number.size != 1 or min(sizes, default=0) < 0 or count > MOST_FILLED:
+        site.fail(f"one number for at most {MOST_FILLED} elements", f"{number.size} for {count}")
     return np.broadcast_to(number.reshape(-1)[0], sizes)
 
 
@@ -85,8 +88,6 @@ def _reduced(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 def quantized(site: Site, x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray | None = None) -> np.ndarray:
     """As QuantizeLinear of floats: rint(x / scale) + zero_point in f32, saturated."""
-    from qdeploy.exporter.from_onnx.quantized import CODES, along_axis, code_type
-
     name = code_type(site, zero_point)
     if name not in CODES:
         site.fail("codes of 8 bits or fewer", name)

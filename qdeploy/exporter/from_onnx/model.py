@@ -241,7 +241,7 @@ def _initializers(graph: onnx.GraphProto, folder: Path | None) -> dict[str, np.n
     for tensor in graph.initializer:
         if tensor.name in constants:
             raise ExportError(f"expected tensors that are made once, got {quoted(tensor.name)} twice - at the graph")
-        constants[tensor.name] = array = _array(tensor, folder, f"constant {quoted(tensor.name)}")
+        constants[tensor.name] = array = array_of(tensor, folder, f"constant {quoted(tensor.name)}")
         total += array.nbytes
         if total > LARGEST:
             raise ExportError("expected at most 2 GiB of constants, got more - at the graph")
@@ -252,8 +252,8 @@ def _constant(node: Node) -> np.ndarray:
     """Of a node Constant."""
     at = f"node {_of(node)}"
     for key, value in node.attributes.items():
-        if key == "value" and hasattr(value, "dims"):
-            return _array(value, None, at)
+        if key == "value":
+            return array_of(value, None, at)
         if key in ("value_float", "value_floats"):
             return np.asarray(value, np.float32)
         if key in ("value_int", "value_ints"):
@@ -261,10 +261,12 @@ def _constant(node: Node) -> np.ndarray:
     raise ExportError(f"expected a constant of numbers, got {', '.join(node.attributes) or 'none'} - at {at}")
 
 
-def _array(tensor: onnx.TensorProto, folder: Path | None, at: str) -> np.ndarray:
+def array_of(tensor: onnx.TensorProto, folder: Path | None, at: str) -> np.ndarray:
     """The numbers of a tensor. External ones are then in the tensor itself."""
-    from onnx import numpy_helper
+    from onnx import TensorProto, numpy_helper
 
+    if not isinstance(tensor, TensorProto):
+        raise ExportError(f"expected a constant of numbers, got {type(tensor).__name__} - at {at}")
     if tensor.data_location == tensor.EXTERNAL:
         tensor.raw_data = external_bytes(tensor, folder, at)
         tensor.data_location = tensor.DEFAULT

@@ -14,7 +14,7 @@ import numpy as np
 from qdeploy.exporter.from_onnx.moves import MOVES
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.grid import Grid
-from qdeploy.exporter.layers import Quantize, QuantizedWeight
+from qdeploy.exporter.layers import Quantize, QuantizedWeight, Table
 from qdeploy.exporter.lowering import elementwise, joined
 from qdeploy.exporter.lowering.moved import Value
 
@@ -49,6 +49,15 @@ class Coded:
     before: Value
     grid: Grid  # of u8: of s8 both codes and zero point are 128 more
     dtype: str
+
+
+@dataclass(frozen=True, eq=False)
+class LookedUp:
+    """Codes that a table has for the codes of an activation."""
+
+    real: Value
+    grid: Grid  # of `real`
+    table: np.ndarray
 
 
 def code_type(site: Site, zero_point: np.ndarray | None) -> str:
@@ -146,17 +155,42 @@ def quantize(site: Site, x: Value, scale: Any, zero_point: Any = None) -> Coded:
     return Coded(x, grid, name)
 
 
-def dequantize(site: Site, x: Coded, scale: Any, zero_point: Any = None) -> Value:
+def look_up(site: Site, table: np.ndarray, x: Coded | LookedUp) -> LookedUp | Value:
+    """Gather of 256 codes or real numbers by the codes of an activation, or by those that another table has."""
+    dtype = x.dtype if isinstance(x, Coded) else x.table.dtype.name
+    if table.shape != (256,) or dtype != "uint8" or site.integer("axis", 0):
+        site.fail("a table of 256 entries for u8 codes", f"one of shape {list(table.shape)} for {dtype}")
+    found = LookedUp(_rounded(site, x), x.grid, table) if isinstance(x, Coded) else replace(x, table=table[x.table])
+    table = found.table
+    return found if table.dtype.kind in "iu" else _through(site, found, table.astype(np.float64))
+
+
+def _through(site: Site, x: LookedUp, entries: np.ndarray) -> Value:
+    def function(v: np.ndarray) -> np.ndarray:
+        return entries[x.grid.codes(v).astype(np.int64)]
+
+    return elementwise.each(site, x.real, Table, function=function)
+
+
+def _rounded(site: Site, x: Coded) -> Value:
     """The layer `quantize`; a second one of the same tensor is the first."""
-    values = _scales(site, scale)
-    zero = None if zero_point is None else site.constant(zero_point, "a zero point").reshape(-1)[:1]
-    offset = OFFSETS[x.dtype] + (0 if zero is None else int(zero[0]))
-    if np.float32(values.max()) != np.float32(x.grid.scale) or offset != x.grid.zero_point:
-        site.fail("the scale and zero point of its QuantizeLinear", "others")
     key = (x.before, x.grid)
     if key not in site.state.quantized:
         site.state.quantized[key] = elementwise.each(site, x.before, Quantize, grid=x.grid, origin="file")
     return site.state.quantized[key]
+
+
+def dequantize(site: Site, x: Coded | LookedUp, scale: Any, zero_point: Any = None) -> Value:
+    values = _scales(site, scale)
+    if isinstance(x, LookedUp):
+        coded = quantize(site, x.real, scale, zero_point)
+        codes = x.table.astype(np.int64) + OFFSETS[coded.dtype]
+        return _rounded(site, replace(coded, before=_through(site, x, coded.grid.real(codes))))
+    zero = None if zero_point is None else site.constant(zero_point, "a zero point").reshape(-1)[:1]
+    offset = OFFSETS[x.dtype] + (0 if zero is None else int(zero[0]))
+    if np.float32(values.max()) != np.float32(x.grid.scale) or offset != x.grid.zero_point:
+        site.fail("the scale and zero point of its QuantizeLinear", "others")
+    return _rounded(site, x)
 
 
 def clip(site: Site, x: Coded, low: Any = None, high: Any = None) -> Coded:
@@ -165,8 +199,8 @@ def clip(site: Site, x: Coded, low: Any = None, high: Any = None) -> Coded:
     bounds = [None if v is None else int(site.constant(v, "a bound").reshape(-1)[0]) + offset for v in (low, high)]
     least, most = (default if v is None else v for v, default in zip(bounds, (grid.low, grid.high), strict=True))
     least, most = max(least, grid.low), min(most, grid.high)
-    if not least <= grid.zero_point <= most:
-        site.fail("codes that hold the zero point", f"{least - offset}..{most - offset}")
+    if least > most:
+        site.fail("bounds with codes between", f"{least - offset}..{most - offset}")
     return replace(x, grid=replace(grid, low=least, high=most))
 
 

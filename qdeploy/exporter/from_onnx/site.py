@@ -20,7 +20,7 @@ OPERATOR = (
 )
 MOST_COMPUTED = 2**24  # elements of one tensor that a file does not hold, but lets compute
 MOST_IN_ALL = 2**26
-MOST_NAME = 200  # characters of a name in a model file
+MOST_NAME = 120  # characters of a name: 512 bytes in a model file
 _UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
