@@ -46,8 +46,8 @@ class Rounding:
                 advance()
 
     def _round(self, one: Rounded, columns: Columns) -> None:
-        layer, bits = one.layer, one.bits
-        rows = one.weight.reshape(columns.groups, -1, columns.means().shape[1])
+        layer, bits, means = one.layer, one.bits, columns.means()
+        rows = one.weight.reshape(len(means), -1, means.shape[1])
         step = _step(rows, columns.mean_squares(), bits)
         if self.method == "obc":
             hessian = _damped(columns.mean_products())
@@ -56,8 +56,8 @@ class Rounding:
             codes = nearest_codes(one.weight, step, bits)
         layer.weight, layer.scale = Codes(codes, bits, "rounded"), one.scale * step
         if self.correct_bias:
-            lost = rows - codes.reshape(rows.shape) * step.reshape(columns.groups, -1, 1)
-            layer.shift = layer.shift + one.scale * (lost @ columns.means()[:, :, None]).reshape(-1)
+            lost = rows - codes.reshape(rows.shape) * step.reshape(*rows.shape[:2], 1)
+            layer.shift = layer.shift + one.scale * (lost @ means[:, :, None]).reshape(-1)
 
 
 def _step(rows: np.ndarray, mean_squares: np.ndarray, bits: int) -> np.ndarray:
