@@ -35,7 +35,7 @@ def converted(
     if data is None:
         assert grids.missing() == []
     else:
-        grids.observe(data)
+        network.run(data, grids.observers())
     chosen = grids.chosen()
     layers = list(network.layers)
     member = emit("net", network, chosen)

@@ -63,7 +63,8 @@ def test_node_by_node_our_codes_are_roundings_of_what_onnxruntime_computes(graph
             assert np.abs(ours.astype(int) - theirs)[exists].max(initial=0) <= step / 2 + 1, name
             continue
         assert np.abs(ours.astype(int) - theirs)[exists].max(initial=0) <= 1, name
-        if unrounded is not None and (node is None or node.op != "table"):
+        # A table's entry, and a weight of attention, may lie on a tie: then both of its roundings are right.
+        if unrounded is not None and (node is None or node.op not in ("table", "attention")):
             lo, hi = (-32767, 32767) if tensor.dtype == "s16" else (0, 255)
             if node is not None:
                 lo, hi = node.attributes.get("clamp", (lo, hi))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qdeploy.exporter.elements import BATCH, around_batch, in_order_of_torch, numbered, with_channels
+from qdeploy.exporter.elements import BATCH, around_batch, in_order_of_torch, numbered, places_of, with_channels
 from qdeploy.exporter.layers import Concat, Gather, Image, Layer, MaxPool2d, Reshape, Tokens
 from qdeploy.exporter.lowering.site import Site
 from qdeploy.graph import Shape
@@ -200,6 +200,8 @@ def regrouped(site: Site, layer: Layer, rows: np.ndarray, shape: Shape) -> Layer
     turned = _separated(rows.T, channels_of(layer.shape))
     if turned is not None:
         return _viewed(site, _turned(site, _gathered(site, layer, *turned, rows.shape[::-1])), shape)
+    if len(rows) == 1 and rows_of(layer.shape) > 1:
+        return _viewed(site, _take_features(site, layer, rows[0]), shape)
     for along, axis in ((1, "channels"), (0, "rows")):
         parts = _alike(rows, channels_of(layer.shape), along)
         if parts is not None:
@@ -268,6 +270,13 @@ def _take_channels(site: Site, layer: Layer, column: np.ndarray) -> Layer:
     if np.array_equal(column, np.arange(channels_of(layer.shape))):
         return layer
     return site.layer(Gather, [layer], with_channels(layer.shape, len(column)), axis="channels", index=column)
+
+
+def _take_features(site: Site, layer: Layer, elements: np.ndarray) -> Layer:
+    """These elements of the layer, flattened; -1 is 0."""
+    flat = site.layer(Reshape, [layer], (math.prod(layer.shape),))
+    place = np.append(places_of(numbered(layer.shape)[0], math.prod(layer.shape)), -1)
+    return _take_channels(site, flat, place[elements])
 
 
 def _take_rows(site: Site, layer: Layer, row: np.ndarray, shape: Shape) -> Layer:
