@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qdeploy.exporter.elements import BATCH, around_batch, in_order_of_torch, numbered, places_of, with_channels
+from qdeploy.exporter.elements import BATCH, around_batch, channel_axis, in_order_of_torch, numbered, with_channels
 from qdeploy.exporter.layers import Concat, Gather, Image, Layer, MaxPool2d, Reshape, Tokens
 from qdeploy.exporter.lowering.site import Site
 from qdeploy.graph import Shape
@@ -200,8 +200,10 @@ def regrouped(site: Site, layer: Layer, rows: np.ndarray, shape: Shape) -> Layer
     turned = _separated(rows.T, channels_of(layer.shape))
     if turned is not None:
         return _viewed(site, _turned(site, _gathered(site, layer, *turned, rows.shape[::-1])), shape)
-    if len(rows) == 1 and rows_of(layer.shape) > 1:
-        return _viewed(site, _take_features(site, layer, rows[0]), shape)
+    column = _channels_of_reshaped(layer.shape, rows, shape)
+    if column is not None:
+        whole = with_channels(shape, math.prod(layer.shape) // len(rows))
+        return _take_channels(site, site.layer(Reshape, [layer], whole), column)
     for along, axis in ((1, "channels"), (0, "rows")):
         parts = _alike(rows, channels_of(layer.shape), along)
         if parts is not None:
@@ -272,11 +274,18 @@ def _take_channels(site: Site, layer: Layer, column: np.ndarray) -> Layer:
     return site.layer(Gather, [layer], with_channels(layer.shape, len(column)), axis="channels", index=column)
 
 
-def _take_features(site: Site, layer: Layer, elements: np.ndarray) -> Layer:
-    """These elements of the layer, flattened; -1 is 0."""
-    flat = site.layer(Reshape, [layer], (math.prod(layer.shape),))
-    place = np.append(places_of(numbered(layer.shape)[0], math.prod(layer.shape)), -1)
-    return _take_channels(site, flat, place[elements])
+def _channels_of_reshaped(own: Shape, rows: np.ndarray, shape: Shape) -> np.ndarray | None:
+    """Which channels make [rows, channels], if these are channels of the layer reshaped in the order of torch."""
+    count = math.prod(own)
+    if count % len(rows):
+        return None
+    whole = numbered(own)[0].reshape(with_channels(shape, count // len(rows)))
+    whole = np.moveaxis(whole, channel_axis(shape), -1).reshape(len(rows), -1)
+    channel = np.full(count + 1, -1)  # of the elements of the first row
+    channel[whole[0]] = np.arange(whole.shape[1])
+    column = channel[rows[0]]
+    made = np.where(column < 0, -1, whole[:, column])
+    return column if np.array_equal(made, rows) else None
 
 
 def _take_rows(site: Site, layer: Layer, row: np.ndarray, shape: Shape) -> Layer:
