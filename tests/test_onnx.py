@@ -317,10 +317,22 @@ def test_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["m.safetensors", "--out", "m.bin", "--u8"], "expected a file X.onnx with --u8, got m.bin - at --out"),
+        (
+            ["m.safetensors", "--out", "m.bin", "--u8"],
+            "expected an ONNX file as --out with --u8, got runs of qdeploy train - at --u8",
+        ),
+        (
+            ["m.onnx", "--out", "m.bin", "--images", "3"],
+            "expected runs of qdeploy train with --images, got an ONNX file as the source - at --images",
+        ),
+        (
+            [MODEL, "--out", "m.onnx", "--bits", "7"],
+            "expected runs of qdeploy train or an ONNX file as the source with --bits, got an ONNX file as --out"
+            " - at --bits",
+        ),
         (
             ["m.safetensors", "n.safetensors", "--out", "m.onnx"],
-            "expected one model file to write as ONNX, got 2 - at the command line",
+            "expected one source with an ONNX file as --out, got 2 - at the command line",
         ),
         (
             ["plain", "--out", "m.onnx", "--u8"],
@@ -330,7 +342,10 @@ def test_command(tmp_path, capsys):
             [MODEL, "--out", "m.onnx", "--int4", "--float"],
             "expected no float32 graph for 4-bit codes, got one - at int4",
         ),
-        ([MODEL, "--out", "m.onnx", "--html", "x"], "expected no page of an ONNX file, got one - at --html"),
+        (
+            [MODEL, "--out", "m.onnx", "--html", "x"],
+            "expected a model file as --out with --html, got an ONNX file as --out - at --html",
+        ),
     ],
 )
 def test_command_refuses(arguments, text, tmp_path, monkeypatch, capsys):
