@@ -151,10 +151,10 @@ def _calibration(args: argparse.Namespace, has_preprocess: bool) -> np.ndarray |
         raise InputError("expected the mean and std of the pictures, got neither - at --mean")
     require("train", "PIL")
     shape = exporter.input_shape(args.sources[0], args.shape)
-    if len(shape) != 3 or shape[0] != 3:
-        raise InputError(f"expected a network of pictures [3, H, W], got {list(shape)} - at --calibration")
+    if len(shape) != 3 or shape[0] not in pictures.MODES:
+        raise InputError(f"expected a network of pictures [3, H, W] or [1, H, W], got {list(shape)} - at --calibration")
     height, width = (args.crop, args.crop) if args.crop else shape[1:]
-    return pictures.Pictures(args.calibration, args.resize, (height, width))
+    return pictures.Pictures(args.calibration, shape[0], args.resize, (height, width))
 
 
 def _to_onnx(args: argparse.Namespace) -> Report:
