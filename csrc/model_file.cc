@@ -19,7 +19,7 @@ using FileTensors = std::map<std::string, FileTensor>;
 
 constexpr uint64_t kMaxHeader = 100000000;
 constexpr uint64_t kMemoryPerHeaderByte = 32;  // as `{"a":1},` of 8 bytes takes 176 once parsed
-constexpr int kFormatVersion = 3;              // the newest that this engine reads
+constexpr int kFormatVersion = 4;              // the newest that this engine reads
 constexpr size_t kMaxRank = 8;
 constexpr uint64_t kMaxElements = uint64_t{1} << 48;  // of a tensor of the container, sizes of 0 counted as 1
 

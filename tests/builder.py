@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from qdeploy import reference
-from qdeploy.graph import Activation, Graph, Member, Node
+from qdeploy.graph import Activation, Graph, Member, Node, Output
 from qdeploy.ops import OPS
 from qdeploy.ops.op import channels_of
 
@@ -30,9 +30,9 @@ class Builder:
         self.tensors = [codes or Activation("input", input_shape, "i32")]
         self.nodes: list[Node] = []
 
-    def member(self, name: str = "net", preprocess: dict | None = None) -> Member:
+    def member(self, name: str = "net", preprocess: dict | None = None, outputs: list[int] | None = None) -> Member:
         table = preprocess and reference.preprocess_table(preprocess, self.tensors[0])
-        return Member(name, self.tensors, self.nodes, table)
+        return Member(name, self.tensors, self.nodes, table, outputs)
 
     def shape(self, tensor: int) -> tuple[int, ...]:
         return self.tensors[tensor].shape
@@ -447,6 +447,36 @@ def small_text() -> Graph:
     x = net.mean(y)
     net.linear(x, 3, bits=7, dtype="f32")
     return Graph([net.member()], classes=["a", "b", "c"], vocabulary=11, variable=True)
+
+
+def detector(seed: int) -> Graph:
+    """Two heads on images of two sizes, [K] scores, a stream of 16 bits that is an output and is read inside as well;
+    their order is not that of the nodes."""
+    net = Builder(np.random.default_rng(seed), (3, 16, 12), (0.02, 120))
+    stream = net.conv2d(0, 24, (3, 3), (2, 2), (1, 1, 1, 1), dtype="s16")
+    features = net.rescale(stream, "f32")
+    fine = net.norm(stream)
+    coarse = net.max_pool2d(net.conv2d(fine, 32, (3, 3), padding=(1, 1, 1, 1), bits=5), (2, 2), (2, 2), (0, 0, 0, 0))
+    boxes = net.conv2d(coarse, 8, (1, 1), dtype="f32", bits=7)
+    finer = net.conv2d(fine, 4, (3, 3), padding=(1, 1, 1, 1), dtype="f32", bits=6)
+    mask = net.table(net.conv2d(coarse, 1), "f32")
+    pooled = net.reshape(net.avg_pool2d(coarse, (4, 3), (1, 1), (0, 0, 0, 0)), (32,))
+    scores = net.linear(pooled, 5, dtype="f32", bits=4, size=0.01)
+    net.linear(pooled, 3)  # that nobody reads
+    return Graph([net.member(outputs=[scores, finer, features, boxes, mask])])
+
+
+def small_detector() -> Graph:
+    net = Builder(np.random.default_rng(3), (2, 4, 4), (0.05, 100))
+    x = net.conv2d(0, 4, (3, 3), padding=(1, 1, 1, 1))
+    boxes = net.conv2d(x, 3, bits=4, dtype="f32")
+    scores = net.linear(net.reshape(x, (64,)), 2, bits=3, dtype="f32")
+    return Graph([net.member(outputs=[scores, boxes])])
+
+
+def arrays(output: Output) -> list[np.ndarray]:
+    """Of one output, or of several."""
+    return output if isinstance(output, list) else [output]
 
 
 def small_ensemble() -> Graph:
