@@ -58,7 +58,7 @@ int version_of(const Member& member, const Node& node) {
   if (!node.op->version_of) return node.op->version;
   std::vector<const Tensor*> inputs;
   for (const int input : node.inputs) inputs.push_back(&member.tensors[input]);
-  return std::max(node.op->version, node.op->version_of(inputs));
+  return std::max(node.op->version, node.op->version_of(node, inputs));
 }
 
 // A file carries the lowest format version that holds its ops, and the types and shapes of its tensors.

@@ -140,7 +140,7 @@ void MemberReader::require_complete() const {
   const std::set<int> outputs(member_.outputs.begin(), member_.outputs.end());
   for (size_t i = 0; i < written_.size(); ++i) {
     require(written_[i], "every tensor written by a node", "none for tensor " + std::to_string(i), where_);
-    require(!member_.tensors[i].is_f32() || outputs.count(static_cast<int>(i)), "f32 for the output only",
+    require(!member_.tensors[i].is_f32() || outputs.count(static_cast<int>(i)), "f32 for outputs only",
             "tensor " + std::to_string(i), where_);
   }
 }

@@ -144,7 +144,7 @@ def lowest_version(graph: Graph) -> int:
         return SEVERAL_OUTPUTS
     tensors = [tensor for member in graph.members for tensor in member.tensors]
     operands = [(node, [member.tensors[i] for i in node.inputs]) for member in graph.members for node in member.nodes]
-    versions = [OPS[node.op].since(inputs) for node, inputs in operands]
+    versions = [OPS[node.op].since(node, inputs) for node, inputs in operands]
     return max(*versions, *(max(DTYPES[tensor.dtype], 3 if len(tensor.shape) == 2 else 1) for tensor in tensors))
 
 

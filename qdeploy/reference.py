@@ -211,7 +211,11 @@ def max_pool2d(node: Node, values: list[np.ndarray], inputs: list[Activation], o
 
 
 def table(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
-    return node.constants["table"][values[0]]
+    entries = node.constants["table"]
+    if entries.ndim == 1:
+        return entries[values[0]]
+    channels = np.arange(len(entries)).reshape((-1, 1, 1) if values[0].ndim == 4 else (-1,))
+    return entries[channels, values[0]]
 
 
 def resize(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:

@@ -262,7 +262,7 @@ class MemberCheck:
         ids = {self.last} if outputs is None else self._outputs(outputs)
         for i, tensor in enumerate(self.tensors):
             fits = tensor.dtype != "f32" or i in ids
-            expect(fits, "f32 for the output only", f"tensor {i}", self.at)
+            expect(fits, "f32 for outputs only", f"tensor {i}", self.at)
 
     def _outputs(self, outputs: Any) -> set[int]:
         """The ids of several, checked."""

@@ -16,6 +16,7 @@ from versions import EVERYWHERE
 
 from qdeploy.graph import COMBINE, SEVERAL_OUTPUTS, Graph
 from qdeploy.ops import OPS
+from qdeploy.ops.elementwise import TABLE_BY_CHANNEL
 from qdeploy.ops.op import channels_of, known_dtypes, rows_of
 
 MAX_MACS = 3_000_000  # of one drawn node and image
@@ -148,6 +149,9 @@ def _grow(draw: st.DrawFn, builder: Builder, nodes: int, version: int) -> int:
         op = draw(st.sampled_from([*weighted, *ops]))
         if op == "mul" and version >= 3 and len(builder.shape(x)) == 3 and draw(st.booleans()):
             builder.mul(x, builder.conv2d(x, 1), clamp=_clamp(draw))  # one gate for all channels
+            continue
+        if op == "table" and version >= TABLE_BY_CHANNEL and draw(st.booleans()):
+            builder.table(x, by_channel=True)
             continue
         dtypes = [dtype for dtype in known_dtypes(OPS[op].writes, version) if dtype != "f32"]
         if len(dtypes) > 1 and OPS[op].requantized:

@@ -74,7 +74,7 @@ REFUSED = {
     ),
     "without": (
         edited(change_graph=lambda graph: graph["members"][0].pop("outputs")),
-        "f32 for the output only, got tensor 2 - at member `net` in ",
+        "f32 for outputs only, got tensor 2 - at member `net` in ",
     ),
     "version 3": (
         edited(lambda header: header["__metadata__"].update(format_version="3")),

@@ -157,11 +157,14 @@ def _emit_max_pool2d(node: Node, layer: MaxPool2d, inputs: list[Grid], out: Grid
 
 def _emit_table(node: Node, layer: Table | Quantize, inputs: list[Grid], out: Grid, is_float: bool) -> None:
     real = inputs[0].real(np.arange(256))
+    if isinstance(layer, Table) and layer.by_channel:
+        real = np.broadcast_to(real, (channels_of(layer.shape), 256))
     with np.errstate(all="ignore"):  # what is infinite or no number is looked at below
-        values = np.broadcast_to(np.asarray(layer.function(real), np.float64), 256)
-    used = values[inputs[0].low : inputs[0].high + 1]
+        values = np.broadcast_to(np.asarray(layer.function(real), np.float64), real.shape)
+    reached = slice(inputs[0].low, inputs[0].high + 1)
+    used = values[..., reached]
     if np.isnan(used).any() or is_float and np.isinf(used).any():
-        wrong = float(real[inputs[0].low :][~np.isfinite(used)][0])
+        wrong = float(real[..., reached][~np.isfinite(used)][0])
         expected = "a function that is finite on the range of its input"
         raise ExportError(f"expected {expected}, got none at {wrong:.4g} - at module `{layer.name}`")
     values = np.nan_to_num(values) if is_float else np.where(np.isnan(values), 0, values)

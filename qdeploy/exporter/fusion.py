@@ -249,19 +249,25 @@ def _fuse_clamp(network: Network, clamp: Clamp) -> bool:
 def _merge_table(network: Network, layer: Layer) -> bool:
     """A function of a function is one table, when nothing else reads the inner one."""
     x = layer.inputs[0]
-    inner, outer = elementwise(x), elementwise(layer)
+    by_channel = [isinstance(one, Table) and one.by_channel for one in (x, layer)]
+    inner, outer = (_function(one) for one in (x, layer))
     if not isinstance(x, Table) and not isinstance(layer, Table):
         return False
     if inner is None or outer is None or network.only_user(x) is not layer:
         return False
-    network.replace(layer, _table(layer, lambda v: outer(inner(v)), x.inputs))
+    network.replace(layer, _table(layer, lambda v: outer(inner(v)), x.inputs, any(by_channel)))
     network.layers.remove(x)
     return True
 
 
-def _table(layer: Layer, function: Function, inputs: list[Layer]) -> Table:
+def _function(layer: Layer) -> Function | None:
+    return layer.function if isinstance(layer, Table) else elementwise(layer)
+
+
+def _table(layer: Layer, function: Function, inputs: list[Layer], by_channel: bool = False) -> Table:
     """In place of `layer`."""
-    return Table(layer.name, inputs, layer.shape, layer.value, layer.low, layer.high, function=function)
+    own = (layer.name, inputs, layer.shape, layer.value, layer.low, layer.high)
+    return Table(*own, function=function, by_channel=by_channel)
 
 
 def _merge_reshape(network: Network, reshape: Reshape) -> bool:

@@ -311,6 +311,7 @@ class Attention(Scaled):
 class Table(Layer):
     op = "table"
     function: Function  # its clamp is in it
+    by_channel: bool = False  # the function is of [C, n], another one for each channel
 
 
 @dataclass(eq=False, kw_only=True)
@@ -329,7 +330,7 @@ def elementwise(layer: Layer) -> Function | None:
     """What the layer does to each element, where that is the same function everywhere."""
     low, high = layer.low, layer.high  # values of now: a rule may change the layer later
     if isinstance(layer, Table):
-        return layer.function
+        return None if layer.by_channel else layer.function
     if isinstance(layer, Clamp):
         return lambda v: np.clip(v, low, high)
     if isinstance(layer, Affine) and layer.uniform:

@@ -205,6 +205,24 @@ def at_version(draft: Draft, version: int) -> bool:
     return True
 
 
+def other_table(draft: Draft, rng: Random) -> bool:
+    """256 entries for each channel, or for nearly each, or for all; at version 4, mostly."""
+    found = chosen(draft, rng, "table", of=("table",))
+    if not found:
+        return False
+    member, node = found
+    channels = max(0, off_by_one(rng, channels_of(shapes(member, node)[0])))
+    if channels * 256 > BIG:
+        return False
+    shape = rng.choice([[channels, 256]] * 6 + [[256], [256, channels], [1, 256], [channels, 256, 1], [channels, 255]])
+    size = math.prod(shape)
+    if member.get("tensors")[node.get("output")].get("dtype") == "f32":
+        node.set("table", add_array(draft, "F32", shape, [rng.choice([0.0, -1.5, 2.0**99]) for _ in range(size)]))
+    else:
+        node.set("table", add_tensor(draft, fresh(draft), "U8", shape, rng.randbytes(size)))
+    return at_version(draft, 4) if rng.random() < 0.9 else True
+
+
 def other_outputs(draft: Draft, rng: Random) -> bool:
     """Their ids; or one more f32 tensor; also where there is one output, and in ensembles."""
     member = rng.choice(members(draft))
@@ -367,6 +385,7 @@ KEYS: list[DraftMutation] = [
     other_text,
     other_outputs,
     other_outputs,
+    other_table,
     rows_at_the_bound,
     insert_row_node,
     insert_row_node,

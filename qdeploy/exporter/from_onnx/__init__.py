@@ -171,4 +171,5 @@ LOWERING: dict[str, Callable[..., Any]] = {
     "Cast": arranged.cast,
     **dict.fromkeys(MOVES, arranged.move),
     **dict.fromkeys(FUNCTIONS, elementwise.function),
+    "PRelu": elementwise.prelu,
 }

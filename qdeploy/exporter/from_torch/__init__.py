@@ -170,7 +170,7 @@ FLOAT_MOVES = """upsample_nearest2d _upsample_nearest_exact2d upsample_nearest1d
 IDENTITIES = """clone alias detach contiguous to type_as _to_copy dropout feature_dropout alpha_dropout lift_fresh_copy
     _assert_tensor_metadata"""
 FILLED = "new_zeros new_ones new_full zeros_like ones_like full_like"
-FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh prelu rrelu
+FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh rrelu
     threshold log_sigmoid exp expm1 log log1p sqrt rsqrt square pow reciprocal abs sign erf sin cos atan floor ceil
     round gt ge lt le where max min maximum minimum"""
 QUANTIZERS: dict[str, Callable[..., Any]] = {  # by name: torch registers some of them late
@@ -205,6 +205,7 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     aten.relu: elementwise.relu,
     aten.relu6: elementwise.relu6,
     aten.hardtanh: elementwise.hardtanh,
+    aten.prelu: elementwise.prelu,
     aten.clamp: elementwise.clamp,
     aten.clip: elementwise.clamp,
     aten.clamp_min: elementwise.clamp,
