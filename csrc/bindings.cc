@@ -46,8 +46,9 @@ bool is_dense(const py::array& array, char kind, py::ssize_t size) {
   return dtype.kind() == kind && dtype.itemsize() == size && is_native && (array.flags() & py::array::c_style) != 0;
 }
 
-void run(Session& session, const py::array& images, py::array output, std::optional<py::array_t<int64_t>> classes,
-         std::vector<std::pair<int, py::array>> taps, std::optional<py::array_t<double>> step_seconds,
+void run(Session& session, const py::array& images, std::vector<py::array> outputs,
+         std::optional<py::array_t<int64_t>> classes, std::vector<std::pair<int, py::array>> taps,
+         std::optional<py::array_t<double>> step_seconds,
          std::optional<py::array_t<int64_t, py::array::c_style>> lengths) {
   // By kind, size and order of bytes: an array that was pickled has a dtype object of its own.
   const bool is_text = session.program().longest > 0, is_u8 = !is_text && is_dense(images, 'u', 1);
@@ -59,7 +60,7 @@ void run(Session& session, const py::array& images, py::array output, std::optio
   if (is_text) in.width = images.shape(1);
   if (lengths) in.lengths = lengths->data();
   Results results;
-  results.output = output.mutable_data();
+  for (py::array& output : outputs) results.outputs.push_back(output.mutable_data());
   if (classes) results.classes = classes->mutable_data();
   for (auto& [activation, array] : taps) results.taps.push_back({activation, array.mutable_data()});
   if (step_seconds) results.step_seconds = step_seconds->mutable_data();
@@ -241,7 +242,7 @@ PYBIND11_MODULE(_engine, m) {
            py::arg("macs_per_thread") = kMacsPerThread, py::arg("conv_form") = "")
       .def(py::init(&open_bytes), py::arg("name"), py::arg("content"), py::arg("threads"), py::arg("isa"),
            py::arg("macs_per_thread") = kMacsPerThread, py::arg("conv_form") = "")
-      .def("run", &run, py::arg("images"), py::arg("output"), py::arg("classes"), py::arg("taps"),
+      .def("run", &run, py::arg("images"), py::arg("outputs"), py::arg("classes"), py::arg("taps"),
            py::arg("step_seconds"), py::arg("lengths"))
       .def("plan", &plan, py::arg("batch"))
       .def_property_readonly("activations", &activations)
@@ -260,7 +261,7 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("vocabulary", [](const Session& s) { return s.program().graph.vocabulary; })
       .def_property_readonly("variable", [](const Session& s) { return s.program().graph.variable; })
       .def_property_readonly("input", [](const Session& s) { return s.program().member_input[0]; })
-      .def_property_readonly("outputs", [](const Session& s) { return s.program().member_output; });
+      .def_property_readonly("outputs", [](const Session& s) { return s.program().outputs; });
 }
 
 }  // namespace qdeploy

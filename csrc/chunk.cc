@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "lookup.h"
 #include "ops/op.h"
 
 namespace qdeploy {
@@ -22,13 +23,6 @@ void fill_border(const Chunk& chunk, int activation, Share share) {
     uint8_t* row_start = pixels - left;
     if (row % a.h == 0) memset(row_start - a.border[0] * a.row_pitch, a.zero_point, a.border[0] * a.row_pitch);
     if (row % a.h == a.h - 1) memset(row_start + a.row_pitch, a.zero_point, a.border[2] * a.row_pitch);
-  }
-}
-
-// One table of 256 codes per channel. By value: a stored byte might change anything that is referred to.
-void quantize_raw(const uint8_t* from, int64_t pixels, int64_t channels, const uint8_t* tables, uint8_t* to) {
-  for (int64_t x = 0; x < pixels; ++x) {
-    for (int64_t c = 0; c < channels; ++c) *to++ = tables[c * 256 + *from++];
   }
 }
 
@@ -86,7 +80,8 @@ bool run_input(const Chunk& chunk, int activation, const uint8_t* preprocess_tab
     if (a.type == Dtype::i32) {
       memcpy(to, static_cast<const int32_t*>(images.data) + image + y, sizeof(int32_t));
     } else if (is_u8) {
-      quantize_raw(static_cast<const uint8_t*>(images.data) + image + y * a.w * a.c, a.w, a.c, preprocess_table, to);
+      const uint8_t* pixels = static_cast<const uint8_t*>(images.data) + image + y * a.w * a.c;
+      look_up_channels(a.w, a.c, preprocess_table, pixels, to);
     } else {
       finite &= quantize_row(chunk, a, static_cast<const float*>(images.data) + image, y, to);
     }

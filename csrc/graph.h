@@ -60,7 +60,7 @@ struct Member {
   SharedBytes preprocess_table;  // [C][256], or null
   std::vector<Tensor> tensors;
   std::vector<Node> nodes;
-  int output() const { return nodes.back().output; }
+  std::vector<int> outputs;  // what the last node writes, or two or more f32 tensors; of an ensemble's member one
 };
 
 enum class Combine { none, logits, probs };

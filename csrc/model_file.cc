@@ -19,7 +19,7 @@ using FileTensors = std::map<std::string, FileTensor>;
 
 constexpr uint64_t kMaxHeader = 100000000;
 constexpr uint64_t kMemoryPerHeaderByte = 32;  // as `{"a":1},` of 8 bytes takes 176 once parsed
-constexpr int kFormatVersion = 3;              // the newest that this engine reads
+constexpr int kFormatVersion = 4;              // the newest that this engine reads
 constexpr size_t kMaxRank = 8;
 constexpr uint64_t kMaxElements = uint64_t{1} << 48;  // of a tensor of the container, sizes of 0 counted as 1
 
@@ -200,11 +200,16 @@ void ModelFile::parse() {
   tensors_ = read_tensors(header, version_, 8 + header_bytes, bytes_, path_);
 }
 
+const FileTensor* ModelFile::find(const std::string& name) const {
+  const auto it = tensors_.find(name);
+  return it == tensors_.end() ? nullptr : &it->second;
+}
+
 const FileTensor& ModelFile::tensor(const std::string& name, DType dtype, const std::vector<int64_t>& shape,
                                     const std::string& where) const {
-  const auto it = tensors_.find(name);
-  if (it == tensors_.end()) fail("the tensor " + name_text(name), "none of that name", where);
-  const FileTensor& found = it->second;
+  const FileTensor* tensor = find(name);
+  if (!tensor) fail("the tensor " + name_text(name), "none of that name", where);
+  const FileTensor& found = *tensor;
   bool same = found.dtype == dtype && found.shape.size() == shape.size();
   for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || shape[i] == found.shape[i];
   if (!same) fail(tensor_text(dtype, shape), tensor_text(found.dtype, found.shape), where);

@@ -36,6 +36,8 @@ class ModelFile {
   int version() const { return version_; }  // of the format
   const std::string& graph_json() const { return graph_json_; }
 
+  // Null where there is none of this name.
+  const FileTensor* find(const std::string& name) const;
   // The named tensor; `where` (a node) completes the error when it is missing or of another type or shape.
   // A shape entry of -1 matches any size.
   const FileTensor& tensor(const std::string& name, DType dtype, const std::vector<int64_t>& shape,

@@ -62,7 +62,7 @@ std::vector<Life> lives(const Program& program, const std::vector<Pass>& passes,
     life[step.output] = {s, s};
     for (const int input : step.inputs) life[input].last = std::max(life[input].last, s);
   }
-  for (const int output : program.member_output) life[output].last = steps;
+  for (const int output : program.outputs) life[output].last = steps;
   if (keep_all) life.assign(life.size(), {-1, steps});
   for (const Pass& pass : passes) {
     if (pass.together) continue;
@@ -167,7 +167,7 @@ Plan make_plan(const Program& program, int64_t batch, int64_t length, bool keep_
 
 PlanBytes plan_bytes(const Program& program, int64_t batch, bool keep_all) {
   const Plan plan = plan_arena(program, batch, program.longest, keep_all);
-  const Activation& output = program.activations[program.member_output[0]];
+  const Activation& output = program.activations[program.outputs[0]];
   const bool is_ensemble = program.graph.combine != Combine::none;
   PlanBytes bytes = {plan.arena_bytes, is_ensemble ? 2 * sizeof(float) * static_cast<uint64_t>(output.c) : 0};
   for (const Pass& pass : plan.passes) {

@@ -60,7 +60,7 @@ class Builder {
       program_.steps.push_back(std::move(step));
     }
     program_.member_input.push_back(first);
-    program_.member_output.push_back(first + member.output());
+    for (const int output : member.outputs) program_.outputs.push_back(first + output);
   }
 
   // Every convolution finds its padding around its input, written by whoever produced it.

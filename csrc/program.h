@@ -76,9 +76,9 @@ struct Program {
   ConvForm form;
   Activations activations;        // of all members
   std::vector<int> member_input;  // activation of each member's input; equal inputs are one activation
-  std::vector<int> member_output;
-  int64_t longest = 0;      // of texts, in tokens; 0: the input is numbers
-  std::vector<Step> steps;  // of all members, in order
+  std::vector<int> outputs;       // of a network, or one of each member of an ensemble
+  int64_t longest = 0;            // of texts, in tokens; 0: the input is numbers
+  std::vector<Step> steps;        // of all members, in order
   AlignedBuffer weights;
   size_t file_bytes = 0;
   uint64_t footprint = 0;  // bytes of the weights and of all other constants

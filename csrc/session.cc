@@ -222,14 +222,14 @@ void Session::write_results(const Chunk& chunk, const Batch& batch, const Result
     return {static_cast<uint8_t*>(data) + skipped, batch.order, elements};
   };
   for (const Tap& tap : results.taps) copy_out(chunk, tap.activation, caller(tap.activation, tap.data));
-  const int of_first = program_.member_output[0];
-  const Activation& out = chunk.plan.activations[of_first];
-  const Caller output = caller(of_first, results.output);
+  const std::vector<int>& outputs = program_.outputs;
+  const Activation& out = chunk.plan.activations[outputs[0]];
+  const Caller output = caller(outputs[0], results.outputs[0]);
   const auto classify = [&](int64_t i, int64_t best) {
     if (results.classes) results.classes[batch.order ? batch.order[i] : batch.first + i] = best;
   };
   if (program_.graph.combine == Combine::none) {
-    copy_out(chunk, of_first, output);
+    for (size_t o = 0; o < outputs.size(); ++o) copy_out(chunk, outputs[o], caller(outputs[o], results.outputs[o]));
     for (int64_t i = 0; results.classes && i < batch.count; ++i) {
       const int64_t at = output.image(i);
       classify(i, out.is_f32()             ? first_largest(static_cast<const float*>(output.data) + at, out.c)
@@ -238,10 +238,10 @@ void Session::write_results(const Chunk& chunk, const Batch& batch, const Result
     }
     return;
   }
-  std::vector<const float*> logits(program_.member_output.size());
+  std::vector<const float*> logits(outputs.size());
   for (int64_t i = 0; i < batch.count; ++i) {
     for (size_t m = 0; m < logits.size(); ++m) {
-      logits[m] = reinterpret_cast<const float*>(chunk.at(program_.member_output[m])) + i * out.image_pitch;
+      logits[m] = reinterpret_cast<const float*>(chunk.at(outputs[m])) + i * out.image_pitch;
     }
     float* probabilities = static_cast<float*>(output.data) + output.image(i);
     classify(i, combine_members(program_.graph.combine, logits, out.c, probabilities));

@@ -30,8 +30,8 @@ struct Tap {
 };
 
 struct Results {
-  void* output = nullptr;      // the member's output, or [N, K] f32 probabilities of an ensemble
-  int64_t* classes = nullptr;  // [N], or null
+  std::vector<void*> outputs;  // of Program::outputs, or [N, K] f32 probabilities of an ensemble
+  int64_t* classes = nullptr;  // [N], by the only output, or null
   std::vector<Tap> taps;
   double* step_seconds = nullptr;  // [steps] added to, or null
 };

@@ -19,10 +19,17 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+struct Output {
+  std::string name;
+  std::vector<int64_t> shape;  // of one result: {K} scores, {C, H, W}, {T, D}
+};
+
 // A loaded network, or an ensemble of some. Any number of threads may call one Model; copies share what was loaded.
 // What does not fit, a file or an argument, throws Error.
 class Model {
  public:
+  using Pointers = std::vector<float*>;  // one for each output
+
   // path: of a file that qdeploy wrote. Nothing in it is executed or followed, and it is not needed any more later on.
   // num_threads: at most 256; 0 takes the cores that this process may use. A call takes fewer where more would not pay.
   // isa: "scalar", "avx2", ...; empty takes what the variable QDEPLOY_ISA says, or the best that this CPU has.
@@ -34,6 +41,8 @@ class Model {
   std::vector<int64_t> input_shape() const;
   // Of one result: {K} scores, {C, H, W}, {T, D}. width: that of the texts of a call, which T may follow; 0: the longest.
   std::vector<int64_t> output_shape(int64_t width = 0) const;
+  // All outputs of the network, in its order, where output_shape is that of the first.
+  std::vector<Output> outputs(int64_t width = 0) const;
   bool takes_u8() const;                     // raw pixels as well: the file says how they become numbers
   int64_t vocabulary() const;                // the network reads token ids, all below this; 0: it reads numbers
   bool variable() const;                     // texts may be shorter than the longest
@@ -48,7 +57,12 @@ class Model {
   // What stands behind them is never read, and changes no bit. Rows that a text does not have are 0 in the results.
   void run(const int64_t* ids, int64_t n, int64_t width, const int64_t* lengths, float* output) const;
 
-  // The class of each: the first of the largest scores.
+  // The same of a network with several outputs.
+  void run(const float* images, int64_t n, const Pointers& outputs) const;
+  void run(const uint8_t* images, int64_t n, const Pointers& outputs) const;
+  void run(const int64_t* ids, int64_t n, int64_t width, const int64_t* lengths, const Pointers& outputs) const;
+
+  // The class of each: the first of the largest scores of the only output.
   std::vector<int64_t> predict(const float* images, int64_t n) const;
   std::vector<int64_t> predict(const uint8_t* images, int64_t n) const;
   std::vector<int64_t> predict(const int64_t* ids, int64_t n, int64_t width, const int64_t* lengths) const;

@@ -92,7 +92,7 @@ class Session:
     def run(
         self,
         images: np.ndarray,
-        output: np.ndarray,
+        outputs: list[np.ndarray],
         classes: np.ndarray | None,
         taps: list[tuple[int, np.ndarray]],
         step_seconds: np.ndarray | None,

@@ -25,7 +25,7 @@ import numpy as np
 import qdeploy
 from qdeploy import export_command
 from qdeploy.errors import InputError, QdeployError
-from qdeploy.graph import Graph, Member, Node
+from qdeploy.graph import Activation, Graph, Member, Node
 from qdeploy.memory import check_memory
 from qdeploy.model import MAX_ROUNDS
 from qdeploy.ops.op import rows_of
@@ -175,11 +175,16 @@ def _describe(member: Member) -> Report:
     return {
         "name": member.name,
         "output": list(member.output.shape),
+        "outputs": [_described(member.tensors[i]) for i in member.output_ids],
         "ops": {op: ops.count(op) for op in dict.fromkeys(ops)},
         "weights": layers,
         "macs": total,
         "float32_bytes": 4 * parameters,
     }
+
+
+def _described(output: Activation) -> Report:
+    return {"name": output.name, "shape": list(output.shape)}
 
 
 def _macs(member: Member, node: Node) -> int:
@@ -200,7 +205,10 @@ def _show_info(report: Report) -> None:
     write(f"members    {count}" + (f", combined by {report['combine']}" if count > 1 else ""))
     for member in report["members"]:
         ops = ", ".join(f"{count} {op}" for op, count in member["ops"].items())
-        write(f"\n{member['name']}: {member['macs'] / 1e6:,.2f} MMAC, output {member['output']}\n  {ops}")
+        output = f"output {member['output']}"
+        if len(member["outputs"]) > 1:
+            output = "outputs " + ", ".join(f"{printable(o['name'])} {o['shape']}" for o in member["outputs"])
+        write(f"\n{member['name']}: {member['macs'] / 1e6:,.2f} MMAC, {output}\n  {ops}")
         for row in member["weights"]:
             share = f"{row['share_of_macs']:.1%} of the MACs"
             write(f"  {row['bits']}-bit weights: {row['layers']} layers, {row['weights']:,} weights, {share}")
@@ -505,8 +513,9 @@ def _input(model: Model, codes: np.ndarray) -> np.ndarray:
 
 def _checked_shape(model: Model, batch: int) -> tuple[int, ...]:
     """Of an input whose codes (two arrays of float64 at a time), images and results fit the memory of this machine."""
-    shape, result = (batch, *model.inputs[0]["shape"]), (batch, *model.outputs[0]["shape"])
-    check_memory(20 * math.prod(shape) + 4 * math.prod(result), f"{batch} images", "--batch")
+    shape = (batch, *model.inputs[0]["shape"])
+    results = sum(math.prod(output["shape"]) for output in model.outputs)
+    check_memory(20 * math.prod(shape) + 4 * batch * results, f"{batch} images", "--batch")
     return shape
 
 

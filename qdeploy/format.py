@@ -28,7 +28,18 @@ from qdeploy.checks import (
 )
 from qdeploy.errors import ModelError
 from qdeploy.files import AnyPath, atomic_file
-from qdeploy.graph import DTYPES, MAX_ELEMENTS, MAX_MEMBERS, MAX_NODES, Activation, Graph, Member, Node, Shape
+from qdeploy.graph import (
+    DTYPES,
+    MAX_ELEMENTS,
+    MAX_MEMBERS,
+    MAX_NODES,
+    SEVERAL_OUTPUTS,
+    Activation,
+    Graph,
+    Member,
+    Node,
+    Shape,
+)
 from qdeploy.ops import OPS
 from qdeploy.validate import (
     INPUT_AT,
@@ -43,7 +54,7 @@ from qdeploy.validate import (
     validate,
 )
 
-RELEASES = {1: "0.1.0", 2: "0.1.0", 3: "0.1.0"}  # of each format version: the first qdeploy that reads it
+RELEASES = dict.fromkeys(range(1, 5), "0.1.0")  # of each format version: the first qdeploy that reads it
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_DEPTH = 16
 MAX_RANK = 8
@@ -128,10 +139,12 @@ def dump(graph: Graph) -> bytes:
 
 
 def lowest_version(graph: Graph) -> int:
-    """The lowest format version that holds the ops, dtypes and shapes of `graph`."""
+    """The lowest format version that holds the ops, dtypes and shapes of `graph`, and its outputs."""
+    if any(member.outputs is not None for member in graph.members):
+        return SEVERAL_OUTPUTS
     tensors = [tensor for member in graph.members for tensor in member.tensors]
     operands = [(node, [member.tensors[i] for i in node.inputs]) for member in graph.members for node in member.nodes]
-    versions = [OPS[node.op].since(inputs) for node, inputs in operands]
+    versions = [OPS[node.op].since(node, inputs) for node, inputs in operands]
     return max(*versions, *(max(DTYPES[tensor.dtype], 3 if len(tensor.shape) == 2 else 1) for tensor in tensors))
 
 
@@ -216,6 +229,7 @@ def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> 
         return result | {key: _attribute_json(value, types[key]) for key, value in node.attributes.items()}
 
     table = member.preprocess_table
+    several = {} if member.outputs is None else {"outputs": [int(i) for i in member.outputs]}
     return {
         "name": member.name,
         "preprocess_table": None if table is None else constant("preprocess_table", table),
@@ -230,6 +244,7 @@ def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> 
             for tensor in member.tensors
         ],
         "nodes": [node_json(node) for node in member.nodes],
+        **several,
     }
 
 
@@ -446,7 +461,9 @@ class _Reader:
         check_member_name(name, key_of("name", unnamed_at))
         has_preprocess = graph.preprocess is not None
         check = MemberCheck(name, input_shape, has_preprocess, graph.variable, self.facts)
-        check_keys(document, ("name", "preprocess_table", "tensors", "nodes"), check.at)
+        has_several = "outputs" in document and self.facts.version >= SEVERAL_OUTPUTS
+        several = ("outputs",) if has_several else ()
+        check_keys(document, ("name", "preprocess_table", "tensors", "nodes", *several), check.at)
         for i, entry in enumerate(_list(document, "tensors", MAX_NODES + 1, check.at)):
             check.tensor(_activation(entry, f"tensor {i} of {check.at}", check.at))
         check.input()
@@ -458,8 +475,10 @@ class _Reader:
             self.node(entry, f"node {i} of {check.at}", check)
             for i, entry in enumerate(_list(document, "nodes", MAX_NODES, check.at))
         ]
-        check.end()
-        return Member(name, check.tensors, nodes, table)
+        expect(not has_several or document["outputs"] is not None, "an array", "null", key_of("outputs", check.at))
+        outputs = document["outputs"] if has_several else None
+        check.end(outputs)
+        return Member(name, check.tensors, nodes, table, outputs)
 
     def node(self, document: Json, unnamed_at: str, check: MemberCheck) -> Node:
         name = _name(document, unnamed_at)

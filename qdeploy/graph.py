@@ -16,8 +16,10 @@ MAX_NODES = 65_536  # of all members together
 COMBINE = ("logits", "probs")  # the rules of an ensemble
 DTYPES = {"u8": 1, "f32": 1, "s16": 3, "i32": 3}  # of activations, and the first format version that has them
 CODES = ("u8", "s16")  # those that stand for real numbers on a grid
+SEVERAL_OUTPUTS = 4  # the first format version that has them
 
 Shape = tuple[int, ...]
+Output = Any  # what a call returns: an array, or a list of arrays of a network with several outputs
 
 
 @dataclass
@@ -49,16 +51,22 @@ class Node:
 
 @dataclass
 class Member:
-    """One network: tensors[0] is its input, the output of nodes[-1] its output."""
+    """One network: tensors[0] is its input, the output of nodes[-1] its output, unless it has several."""
 
     name: str
     tensors: list[Activation]
     nodes: list[Node]
     preprocess_table: np.ndarray | None = None  # uint8 [C, 256]
+    outputs: list[int] | None = None  # ids of two or more f32 tensors
+
+    @property
+    def output_ids(self) -> list[int]:
+        return [self.nodes[-1].output] if self.outputs is None else self.outputs
 
     @property
     def output(self) -> Activation:
-        return self.tensors[self.nodes[-1].output]
+        """The only one, or the first."""
+        return self.tensors[self.output_ids[0]]
 
 
 @dataclass

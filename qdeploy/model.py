@@ -14,6 +14,7 @@ from . import _engine, format
 from .arguments import integer, path_text
 from .errors import InputError, ModelError
 from .files import AnyPath
+from .graph import Output
 from .terminal import printable
 from .texts import TextInput
 
@@ -126,8 +127,15 @@ def _isa(isa: str | None) -> str:
     return isa or ""
 
 
-def check_has_classes(shape: Sequence[int]) -> None:
-    """Raise InputError unless an output of this shape, without the batch, has scores to choose a class by."""
+def _one_or_all(outputs: list[np.ndarray]) -> Output:
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def check_has_classes(outputs: list[dict]) -> None:
+    """Raise InputError unless there is one output, with scores to choose a class by. They are as `Model.outputs`."""
+    if len(outputs) != 1:
+        raise InputError(f"expected a model with one output, got {len(outputs)} - at predict")
+    shape = outputs[0]["shape"]
     if len(shape) != 1:
         raise InputError(f"expected a model with one score per class, got output {list(shape)} - at predict")
     if shape[0] < 2:
@@ -152,12 +160,13 @@ class Model:
         self._stamp = None if content is not None else _stamp(path)
         self._activations = session.activations
         self._varies = [entry.pop("varies") for entry in self._activations]  # rows with the length of a text
-        self._output = session.outputs[0]
+        is_ensemble = len(session.members) > 1
+        self._outputs = session.outputs[:1] if is_ensemble else session.outputs
         self._steps = session.plan(1)
         shape = self._activations[session.input]["shape"]
         self._accepted: dict[np.dtype[Any], tuple[int, ...]] = {np.dtype(np.float32): shape}
         self._macs = sum(step["macs"] for step in self._steps)
-        self._is_ensemble = len(session.members) > 1
+        self._is_ensemble = is_ensemble
         self._memory = _engine.memory_limit()
         self._result_bytes = [int(np.prod(a["shape"])) * _DTYPES[a["dtype"]].itemsize for a in self._activations]
         if session.preprocess:
@@ -174,8 +183,9 @@ class Model:
 
     @property
     def outputs(self) -> list[dict]:
-        """One entry: `shape` (without the batch), `dtype` and, for codes, `scale` and `zero_point`."""
-        return [dict(self._activations[self._output])]  # a copy: the sizes of results follow from ours
+        """One entry for each output: `name`, `shape` (without the batch), `dtype` and, for codes, `scale` and
+        `zero_point`."""
+        return [dict(self._activations[i]) for i in self._outputs]  # copies: the sizes of results follow from ours
 
     @property
     def members(self) -> list[str]:
@@ -212,35 +222,34 @@ class Model:
     # ---- Running --------------------------------------------------------------------------------------------------
 
     @overload
-    def __call__(self, images: np.ndarray) -> np.ndarray: ...
+    def __call__(self, images: np.ndarray) -> Output: ...
     @overload
-    def __call__(self, images: np.ndarray, taps: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
-    def __call__(
-        self, images: np.ndarray, taps: Sequence[str] = ()
-    ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+    def __call__(self, images: np.ndarray, taps: Sequence[str]) -> tuple[Output, dict[str, np.ndarray]]: ...
+    def __call__(self, images: np.ndarray, taps: Sequence[str] = ()) -> Output | tuple[Output, dict[str, np.ndarray]]:
         """Run a batch of any size.
 
         images: float32 [N, C, H, W] (or [N, T, D] or [N, F]), or, where the file has `preprocess`, uint8 [N, H, W, C].
         taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
         Returns the logits, float32 [N, K]; for an ensemble the probabilities; a network that ends in a feature map or
-        tokens or in codes gives that ([N, C, H, W] or [N, T, D], float32, uint8 or int16). With taps also a dict from
-        name to codes or float32.
+        tokens or in codes gives that ([N, C, H, W] or [N, T, D], float32, uint8 or int16). One with several outputs
+        gives a list of such float32 arrays, in the order of `outputs`. With taps also a dict from name to codes or
+        float32.
         Raises InputError for any other dtype or shape, NaN or infinity, or an unknown tap.
         """
         return self._call(self._checked(images), None, taps)
 
     def _call(
         self, inputs: np.ndarray, lengths: np.ndarray | None, taps: Sequence[str]
-    ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+    ) -> Output | tuple[Output, dict[str, np.ndarray]]:
         if not isinstance(taps, str) and not len(taps):
-            return self._run(inputs, lengths)[0]
+            return _one_or_all(self._run(inputs, lengths)[0])
         ids = self._tap_ids(taps)
-        output, tapped = self._run(inputs, lengths, taps=ids.values())
-        return output, {name: array for name, (_, array) in zip(ids, tapped, strict=True)}
+        outputs, tapped = self._run(inputs, lengths, taps=ids.values())
+        return _one_or_all(outputs), {name: array for name, (_, array) in zip(ids, tapped, strict=True)}
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
-        check_has_classes(self.outputs[0]["shape"])
+        check_has_classes(self.outputs)
         return self._predict(self._checked(images), None)
 
     def _predict(self, inputs: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
@@ -281,20 +290,20 @@ class Model:
         taps: Collection[int] = (),
         classes: np.ndarray | None = None,
         step_seconds: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-        """Output of checked images, or texts of these lengths, and pairs of the activations `taps` and what they hold;
+    ) -> tuple[list[np.ndarray], list[tuple[int, np.ndarray]]]:
+        """Outputs of checked images, or texts of these lengths, and pairs of the activations `taps` and what they hold;
         fills the other two."""
         n = len(inputs)
-        wanted = n * self._result_bytes[self._output]
-        for activation in taps:
+        wanted = 0
+        for activation in (*self._outputs, *taps):
             wanted += n * self._result_bytes[activation]
         if wanted > self._memory:
             raise self._beyond_memory(n, wanted)
-        output = self._empty(inputs, self._output)
+        outputs = [self._empty(inputs, activation) for activation in self._outputs]
         tapped = [(activation, self._empty(inputs, activation)) for activation in taps]
         if n:
-            self._session.run(inputs, output, classes, tapped, step_seconds, lengths)
-        return output, tapped
+            self._session.run(inputs, outputs, classes, tapped, step_seconds, lengths)
+        return outputs, tapped
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
         if isinstance(images, np.ndarray) and images.ndim and self._accepted.get(images.dtype) == images.shape[1:]:
@@ -357,14 +366,14 @@ class TextModel(Model):
         return [{**entry, **text, "layouts": ["i32 [N, T]", "i64 [N, T]"]}]
 
     @overload  # type: ignore[override]  # a mask goes with ids
-    def __call__(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray: ...
+    def __call__(self, ids: np.ndarray, mask: np.ndarray | None = None) -> Output: ...
     @overload
     def __call__(
         self, ids: np.ndarray, mask: np.ndarray | None = None, *, taps: Sequence[str]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]: ...
+    ) -> tuple[Output, dict[str, np.ndarray]]: ...
     def __call__(
         self, ids: np.ndarray, mask: np.ndarray | None = None, taps: Sequence[str] = ()
-    ) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+    ) -> Output | tuple[Output, dict[str, np.ndarray]]:
         """Run a batch of any size.
 
         ids: int32 or int64 [N, T]; of a network of texts of any length T is at most that of the file, else exactly.
@@ -379,7 +388,7 @@ class TextModel(Model):
 
     def predict(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """The class of each text, int64 [N]. Arguments as of a call."""
-        check_has_classes(self.outputs[0]["shape"])
+        check_has_classes(self.outputs)
         return self._predict(*self._text.checked(ids, mask))
 
     def profile(self, ids: np.ndarray, rounds: int = 10, mask: np.ndarray | None = None) -> list[dict]:

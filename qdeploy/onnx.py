@@ -31,7 +31,8 @@ def to_onnx(model: Graph | AnyPath, quantized: bool = True, u8: bool = False, in
 
     Inputs: `x` f32 [N, C, H, W], [N, T, D] or [N, F]; with `u8`, where the file has `preprocess`, u8 [N, H, W, C].
         Of a text `ids` int64 [N, T], and where it may be shorter `mask` int64 [N, T], ones and then zeros.
-    Output: `y` f32, real numbers also where the file ends in codes; rows beyond the end of a text are 0.
+    Output: `y` f32, real numbers also where the file ends in codes; rows beyond the end of a text are 0. Several have
+        the names of their tensors, or, where another has that name, one made of it.
     Names of nodes stay; metadata_props has `classes`, `preprocess` and `qdeploy`, the version that wrote it.
 
     quantized: the same integers in QDQ form (u8 activations, s8 weights per channel), which onnxruntime and OpenVINO
@@ -64,13 +65,20 @@ def to_onnx(model: Graph | AnyPath, quantized: bool = True, u8: bool = False, in
     inputs = _inputs(graph, u8)
     if graph.variable:
         writer.text("ids", "mask")
-    y = _combined(writer, graph, [_member(writer, graph, member, u8) for member in graph.members])
+    members = [_member(writer, graph, member, u8) for member in graph.members]
+    found = members[0] if graph.combine is None else [_combined(writer, graph, [y for [y] in members])]
+    outputs = graph.members[0].output_ids
     if writer.nbytes > LARGEST:
         raise InputError(
             f"expected at most 2 GiB of constants in an ONNX graph, got {writer.nbytes} bytes - at the graph"
         )
-    writer.nodes.append(helper.make_node("Identity", [y], ["y"], "y"))
-    body = helper.make_graph(writer.nodes, "qdeploy", inputs, [_output(graph)], writer.initializers)
+    results = []
+    for i, value in zip(outputs, found, strict=True):
+        name = "y" if len(outputs) == 1 else writer.output(value, graph.members[0].tensors[i].name)
+        if name != value:
+            writer.nodes.append(helper.make_node("Identity", [value], [name], name))
+        results.append(_output(graph, i, name))
+    body = helper.make_graph(writer.nodes, "qdeploy", inputs, results, writer.initializers)
     opset = helper.make_opsetid("", writer.opset)
     result = helper.make_model(
         body,
@@ -104,34 +112,38 @@ def _inputs(graph: Graph, u8: bool) -> list[onnx.ValueInfoProto]:
     return [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", *shape])]
 
 
-def _output(graph: Graph) -> onnx.ValueInfoProto:
+def _output(graph: Graph, tensor: int, name: str) -> onnx.ValueInfoProto:
     from onnx import TensorProto, helper
 
-    shape: list[int | str] = list(graph.members[0].output.shape)
-    more = _rows(graph, graph.members[0])[graph.members[0].nodes[-1].output]
+    shape: list[int | str] = list(graph.members[0].tensors[tensor].shape)
+    more = _rows(graph, graph.members[0])[tensor]
     if more is not None:
         shape[0] = f"L + {more}" if more else "L"
-    return helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", *shape])
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape])
 
 
 def _rows(graph: Graph, member: Member) -> Sequence[Rows]:
     return rows_of_texts(member) if graph.variable else [None] * len(member.tensors)
 
 
-def _member(writer: Writer, graph: Graph, member: Member, u8: bool) -> str:
-    """Append one network; returns the name of its f32 output."""
+def _member(writer: Writer, graph: Graph, member: Member, u8: bool) -> list[str]:
+    """Append one network; returns the names of its f32 outputs."""
     values = {0: _entry(writer, graph, member, u8)}
     for node in member.nodes:
         writer.name = _prefix(graph, member) + node.name
         writer.at = node_at(node, member_at(member.name))
         output = member.tensors[node.output]
         values[node.output] = OPS[node.op](writer, node, [values[i] for i in node.inputs], output)
-    last = values[member.nodes[-1].output]
-    real = writer.real(last)
-    if last.rows is None:
+    return [_real(writer, values[i]) for i in member.output_ids]
+
+
+def _real(writer: Writer, value: Value) -> str:
+    """An output."""
+    real, writer.name = writer.real(value), value.name
+    if value.rows is None:
         return real
-    behind = [1] * (len(last.tensor.shape) - 1)
-    return writer.add("Mul", [real, writer.mask(last.rows, (-1, *behind))], "rows_that_exist")
+    behind = [1] * (len(value.tensor.shape) - 1)
+    return writer.add("Mul", [real, writer.mask(value.rows, (-1, *behind))], "rows_that_exist")
 
 
 def _entry(writer: Writer, graph: Graph, member: Member, u8: bool) -> Value:
@@ -167,8 +179,7 @@ def _pixels(writer: Writer, graph: Graph, member: Member, value: Value) -> Value
 
 def _combined(writer: Writer, graph: Graph, outputs: list[str]) -> str:
     """The rule of an ensemble over the outputs of its members."""
-    if graph.combine is None:
-        return outputs[0]
+    assert graph.combine is not None
     writer.name = graph.combine
     if graph.combine == "probs":
         outputs = [writer.add("Softmax", [name], "softmax", axis=-1) for name in outputs]

@@ -26,7 +26,7 @@ import numpy as np
 from qdeploy import _engine
 from qdeploy.arguments import integer
 from qdeploy.errors import InputError
-from qdeploy.graph import Graph
+from qdeploy.graph import Graph, Output
 from qdeploy.model import MAX_ROUNDS
 from qdeploy.onnx import to_onnx
 from qdeploy.terminal import Status, columns, percent
@@ -35,7 +35,7 @@ from qdeploy.timing import Timing
 if TYPE_CHECKING:
     from qdeploy.model import Model
 
-Run = Callable[[np.ndarray], np.ndarray]
+Run = Callable[[np.ndarray], Output]
 Shape = Sequence[int]
 OURS = "qdeploy int8"
 PRECISIONS = ("float32", "int8")
@@ -60,7 +60,7 @@ def onnxruntime(model: bytes | str, shape: Shape, threads: int) -> Run:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_free_dimension_override_by_name("N", shape[0])
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"x": x})[0]
+    return lambda x: _one_or_all(session.run(None, {"x": x}))
 
 
 def openvino(model: bytes | str, shape: Shape, threads: int) -> Run:
@@ -75,7 +75,7 @@ def openvino(model: bytes | str, shape: Shape, threads: int) -> Run:
     network.reshape({0: list(shape)})
     config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     request = core.compile_model(network, "CPU", config).create_infer_request()
-    return lambda x: request.infer({0: x}, share_inputs=True)[0]
+    return lambda x: _one_or_all(list(request.infer({0: x}, share_inputs=True).to_tuple()))
 
 
 def mnn(model: bytes | str, shape: Shape, threads: int) -> Run:
@@ -98,6 +98,9 @@ def mnn(model: bytes | str, shape: Shape, threads: int) -> Run:
             raise InputError("expected an ONNX model that MNN converts, got another")
         network = MNN.Interpreter(str(converted))
         session = network.createSession({"backend": "CPU", "numThread": threads, "precision": "high"})
+        outputs = len(network.getSessionOutputAll(session))
+        if outputs != 1:
+            raise InputError(f"expected one output in MNN, got {outputs}")
         entry = network.getSessionInput(session)
         network.resizeTensor(entry, tuple(shape))
         network.resizeSession(session)
@@ -132,6 +135,10 @@ def _silence() -> Iterator[None]:
         flush(None)
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _one_or_all(outputs: list[np.ndarray]) -> Output:
+    return outputs[0] if len(outputs) == 1 else outputs
 
 
 class Runtime(NamedTuple):
@@ -329,8 +336,11 @@ def peaks(isa: str) -> dict[str, float | None]:
     return {precision: _engine.peak_gmacs(isa, precision, PEAK_SECONDS) for precision in PRECISIONS}
 
 
-def correlation(ours: np.ndarray, theirs: np.ndarray) -> float | None:
-    """How far two outputs agree, 1 at best; None where one of them is constant."""
+def correlation(ours: Output, theirs: Output) -> float | None:
+    """How far two outputs agree, 1 at best; None where one is constant. Of several outputs that of the worst."""
+    if isinstance(ours, list):
+        found = [correlation(a, b) for a, b in zip(ours, theirs, strict=True)]
+        return min((one for one in found if one is not None), default=None)
     if np.ptp(ours) == 0 or np.ptp(theirs) == 0:
         return None
     return float(np.corrcoef(ours.ravel(), theirs.ravel())[0, 1])

@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from qdeploy.errors import InputError
 from qdeploy.f32 import Numbers, fma32, power_weights, softmax, to_f32
-from qdeploy.graph import Activation, Graph, Member, Node
+from qdeploy.graph import Activation, Graph, Member, Node, Output
 from qdeploy.ops import rows_of_texts
 from qdeploy.texts import TextInput
 
@@ -23,14 +23,14 @@ NUMPY: dict[str, type] = {"u8": np.uint8, "s16": np.int16, "i32": np.int32, "f32
 
 def run(
     graph: Graph, x: np.ndarray, taps: Sequence[str] = (), mask: np.ndarray | None = None
-) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+) -> Output | tuple[Output, dict[str, np.ndarray]]:
     """The output of `graph` for a batch, computed the plain way.
 
     x: f32 [N, C, H, W], [N, T, D] or [N, F]; where the graph has `preprocess` also u8 [N, H, W, C]; where it has a
         vocabulary token ids, int32 or int64 [N, T]. N may be 0.
     mask: 0 or 1 [N, T] for texts of any length: ones, at least one, and then zeros. None: all are as long as x.
-    Returns f32 or the codes u8 or s16, in the shape of the graph's output after N; of an ensemble the combined
-    probabilities, f32 [N, K]. Rows at and beyond a text's length are 0.
+    Returns f32 or the codes u8 or s16, in the shape of the graph's output after N, or a list of such f32 where it has
+    several outputs; of an ensemble the combined probabilities, f32 [N, K]. Rows at and beyond a text's length are 0.
     With `taps` (names of nodes, in an ensemble "member/node") returns (output, {name: array}) with their outputs.
     Raises InputError for an x or a mask that does not fit and for an unknown tap.
     """
@@ -44,13 +44,14 @@ def run(
 
 
 def predict(graph: Graph, x: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """The class of each image or text, int64 [N]: the first largest score. As for `run`; the output must be [N, K]."""
+    """The class of each image or text, int64 [N]: the first largest score. As for `run`; the one output must be
+    [N, K]."""
     return run_all(graph, x, mask)[1].argmax(axis=1)
 
 
 def run_all(
     graph: Graph, x: np.ndarray, mask: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+) -> tuple[Output, np.ndarray, dict[str, np.ndarray]]:
     """The output, the scores whose first largest is the class, and the output of every node by its tap name."""
     lengths = None
     if graph.vocabulary is None:
@@ -61,11 +62,11 @@ def run_all(
     outputs, tapped = [], {}
     for member in graph.members:
         values = run_member(member, x) if lengths is None else run_texts(member, x, lengths)
-        outputs.append(values[member.nodes[-1].output])
+        outputs += [values[i] for i in member.output_ids]
         prefix = f"{member.name}/" if graph.combine else ""
         tapped.update({prefix + node.name: values[node.output] for node in member.nodes})
     output, scores = combine(outputs, graph.combine)
-    return output, scores, tapped
+    return output if len(graph.members[0].output_ids) == 1 else outputs, scores, tapped
 
 
 def check_input(graph: Graph, x: np.ndarray) -> None:
@@ -210,7 +211,11 @@ def max_pool2d(node: Node, values: list[np.ndarray], inputs: list[Activation], o
 
 
 def table(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
-    return node.constants["table"][values[0]]
+    entries = node.constants["table"]
+    if entries.ndim == 1:
+        return entries[values[0]]
+    channels = np.arange(len(entries)).reshape((-1, 1, 1) if values[0].ndim == 4 else (-1,))
+    return entries[channels, values[0]]
 
 
 def resize(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:

@@ -30,8 +30,10 @@ from qdeploy.graph import (
     MAX_ELEMENTS,
     MAX_MEMBERS,
     MAX_NODES,
+    SEVERAL_OUTPUTS,
     Activation,
     Graph,
+    Member,
     Node,
     Shape,
 )
@@ -39,7 +41,7 @@ from qdeploy.ops import OPS
 from qdeploy.ops.op import Rows, known_dtypes
 
 MIN_SCALE, MAX_SCALE = 2.0**-126, 2.0**126  # so that 1/scale is a normal f32 as well
-NEWEST = max(op.version for op in OPS.values())
+NEWEST = max(SEVERAL_OUTPUTS, *(op.version for op in OPS.values()))
 INPUT_AT = key_of("input", "the graph")
 
 
@@ -63,7 +65,7 @@ def validate(graph: Graph) -> None:
             check_name(node.name, key_of("name", f"node {j} of {check.at}"))
             check.operands(node, [*node.attributes, *node.constants, *absent_constants(node)])
             check.node(node)
-        check.end()
+        check.end(member.outputs)
     check_outputs(graph)
     check_results(graph, facts)
 
@@ -111,7 +113,7 @@ def check_outputs(graph: Graph) -> None:
     """What the outputs of the members, each of which is valid, are made into."""
     _check_ensemble(graph)
     if graph.classes is not None:
-        _check_classes(graph.classes, graph.members[0].output)
+        _check_classes(graph.classes, graph.members[0])
 
 
 def check_results(graph: Graph, facts: Facts) -> None:
@@ -135,13 +137,16 @@ def _check_ensemble(graph: Graph) -> None:
     names: set[str] = set()
     for member in graph.members:
         output, at = member.output, member_at(member.name)
+        expect(member.outputs is None, "one output of a member of an ensemble", len(member.output_ids), at)
         alike = output.dtype == "f32" and len(output.shape) == 1 and output.shape == shape
         expect(alike, "members that end in one f32 shape [K]", shape_text(output.shape), at)
         expect(member.name not in names, "unique names", f"{quoted(member.name)} twice", "the members of the graph")
         names.add(member.name)
 
 
-def _check_classes(classes: list[str], output: Activation) -> None:
+def _check_classes(classes: list[str], member: Member) -> None:
+    output, count = member.output, len(member.output_ids)
+    expect(count == 1, "one output for classes", count, "the graph")
     expect(len(output.shape) == 1, "an output of shape [K] for classes", shape_text(output.shape), "the graph")
     expect(isinstance(classes, list), "an array", kind(classes), "key `classes` of the graph")
     expect(len(classes) == output.shape[0], f"{output.shape[0]} class names", len(classes), "the graph")
@@ -171,7 +176,7 @@ class MemberCheck:
         self.tensors: list[Activation] = []
         self.written: dict[int, Rows] = {0: 0 if variable else None}  # by tensor id
         self.names: set[str] = set()  # of nodes
-        self.output = 0  # of the last node
+        self.last = 0  # the output of the last node
 
     def tensor(self, tensor: Activation) -> None:
         at = f"tensor {quoted(tensor.name)} of {self.at}"
@@ -238,7 +243,7 @@ class MemberCheck:
         expect(node.name not in self.names, "unique names", f"{quoted(node.name)} twice", f"the nodes of {self.at}")
         self.names.add(node.name)
         self.written[node.output] = op.rows(node, inputs, [self.written[i] for i in node.inputs], at)
-        self.output = node.output
+        self.last = node.output
 
     def _same_grid(self, node: Node, inputs: list[Activation], output: Activation) -> None:
         grid = (np.float32(output.scale), output.zero_point)
@@ -249,10 +254,23 @@ class MemberCheck:
             same = (np.float32(tensor.scale), tensor.zero_point) == grid
             expect(same, "the output's scale and zero point on every input", f"others on tensor {i}", place)
 
-    def end(self) -> None:
+    def end(self, outputs: Any) -> None:
+        """The member as a whole. `outputs`: their ids, or None where there is one."""
         expect(len(self.names) >= 1, "at least one node", "none", self.at)
         count = len(self.tensors)
         expect(count == len(self.names) + 1, "one tensor more than nodes", count, self.at)
+        ids = {self.last} if outputs is None else self._outputs(outputs)
         for i, tensor in enumerate(self.tensors):
-            fits = tensor.dtype != "f32" or i == self.output
-            expect(fits, "f32 for the output only", f"tensor {i}", self.at)
+            fits = tensor.dtype != "f32" or i in ids
+            expect(fits, "f32 for outputs only", f"tensor {i}", self.at)
+
+    def _outputs(self, outputs: Any) -> set[int]:
+        """The ids of several, checked."""
+        at = key_of("outputs", self.at)
+        found: set[int] = set()
+        for i in integers(outputs, 2, MAX_NODES, 0, len(self.tensors) - 1, at):
+            expect(i not in found, "outputs that differ", f"tensor {i} twice", at)
+            dtype = self.tensors[i].dtype
+            expect(dtype == "f32", "f32 outputs", f"{dtype} tensor {i}", at)
+            found.add(i)
+        return found

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import qdeploy
 from qdeploy import _engine, format, reference
+from qdeploy.graph import Output
 from qdeploy.terminal import Status
 
 if TYPE_CHECKING:
@@ -33,11 +34,17 @@ def verify(
         output, taps = reference.run(graph, x[0], nodes, *x[1:])
         for isa, threads, run in runs:
             progress(f"{isa}, {kind} input" if threads is None else f"{isa}, {threads} thread(s), {kind} input")
-            got = {"output": run(*x), **run(*x, taps=nodes)[1]}
-            wrong = [name for name, want in {"output": output, **taps}.items() if want.tobytes() != got[name].tobytes()]
+            got = {**_named(run(*x)), **run(*x, taps=nodes)[1]}
+            wanted = {**_named(output), **taps}
+            wrong = [name for name, want in wanted.items() if want.tobytes() != got[name].tobytes()]
             row = {"input": kind, "isa": isa, "threads": threads, "compared": len(got), "different": len(wrong)}
             rows.append(row | {"first": next((name for name in nodes if name in wrong), *wrong[:1] or [None])})
     return rows
+
+
+def _named(output: Output) -> dict[str, np.ndarray]:
+    """What a call returns."""
+    return {f"output {i}": y for i, y in enumerate(output)} if isinstance(output, list) else {"output": output}
 
 
 def _runs(path: str | os.PathLike[str] | bytes, device: str) -> list[tuple[str, int | None, Callable]]:
@@ -56,11 +63,14 @@ def _with_arrays(model: GpuModel) -> Callable:
 
     call: Callable = model  # with images, or with ids and maybe a mask
 
-    def run(*inputs: np.ndarray, taps: list[str] | tuple = ()) -> np.ndarray | tuple[np.ndarray, dict[str, np.ndarray]]:
+    def array(output: torch.Tensor | list[torch.Tensor]) -> Output:
+        return [y.cpu().numpy() for y in output] if isinstance(output, list) else output.cpu().numpy()
+
+    def run(*inputs: np.ndarray, taps: list[str] | tuple = ()) -> Any:
         tensors = [torch.from_numpy(x).to(model.device) for x in inputs]
         if not taps:
-            return call(*tensors).cpu().numpy()
+            return array(call(*tensors))
         output, tapped = call(*tensors, taps=taps)
-        return output.cpu().numpy(), {name: value.cpu().numpy() for name, value in tapped.items()}
+        return array(output), {name: value.cpu().numpy() for name, value in tapped.items()}
 
     return run

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from qdeploy import reference
-from qdeploy.graph import Activation, Graph, Member, Node
+from qdeploy.graph import Activation, Graph, Member, Node, Output
 from qdeploy.ops import OPS
 from qdeploy.ops.op import channels_of
 
@@ -30,9 +30,9 @@ class Builder:
         self.tensors = [codes or Activation("input", input_shape, "i32")]
         self.nodes: list[Node] = []
 
-    def member(self, name: str = "net", preprocess: dict | None = None) -> Member:
+    def member(self, name: str = "net", preprocess: dict | None = None, outputs: list[int] | None = None) -> Member:
         table = preprocess and reference.preprocess_table(preprocess, self.tensors[0])
-        return Member(name, self.tensors, self.nodes, table)
+        return Member(name, self.tensors, self.nodes, table, outputs)
 
     def shape(self, tensor: int) -> tuple[int, ...]:
         return self.tensors[tensor].shape
@@ -92,10 +92,13 @@ class Builder:
         attributes = {"kernel": kernel, "stride": stride, "padding": padding, "bias": self._offset(1, exact)[0]}
         return self._node("avg_pool2d", [x], attributes, {"multiplier": multiplier}, dtype, clamp, flat=flat)
 
-    def table(self, x: int, dtype: str = "u8", quantization: Quantization | None = None) -> int:
-        values = self.rng.integers(0, 256, 256).astype(np.uint8)
+    def table(
+        self, x: int, dtype: str = "u8", quantization: Quantization | None = None, by_channel: bool = False
+    ) -> int:
+        size = (channels_of(self.shape(x)), 256) if by_channel else 256
+        values = self.rng.integers(0, 256, size).astype(np.uint8)
         if dtype == "f32":
-            values = (self.rng.standard_normal(256) * 10).astype(np.float32)
+            values = (self.rng.standard_normal(size) * 10).astype(np.float32)
         return self._node("table", [x], {}, {"table": values}, dtype, quantization=quantization)
 
     def concat(self, inputs: list[int], axis: str | None = None) -> int:
@@ -328,73 +331,6 @@ def every_op(name: str, seed: int) -> Member:
     return net.member(name)
 
 
-def gated_network(seed: int) -> Graph:
-    """What convolutional networks of version 3 are made of: a stream of 16 bits, depthwise and grouped convolutions,
-    shuffled channels, gates of channels, of pixels and of one shape, norms, a resize, a border by reflection."""
-    net = Builder(np.random.default_rng(seed), (3, 13, 11), (0.02, 120))
-    x = net.conv2d(0, 24, (3, 3), (2, 2), (1, 1, 1, 1), bits=8)
-    left, right = (net.gather(x, "channels", range(i, 24, 2)) for i in (0, 1))
-    y = net.conv2d(right, 12, (3, 3), padding=(1, 1, 1, 1), groups=12, bits=7, quantization=net.quantization(left))
-    x = net.gather(net.concat([left, y]), "channels", np.arange(24).reshape(2, 12).T.ravel())
-    stream = net.conv2d(x, 40, bits=6, dtype="s16")
-    y = net.conv2d(net.rescale(stream), 40, (7, 7), padding=(3, 3, 3, 3), groups=40, dtype="s16")
-    y = net.table(net.conv2d(net.norm(y), 72, bits=5))
-    stream = net.conv2d(y, 40, bits=4, residual=stream, dtype="s16")
-    y = net.norm(stream, groups=8)
-    gate = net.table(net.conv2d(net.avg_pool2d(y, (7, 6), (1, 1), (0, 0, 0, 0)), 8))
-    y = net.mul(y, net.conv2d(gate, 40))
-    y = net.mul(y, net.conv2d(y, 1, (3, 3), padding=(1, 1, 1, 1)))
-    y = net.mul(y, net.table(y))
-    stream = net.conv2d(y, 40, (3, 3), padding=(1, 1, 1, 1), groups=4, bits=3, residual=stream, dtype="s16")
-    pooled = net.avg_pool2d(stream, (3, 3), (1, 1), (1, 1, 1, 1), dtype="s16")
-    y = net.norm(net.add(stream, pooled, dtype="s16"))
-    y = net.resize(net.max_pool2d(y, (3, 3), (2, 2), (1, 1, 1, 1)), (5, 7), (2, 3))
-    reflected = np.pad(np.arange(35).reshape(5, 7), 1, "reflect")
-    y = net.conv2d(net.gather(y, "rows", reflected.ravel(), (40, 7, 9)), 24, (3, 3), (2, 2))
-    y = net.avg_pool2d(y, (3, 4), (1, 1), (0, 0, 0, 0))
-    net.linear(net.reshape(y, (24,)), 10, bits=2, dtype="f32", size=0.01)
-    return Graph([net.member()])
-
-
-def vision_network(seed: int) -> Graph:
-    """A transformer of images: windows, some of them of several regions, merged patches, a token of the class."""
-    net = Builder(np.random.default_rng(seed), (3, 24, 24), (0.02, 120))
-    x = net.position(net.tokens(net.conv2d(0, 40, (4, 4), (4, 4), dtype="s16")))
-    windows = np.roll(np.arange(36).reshape(6, 6), (-1, -1), (0, 1)).reshape(2, 3, 2, 3).swapaxes(1, 2).ravel()
-    y = net.gather(net.norm(x), "rows", windows)
-    q, k, v = (net.linear(y, 40, bits=bits) for bits in (8, 7, 6))
-    y = net.attention(q, k, v, 4, block=9, logit_bias=True, regions=2)
-    x = net.linear(net.gather(y, "rows", np.argsort(windows)), 40, residual=x, dtype="s16")
-    x = net.linear(net.table(net.linear(net.norm(x), 88, bits=5)), 40, bits=4, residual=x, dtype="s16")
-    corners = np.arange(36).reshape(3, 2, 3, 2).transpose(1, 3, 0, 2).reshape(4, 9)
-    x = net.concat([net.gather(x, "rows", rows) for rows in corners], "channels")
-    x = net.position(net.linear(net.norm(x), 48, dtype="s16"), prefix=1)
-    y = net.norm(x)
-    x = net.linear(net.attention(net.linear(y, 48), net.linear(y, 48), y, 3), 48, residual=x, dtype="s16")
-    y = net.norm(net.gather(x, "rows", range(1, 10)))
-    y = net.conv2d(net.image(y, 3), 33, (3, 3), padding=(1, 1, 1, 1), bits=3)
-    y = net.avg_pool2d(y, (3, 3), (1, 1), (0, 0, 0, 0))
-    y = net.reshape(net.concat([y, y]), (66,))
-    first = net.norm(net.gather(x, "rows", [0], (48,)))
-    net.linear(net.concat([net.linear(y, 48, quantization=net.quantization(first)), first]), 10, dtype="f32", size=0.01)
-    return Graph([net.member()])
-
-
-def text_network(seed: int) -> Graph:
-    """A transformer of texts of up to 21 tokens, which ends in their mean."""
-    net = Builder(np.random.default_rng(seed), (21,), None)
-    x = net.position(net.embedding(50, 48, bits=7), prefix=1)
-    for bias in (False, True):
-        y = net.norm(x)
-        q, k, v = (net.linear(y, 48, bits=bits) for bits in (8, 7, 6))
-        x = net.linear(net.attention(q, k, v, 3, logit_bias=bias), 48, bits=5, residual=x, dtype="s16")
-        y = net.norm(x)
-        gated = net.mul(net.table(net.linear(y, 72, bits=4)), net.linear(y, 72, bits=3))
-        x = net.norm(net.linear(gated, 48, residual=x, dtype="s16"), dtype="s16")
-    net.linear(net.mean(x), 7, bits=2, dtype="f32", size=0.01)
-    return Graph([net.member()], vocabulary=50, variable=True)
-
-
 def small_network() -> Graph:
     """Every op, preprocess and classes in a small file."""
     entry = {"mean": [0.5, 0.25, 0.125], "std": [0.25, 0.5, 1.0]}
@@ -447,6 +383,36 @@ def small_text() -> Graph:
     x = net.mean(y)
     net.linear(x, 3, bits=7, dtype="f32")
     return Graph([net.member()], classes=["a", "b", "c"], vocabulary=11, variable=True)
+
+
+def detector(seed: int) -> Graph:
+    """Two heads on images of two sizes, [K] scores, a stream of 16 bits that is an output and is read inside as well;
+    their order is not that of the nodes."""
+    net = Builder(np.random.default_rng(seed), (3, 16, 12), (0.02, 120))
+    stream = net.conv2d(0, 24, (3, 3), (2, 2), (1, 1, 1, 1), dtype="s16")
+    features = net.rescale(stream, "f32")
+    fine = net.table(net.norm(stream), by_channel=True)
+    coarse = net.max_pool2d(net.conv2d(fine, 32, (3, 3), padding=(1, 1, 1, 1), bits=5), (2, 2), (2, 2), (0, 0, 0, 0))
+    boxes = net.conv2d(coarse, 8, (1, 1), dtype="f32", bits=7)
+    finer = net.conv2d(fine, 4, (3, 3), padding=(1, 1, 1, 1), dtype="f32", bits=6)
+    mask = net.table(net.conv2d(coarse, 2), "f32", by_channel=True)
+    pooled = net.reshape(net.avg_pool2d(coarse, (4, 3), (1, 1), (0, 0, 0, 0)), (32,))
+    scores = net.linear(pooled, 5, dtype="f32", bits=4, size=0.01)
+    net.linear(pooled, 3)  # that nobody reads
+    return Graph([net.member(outputs=[scores, finer, features, boxes, mask])])
+
+
+def small_detector() -> Graph:
+    net = Builder(np.random.default_rng(3), (2, 4, 4), (0.05, 100))
+    x = net.conv2d(0, 4, (3, 3), padding=(1, 1, 1, 1))
+    boxes = net.conv2d(x, 3, bits=4, dtype="f32")
+    scores = net.linear(net.reshape(x, (64,)), 2, bits=3, dtype="f32")
+    return Graph([net.member(outputs=[scores, boxes])])
+
+
+def arrays(output: Output) -> list[np.ndarray]:
+    """Of one output, or of several."""
+    return output if isinstance(output, list) else [output]
 
 
 def small_ensemble() -> Graph:

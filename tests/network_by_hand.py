@@ -58,7 +58,7 @@ class ByHand:
         first = Linear("first", [x], SIZES[1:2], Value("linear"), weight=weight, **exact(SIZES[1]))
         act = Table("act", [first], SIZES[1:2], Value("hardswish"), function=hardswish)
         fc = Linear("fc", [act], SIZES[2:], Value("scores"), weight=self.second, **exact(SIZES[2]))
-        return Network(self, [x, first, act, fc], fc, classifier="fc")
+        return Network(self, [x, first, act, fc], [fc], classifier="fc")
 
 
 def check(folder: str) -> None:

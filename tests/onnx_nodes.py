@@ -33,7 +33,7 @@ def from_given_codes(model: onnx.ModelProto, activations: dict[str, Activation])
     renamed = {f"{name}/codes": f"{name}/given" for name in activations}
     for node in forced.graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
-    outputs = list(renamed) + ["y"]
+    outputs = list(renamed) + [output.name for output in model.graph.output]
     for name, tensor in activations.items():
         forced.graph.input.append(
             helper.make_tensor_value_info(f"{name}/given", TYPES[tensor.dtype], [None] * (len(tensor.shape) + 1))

@@ -14,8 +14,9 @@ from builder import Builder, Quantization
 from hypothesis import strategies as st
 from versions import EVERYWHERE
 
-from qdeploy.graph import COMBINE, Graph
+from qdeploy.graph import COMBINE, SEVERAL_OUTPUTS, Graph
 from qdeploy.ops import OPS
+from qdeploy.ops.elementwise import TABLE_BY_CHANNEL
 from qdeploy.ops.op import channels_of, known_dtypes, rows_of
 
 MAX_MACS = 3_000_000  # of one drawn node and image
@@ -49,8 +50,12 @@ def graphs(draw: st.DrawFn, max_nodes: int = 5, version: int = EVERYWHERE) -> Gr
     preprocess = draw(preprocesses(shape))
     builder = Builder(draw(generators()), shape, draw(quantizations()))
     x = _grow(draw, builder, draw(st.integers(0, max_nodes - 1)), version)
-    _last_node(draw, builder, x, version)
-    return Graph([builder.member(preprocess=preprocess)], preprocess=preprocess)
+    outputs = None
+    if version >= SEVERAL_OUTPUTS and draw(st.booleans()):
+        outputs = _several_outputs(draw, builder, version)
+    else:
+        _last_node(draw, builder, x, version, draw(st.sampled_from(["u8", "f32"])))
+    return Graph([builder.member(preprocess=preprocess, outputs=outputs)], preprocess=preprocess)
 
 
 @st.composite
@@ -145,6 +150,9 @@ def _grow(draw: st.DrawFn, builder: Builder, nodes: int, version: int) -> int:
         if op == "mul" and version >= 3 and len(builder.shape(x)) == 3 and draw(st.booleans()):
             builder.mul(x, builder.conv2d(x, 1), clamp=_clamp(draw))  # one gate for all channels
             continue
+        if op == "table" and version >= TABLE_BY_CHANNEL and draw(st.booleans()):
+            builder.table(x, by_channel=True)
+            continue
         dtypes = [dtype for dtype in known_dtypes(OPS[op].writes, version) if dtype != "f32"]
         if len(dtypes) > 1 and OPS[op].requantized:
             DRAW[op](draw, builder, x, draw(st.sampled_from(dtypes)))
@@ -153,10 +161,20 @@ def _grow(draw: st.DrawFn, builder: Builder, nodes: int, version: int) -> int:
     return len(builder.tensors) - 1
 
 
-def _last_node(draw: st.DrawFn, builder: Builder, x: int, version: int) -> None:
-    dtype = draw(st.sampled_from(["u8", "f32"]))
+def _last_node(draw: st.DrawFn, builder: Builder, x: int, version: int, dtype: str) -> int:
     ops = [op for op in _ops_for(builder, x, version) if OPS[op].may_be_f32]
-    DRAW[draw(st.sampled_from(ops))](draw, builder, x, dtype)
+    return DRAW[draw(st.sampled_from(ops))](draw, builder, x, dtype)
+
+
+def _several_outputs(draw: st.DrawFn, builder: Builder, version: int) -> list[int]:
+    """Two or three, in any order; behind each there may be nodes that nobody reads."""
+    outputs = []
+    for _ in range(draw(st.integers(2, 3))):
+        codes = [i for i, tensor in enumerate(builder.tensors) if tensor.dtype != "f32"]
+        outputs.append(_last_node(draw, builder, draw(st.sampled_from(codes)), version, "f32"))
+        if draw(st.booleans()):
+            builder.reshape(0, builder.shape(0))
+    return draw(st.permutations(outputs))
 
 
 def _ops_for(builder: Builder, x: int, version: int) -> list[str]:
@@ -232,8 +250,8 @@ def _table(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
 
 
 def _alike(builder: Builder, shape: tuple[int, ...]) -> list[int]:
-    """Tensors of this shape."""
-    return [i for i, tensor in enumerate(builder.tensors) if tensor.shape == shape]
+    """Codes of this shape."""
+    return [i for i, tensor in enumerate(builder.tensors) if tensor.shape == shape and tensor.dtype != "f32"]
 
 
 def _concat(draw: st.DrawFn, builder: Builder, x: int) -> int:

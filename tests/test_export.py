@@ -552,10 +552,6 @@ UNSUPPORTED = {
         lambda x: x.view(-1, 2, 4, 6, 6).sin(),
         r"an output \[N, F\], \[N, T, D\] or \[N, C, H, W\], got \[N, 2, 4, 6, 6\] - at module `sin`",
     ),
-    "two_outputs": (
-        lambda x: (x, x + 1),
-        r"one output tensor, or one named logits, got 2 \(0, 1\) - at the network's forward",
-    ),
     "fixed_batch": (lambda x: x.view(len(x), -1), "traces for any batch size, got a batch size fixed in the code"),
     "double": (lambda x: x.double(), "float32 throughout, got torch.float64 - at module `to`"),
     "constant": (lambda x: torch.ones(2, 2), "an output that depends on the input, got a constant"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from builder import batch, small_ensemble, small_network, small_text, small_vision, text_batch
+from builder import arrays, batch, small_detector, small_ensemble, small_network, small_text, small_vision, text_batch
 
 import qdeploy
 from qdeploy import _engine, reference
@@ -50,7 +50,13 @@ VALUES = [
 DEEP = "@deep@"  # stands for many brackets, which json.dumps cannot write
 
 
-GRAPHS = {"network": small_network, "ensemble": small_ensemble, "vision": small_vision, "text": small_text}
+GRAPHS = {
+    "network": small_network,
+    "ensemble": small_ensemble,
+    "vision": small_vision,
+    "text": small_text,
+    "detector": small_detector,
+}
 
 
 # ---- What runs in the child ------------------------------------------------------------------------------------------
@@ -84,7 +90,7 @@ def check_file(path: Path, isa: str, must_fail: bool = False) -> bool:
         else:
             ids, mask = text_batch(graph, 2, rng)
             got, expected = model(ids, mask), reference.run(graph, ids, mask=mask)
-        if got.tobytes() != expected.tobytes():
+        if [y.tobytes() for y in arrays(got)] != [y.tobytes() for y in arrays(expected)]:
             raise AssertionError("other results than the reference")
     return True
 
@@ -315,7 +321,7 @@ BAD_FILES = {  # name: function of the bytes of a good file, what both messages 
     "a deep header": (lambda data: container(b'{"a":' + b"[" * 2**20), "expected"),
     "a foreign safetensors file": (lambda data: safetensors.numpy.save(FOREIGN), "expected"),
     "a file of another tool": (lambda data: safetensors.numpy.save(FOREIGN, {"format": "pt"}), "expected"),
-    "a newer version": (edited(lambda header: header["__metadata__"].update(format_version="4")), "newer"),
+    "a newer version": (edited(lambda header: header["__metadata__"].update(format_version="5")), "newer"),
     "version 1.0": (edited(lambda header: header["__metadata__"].update(format_version="1.0")), "format_version"),
     "a note that is a number": (edited(lambda header: header["__metadata__"].update(note=7)), "__metadata__"),
     "a version that is a number": (edited(lambda header: header["__metadata__"].update(format_version=1)), "expected"),
@@ -385,18 +391,18 @@ def refusal(read, path: Path) -> str:
     return str(error.value)
 
 
-NEWER = "expected format_version 1 to 3, got 4, which needs"
+NEWER = "expected format_version 1 to 4, got 5, which needs"
 VERSIONS = {  # what a file of version 1 is made to say of itself: what both readers say, before the file's name
-    ("4", "0.3.0"): f"{NEWER} qdeploy 0.3.0 or newer - at __metadata__",
-    ("4", None): f"{NEWER} a newer qdeploy - at __metadata__",
-    ("4", "\x1b[2J"): f"{NEWER} a newer qdeploy - at __metadata__",
-    ("4", "1" * 21): f"{NEWER} a newer qdeploy - at __metadata__",
+    ("5", "0.3.0"): f"{NEWER} qdeploy 0.3.0 or newer - at __metadata__",
+    ("5", None): f"{NEWER} a newer qdeploy - at __metadata__",
+    ("5", "\x1b[2J"): f"{NEWER} a newer qdeploy - at __metadata__",
+    ("5", "1" * 21): f"{NEWER} a newer qdeploy - at __metadata__",
     ("2", "0.1.0"): "expected format version 1, the lowest that holds the ops, got 2 - at the graph",
     ("2", None): "expected the key `requires` from format_version 2 on, got none - at __metadata__",
-    ("0", None): "expected format_version 1 to 3, got `0` - at __metadata__",
-    ("01", None): "expected format_version 1 to 3, got `01` - at __metadata__",
-    ("1.0", None): "expected format_version 1 to 3, got `1.0` - at __metadata__",
-    ("9999999999", None): "expected format_version 1 to 3, got `9999999999` - at __metadata__",
+    ("0", None): "expected format_version 1 to 4, got `0` - at __metadata__",
+    ("01", None): "expected format_version 1 to 4, got `01` - at __metadata__",
+    ("1.0", None): "expected format_version 1 to 4, got `1.0` - at __metadata__",
+    ("9999999999", None): "expected format_version 1 to 4, got `9999999999` - at __metadata__",
 }
 
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from random_graphs import graphs, texts
 from test_format import assert_equal, header_of
 from test_hostile_files import CHANGES, changed, check_message, edited, mutate_bytes, mutate_json, paths, verdict
+from versions import NEWEST
 
 import qdeploy
 from qdeploy import cli, format, reference
@@ -32,7 +33,7 @@ I32, F32 = np.int32, np.float32
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.one_of(graphs(version=3), texts()))
+@given(st.one_of(graphs(version=NEWEST), texts()))
 def test_graph_round_trip(graph):
     assert_equal(parse(dump(graph), "m.safetensors"), graph)
 

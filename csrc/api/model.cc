@@ -24,14 +24,16 @@ auto guarded(const std::string& where, const Work& work) {
 
 const Tensor& input_of(const Session& session) { return session.program().graph.members[0].tensors[0]; }
 
-const Tensor& output_of(const Session& session) {
+// Of an ensemble that of its first member, whose shape all have.
+std::vector<const Tensor*> outputs_of(const Session& session) {
   const Member& member = session.program().graph.members[0];
-  return member.tensors[member.output()];
+  std::vector<const Tensor*> outputs;
+  for (const int id : member.outputs) outputs.push_back(&member.tensors[id]);
+  return outputs;
 }
 
 // Of one result, of a text with `width` tokens.
-std::vector<int64_t> shape_of_output(const Session& session, int64_t width) {
-  const Tensor& out = output_of(session);
+std::vector<int64_t> shape_of(const Tensor& out, const Session& session, int64_t width) {
   std::vector<int64_t> shape = out.shape;
   if (out.varies) shape[0] -= session.program().longest - width;
   return shape;
@@ -58,7 +60,8 @@ std::string accepted_text(const Session& session) {
 // That n images and their results fit the memory, so that no size of them overflows.
 void check_count(const Session& session, int64_t n) {
   if (n < 0) fail("at least 0", std::to_string(n), "n");
-  const uint64_t bytes = elements_of(input_of(session).shape, 1) + elements_of(output_of(session).shape, sizeof(float));
+  uint64_t bytes = elements_of(input_of(session).shape, 1);
+  for (const Tensor* out : outputs_of(session)) bytes += elements_of(out->shape, sizeof(float));
   if (static_cast<uint64_t>(n) <= session.memory() / bytes) return;
   fail("a batch that fits the " + std::to_string(session.memory()) + " bytes of memory",
        std::to_string(n) + " images, which need " + std::to_string(bytes) + " bytes each", "the input");
@@ -127,33 +130,46 @@ void write_reals(const Tensor& tensor, const std::vector<uint8_t>& codes, float*
   }
 }
 
-void run_checked(Session& session, const Images& images, float* output) {
-  check_pointer(output, images.count, "room for the results", "the output");
-  if (images.count == 0) return;
-  const Tensor& out = output_of(session);
-  const size_t elements = elements_of(shape_of_output(session, images.width), images.count);
-  Results results;
-  if (out.is_f32()) {
-    if (out.varies) std::fill(output, output + elements, 0.0f);
-    results.output = output;
-    return session.run(images, results);
-  }
+// Of a network that ends in codes, which has one output.
+void run_to_reals(Session& session, const Images& images, const Tensor& out, float* output) {
+  const size_t elements = elements_of(shape_of(out, session, images.width), images.count);
   std::vector<uint8_t> codes(elements * static_cast<size_t>(bytes_of(out.type)), out.zero_point);  // s16: 0
-  results.output = codes.data();
+  Results results;
+  results.outputs = {codes.data()};
   session.run(images, results);
   if (out.type == Dtype::s16) return write_reals<int16_t>(out, codes, output);
   write_reals<uint8_t>(out, codes, output);
 }
 
+void run_checked(Session& session, const Images& images, const std::vector<float*>& outputs) {
+  const std::vector<const Tensor*> tensors = outputs_of(session);
+  if (outputs.size() != tensors.size()) {
+    fail(std::to_string(tensors.size()) + " pointers, one for each output", std::to_string(outputs.size()),
+         "the output");
+  }
+  for (const float* output : outputs) check_pointer(output, images.count, "room for the results", "the output");
+  if (images.count == 0) return;
+  if (!tensors[0]->is_f32()) return run_to_reals(session, images, *tensors[0], outputs[0]);
+  Results results;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const size_t elements = elements_of(shape_of(*tensors[i], session, images.width), images.count);
+    if (tensors[i]->varies) std::fill(outputs[i], outputs[i] + elements, 0.0f);
+    results.outputs.push_back(outputs[i]);
+  }
+  session.run(images, results);
+}
+
 std::vector<int64_t> predict_checked(Session& session, const Images& images) {
-  const std::vector<int64_t>& shape = output_of(session).shape;
+  const std::vector<const Tensor*> outputs = outputs_of(session);
+  if (outputs.size() > 1) fail("a model with one output", std::to_string(outputs.size()), "predict");
+  const std::vector<int64_t>& shape = outputs[0]->shape;
   if (shape.size() != 1) fail("a model with one score per class", "output " + shape_text(shape), "predict");
   if (shape[0] < 2) fail("a model with two or more scores", "one (its sign says the class)", "predict");
   std::vector<int64_t> classes(static_cast<size_t>(images.count));
   if (classes.empty()) return classes;
   std::vector<float> scores(elements_of(shape, images.count));  // or codes, which are no larger
   Results results;
-  results.output = scores.data();
+  results.outputs = {scores.data()};
   results.classes = classes.data();
   session.run(images, results);
   return classes;
@@ -172,12 +188,18 @@ Model::Model(const uint8_t* content, size_t bytes, int num_threads, const std::s
 
 std::vector<int64_t> Model::input_shape() const { return input_of(*session_).shape; }
 
-std::vector<int64_t> Model::output_shape(int64_t width) const {
+std::vector<int64_t> Model::output_shape(int64_t width) const { return outputs(width)[0].shape; }
+
+std::vector<Output> Model::outputs(int64_t width) const {
   return guarded("width", [&] {
     const int64_t longest = session_->program().longest, shortest = variable() ? 1 : longest;
-    if (width == 0) return shape_of_output(*session_, longest);
-    if (width >= shortest && width <= longest) return shape_of_output(*session_, width);
-    fail((variable() ? "1 to " : "") + std::to_string(longest) + " tokens", std::to_string(width), "width");
+    if (width == 0) width = longest;
+    if (width < shortest || width > longest) {
+      fail((variable() ? "1 to " : "") + std::to_string(longest) + " tokens", std::to_string(width), "width");
+    }
+    std::vector<Output> found;
+    for (const Tensor* out : outputs_of(*session_)) found.push_back({out->name, shape_of(*out, *session_, width)});
+    return found;
   });
 }
 
@@ -189,16 +211,24 @@ bool Model::variable() const { return session_->program().graph.variable; }
 
 std::vector<std::string> Model::classes() const { return session_->program().graph.classes; }
 
-void Model::run(const float* images, int64_t n, float* output) const {
-  guarded("the input", [&] { run_checked(*session_, checked_images(*session_, images, false, n), output); });
-}
+void Model::run(const float* images, int64_t n, float* output) const { run(images, n, Pointers{output}); }
 
-void Model::run(const uint8_t* images, int64_t n, float* output) const {
-  guarded("the input", [&] { run_checked(*session_, checked_images(*session_, images, true, n), output); });
-}
+void Model::run(const uint8_t* images, int64_t n, float* output) const { run(images, n, Pointers{output}); }
 
 void Model::run(const int64_t* ids, int64_t n, int64_t width, const int64_t* lengths, float* output) const {
-  guarded("the input", [&] { run_checked(*session_, Texts(*session_, ids, n, width, lengths).images(), output); });
+  run(ids, n, width, lengths, Pointers{output});
+}
+
+void Model::run(const float* images, int64_t n, const Pointers& outputs) const {
+  guarded("the input", [&] { run_checked(*session_, checked_images(*session_, images, false, n), outputs); });
+}
+
+void Model::run(const uint8_t* images, int64_t n, const Pointers& outputs) const {
+  guarded("the input", [&] { run_checked(*session_, checked_images(*session_, images, true, n), outputs); });
+}
+
+void Model::run(const int64_t* ids, int64_t n, int64_t width, const int64_t* lengths, const Pointers& outputs) const {
+  guarded("the input", [&] { run_checked(*session_, Texts(*session_, ids, n, width, lengths).images(), outputs); });
 }
 
 std::vector<int64_t> Model::predict(const float* images, int64_t n) const {

@@ -4,10 +4,13 @@
 #include <cstring>
 
 #include "../errors.h"
+#include "../lookup.h"
 #include "op.h"
 
 namespace qdeploy {
 namespace {
+
+constexpr int kTableByChannel = 4;  // the first format version that has one
 
 struct AddData : OpData {
   float multiplier_a, multiplier_b, bias;
@@ -18,7 +21,8 @@ struct ScaleData : OpData {  // of mul and rescale
 };
 
 struct TableData : OpData {
-  SharedBytes u8;  // 256 entries in one of the two, by the type of the output
+  bool by_channel;  // 256 entries for each channel, else for all
+  SharedBytes u8;   // in one of the two, by the type of the output
   SharedFloats f32;
 };
 
@@ -113,7 +117,7 @@ std::vector<Shape> gates(const Shape& a, int version) {
   return {{a[0], 1, 1}, {1, a[1], a[2]}};
 }
 
-int version_of_mul(const std::vector<const Tensor*>& inputs) {
+int version_of_mul(const Node&, const std::vector<const Tensor*>& inputs) {
   const Shape &a = inputs[0]->shape, &b = inputs[1]->shape;
   const std::vector<Shape> known = gates(a, 1);
   return b == a || std::find(known.begin(), known.end(), b) != known.end() ? 1 : 3;
@@ -184,13 +188,19 @@ void run_mul(const StepRun& run) {
 std::unique_ptr<const OpData> read_table(const NodeSource& node) {
   node.require_output(node.input().shape);
   auto table = std::make_unique<TableData>();
+  table->by_channel = node.file.version() >= kTableByChannel && node.rank("table") == 2;
+  const std::vector<int64_t> shape = table->by_channel ? Shape{node.input().c, 256} : Shape{256};
   if (node.output.is_f32()) {
-    table->f32 = node.floats("table", {256});
+    table->f32 = node.floats("table", shape);
     require_bounded(table->f32->largest, true, node.where);
   } else {
-    table->u8 = node.bytes("table", {256});
+    table->u8 = node.bytes("table", shape);
   }
   return table;
+}
+
+int version_of_table(const Node& node, const std::vector<const Tensor*>&) {
+  return static_cast<const TableData&>(*node.data).by_channel ? kTableByChannel : 1;
 }
 
 void run_table(const StepRun& run) {
@@ -200,7 +210,11 @@ void run_table(const StepRun& run) {
   const Range rows = run.rows();
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const uint8_t* from = run.row_from(row);
-    if (out.is_f32()) {
+    if (table.by_channel && out.is_f32()) {
+      look_up_channels(out.w, out.c, table.f32->values.data(), from, reinterpret_cast<float*>(run.row_to(row)));
+    } else if (table.by_channel) {
+      look_up_channels(out.w, out.c, table.u8->data(), from, run.row_to(row));
+    } else if (out.is_f32()) {
       float* to = reinterpret_cast<float*>(run.row_to(row));
       const float* entries = table.f32->values.data();
       for (size_t i = 0; i < n; ++i) to[i] = entries[from[i]];
@@ -262,7 +276,11 @@ std::vector<OpInfo> elementwise_ops() {
        same_rows,
        {"table"},
        read_table,
-       run_table},
+       run_table,
+       nullptr,
+       nullptr,
+       {},
+       version_of_table},
   };
 }
 

@@ -24,6 +24,11 @@ SharedBytes NodeSource::bytes(const char* key, const std::vector<int64_t>& shape
   return constants.bytes(string_member(json, key, where), shape, key_of(key, where));
 }
 
+size_t NodeSource::rank(const char* key) const {
+  const FileTensor* tensor = file.find(string_member(json, key, where));
+  return tensor ? tensor->shape.size() : 0;
+}
+
 const std::string& NodeSource::choice(const char* key, const std::vector<std::string>& choices) const {
   const std::string& value = string_member(json, key, where);
   std::vector<std::string> names;

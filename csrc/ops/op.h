@@ -46,6 +46,9 @@ struct NodeSource {
   SharedInts ints(const char* key, const std::vector<int64_t>& shape) const;
   SharedBytes bytes(const char* key, const std::vector<int64_t>& shape) const;
 
+  // How many dimensions the constant has; 0 where there is none.
+  size_t rank(const char* key) const;
+
   bool is_null(const char* key) const { return member(json, key, where).is_null(); }
   // A string that is one of these.
   const std::string& choice(const char* key, const std::vector<std::string>& choices) const;
@@ -110,9 +113,10 @@ struct OpInfo {
   void (*run)(const StepRun& run);
   // Bytes of each thread's own memory; null: none.
   size_t (*scratch)(const Program& program, const Step& step, const Activations& activations, int64_t images) = nullptr;
-  int64_t (*macs)(const Member& member, const Node& node) = nullptr;      // of one image; null: none
-  std::set<std::string> token_keys = {};                                  // only where the output is [T, D]
-  int (*version_of)(const std::vector<const Tensor*>& inputs) = nullptr;  // where shapes bring a version of their own
+  int64_t (*macs)(const Member& member, const Node& node) = nullptr;  // of one image; null: none
+  std::set<std::string> token_keys = {};                              // only where the output is [T, D]
+  // Where shapes, of inputs or of a constant, bring a version of their own.
+  int (*version_of)(const Node& node, const std::vector<const Tensor*>& inputs) = nullptr;
 
   bool residual() const { return in_place == InPlace::residual; }  // the last input is one and may be left out
 };

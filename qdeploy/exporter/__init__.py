@@ -293,7 +293,11 @@ def _named(member: str, several: bool) -> Iterator[None]:
 
 def _checked_classes(classes: Sequence[str] | Mapping[Any, Any] | None, networks: list[Network]) -> list[str] | None:
     """Names by logit: from a sequence, {0: name, ...} or {name: 0, ...}."""
-    shapes = [network.output.shape for network in networks]
+    for network in networks:
+        count, at = len(network.outputs), "export_ensemble" if len(networks) > 1 else "classes"
+        if count > 1 and (classes is not None or len(networks) > 1):
+            raise InputError(f"expected a network with one output, got {count} - at {at}")
+    shapes = [network.outputs[0].shape for network in networks]
     if len(set(shapes)) > 1:
         got = ", ".join(f"{list(shape)} of member{i}" for i, shape in enumerate(shapes))
         raise InputError(f"expected members with outputs of one shape, got {got} - at export_ensemble")

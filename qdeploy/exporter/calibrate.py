@@ -85,7 +85,7 @@ class Grids:
 
     def __init__(self, network: Network, observer: str):
         self.network, self.observer = network, observer
-        self.bundle_of: dict[Layer, list[Layer]] = {x: [x] for x in network.layers if x is not network.output}
+        self.bundle_of: dict[Layer, list[Layer]] = {x: [x] for x in network.layers if x not in network.outputs}
         if network.ids:
             del self.bundle_of[network.layers[0]]
         for layer in self.bundle_of:
@@ -131,7 +131,7 @@ class Grids:
 
     def missing(self) -> list[str]:
         """The tensors that need calibration data, each by the names of both its ends."""
-        ends = [(_sources(bundle), self._readers(bundle) or [self.network.output]) for bundle, _ in self.observed]
+        ends = [(_sources(bundle), self._readers(bundle) or self.network.outputs) for bundle, _ in self.observed]
         return [f"{layer.name} to {readers[0].name}" for sources, readers in ends for layer in sources]
 
     def observers(self) -> Observers:
@@ -140,7 +140,7 @@ class Grids:
         return {layer: _adder(layer, histogram) for layer, histogram in sources}
 
     def chosen(self) -> dict[Layer, Grid]:
-        """The grid of each layer's output but the last layer's, which is float."""
+        """The grid of what each layer writes but for the outputs, which are float."""
         result = dict(self.fixed)
         for bundle, histogram in self.observed:
             if bundle[0] in self.streams:

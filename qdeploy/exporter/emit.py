@@ -42,19 +42,22 @@ IDS = Grid(1.0, 0)  # in place of the grid of token ids
 
 
 def emit(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
-    """The integer graph of one network, whose weights are codes; `grids` are those of all layers but the last."""
+    """The integer graph of one network, whose weights are codes; `grids` are those of all layers but the outputs."""
     for quantize in [layer for layer in network.layers if isinstance(layer, Quantize)]:
         if grids[quantize] == grids[quantize.inputs[0]] == quantize.grid:
             network.replace(quantize, quantize.inputs[0])
-    grids = {**grids, network.output: Grid(1.0, 0)}
+    grids = {**grids, **dict.fromkeys(network.outputs, Grid(1.0, 0))}
+    names = {layer: layer.name for layer in network.layers}
+    names |= {layer: name for layer, name in zip(network.outputs, network.names, strict=False) if name}
     ids = {layer: i for i, layer in enumerate(network.layers)}
     tensors, nodes = [], []
     for layer in network.layers:
         if isinstance(layer, Input) and network.ids:
             tensors.append(Activation(layer.name, layer.shape, "i32"))
             continue
-        out, is_float = grids[layer], layer is network.output
-        tensors.append(Activation(layer.name, layer.shape, "f32" if is_float else out.dtype, out.scale, out.zero_point))
+        out, is_float = grids[layer], layer in network.outputs
+        dtype = "f32" if is_float else out.dtype
+        tensors.append(Activation(names[layer], layer.shape, dtype, out.scale, out.zero_point))
         if isinstance(layer, Input):
             continue
         op = "table" if isinstance(layer, Quantize) else layer.op
@@ -63,7 +66,8 @@ def emit(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
         if OPS[op].requantized and not is_float and out.dtype == "u8":
             node.attributes["clamp"] = [int(code) for code in out.codes(np.array([layer.low, layer.high]))]
         nodes.append(node)
-    return Member(name, tensors, nodes)
+    several = [ids[layer] for layer in network.outputs] if len(network.outputs) > 1 else None
+    return Member(name, tensors, nodes, outputs=several)
 
 
 def check_shapes(network: Network) -> None:
@@ -153,11 +157,14 @@ def _emit_max_pool2d(node: Node, layer: MaxPool2d, inputs: list[Grid], out: Grid
 
 def _emit_table(node: Node, layer: Table | Quantize, inputs: list[Grid], out: Grid, is_float: bool) -> None:
     real = inputs[0].real(np.arange(256))
+    if isinstance(layer, Table) and layer.by_channel:
+        real = np.broadcast_to(real, (channels_of(layer.shape), 256))
     with np.errstate(all="ignore"):  # what is infinite or no number is looked at below
-        values = np.broadcast_to(np.asarray(layer.function(real), np.float64), 256)
-    used = values[inputs[0].low : inputs[0].high + 1]
+        values = np.broadcast_to(np.asarray(layer.function(real), np.float64), real.shape)
+    reached = slice(inputs[0].low, inputs[0].high + 1)
+    used = values[..., reached]
     if np.isnan(used).any() or is_float and np.isinf(used).any():
-        wrong = float(real[inputs[0].low :][~np.isfinite(used)][0])
+        wrong = float(real[..., reached][~np.isfinite(used)][0])
         expected = "a function that is finite on the range of its input"
         raise ExportError(f"expected {expected}, got none at {wrong:.4g} - at module `{layer.name}`")
     values = np.nan_to_num(values) if is_float else np.where(np.isnan(values), 0, values)

@@ -69,7 +69,7 @@ def _only_moves(layer: Layer) -> bool:
 
 
 def _remove_unused(network: Network) -> None:
-    needed = {network.layers[0], network.output}
+    needed = {network.layers[0], *network.outputs}
     for layer in reversed(network.layers):
         if layer in needed:
             needed.update(layer.inputs)
@@ -236,7 +236,7 @@ def _fuse_clamp(network: Network, clamp: Clamp) -> bool:
         network.layers.insert(position, clamp)
         for user in network.users(clamp):
             user.inputs = [x if source is clamp else source for source in user.inputs]
-        network.output = x if network.output is clamp else network.output
+        network.end_in(x, clamp)
         x.inputs = [clamp]
         return True
     if not isinstance(x, (Scaled, Add, Clamp)):
@@ -249,19 +249,25 @@ def _fuse_clamp(network: Network, clamp: Clamp) -> bool:
 def _merge_table(network: Network, layer: Layer) -> bool:
     """A function of a function is one table, when nothing else reads the inner one."""
     x = layer.inputs[0]
-    inner, outer = elementwise(x), elementwise(layer)
+    by_channel = [isinstance(one, Table) and one.by_channel for one in (x, layer)]
+    inner, outer = (_function(one) for one in (x, layer))
     if not isinstance(x, Table) and not isinstance(layer, Table):
         return False
     if inner is None or outer is None or network.only_user(x) is not layer:
         return False
-    network.replace(layer, _table(layer, lambda v: outer(inner(v)), x.inputs))
+    network.replace(layer, _table(layer, lambda v: outer(inner(v)), x.inputs, any(by_channel)))
     network.layers.remove(x)
     return True
 
 
-def _table(layer: Layer, function: Function, inputs: list[Layer]) -> Table:
+def _function(layer: Layer) -> Function | None:
+    return layer.function if isinstance(layer, Table) else elementwise(layer)
+
+
+def _table(layer: Layer, function: Function, inputs: list[Layer], by_channel: bool = False) -> Table:
     """In place of `layer`."""
-    return Table(layer.name, inputs, layer.shape, layer.value, layer.low, layer.high, function=function)
+    own = (layer.name, inputs, layer.shape, layer.value, layer.low, layer.high)
+    return Table(*own, function=function, by_channel=by_channel)
 
 
 def _merge_reshape(network: Network, reshape: Reshape) -> bool:
@@ -362,20 +368,29 @@ EXPRESSED: dict[str, Callable[[Network, Any], None]] = {
 
 
 def _end_in_float(network: Network) -> None:
-    """Makes the last layer one that writes f32; what ends in codes gets a table from codes to real numbers."""
-    output = network.output
-    if isinstance(output, Reshape):
-        source = output.inputs[0]
-        if _may_flatten(source) and network.only_user(source) is output and output.shape == source.shape[:1]:
-            source.shape = output.shape  # [C, 1, 1] may be written as [C]
-            network.replace(output, source)
-            output = source
-    if _may_be_f32(output):
-        return
-    own = (output.shape, output.value, output.low, output.high)
-    table = Table("output", [output], *own, function=lambda v: v)
-    network.layers.append(table)
-    network.output = table
+    """Makes each output a layer that writes f32 and that nothing reads: what ends in codes, is read or is an output a
+    second time gets a layer from codes to real numbers."""
+    for i, output in enumerate(network.outputs):
+        if network.users(output) or network.outputs.count(output) > 1:
+            network.outputs[i] = _from_codes(network, output)
+            continue
+        if isinstance(output, Reshape):
+            source = output.inputs[0]
+            if _may_flatten(source) and network.only_user(source) is output and output.shape == source.shape[:1]:
+                source.shape = output.shape  # [C, 1, 1] may be written as [C]
+                network.replace(output, source)
+                output = source
+        if not _may_be_f32(output):
+            network.outputs[i] = _from_codes(network, output)
+
+
+def _from_codes(network: Network, layer: Layer) -> Layer:
+    own = ("output", [layer], layer.shape, layer.value, layer.low, layer.high)
+    real: Layer = Table(*own, function=lambda v: v)
+    if _leads_to_norm(network, layer):  # its codes may have 16 bits
+        real = Rescale(*own[:4], scale=np.ones(1), shift=np.zeros(1))
+    network.layers.append(real)
+    return real
 
 
 def _may_be_f32(layer: Layer) -> bool:

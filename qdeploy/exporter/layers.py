@@ -311,6 +311,7 @@ class Attention(Scaled):
 class Table(Layer):
     op = "table"
     function: Function  # its clamp is in it
+    by_channel: bool = False  # the function is of [C, n], another one for each channel
 
 
 @dataclass(eq=False, kw_only=True)
@@ -329,7 +330,7 @@ def elementwise(layer: Layer) -> Function | None:
     """What the layer does to each element, where that is the same function everywhere."""
     low, high = layer.low, layer.high  # values of now: a rule may change the layer later
     if isinstance(layer, Table):
-        return layer.function
+        return None if layer.by_channel else layer.function
     if isinstance(layer, Clamp):
         return lambda v: np.clip(v, low, high)
     if isinstance(layer, Affine) and layer.uniform:
@@ -356,16 +357,19 @@ class Source(Protocol):
 class Network:
     """The layers in execution order; layers[0] is the input. What a front end makes and the rest of the exporter takes.
 
+    outputs: one or more; from fusion on no layer reads them, and no two are the same.
+    names: of several outputs, as the source has them; "" where the layer's name is to do.
     classifier: the name of the module that may be rounded without being asked for.
     notes: what a front end made of the network, in words.
     """
 
     source: Source
     layers: list[Layer]
-    output: Layer
+    outputs: list[Layer]
     ids: bool = False  # the input is token ids
     classifier: str | None = None
     notes: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
     def run(self, images: np.ndarray, observe: Mapping[Layer, Callable[[np.ndarray], None]]) -> None:
         """Runs the float network on `images` and hands what each layer in `observe` computes there, [N, *shape], to its
@@ -388,13 +392,17 @@ class Network:
 
     def only_user(self, layer: Layer) -> Layer | None:
         users = self.users(layer)
-        return users[0] if len(users) == 1 and layer is not self.output and users[0].inputs.count(layer) == 1 else None
+        return users[0] if len(users) == 1 and layer not in self.outputs and users[0].inputs.count(layer) == 1 else None
 
     def replace(self, old: Layer, new: Layer) -> None:
         """Everything that read `old` reads `new`; `old` is removed, and `new` stands there unless it has a place."""
         for user in self.users(old):
             if user is not new:
                 user.inputs = [new if x is old else x for x in user.inputs]
-        self.output = new if self.output is old else self.output
+        self.end_in(new, old)
         place = self.layers.index(old)
         self.layers[place : place + 1] = [] if new in self.layers else [new]
+
+    def end_in(self, new: Layer, old: Layer) -> None:
+        """Where `old` is an output `new` is, and nothing else changes."""
+        self.outputs = [new if x is old else x for x in self.outputs]

@@ -44,7 +44,7 @@ def _into_weight(network: Network, gather: Gather) -> bool:
     """Channels of a layer whose weight makes them are a layer with these rows of the weight: q, k and v of one linear
     layer, the halves of a split."""
     x = gather.inputs[0]
-    if gather.axis != "channels" or not _makes_channels(x) or x is network.output:
+    if gather.axis != "channels" or not _makes_channels(x) or x in network.outputs:
         return False
     parts = [user for user in network.users(x) if isinstance(user, Gather) and user.axis == "channels"]
     taken = np.concatenate([part.index for part in parts])

@@ -18,7 +18,7 @@ from qdeploy.exporter.calibrate import Grids
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
 from qdeploy.files import AnyPath
-from qdeploy.graph import Activation, Graph
+from qdeploy.graph import Activation, Graph, Member
 from qdeploy.model import load_int_model
 
 REPORT_MACS = 16e9  # in all: an integer and a float run of so many take seconds
@@ -42,7 +42,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export` wrote. Compared on `images` images of the calibration data; sizes in bytes, MACs of one image."""
+    """What `export` wrote. Compared on `images` images of the calibration data; sizes in bytes, MACs of one image.
+
+    Of several outputs the figures are the worst one's; of these only scores [K] have a class.
+    """
 
     path: str
     layers: list[LayerReport]
@@ -101,6 +104,8 @@ class ExportReport:
         if self.top1_agreement is not None:
             share = f"{self.top1_agreement:.2%} of {self.images} images{sqnr}"
             lines.append(f"top-1 agreement with the fake-quant network: {share}")
+        elif sqnr:
+            lines.append(sqnr.removeprefix(", "))
         lines += [
             f"size: FP32 {self.fp32_bytes:,} B, packed {self.packed_bytes:,} B ({self.packed_ratio:.3f}x), "
             f"file {self.file_bytes:,} B ({self.file_ratio:.3f}x)",
@@ -140,13 +145,14 @@ def compare(
     prefixes = [f"{member.name}/" if graph.combine else "" for member in graph.members]
     taps = [prefix + layer.name for prefix, layers in zip(prefixes, compared, strict=True) for layer in layers]
     output, integers = load_int_model(content)(images, taps=taps)
-    rows, floats = [], []
+    rows: list[LayerReport] = []
+    floats: list[list[np.ndarray]] = []  # of each network its outputs
     unable: list[str] = []
     for i, (member, network) in enumerate(zip(graph.members, networks, strict=True)):
         values: dict[Layer, np.ndarray] = {}
         try:
             values = _float_values(network, images, compared[i])
-            floats.append(values[network.output])
+            floats.append([values[output] for output in network.outputs])
         except InputError as error:  # of a source that cannot run here
             unable.append(f"not compared with the network: {error}")
         tensors = {node.name: member.tensors[node.output] for node in member.nodes}
@@ -156,7 +162,7 @@ def compare(
                 fixed = grids[i].fixed.get(layer)
                 expected = values[layer] if fixed is None else _rounded(values[layer], fixed)
                 sqnr = _sqnr(expected, _real(integers[prefixes[i] + layer.name], tensors[layer.name]))
-            codes = layer is network.output or layer.same_grid  # it has no grid, or its input's
+            codes = layer in network.outputs or layer.same_grid  # it has no grid, or its input's
             origin = "" if codes else grids[i].origins.get(layer, "calibration")
             rows.append(_row(member.name, layer, sqnr, origin))
     sizes = [network.source.stored() for network in networks]
@@ -174,17 +180,28 @@ def compare(
     )
     if unable:
         return report
+    expected = floats[0]
     if graph.combine:
-        expected, _ = reference.combine([logits.astype(np.float32) for logits in floats], graph.combine)
-    else:
-        expected, output = floats[0], _real(output, graph.members[0].output)
-    expected, output = (scores.reshape(len(images), -1) for scores in (expected, output))
-    return replace(
-        report,
-        top1_agreement=float((_classes(expected) == _classes(output)).mean()),
-        output_sqnr_db=_sqnr(expected, output),
-        warnings=_doubts(images, expected, output),
-    )
+        expected = [reference.combine([logits.astype(np.float32) for [logits] in floats], graph.combine)[0]]
+    got = output if isinstance(output, list) else [output]
+    return replace(report, **_figures(images, graph.members[0], expected, got))
+
+
+def _figures(images: np.ndarray, member: Member, expected: list[np.ndarray], got: list[np.ndarray]) -> dict[str, Any]:
+    """What the report says of the outputs: of the network in float32, and what the engine wrote."""
+    ends = [member.tensors[i] for i in member.output_ids]
+    pairs = [
+        (want.reshape(len(images), -1), _real(values, tensor).reshape(len(images), -1))
+        for want, values, tensor in zip(expected, got, ends, strict=True)
+    ]
+    scores = [pair for pair, tensor in zip(pairs, ends, strict=True) if len(pairs) == 1 or len(tensor.shape) == 1]
+    agreements = [float((_classes(want) == _classes(values)).mean()) for want, values in scores]
+    ratios = [ratio for pair in pairs if (ratio := _sqnr(*pair)) is not None]
+    return {
+        "top1_agreement": min(agreements, default=None),
+        "output_sqnr_db": min(ratios, default=None),
+        "warnings": _doubts(images, pairs, scores),
+    }
 
 
 def _notes(network: Network, grids: Grids) -> list[str]:
@@ -198,7 +215,10 @@ def _classes(scores: np.ndarray) -> np.ndarray:
     return scores.argmax(1) if scores.shape[1] > 1 else scores[:, 0] > 0
 
 
-def _doubts(images: np.ndarray, expected: np.ndarray, got: np.ndarray) -> list[str]:
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # the network's numbers and the integers', [N, K]
+
+
+def _doubts(images: np.ndarray, pairs: Pairs, scores: Pairs) -> list[str]:
     """What makes the figures of the report say little; data that can fit no range are a Python warning, too."""
     if (found := doubt(images)) is not None:
         warnings.warn(found, stacklevel=5)
@@ -206,10 +226,12 @@ def _doubts(images: np.ndarray, expected: np.ndarray, got: np.ndarray) -> list[s
     count, doubts = len(images), []
     if count == 1:
         return []
-    error, spread = (float(np.sqrt(np.square(x).mean())) for x in (got - expected, expected - expected.mean(0)))
-    if error > spread:
-        doubts.append(f"the scores of the {count} images differ by {spread:.3g}, the integers are off by {error:.3g}")
-    if len(set(_classes(expected).tolist())) == 1:
+    for expected, got in pairs:
+        error, spread = (float(np.sqrt(np.square(x).mean())) for x in (got - expected, expected - expected.mean(0)))
+        if error > spread:
+            off = f"the integers are off by {error:.3g}"
+            doubts.append(f"the scores of the {count} images differ by {spread:.3g}, {off}")
+    if any(len(set(_classes(expected).tolist())) == 1 for expected, _ in scores):
         doubts.append(f"all {count} images are of one class for the network: their top-1 agreement says little")
     return doubts
 

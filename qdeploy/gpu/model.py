@@ -24,7 +24,7 @@ from qdeploy.errors import InputError, ModelError
 from qdeploy.gpu.devices import checked_device
 from qdeploy.gpu.program import Program, Visit
 from qdeploy.gpu.steps import DTYPES, Conv, Step, View
-from qdeploy.graph import Activation, Graph
+from qdeploy.graph import Activation, Graph, Output
 from qdeploy.kernels import triton_ensemble
 from qdeploy.model import check_has_classes
 from qdeploy.terminal import progress
@@ -84,8 +84,10 @@ class GpuModel:
 
     @property
     def outputs(self) -> list[dict]:
-        """One entry: `shape` (without the batch), `dtype` and, for codes, `scale` and `zero_point`."""
-        return [_described(self._graph.members[0].output)]
+        """One entry for each output: `name`, `shape` (without the batch), `dtype` and, for codes, `scale` and
+        `zero_point`."""
+        member = self._graph.members[0]
+        return [_described(member.tensors[i]) for i in member.output_ids]
 
     @property
     def members(self) -> list[str]:
@@ -114,10 +116,10 @@ class GpuModel:
     # ---- Running --------------------------------------------------------------------------------------------------
 
     @overload
-    def __call__(self, images: Tensor) -> Tensor: ...
+    def __call__(self, images: Tensor) -> Output: ...
     @overload
-    def __call__(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]: ...
-    def __call__(self, images: Tensor, taps: Sequence[str] = ()) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, images: Tensor, taps: Sequence[str]) -> tuple[Output, dict[str, Tensor]]: ...
+    def __call__(self, images: Tensor, taps: Sequence[str] = ()) -> Output | tuple[Output, dict[str, Tensor]]:
         """Run a batch of any size.
 
         images: on this device, float32 [N, C, H, W] (or [N, T, D] or [N, F]), or, where the file has `preprocess`,
@@ -128,7 +130,7 @@ class GpuModel:
         Raises InputError for any other dtype, shape or device, NaN or infinity, or an unknown tap.
         """
         if not len(taps):
-            return self._run(images)[0]
+            return self._output(self._run(images))
         unknown = [name for name in taps if not isinstance(name, str) or name not in self._steps()]
         if unknown:
             got = repr(unknown[0]) if isinstance(unknown[0], str) else type(unknown[0]).__name__
@@ -137,9 +139,9 @@ class GpuModel:
 
     def predict(self, images: Tensor) -> Tensor:
         """The class of each image, int64 [N]: the first largest logit, for an ensemble by its rule."""
-        check_has_classes(self.outputs[0]["shape"])
-        output, classes = self._run(images)
-        return output.argmax(-1) if classes is None else classes
+        check_has_classes(self.outputs)
+        output, *classes = self._run(images)
+        return classes[0] if classes else output.argmax(-1)
 
     def plan(self, batch: int = 1) -> list[dict]:
         """What runs each node for `batch` images: kernel, tile of a convolution, bits of the weights, MACs."""
@@ -196,13 +198,16 @@ class GpuModel:
             self._wait()
             self._captured.clear()
 
-    def _run(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Output, and the classes of an ensemble."""
+    def _run(self, images: Tensor) -> tuple[Tensor, ...]:
+        """As `_forward`."""
         self._check(images)
         with self._context():
             results = [self._run_chunk(chunk) for chunk in images.contiguous().split(self._images_per_chunk)]
-            output, *classes = results[0] if len(results) == 1 else map(torch.cat, zip(*results, strict=True))
-        return output, classes[0] if classes else None
+            return results[0] if len(results) == 1 else tuple(map(torch.cat, zip(*results, strict=True)))
+
+    def _output(self, results: tuple[Tensor, ...]) -> Output:
+        """What a call returns of `_forward`."""
+        return list(results) if len(self._graph.members[0].output_ids) > 1 else results[0]
 
     def _run_chunk(self, images: Tensor) -> tuple[Tensor, ...]:
         if not len(images):
@@ -241,15 +246,16 @@ class GpuModel:
         return check
 
     def _forward(self, codes: list[Tensor], visit: Visit | None = None) -> tuple[Tensor, ...]:
-        """The output; of an ensemble probabilities and classes."""
-        outputs = self._run_members(codes, visit)
-        arrays = [program.steps[-1].array(o, codes[0]) for program, o in zip(self._programs, outputs, strict=True)]
+        """The outputs; of an ensemble probabilities and classes."""
+        outputs = [output for member in self._run_members(codes, visit) for output in member]
+        ends = [step for program in self._programs for step in program.ends]
+        arrays = [step.array(output, codes[0]) for step, output in zip(ends, outputs, strict=True)]
         if self._graph.combine is None:
-            return (arrays[0],)
+            return tuple(arrays)
         return triton_ensemble.average(torch.stack(arrays), self._graph.combine)
 
-    def _run_members(self, codes: list[Tensor], visit: Visit | None) -> list[Tensor]:
-        """The output of every member; in a graph of few images they run side by side."""
+    def _run_members(self, codes: list[Tensor], visit: Visit | None) -> list[list[Tensor]]:
+        """The outputs of every member; in a graph of few images they run side by side."""
         pairs = list(zip(self._programs, codes, strict=True))
         few = len(pairs) > 1 and len(codes[0]) <= SMALL_BATCH
         if not few or self.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
@@ -290,14 +296,14 @@ class GpuModel:
         if self._done is not None:
             self._done.synchronize()
 
-    def _run_tapped(self, images: Tensor, taps: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _run_tapped(self, images: Tensor, taps: Sequence[str]) -> tuple[Output, dict[str, Tensor]]:
         names = {step: name for name, step in self._steps().items()}
         tapped = {}
 
         def keep(step: Step, inputs: list[Tensor], output: Tensor) -> None:
             tapped[names[step]] = step.array(output, images).contiguous()
 
-        output = self._visit(images, keep)[0]
+        output = self._output(self._visit(images, keep))
         return output, {name: tapped[name] for name in taps}
 
     def _visit(self, images: Tensor, visit: Visit) -> tuple[Tensor, ...]:
@@ -313,11 +319,12 @@ class GpuModel:
             return self._forward(codes, visit)
 
     def _nothing(self) -> tuple[Tensor, ...]:
-        output = self._graph.members[0].output
-        empty = torch.empty((0, *output.shape), dtype=DTYPES[output.dtype], device=self.device)
+        member = self._graph.members[0]
+        outputs = [member.tensors[i] for i in member.output_ids]
+        empty = [torch.empty((0, *o.shape), dtype=DTYPES[o.dtype], device=self.device) for o in outputs]
         if self._graph.combine is None:
-            return (empty,)
-        return empty, torch.empty(0, dtype=torch.int64, device=self.device)
+            return tuple(empty)
+        return empty[0], torch.empty(0, dtype=torch.int64, device=self.device)
 
     def _context(self) -> ExitStack:
         stack = ExitStack()

@@ -50,6 +50,8 @@ class Program:
         self.member, self.device = member, device
         rows: list[Rows] = rows_of_texts(member) if variable else [None] * len(member.tensors)
         self.steps = [_step(node, member, device, rows) for node in member.nodes]
+        writers = {step.node.output: step for step in self.steps}
+        self.ends = [writers[i] for i in member.output_ids]  # what writes the outputs
         self._last_reader = {i: index for index, node in enumerate(member.nodes) for i in node.inputs}
         table = member.preprocess_table
         self._preprocess = None if table is None else torch.from_numpy(np.array(table)).to(device)
@@ -72,8 +74,8 @@ class Program:
         else:
             triton_int8.quantize(images, codes, float(np.float32(target.scale)), target.zero_point, bad)
 
-    def run(self, codes: Tensor, visit: Visit | None = None) -> Tensor:
-        """The output of the last node; every activation is freed after its last reader. `visit` sees each step."""
+    def run(self, codes: Tensor, visit: Visit | None = None) -> list[Tensor]:
+        """The outputs; every other activation is freed after its last reader. `visit` sees each step."""
         values = {0: codes}
         for index, step in enumerate(self.steps):
             inputs = [values[i] for i in step.node.inputs] + [codes] * step.reads_lengths
@@ -83,7 +85,7 @@ class Program:
             for i in set(step.node.inputs):
                 if self._last_reader[i] == index:
                     del values[i]
-        return output
+        return [values[i] for i in self.member.output_ids]
 
     @property
     def largest(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qdeploy.errors import InputError
 from qdeploy.gpu.model import GpuModel
+from qdeploy.graph import Output
 
 TOKENS_STEP = 64
 
@@ -28,14 +29,14 @@ class GpuTextModel(GpuModel):
         return [super().inputs[0] | text | {"layouts": ["i32 [N, T]", "i64 [N, T]"]}]
 
     @overload  # type: ignore[override]  # a mask goes with ids
-    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Tensor: ...
+    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Output: ...
     @overload
     def __call__(
         self, ids: Tensor, mask: Tensor | None = None, *, taps: Sequence[str]
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    ) -> tuple[Output, dict[str, Tensor]]: ...
     def __call__(
         self, ids: Tensor, mask: Tensor | None = None, taps: Sequence[str] = ()
-    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    ) -> Output | tuple[Output, dict[str, Tensor]]:
         """Run a batch of any size; the check of the ids waits for the GPU.
 
         ids: on this device, int32 or int64 [N, T]; of a network of texts of any length T is at most that of the file,
@@ -47,12 +48,18 @@ class GpuTextModel(GpuModel):
         Raises InputError for any other dtype, shape or device, an id that the vocabulary does not have, a mask with
         holes, or an unknown tap.
         """
-        texts, last = self._packed(ids, mask), self._programs[0].steps[-1]
+        texts = self._packed(ids, mask)
         if not len(taps):
-            return last.first_rows(super().__call__(texts), ids.shape[1])
+            return self._first_rows(super().__call__(texts), ids.shape[1])
         (output, tapped), steps = super().__call__(texts, taps), self._steps()
         cut = {name: steps[name].first_rows(value, ids.shape[1]) for name, value in tapped.items()}
-        return last.first_rows(output, ids.shape[1]), cut
+        return self._first_rows(output, ids.shape[1]), cut
+
+    def _first_rows(self, output: Output, tokens: int) -> Output:
+        ends = self._programs[0].ends
+        if isinstance(output, list):
+            return [step.first_rows(y, tokens) for step, y in zip(ends, output, strict=True)]
+        return ends[0].first_rows(output, tokens)
 
     def predict(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """The class of each text, int64 [N]. Arguments as of a call."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qdeploy.graph import Activation, Node
-from qdeploy.onnx_nodes.functions import which
+from qdeploy.onnx_nodes.functions import slopes_of, which
 from qdeploy.onnx_nodes.writer import Value, Writer
 
 INT32 = 6  # TensorProto.INT32
@@ -46,18 +46,35 @@ def table(writer: Writer, node: Node, inputs: Sequence[Value], output: Activatio
     there is none the input is rounded to its codes as well.
     """
     x, entries = inputs[0], node.constants["table"]
+    if entries.ndim == 2:
+        return _table_by_channel(writer, x, entries, output)
     for tolerance in (0,) if writer.quantized else (0, 1):
         function = which(entries, x.tensor, output, tolerance)
         if function:
             return writer.value(function.write(writer, writer.real(x)), node, output, x.rows)
+    return _looked_up(writer, x, entries, output, writer.add("Cast", [writer.codes(x)], "index", to=INT32))
+
+
+def _looked_up(writer: Writer, x: Value, entries: np.ndarray, output: Activation, index: str) -> Value:
     codes_out = writer.quantized and output.dtype == "u8"
     if not codes_out:
         entries = (output.scale * (entries.astype(np.float64) - output.zero_point)).astype(np.float32)
-    index = writer.add("Cast", [writer.codes(x)], "index", to=INT32)
     found = writer.add("Gather", [writer.constant(entries, "table"), index], "codes" if codes_out else "")
     if codes_out:
         return Value(output, writer.name, x.rows, codes=found)
     return Value(output, writer.name, x.rows, real=found)
+
+
+def _table_by_channel(writer: Writer, x: Value, entries: np.ndarray, output: Activation) -> Value:
+    """PRelu in float32, where every row is a leaky ReLU; else the tables one behind the other, and Gather."""
+    slopes = None if writer.quantized else slopes_of(entries, x.tensor, output)
+    channels = (-1, 1, 1) if len(x.tensor.shape) == 3 else (-1,)
+    if slopes is not None:
+        slope = writer.constant(slopes.reshape(channels), "slope")
+        return Value(output, writer.name, x.rows, real=writer.add("PRelu", [writer.real(x), slope]))
+    offsets = writer.constant((256 * np.arange(len(entries), dtype=np.int32)).reshape(channels), "channel_offsets")
+    index = writer.add("Add", [writer.add("Cast", [writer.codes(x)], "codes_in", to=INT32), offsets], "index")
+    return _looked_up(writer, x, entries.ravel(), output, index)
 
 
 OPS = {"add": add, "mul": mul, "rescale": rescale, "table": table}

@@ -35,7 +35,7 @@ class Function(NamedTuple):
 def which(table: np.ndarray, x: Activation, output: Activation, tolerance: int) -> Function | None:
     """The function whose codes all are within `tolerance` of the table's; None where there is none."""
     real = np.float32(x.scale) * (np.arange(256) - x.zero_point).astype(np.float32)
-    for function in (*FUNCTIONS, *_leaky(table, real, output)):
+    for function in (*FUNCTIONS, *map(_leaky, _slopes(table, real, output))):
         if _distance(function, table, real, output) <= tolerance:
             return function
     return None
@@ -54,8 +54,21 @@ def _distance(function: Function, table: np.ndarray, real: np.ndarray, output: A
     return max(float(np.abs(bound - table).max()) for bound in bounds)
 
 
-def _leaky(table: np.ndarray, real: np.ndarray, output: Activation) -> list[Function]:
-    """Leaky ReLU with each nice slope, and with the one amid all slopes that give these codes."""
+def slopes_of(tables: np.ndarray, x: Activation, output: Activation) -> np.ndarray | None:
+    """The slopes f32 [C] of which each table of [C, 256] is the leaky ReLU, within a code; None where one is none."""
+    real = np.float32(x.scale) * (np.arange(256) - x.zero_point).astype(np.float32)
+    found = []
+    for table in tables:
+        slopes = (0.0, 1.0, *_slopes(table, real, output))
+        distances = [_distance(_leaky(slope), table, real, output) for slope in slopes]
+        if min(distances) > 1:
+            return None
+        found.append(slopes[int(np.argmin(distances))])
+    return np.array(found, np.float32)
+
+
+def _slopes(table: np.ndarray, real: np.ndarray, output: Activation) -> list[float]:
+    """The nice ones, and the one amid all with which leaky ReLU gives these codes."""
     slopes = list(NICE_SLOPES)
     below = real < 0
     if output.dtype == "u8":
@@ -65,7 +78,11 @@ def _leaky(table: np.ndarray, real: np.ndarray, output: Activation) -> list[Func
         y = table.astype(np.float64) - output.zero_point
         bounds = [(y * output.scale + step)[below] / real[below] for step in (steps, -steps)]
         slopes.append((bounds[0].max() + bounds[1].min()) / 2)
-    return [Function(partial(_leaky_relu, slope), partial(_leaky_node, slope), True) for slope in slopes]
+    return slopes
+
+
+def _leaky(slope: float) -> Function:
+    return Function(partial(_leaky_relu, slope), partial(_leaky_node, slope), True)
 
 
 def _leaky_relu(slope: float, x: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 OPSET_NARROW_AND_WIDE = 21  # the first with 4-bit and with 16-bit codes
+INPUTS = ("x", "ids", "mask")
 ZERO_POINT: dict[str, type] = {"u8": np.uint8, "s16": np.int16}
 
 
@@ -98,6 +99,15 @@ class Writer:
             name = f"{self.name}/{role}_{count}"
         self._taken.add(name)
         return name
+
+    def output(self, value: str, name: str) -> str:
+        """What an output of the graph is called: `name`, or the first of name_2, name_3... that is free."""
+        found, count = name, 1
+        while found in self._taken and found != value or found in INPUTS:
+            count += 1
+            found = f"{name}_{count}"
+        self._taken.add(found)
+        return found
 
     # ---- Codes and real numbers --------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from qdeploy.ops.op import (
     Op,
     Rows,
     attribute,
+    channels_of,
     check_bound,
     check_shape,
     floats,
@@ -21,6 +22,8 @@ from qdeploy.ops.op import (
     number_of,
     same_rows,
 )
+
+TABLE_BY_CHANNEL = 4  # the first format version that has one
 
 
 def _check_add(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
@@ -42,8 +45,8 @@ def _gates(a: Shape, version: int) -> list[Shape]:
     return []
 
 
-def _mul_since(inputs: Sequence[Shape]) -> int:
-    a, b = inputs
+def _mul_since(node: Node, inputs: Sequence[Activation]) -> int:
+    a, b = (tensor.shape for tensor in inputs)
     return 1 if b in (a, *_gates(a, 1)) else 3
 
 
@@ -70,10 +73,16 @@ def _check_rescale(node: Node, inputs: Sequence[Activation], output: Activation,
 
 def _check_table(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     check_shape(output, inputs[0].shape, at)
+    by_channel = facts.version >= TABLE_BY_CHANNEL and np.ndim(node.constants["table"]) == 2
+    shape = (channels_of(inputs[0].shape), 256) if by_channel else (256,)
     if output.dtype == "u8":
-        array(node.constants["table"], np.uint8, (256,), key_of("table", at))
+        array(node.constants["table"], np.uint8, shape, key_of("table", at))
         return
-    check_bound(largest(floats(node, "table", (256,), at, facts)), output, at)
+    check_bound(largest(floats(node, "table", shape, at, facts)), output, at)
+
+
+def _table_since(node: Node, inputs: Sequence[Activation]) -> int:
+    return TABLE_BY_CHANNEL if node.constants["table"].ndim == 2 else 1
 
 
 OPS = {
@@ -109,6 +118,12 @@ OPS = {
         version=3,
     ),
     "table": Op(
-        inputs=(1, 1), output="table", shape=like_first, check=_check_table, constants=("table",), rows=same_rows
+        inputs=(1, 1),
+        output="table",
+        shape=like_first,
+        check=_check_table,
+        constants=("table",),
+        rows=same_rows,
+        shapes_since=_table_since,
     ),
 }

@@ -31,7 +31,7 @@ def same_rows(node: Node, inputs: Sequence[Activation], rows: Sequence[Rows], at
     return rows[0]
 
 
-def version_1(inputs: Sequence[Shape]) -> int:
+def version_1(node: Node, inputs: Sequence[Activation]) -> int:
     """Of shapes that bring no version of their own."""
     return 1
 
@@ -56,7 +56,7 @@ class Op:
     rows: of the output where texts have any length; raises ModelError where the op cannot have such inputs.
     bound: raises ModelError for results beyond the output's range, where that takes a pass over the weights.
     version: the first format version that has it.
-    shapes_since: the first format version that has it for inputs of these shapes.
+    shapes_since: the first format version that has it for shapes as these, of inputs and constants.
     """
 
     inputs: tuple[int, int]
@@ -73,7 +73,7 @@ class Op:
     rows: Callable[[Node, Sequence[Activation], Sequence[Rows], str], Rows] = fixed_rows
     bound: Check | None = None
     version: int = 1
-    shapes_since: Callable[[Sequence[Shape]], int] = version_1
+    shapes_since: Callable[[Node, Sequence[Activation]], int] = version_1
 
     @property
     def requantized(self) -> bool:
@@ -112,9 +112,9 @@ class Op:
             types["residual_multiplier"] = float
         return types
 
-    def since(self, inputs: Sequence[Activation]) -> int:
-        """The first format version that has it for these inputs."""
-        return max(self.version, self.shapes_since([tensor.shape for tensor in inputs]))
+    def since(self, node: Node, inputs: Sequence[Activation]) -> int:
+        """The first format version that has this node, for these inputs."""
+        return max(self.version, self.shapes_since(node, inputs))
 
 
 # ---- What ops share --------------------------------------------------------------------------------------------------

@@ -51,10 +51,15 @@ struct Call {
   const int64_t* ids() const { return reinterpret_cast<const int64_t*>(input.data()); }
   const int64_t* some_lengths() const { return lengths.empty() ? nullptr : lengths.data(); }
 
-  void run(const qdeploy::Model& model, float* output) const {
-    if (kind == "u8") return model.run(input.data(), n, output);
-    if (kind == "f32") return model.run(reinterpret_cast<const float*>(input.data()), n, output);
-    model.run(ids(), n, width, some_lengths(), output);
+  void run(const qdeploy::Model& model, const qdeploy::Model::Pointers& to) const {
+    if (to.size() > 1) return run_to(model, to);
+    run_to(model, to[0]);
+  }
+  template <class Output>
+  void run_to(const qdeploy::Model& model, const Output& to) const {
+    if (kind == "u8") return model.run(input.data(), n, to);
+    if (kind == "f32") return model.run(reinterpret_cast<const float*>(input.data()), n, to);
+    model.run(ids(), n, width, some_lengths(), to);
   }
 
   std::vector<int64_t> predict(const qdeploy::Model& model) const {
@@ -64,19 +69,32 @@ struct Call {
   }
 };
 
-size_t results_of(const qdeploy::Model& model, const Call& call) {
+size_t elements_of(const qdeploy::Output& output, const Call& call) {
   size_t elements = static_cast<size_t>(call.n);
-  for (const int64_t size : model.output_shape(call.width)) elements *= static_cast<size_t>(size);
+  for (const int64_t size : output.shape) elements *= static_cast<size_t>(size);
   return elements;
 }
 
+// Of all outputs, one after the other.
+std::vector<float> results_of(const qdeploy::Model& model, const Call& call) {
+  size_t elements = 0;
+  for (const qdeploy::Output& output : model.outputs(call.width)) elements += elements_of(output, call);
+  std::vector<float> results(elements, -1.0f);
+  qdeploy::Model::Pointers pointers;
+  float* next = results.data();
+  for (const qdeploy::Output& output : model.outputs(call.width)) {
+    pointers.push_back(next);
+    next += elements_of(output, call);
+  }
+  for (int i = 0; i < kCalls; ++i) call.run(model, pointers);
+  return results;
+}
+
 int run(const qdeploy::Model& model, const Call& call) {
-  std::vector<std::vector<float>> outputs(kCallers, std::vector<float>(results_of(model, call), -1.0f));
+  std::vector<std::vector<float>> outputs(kCallers);
   std::vector<std::thread> callers;
   for (std::vector<float>& output : outputs) {
-    callers.emplace_back([&model, &call, &output] {
-      for (int i = 0; i < kCalls; ++i) call.run(model, output.data());
-    });
+    callers.emplace_back([&model, &call, &output] { output = results_of(model, call); });
   }
   for (std::thread& caller : callers) caller.join();
   const size_t bytes = outputs[0].size() * sizeof(float);
@@ -84,7 +102,7 @@ int run(const qdeploy::Model& model, const Call& call) {
     if (memcmp(output.data(), outputs[0].data(), bytes) != 0) return 1;
   }
   fwrite(outputs[0].data(), 1, bytes, stdout);
-  if (model.output_shape().size() == 1) {
+  if (model.outputs().size() == 1 && model.output_shape().size() == 1) {
     const std::vector<int64_t> classes = call.predict(model);
     fwrite(classes.data(), sizeof(int64_t), classes.size(), stdout);
   }

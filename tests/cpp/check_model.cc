@@ -55,7 +55,7 @@ std::vector<int32_t> random_ids(const Program& program) {
   return ids;
 }
 
-// Of all outputs of nodes, then of the output as users get it, where activations take over each other's memory.
+// Of all outputs of nodes, then of the outputs as users get them, where activations take over each other's memory.
 uint64_t checksum(const ModelFile& file, int threads, const std::string& isa, const std::string& conv_form) {
   Session session(file, threads, isa, kMacsPerThread, conv_form);
   const Program& program = session.program();
@@ -65,10 +65,14 @@ uint64_t checksum(const ModelFile& file, int threads, const std::string& isa, co
   Images images = {numbers.data(), false, kImages};
   if (!ids.empty())
     images = {ids.data(), false, kImages, program.longest, program.graph.variable ? lengths.data() : nullptr};
-  std::vector<uint8_t> output(bytes(program.activations[program.member_output[0]]));
-  std::vector<std::vector<uint8_t>> nodes;
+  std::vector<std::vector<uint8_t>> nodes, outputs;
   Results with_taps, results;
-  with_taps.output = results.output = output.data();
+  const bool is_ensemble = program.graph.combine != Combine::none;
+  for (size_t o = 0; o < (is_ensemble ? 1 : program.outputs.size()); ++o) {
+    outputs.emplace_back(bytes(program.activations[program.outputs[o]]));
+    results.outputs.push_back(outputs.back().data());
+  }
+  with_taps.outputs = results.outputs;
   for (const Step& step : program.steps) {
     nodes.emplace_back(bytes(program.activations[step.output]));
     with_taps.taps.push_back({step.output, nodes.back().data()});
@@ -77,7 +81,7 @@ uint64_t checksum(const ModelFile& file, int threads, const std::string& isa, co
   session.run(images, with_taps);
   for (const std::vector<uint8_t>& node : nodes) sum.add(node);
   session.run(images, results);
-  sum.add(output);
+  for (const std::vector<uint8_t>& output : outputs) sum.add(output);
   return sum.value();
 }
 

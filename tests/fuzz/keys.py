@@ -1,5 +1,5 @@
-"""What the fuzzer does to what version 3 brought: its keys, types and ops. KEYS are mutations of the model, as those of
-mutations.py."""
+"""What the fuzzer does to what versions 3 and 4 brought: keys, types and ops. KEYS are mutations of the model, as those
+of mutations.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from draft import Draft, Object, copied
 from mutations import DraftMutation, add_floats, add_tensor, members
 
-from qdeploy.graph import Shape
+from qdeploy.graph import SEVERAL_OUTPUTS, Shape
 from qdeploy.ops import OPS
 from qdeploy.ops.op import channels_of, rows_of
 
@@ -195,10 +195,51 @@ def other_dtype(draft: Draft, rng: Random) -> bool:
 
 
 def at_version_3(draft: Draft) -> bool:
+    return at_version(draft, SEVERAL_OUTPUTS if any("outputs" in member for member in members(draft)) else 3)
+
+
+def at_version(draft: Draft, version: int) -> bool:
     metadata = draft.header.get("__metadata__")
-    metadata.set("format_version", "3")
+    metadata.set("format_version", str(version))
     metadata.set("requires", "0.1.0")
     return True
+
+
+def other_table(draft: Draft, rng: Random) -> bool:
+    """256 entries for each channel, or for nearly each, or for all; at version 4, mostly."""
+    found = chosen(draft, rng, "table", of=("table",))
+    if not found:
+        return False
+    member, node = found
+    channels = max(0, off_by_one(rng, channels_of(shapes(member, node)[0])))
+    if channels * 256 > BIG:
+        return False
+    shape = rng.choice([[channels, 256]] * 6 + [[256], [256, channels], [1, 256], [channels, 256, 1], [channels, 255]])
+    size = math.prod(shape)
+    if member.get("tensors")[node.get("output")].get("dtype") == "f32":
+        node.set("table", add_array(draft, "F32", shape, [rng.choice([0.0, -1.5, 2.0**99]) for _ in range(size)]))
+    else:
+        node.set("table", add_tensor(draft, fresh(draft), "U8", shape, rng.randbytes(size)))
+    return at_version(draft, 4) if rng.random() < 0.9 else True
+
+
+def other_outputs(draft: Draft, rng: Random) -> bool:
+    """Their ids; or one more f32 tensor; also where there is one output, and in ensembles."""
+    member = rng.choice(members(draft))
+    tensors = member.get("tensors")
+    real = [i for i, tensor in enumerate(tensors) if tensor.get("dtype") == "f32"]
+    if rng.random() < 0.5:  # one more
+        i = rng.randrange(len(tensors))
+        writer = next((node for node in member.get("nodes") if node.get("output") == i), None)
+        for key, value in {"dtype": "f32", "scale": 1, "zero_point": 0}.items():
+            tensors[i].set(key, value)
+        if writer:
+            writer[:] = [pair for pair in writer if pair[0] != "clamp"]
+        real.append(i)
+    rng.shuffle(real)
+    ids: Any = real + rng.choice([[], [], [], [], [0], real[:1], [len(tensors)], [-1], [None]])
+    member.set("outputs", rng.choice([ids, ids, ids, ids, ids[:1], [], None, ids[0] if ids else 0]))
+    return at_version(draft, SEVERAL_OUTPUTS)
 
 
 def other_epsilon(draft: Draft, rng: Random) -> bool:
@@ -342,6 +383,9 @@ KEYS: list[DraftMutation] = [
     other_dtype,
     other_epsilon,
     other_text,
+    other_outputs,
+    other_outputs,
+    other_table,
     rows_at_the_bound,
     insert_row_node,
     insert_row_node,

@@ -154,7 +154,7 @@ RULES: dict[str, tuple[Change, str]] = {  # what is done, and how the text begin
     "a note that is a number": (set_metadata(note=7), "a string, got number - at key `note` of __metadata__"),
     "a key of a note with control characters": (set_metadata(**{"\x1b\n": 7}), "a string, got number - at key `??` of"),
     "requires in any words": (set_metadata(requires="soon"), MODEL),
-    "version 2.0": (set_metadata(format_version="2.0"), "format_version 1 to 3, got `2.0`"),
+    "version 2.0": (set_metadata(format_version="2.0"), "format_version 1 to 4, got `2.0`"),
     # JSON
     "white space around the graph": (around(" \r\n\t", "\n "), MODEL),
     "a byte order mark": (around("\ufeff", ""), JSON),

@@ -13,7 +13,7 @@ LOWERING has one function for each operator that the engine can express; any oth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from qdeploy.exporter import elements
 from qdeploy.exporter.from_onnx import arranged, elementwise, ending, quantized, source, weighted, windows
 from qdeploy.exporter.from_onnx.constants import fold
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
-from qdeploy.exporter.from_onnx.model import File, is_onnx, read
+from qdeploy.exporter.from_onnx.model import File, Node, is_onnx, read
 from qdeploy.exporter.from_onnx.moves import MOVES
 from qdeploy.exporter.from_onnx.quantized import Coded, LookedUp, Stored
 from qdeploy.exporter.from_onnx.site import OPERATOR, Site, State
@@ -40,31 +40,36 @@ __all__ = ["is_onnx", "lower"]
 
 
 def lower(model: AnyModel, shape: tuple[int, ...] | None = None) -> Network:
-    """One layer for each operator of an ONNX file that its output needs.
+    """One layer for each operator of an ONNX file that its outputs need.
 
     `model`: a path, the bytes of a file or a ModelProto. `shape`: of the input, (C, H, W), where the file leaves height
     and width free. Raises ExportError for what the engine lacks: all of it, with the nodes; and for a damaged file.
     """
     file = read(model, shape)
-    output, notes = ending.scores(file)
+    outputs, notes = ending.scores(file)
     state = State(file, notes=notes)
     values: dict[str, Any] = dict(file.constants)
     x, rows_first = _input(file)
     state.layers.append(x.layer if isinstance(x, Moved) else x)
     values[file.input] = x
-    _lower_nodes(state, values, output)
-    found = values.get(output)
-    if isinstance(found, Coded) or not isinstance(found, (Layer, Moved)):
-        got = "codes" if isinstance(found, Coded) else "a constant"
-        raise ExportError(f"expected a real output that depends on the input, got {got} - at output {quoted(output)}")
-    last = next(node for node in file.nodes if output in node.outputs) if found is not x else None
-    if last is None:
-        raise ExportError(f"expected a network, got its input - at output {quoted(output)}")
-    scores = plain(Site(last, state), found)
+    _lower_nodes(state, values, list(outputs))
+    makers = {name: node for node in file.nodes for name in node.outputs}
+    ends = [_output(name, values, state, makers) for name in outputs]
     weights = [layer for layer in state.layers if isinstance(layer, Weighted)]
     classifier = weights[-1].name if weights and isinstance(weights[-1].weight, np.ndarray) else None
     network = source.Source(file, rows_first, source.bytes_of(state.layers))
-    return Network(network, state.layers, scores, classifier=classifier, notes=[*notes, *_tables(file)])
+    names = list(outputs.values()) if len(outputs) > 1 else []
+    return Network(network, state.layers, ends, False, classifier, [*notes, *_tables(file)], names)
+
+
+def _output(name: str, values: Mapping[str, Any], state: State, makers: Mapping[str, Node]) -> Layer:
+    found = values.get(name)
+    if isinstance(found, Coded) or not isinstance(found, (Layer, Moved)):
+        got = "codes" if isinstance(found, Coded) else "a constant"
+        raise ExportError(f"expected a real output that depends on the input, got {got} - at output {quoted(name)}")
+    if found is values[state.file.input]:
+        raise ExportError(f"expected a network, got its input - at output {quoted(name)}")
+    return plain(Site(makers[name], state), found)
 
 
 def _tables(file: File) -> list[str]:
@@ -85,9 +90,10 @@ def _input(file: File) -> tuple[Value, bool]:
     return seen(Input("input", [], shape, value), index), True
 
 
-def _lower_nodes(state: State, values: dict[str, Any], output: str) -> None:
+def _lower_nodes(state: State, values: dict[str, Any], outputs: list[str]) -> None:
     obstacles: list[Obstacle] = []
-    last = max((i for i, node in enumerate(state.file.nodes) if output in node.outputs), default=-1)
+    ends = [i for i, node in enumerate(state.file.nodes) if not set(outputs).isdisjoint(node.outputs)]
+    last = max(ends, default=-1)
     for node in state.file.nodes[: last + 1]:
         if node.op == "Constant":
             continue
@@ -165,4 +171,5 @@ LOWERING: dict[str, Callable[..., Any]] = {
     "Cast": arranged.cast,
     **dict.fromkeys(MOVES, arranged.move),
     **dict.fromkeys(FUNCTIONS, elementwise.function),
+    "PRelu": elementwise.prelu,
 }

@@ -84,6 +84,13 @@ def _one_number(site: Site, value: Any) -> float:
     return float(real(value).reshape(()))
 
 
+def prelu(site: Site, x: Value, slope: Any) -> Value:
+    """One slope, or one for each channel."""
+    if not is_constant(slope) or real(slope).size == 1:
+        return function(site, x, slope)
+    return elementwise.prelu(site, x, real(slope))
+
+
 def function(site: Site, *operands: Any) -> Value:
     """An operator of FUNCTIONS: a table of the codes of the one tensor that its operands are functions of."""
     target = FUNCTIONS[site.node.op]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     AnyModel = str | os.PathLike[str] | bytes | onnx.ModelProto
 
 OPSETS = range(7, 26)  # of the default domain
+MAX_OUTPUTS = 256
 LARGEST = 2**31 - 1  # bytes of one protobuf message, and of all constants
 NOT_UTF8 = "expected names in UTF-8, got other bytes - at the model"
 REQUIRES = "expected the package onnx (pip install 'qdeploy[onnx]'), got none - at this Python environment"
@@ -42,14 +43,14 @@ class Node:
 
 @dataclass(eq=False)
 class File:
-    """A network: one float32 input, one output, nodes in an order in which they can run."""
+    """A network: one float32 input, one or more outputs, nodes in an order in which they can run."""
 
     proto: onnx.ModelProto  # without external data
     nodes: list[Node]
     constants: dict[str, np.ndarray]
     input: str
     shape: tuple[int, ...]  # of the input, without the batch
-    output: str
+    outputs: list[str]
     batch: int | None  # that the file fixes
     opset: int
 
@@ -83,14 +84,14 @@ def _read(proto: onnx.ModelProto, folder: Path | None, shape: tuple[int, ...] | 
     with_one_scale(proto, constants)
     nodes = [_node(node) for node in graph.node]
     inputs = [x for x in graph.input if x.name not in constants]
-    if len(inputs) != 1 or len(graph.output) != 1:
+    if len(inputs) != 1 or not 1 <= len(graph.output) <= MAX_OUTPUTS:
         got = f"{len(inputs)} ({_names(inputs)}) and {len(graph.output)} ({_names(graph.output)})"
-        raise ExportError(f"expected one input and one output, got {got} - at the graph")
+        raise ExportError(f"expected one input and 1 to {MAX_OUTPUTS} outputs, got {got} - at the graph")
     batch, own = _input_shape(inputs[0], shape)
-    output = graph.output[0].name
-    needed = _needed(nodes, output)
+    outputs = [x.name for x in graph.output]
+    needed = _needed(nodes, outputs)
     opset = next(x.version for x in proto.opset_import if x.domain in ("", "ai.onnx"))
-    return File(proto, needed, constants, inputs[0].name, own, output, batch, opset)
+    return File(proto, needed, constants, inputs[0].name, own, outputs, batch, opset)
 
 
 def _names(values: Any) -> str:
@@ -179,9 +180,9 @@ def _of(node: Node) -> str:
     return f"{quoted(node.name)} ({node.op})"
 
 
-def _needed(nodes: list[Node], output: str) -> list[Node]:
-    """The nodes that the output depends on."""
-    wanted, found = {output}, []
+def _needed(nodes: list[Node], outputs: list[str]) -> list[Node]:
+    """The nodes that the outputs depend on."""
+    wanted, found = set(outputs), []
     for node in reversed(nodes):
         if wanted.intersection(node.outputs):
             wanted.update(node.inputs)

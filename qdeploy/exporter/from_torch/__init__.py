@@ -48,7 +48,7 @@ def is_network(value: object) -> bool:
 
 
 def lower(source: Source, example: np.ndarray) -> Network:
-    """One layer for each operator of the network that its output needs, for inputs like `example`, [N, ...].
+    """One layer for each operator of the network that its outputs need, for inputs like `example`, [N, ...].
 
     The network is traced in eval mode and left as it was; what torch.export made has no mode. Raises ExportError for
     what the engine lacks: all of it, with the modules.
@@ -62,7 +62,7 @@ def _lowered(trace: Trace, classifier: str | None) -> Network:
     values: dict[fx.Node, Any] = {}
     layers: list[Layer] = []
     obstacles: list[Obstacle] = []
-    needed = {trace.output}
+    needed = set(trace.outputs.values())
     for node in reversed(trace.module.graph.nodes):
         if node in needed:
             needed.update(node.all_input_nodes)
@@ -89,10 +89,17 @@ def _lowered(trace: Trace, classifier: str | None) -> Network:
                 values[node] = _in_place(site, inputs)
     if obstacles:
         raise all_of(obstacles, OPERATOR)
-    output = values.get(trace.output)
-    if not isinstance(output, (Layer, Moved)):
+    outputs = [_output(values.get(node), Site(node, trace, layers)) for node in trace.outputs.values()]
+    several = list(trace.outputs) if len(outputs) > 1 else []
+    names = ["" if name.replace(".", "").isdigit() else name for name in several]
+    notes = [f"outputs in this order: {', '.join(several)}"] if any(names) else []
+    return Network(trace, layers, outputs, trace.ids, classifier, notes, names)
+
+
+def _output(found: Any, site: Site) -> Layer:
+    if not isinstance(found, (Layer, Moved)):
         raise ExportError("expected an output that depends on the input, got a constant - at the network's forward")
-    return Network(trace, layers, plain(Site(trace.output, trace, layers), output), trace.ids, classifier)
+    return plain(site, found)
 
 
 def _rule(site: Site) -> Callable[..., Any] | None:
@@ -163,7 +170,7 @@ FLOAT_MOVES = """upsample_nearest2d _upsample_nearest_exact2d upsample_nearest1d
 IDENTITIES = """clone alias detach contiguous to type_as _to_copy dropout feature_dropout alpha_dropout lift_fresh_copy
     _assert_tensor_metadata"""
 FILLED = "new_zeros new_ones new_full zeros_like ones_like full_like"
-FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh prelu rrelu
+FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh rrelu
     threshold log_sigmoid exp expm1 log log1p sqrt rsqrt square pow reciprocal abs sign erf sin cos atan floor ceil
     round gt ge lt le where max min maximum minimum"""
 QUANTIZERS: dict[str, Callable[..., Any]] = {  # by name: torch registers some of them late
@@ -198,6 +205,7 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     aten.relu: elementwise.relu,
     aten.relu6: elementwise.relu6,
     aten.hardtanh: elementwise.hardtanh,
+    aten.prelu: elementwise.prelu,
     aten.clamp: elementwise.clamp,
     aten.clip: elementwise.clamp,
     aten.clamp_min: elementwise.clamp,

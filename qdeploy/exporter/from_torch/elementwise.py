@@ -13,7 +13,7 @@ from qdeploy.exporter.from_torch.attention import Scores, biased, scaled
 from qdeploy.exporter.from_torch.site import Site, aten, float64
 from qdeploy.exporter.layers import Mul
 from qdeploy.exporter.lowering import elementwise as rules
-from qdeploy.exporter.lowering.moved import Value, seen, settled
+from qdeploy.exporter.lowering.moved import Value, seen, settled, sizes_of
 
 # ---- With constants --------------------------------------------------------------------------------------------------
 
@@ -150,6 +150,13 @@ def table(site: Site, *args: Any, **kwargs: Any) -> Value:
         return site.target(*(next(own) if x is None else x[0] for x in arguments), **kwargs).numpy()
 
     return rules.function(site, target, *values)
+
+
+def prelu(site: Site, x: Value, weight: Any) -> Value:
+    """One slope, or one for each channel, the dimension behind the batch."""
+    if not isinstance(weight, Tensor) or weight.numel() == 1:
+        return table(site, x, weight)
+    return rules.prelu(site, x, float64(weight).reshape(1, -1, *[1] * (len(sizes_of(x)) - 2)))
 
 
 def _scalar(site: Site, constant: Any) -> Any:

@@ -32,7 +32,7 @@ class Trace:
 
     module: fx.GraphModule
     constants: dict[fx.Node, Any]
-    output: fx.Node
+    outputs: dict[str, fx.Node]  # by where they stand in what forward returns
     batch: Any  # the symbol of the batch size
     shape: tuple[int, ...]  # of the input, without the batch
     names: dict[str, str]  # path of each module of the traced network: its name for the user
@@ -96,25 +96,23 @@ class _Observed(fx.Interpreter):
 
 
 class _Forward(nn.Module):
-    """From one tensor to one tensor, whatever the arguments and results of the network's forward are."""
+    """From one tensor to the tensors of the output, whatever the arguments and results of the network's forward are."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _one_tensor(replay(self.net, x) if is_exported(self.net) else self.net(x))
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return _tensors(replay(self.net, x) if is_exported(self.net) else self.net(x))
 
 
-def _one_tensor(output: Any) -> Tensor:
-    """The tensor of what a forward returned: the only one in it, or the one that is named `logits`."""
+def _tensors(output: Any) -> dict[str, Tensor]:
+    """What a forward returned: the one that is named `logits`, else all, in their order."""
     found = dict(_named_tensors(output, ""))
-    only = found if len(found) == 1 else {name: t for name, t in found.items() if name.split(".")[-1] == "logits"}
-    if len(only) == 1:
-        return next(iter(only.values()))
-    got = f"{len(found)} ({', '.join(found)})" if found else type(output).__name__
-    expected = "one output tensor, or one named logits"
-    raise ExportError(f"expected {expected}, got {got} - at the network's forward")
+    if not found:
+        raise ExportError(f"expected an output tensor, got {type(output).__name__} - at the network's forward")
+    logits = {name: tensor for name, tensor in found.items() if name.split(".")[-1] == "logits"}
+    return logits if len(logits) == 1 else found
 
 
 def _named_tensors(output: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -339,13 +337,14 @@ def _constants_folded(program: torch.export.ExportedProgram, names: dict[str, st
                 args = (args[0].clone(), *args[1:])
             with torch.no_grad():
                 constants[node] = node.target(*args, **kwargs)
-    if len(inputs) != 1 or len(results) != 1 or not isinstance(results[0], fx.Node):
+    if len(inputs) != 1 or not all(isinstance(x, fx.Node) for x in results):
         raise ExportError(
-            f"expected one input and one output tensor, got {len(inputs)} and {len(results)} - at the network's forward"
+            f"expected one input and output tensors, got {len(inputs)} and {len(results)} - at the network's forward"
         )
+    named = dict(zip(program.call_spec.out_spec.context, results, strict=True))
     x = inputs[0].meta["val"]
     ids = not x.is_floating_point()
-    return Trace(program.graph_module, constants, results[0], x.shape[0], tuple(x.shape[1:]), names, stateful, ids)
+    return Trace(program.graph_module, constants, named, x.shape[0], tuple(x.shape[1:]), names, stateful, ids)
 
 
 def _is_constant(node: fx.Node, constants: dict[fx.Node, Any]) -> bool:

@@ -96,6 +96,20 @@ def by_element(site: Site, constant: ArrayLike, layer: Layer, index: np.ndarray 
     return by_image[0, :1] if (by_image[0] == by_image[0, 0]).all() else by_image[0]
 
 
+def prelu(site: Site, x: Value, slope: ArrayLike) -> Value:
+    """`x` above 0, `slope * x` below it; the slope is one number, or one per channel."""
+    layer, index = settled(site, x)
+    slopes = by_element(site, slope, layer, index)
+    if len(slopes) > 1:
+        site.fail("a slope that is one number or one per channel", f"one of shape {list(np.shape(slope))}")
+    own = slopes.reshape(-1, 1) if np.ptp(slopes) else slopes[0, :1]
+
+    def function(v: np.ndarray) -> np.ndarray:
+        return np.where(v < 0, own * v, v)
+
+    return seen(site.layer(Table, [layer], layer.shape, index, function=function, by_channel=len(own) > 1), index)
+
+
 def clamp(site: Site, x: Value, low: float, high: float) -> Value:
     """The upper bound holds where they cross."""
     return each(site, x, Clamp, low=min(low, high), high=high)
