@@ -194,7 +194,8 @@ def test_onnx_has_the_names_and_the_numbers(quantized):
     from onnx_nodes import session
 
     graph = detector(3)
-    graph.members[0].tensors[12].name, graph.members[0].tensors[2].name = "scores", "x"
+    scores, _, features, *_ = graph.members[0].outputs
+    graph.members[0].tensors[scores].name, graph.members[0].tensors[features].name = "scores", "x"
     model = qdeploy.to_onnx(graph, quantized)
     onnx.checker.check_model(model, full_check=True)
     names = [output.name for output in model.graph.output]
