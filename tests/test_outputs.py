@@ -184,6 +184,17 @@ def test_a_peer_agrees_as_its_worst_output_does():
     assert peers.correlation([x * 0], [x]) is None
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_peer_gives_every_output(name):
+    pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    graph = small_detector()
+    x = _plain(graph)
+    run = getattr(peers, name)(qdeploy.to_onnx(graph).SerializeToString(), x.shape, 1)
+    assert [y.shape for y in run(x)] == [(2, 2), (2, 3, 4, 4)]
+    assert peers.correlation(reference.run(graph, x), run(x)) > 0.999
+
+
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
 
 
