@@ -19,7 +19,7 @@ import ninja
 import nlohmann_json
 import numpy as np
 import pytest
-from builder import Builder, batch, small_ensemble, small_network, text_batch
+from builder import Builder, arrays, batch, small_detector, small_ensemble, small_network, text_batch
 
 import qdeploy
 from qdeploy import _engine, cli
@@ -88,7 +88,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installation:
 
 
 def real(model: qdeploy.Model, output: np.ndarray) -> np.ndarray:
-    """What an output stands for, in float32; rows that a text does not have are 0 in both."""
+    """What the one output stands for, in float32; rows that a text does not have are 0 in both."""
     entry = model.outputs[0]
     if entry["dtype"] == "f32":
         return output
@@ -98,8 +98,11 @@ def real(model: qdeploy.Model, output: np.ndarray) -> np.ndarray:
 def check_images(installed: Installation, path: Path, x: np.ndarray) -> None:
     model = qdeploy.load_int_model(path)
     kind = "u8" if x.dtype == np.uint8 else "f32"
-    expected = real(model, model(x)).tobytes()
-    if len(model.outputs[0]["shape"]) == 1:
+    outputs = arrays(model(x))
+    if len(outputs) == 1:
+        outputs = [real(model, outputs[0])]
+    expected = b"".join(output.tobytes() for output in outputs)
+    if len(outputs) == 1 and outputs[0].ndim == 2:
         expected += model.predict(x).tobytes()
     for threads in (1, 2):
         got = installed.call_model("run", path, kind, len(x), threads, input=x.tobytes())
@@ -162,6 +165,33 @@ def test_tokens_of_texts_of_any_length(installed, tmp_path, dtype):
     ids, mask = text_batch(graph, 5, rng)
     check_texts(installed, path, ids, mask)
     check_texts(installed, path, np.maximum(ids[:, :4], 0), np.arange(4) < rng.integers(1, 5, 5)[:, None])
+
+
+def test_every_output_has_a_pointer(installed, tmp_path):
+    """Of texts of several lengths: rows and scores; the model says no class, and takes no single pointer."""
+    net = Builder(np.random.default_rng(5), (9,), None)
+    x = net.norm(net.position(net.embedding(11, 12), exact=True))
+    outputs = [net.linear(net.mean(x), 2, dtype="f32"), net.linear(x, 3, dtype="f32")]
+    path = tmp_path / "net.safetensors"
+    save(Graph([net.member(outputs=outputs)], vocabulary=11, variable=True), path)
+    model = qdeploy.load_int_model(path)
+    ids, mask = text_batch(load(path), 5, np.random.default_rng(0))
+    arguments = ("run", path, "ids", len(ids), 2, ids.shape[1], *mask.sum(axis=1).tolist())
+    got = installed.call_model(*arguments, input=ids.astype(np.int64).tobytes())
+    assert got == b"".join(output.tobytes() for output in model(ids, mask))
+
+    save(small_detector(), tmp_path / "detector")
+    said = installed.call_model("outputs", tmp_path / "detector").decode().splitlines()
+    first, second = (output["name"] for output in qdeploy.load_int_model(tmp_path / "detector").outputs)
+    assert said == [
+        f"{first} 2",
+        f"{second} 3 4 4",
+        "expected 2 pointers, one for each output, got 1 - at the output",
+        "expected 2 pointers, one for each output, got 3 - at the output",
+        "expected room for the results, got a null pointer - at the output",
+        "expected a model with one output, got 2 - at predict",
+        "ok",
+    ]
 
 
 # ---- Plans and errors -----------------------------------------------------------------------------------------------

@@ -536,7 +536,6 @@ UNSUPPORTED = {
         nn.AdaptiveMaxPool2d(4),
         r"max pool to sizes that divide the input's, got \[6, 6\] to \[4, 4\] - at module `body`",
     ),
-    "prelu": (nn.PReLU(8), r"one number for the whole tensor, got a constant of shape \[8\] - at module `body`"),
     "permute": (lambda x: x.permute(0, 2, 3, 1), "got one that takes rows into channels - at module `permute`"),
     "rows_into_channels": (
         lambda x: F.relu(x.permute(0, 2, 1, 3).reshape(-1, 8, 6, 6)) + x,

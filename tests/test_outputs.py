@@ -184,6 +184,17 @@ def test_a_peer_agrees_as_its_worst_output_does():
     assert peers.correlation([x * 0], [x]) is None
 
 
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_peer_gives_every_output(name):
+    pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    graph = small_detector()
+    x = _plain(graph)
+    run = getattr(peers, name)(qdeploy.to_onnx(graph).SerializeToString(), x.shape, 1)
+    assert [y.shape for y in run(x)] == [(2, 2), (2, 3, 4, 4)]
+    assert peers.correlation(reference.run(graph, x), run(x)) > 0.999
+
+
 # ---- ONNX ------------------------------------------------------------------------------------------------------------
 
 
@@ -194,7 +205,8 @@ def test_onnx_has_the_names_and_the_numbers(quantized):
     from onnx_nodes import session
 
     graph = detector(3)
-    graph.members[0].tensors[12].name, graph.members[0].tensors[2].name = "scores", "x"
+    scores, _, features, *_ = graph.members[0].outputs
+    graph.members[0].tensors[scores].name, graph.members[0].tensors[features].name = "scores", "x"
     model = qdeploy.to_onnx(graph, quantized)
     onnx.checker.check_model(model, full_check=True)
     names = [output.name for output in model.graph.output]

@@ -249,4 +249,4 @@ def test_unknown_methods_and_missing_data():
 def test_a_network_without_such_weights():
     source = ByHand()
     x = Input("input", [], (6,), Value("x"))
-    assert Rounding(quantize_weights(Network(source, [x], x), 8), "obc", True).observers() == {}
+    assert Rounding(quantize_weights(Network(source, [x], [x]), 8), "obc", True).observers() == {}

@@ -171,6 +171,11 @@ def test_prelu_of_an_onnx_file_and_back(path):
     assert np.square(got - want).mean() < 1e-3 * np.square(want).mean()
     (quantized,) = session(qdeploy.to_onnx(path)).run(None, {"x": x})
     assert np.corrcoef(quantized.ravel(), got.ravel())[0, 1] > 0.9999
+    back = path.with_name("back.safetensors")
+    qdeploy.export(qdeploy.to_onnx(path), None, back)
+    tables = [format.load(file).members[0].nodes[1].constants["table"] for file in (path, back)]
+    assert np.array_equal(*tables)
+    assert np.abs(qdeploy.load_int_model(back)(x) - got).max() < 1e-4 * np.ptp(got)
     floats = qdeploy.to_onnx(path, quantized=False)
     assert [node.op_type for node in floats.graph.node if node.op_type in ("PRelu", "Gather")] == ["PRelu"]
     (floating,) = session(floats).run(None, {"x": x})

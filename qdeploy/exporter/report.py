@@ -180,11 +180,11 @@ def compare(
     )
     if unable:
         return report
-    expected = floats[0]
+    wanted = floats[0]
     if graph.combine:
-        expected = [reference.combine([logits.astype(np.float32) for [logits] in floats], graph.combine)[0]]
+        wanted = [reference.combine([logits.astype(np.float32) for [logits] in floats], graph.combine)[0]]
     got = output if isinstance(output, list) else [output]
-    return replace(report, **_figures(images, graph.members[0], expected, got))
+    return replace(report, **_figures(images, graph.members[0], wanted, got))
 
 
 def _figures(images: np.ndarray, member: Member, expected: list[np.ndarray], got: list[np.ndarray]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 // call_model plan FILE BATCH THREADS : the plan
 // call_model run FILE f32|u8|ids N THREADS [WIDTH LENGTH...] < input > output : results of N images or texts, f32,
 // and then, where there are scores, their classes, i64; many threads call one model at once and have to agree
+// call_model outputs FILE : name and shape of each output of two, and what calls say that do not fit these
 // call_model misuse FILE : what a call says that does not fit
 #include <qdeploy.h>
 
@@ -109,6 +110,22 @@ int run(const qdeploy::Model& model, const Call& call) {
   return 0;
 }
 
+void outputs(const std::string& path) {
+  const qdeploy::Model model(path);
+  for (const qdeploy::Output& output : model.outputs()) {
+    printf("%s", output.name.c_str());
+    for (const int64_t size : output.shape) printf(" %d", static_cast<int>(size));
+    printf("\n");
+  }
+  const std::vector<float> numbers(4096);
+  std::vector<float> first(4096), second(4096);
+  say([&] { model.run(numbers.data(), 1, first.data()); });
+  say([&] { model.run(numbers.data(), 1, {first.data(), second.data(), first.data()}); });
+  say([&] { model.run(numbers.data(), 1, {first.data(), nullptr}); });
+  say([&] { model.predict(numbers.data(), 1); });
+  say([&] { model.run(numbers.data(), 1, {first.data(), second.data()}); });
+}
+
 void misuse(const std::string& path) {
   const qdeploy::Model model(path);
   const qdeploy::Model copy = model;
@@ -149,6 +166,8 @@ int main(int argc, char** argv) {
       for (int i = 2; i < argc; ++i) open_bytes(argv[i]);
     } else if (what == "plan") {
       printf("%s", qdeploy::Model(argv[2], atoi(argv[4])).plan(atoll(argv[3])).c_str());
+    } else if (what == "outputs") {
+      outputs(argv[2]);
     } else if (what == "misuse") {
       misuse(argv[2]);
     } else {

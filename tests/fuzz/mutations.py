@@ -761,7 +761,20 @@ def append(content: bytes, rng: Random) -> bytes:
 
 def header_length(content: bytes, rng: Random) -> bytes:
     length = int.from_bytes(content[:8], "little")
-    values = [0, 1, 7, 8, len(content) - 8, len(content), 100_000_000, 100_000_008, 2**31, 2**32, 2**63, 2**64 - 8]
+    values = [
+        0,
+        1,
+        7,
+        8,
+        max(0, len(content) - 8),
+        len(content),
+        100_000_000,
+        100_000_008,
+        2**31,
+        2**32,
+        2**63,
+        2**64 - 8,
+    ]
     value = rng.choice([*values, *(max(0, length + d) for d in (-16, -8, -1, 1, 8, 16))])
     return value.to_bytes(8, "little") + content[8:]
 

@@ -26,7 +26,7 @@ from qdeploy.exporter.from_onnx.constants import fold
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
 from qdeploy.exporter.from_onnx.model import File, Node, is_onnx, read
 from qdeploy.exporter.from_onnx.moves import MOVES
-from qdeploy.exporter.from_onnx.quantized import Coded, LookedUp, Stored
+from qdeploy.exporter.from_onnx.quantized import REAL, Coded, LookedUp, Offset, Stored
 from qdeploy.exporter.from_onnx.site import OPERATOR, Site, State
 from qdeploy.exporter.from_onnx.words import described
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
@@ -116,13 +116,13 @@ def _lower_node(site: Site, inputs: list[Any]) -> Any:
         inputs = inputs[:-1]
     op = site.node.op
     try:
-        if not any(isinstance(x, (Layer, Moved, Coded, LookedUp, Unknown)) for x in inputs):
+        if not any(isinstance(x, (Layer, Moved, Coded, LookedUp, Offset, Unknown)) for x in inputs):
             return _of_constants(site, inputs)
         rule = LOWERING.get(op)
         if rule is None or any(isinstance(x, Unknown) for x in inputs):
             site.fail(OPERATOR, described(op))
-        if any(isinstance(x, (Coded, LookedUp)) for x in inputs) and op not in ON_CODES:
-            site.fail("real numbers (DequantizeLinear before it)", f"{op} of codes")
+        if any(isinstance(x, (Coded, LookedUp, Offset)) for x in inputs) and op not in ON_CODES:
+            site.fail(REAL, f"{op} of codes")
         return rule(site, *inputs)
     except ExportError:
         raise
@@ -139,7 +139,19 @@ def _of_constants(site: Site, inputs: list[Any]) -> Any:
     return fold(site, [x.real.astype(np.float32) if isinstance(x, Stored) else x for x in inputs])
 
 
-ON_CODES = ("DequantizeLinear", "Clip", "Cast", "MaxPool", "GlobalMaxPool", "Concat", "Shape", "Relu", "Pad", *MOVES)
+ON_CODES = (
+    "DequantizeLinear",
+    "Add",
+    "Clip",
+    "Cast",
+    "MaxPool",
+    "GlobalMaxPool",
+    "Concat",
+    "Shape",
+    "Relu",
+    "Pad",
+    *MOVES,
+)
 LOWERING: dict[str, Callable[..., Any]] = {
     "QuantizeLinear": quantized.quantize,
     "DequantizeLinear": quantized.dequantize,

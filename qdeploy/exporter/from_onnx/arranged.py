@@ -12,7 +12,7 @@ from qdeploy.exporter.from_onnx import quantized
 from qdeploy.exporter.from_onnx.constants import TYPES
 from qdeploy.exporter.from_onnx.model import Node
 from qdeploy.exporter.from_onnx.moves import MOVES
-from qdeploy.exporter.from_onnx.quantized import Coded, LookedUp
+from qdeploy.exporter.from_onnx.quantized import Coded, LookedUp, Offset
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.from_onnx.weighted import is_constant, real
 from qdeploy.exporter.lowering import joined
@@ -25,7 +25,7 @@ def move(site: Site, x: Any, *constants: Any) -> Any:
         site.node.op == "Gather"
         and isinstance(x, np.ndarray)
         and len(constants) == 1
-        and isinstance(constants[0], (Coded, LookedUp))
+        and isinstance(constants[0], (Coded, LookedUp, Offset))
     ):
         return quantized.look_up(site, x, constants[0])
     if isinstance(x, Coded):

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
-from qdeploy.exporter.from_onnx.quantized import Coded, clip
+from qdeploy.exporter.from_onnx.quantized import Coded, LookedUp, clip, offset
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.from_onnx.weighted import is_constant, real
 from qdeploy.exporter.lowering import elementwise, norms
 from qdeploy.exporter.lowering.moved import Value, sizes_of
 
 
-def add(site: Site, a: Any, b: Any) -> Value:
+def add(site: Site, a: Any, b: Any) -> Any:
+    if any(isinstance(x, (Coded, LookedUp)) for x in (a, b)):
+        return offset(site, a, b)
     if is_constant(b):
         return elementwise.affine(site, a, 1.0, real(b))
     if is_constant(a):

@@ -16,10 +16,11 @@ from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Quantize, QuantizedWeight, Table
 from qdeploy.exporter.lowering import elementwise, joined
-from qdeploy.exporter.lowering.moved import Value
+from qdeploy.exporter.lowering.moved import Value, settled
 
 CODES = {"uint8": (0, 255), "int8": (-128, 127), "uint4": (0, 15), "int4": (-8, 7), "uint2": (0, 3), "int2": (-2, 1)}
 OFFSETS = {"uint8": 0, "int8": 128}  # from codes of an activation to u8
+REAL = "real numbers (DequantizeLinear before it)"
 STATIC = "a scale that is a constant (quantize with static ranges)"
 
 
@@ -57,7 +58,16 @@ class LookedUp:
 
     real: Value
     grid: Grid  # of `real`
-    table: np.ndarray
+    table: np.ndarray  # [256], or of each channel [C, 256]
+
+
+@dataclass(frozen=True, eq=False)
+class Offset:
+    """Codes of an activation and, of each channel, what is added to them: where its table begins in one of all."""
+
+    real: Value
+    grid: Grid  # of `real`
+    first: np.ndarray  # int64 [C]
 
 
 def code_type(site: Site, zero_point: np.ndarray | None) -> str:
@@ -155,8 +165,31 @@ def quantize(site: Site, x: Value, scale: Any, zero_point: Any = None) -> Coded:
     return Coded(x, grid, name)
 
 
-def look_up(site: Site, table: np.ndarray, x: Coded | LookedUp) -> LookedUp | Value:
-    """Gather of 256 codes or real numbers by the codes of an activation, or by those that another table has."""
+def offset(site: Site, a: Any, b: Any) -> Offset:
+    """Add of codes and integers, one for each channel."""
+    x, constant = (a, b) if isinstance(a, Coded) else (b, a)
+    if not isinstance(x, Coded) or x.dtype != "uint8" or not isinstance(constant, np.ndarray):
+        site.fail(REAL, "Add of codes")
+    rounded = _rounded(site, x)
+    first = elementwise.by_element(site, constant, *settled(site, rounded))
+    if constant.dtype.kind not in "iu" or len(first) > 1:
+        site.fail("integers to add to codes, one for each channel", f"{constant.dtype.name} {list(constant.shape)}")
+    return Offset(rounded, x.grid, first[0].astype(np.int64))
+
+
+def _tables(site: Site, table: np.ndarray, x: Offset) -> LookedUp:
+    last = x.first + 255
+    if table.ndim != 1 or x.first.min() < 0 or last.max() >= table.size or site.integer("axis", 0):
+        site.fail("a table of 256 entries for each channel", f"one of shape {list(table.shape)}")
+    return LookedUp(x.real, x.grid, table[x.first[:, None] + np.arange(256)])
+
+
+def look_up(site: Site, table: np.ndarray, x: Coded | LookedUp | Offset) -> LookedUp | Value:
+    """Gather of 256 codes or real numbers by the codes of an activation, or by those that another table has; of as many
+    for each channel."""
+    if isinstance(x, Offset):
+        tables = _tables(site, table, x)
+        return tables if table.dtype.kind in "iu" else _through(site, tables, tables.table.astype(np.float64))
     dtype = x.dtype if isinstance(x, Coded) else x.table.dtype.name
     if table.shape != (256,) or dtype != "uint8" or site.integer("axis", 0):
         site.fail("a table of 256 entries for u8 codes", f"one of shape {list(table.shape)} for {dtype}")
@@ -166,10 +199,12 @@ def look_up(site: Site, table: np.ndarray, x: Coded | LookedUp) -> LookedUp | Va
 
 
 def _through(site: Site, x: LookedUp, entries: np.ndarray) -> Value:
-    def function(v: np.ndarray) -> np.ndarray:
-        return entries[x.grid.codes(v).astype(np.int64)]
+    rows = (np.arange(len(entries))[:, None],) if entries.ndim == 2 else ()
 
-    return elementwise.each(site, x.real, Table, function=function)
+    def function(v: np.ndarray) -> np.ndarray:
+        return entries[(*rows, x.grid.codes(v).astype(np.int64))]
+
+    return elementwise.each(site, x.real, Table, function=function, by_channel=bool(rows))
 
 
 def _rounded(site: Site, x: Coded) -> Value:
