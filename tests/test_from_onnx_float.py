@@ -70,6 +70,17 @@ NETWORKS: dict[str, tuple[list, dict[str, Any]]] = {
         ],
         {"r": ints(0, 8, 63), "w": normal(5, 8, 3)},
     ),
+    "ConvTranspose": one("ConvTranspose", normal(8, 6, 3, 2), normal(6), strides=[3, 2]),
+    "ConvTranspose SAME": one("ConvTranspose", normal(8, 5, 2, 2), strides=[2, 2], auto_pad="SAME_UPPER"),
+    "ConvTranspose of a size": one("ConvTranspose", normal(8, 5, 2, 2), strides=[2, 2], output_shape=[18, 14]),
+    "ConvTranspose 1d": (
+        [
+            ("Reshape", ["x", "r"], "a", {}),
+            ("ConvTranspose", ["a", "w"], "b", {"strides": [3]}),
+            ("Flatten", ["b"], "y", {}),
+        ],
+        {"r": ints(0, 8, 63), "w": normal(8, 5, 3)},
+    ),
     "Gemm": (
         [("Flatten", ["x"], "a", {}), ("Gemm", ["a", "w", "c"], "y", {"alpha": 0.5, "beta": 2.0})],
         {"w": normal(504, 5), "c": normal(5)},
@@ -117,6 +128,11 @@ NETWORKS: dict[str, tuple[list, dict[str, Any]]] = {
     "Pad": one("Pad", ints(0, 0, 1, 2, 0, 0, 3, 0)),
     "Pad reflect": one("Pad", ints(0, 0, 1, 2, 0, 0, 2, 1), mode="reflect"),
     "DepthToSpace": one("DepthToSpace", blocksize=2),
+    "DepthToSpace CRD": one("DepthToSpace", blocksize=2, mode="CRD"),
+    "SpaceToDepth": (
+        [("Slice", ["x", "from", "to", "axes"], "a", {}), ("SpaceToDepth", ["a"], "y", {"blocksize": 2})],
+        {"from": ints(0, 0), "to": ints(8, 6), "axes": ints(2, 3)},
+    ),
     "Slice": one("Slice", ints(2), ints(6), ints(1)),
     "Split": (
         [("Split", ["x", "s"], "a b", {"axis": 1}), ("Sigmoid", ["a"], "c", {}), ("Mul", ["b", "c"], "y", {})],
