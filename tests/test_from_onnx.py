@@ -52,7 +52,7 @@ QUANTIZED = sorted(path.stem for path in FILES.glob("*.onnx") if path.stem not i
 def correlation(member: Member, network: Network, x: np.ndarray) -> float:
     """Of the scores with those of onnxruntime without optimizations."""
     found: list[np.ndarray] = []
-    network.source.run(x, {network.output.value.tensor: found.append})
+    network.source.run(x, {network.outputs[0].value.tensor: found.append})
     return float(np.corrcoef(reference.run(graph_of(member), x).ravel(), found[0].ravel())[0, 1])
 
 
@@ -290,7 +290,7 @@ LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
 @pytest.mark.parametrize("name", ["light_densenet121", "light_squeezenet"])
 def test_light_networks_of_opset_9_are_read(name: str):
     """Their weights are made by ConstantOfShape."""
-    assert lower(LIGHT / f"{name}.onnx").output.shape[0] == 1000
+    assert lower(LIGHT / f"{name}.onnx").outputs[0].shape[0] == 1000
 
 
 @pytest.mark.parametrize("name", ["light_bvlc_alexnet", "light_inception_v1", "light_zfnet512"])

@@ -28,7 +28,10 @@ from qdeploy.exporter.layers import (
 from qdeploy.graph import Shape
 from qdeploy.ops.op import channels_of, rows_of
 
-FUNCTIONS = (Quantize, Table)  # of each element
+
+def _is_function(layer: Layer) -> bool:
+    """Of each element, the same for all channels."""
+    return isinstance(layer, Quantize) or isinstance(layer, Table) and not layer.by_channel
 
 
 def _share(network: Network, gather: Gather) -> bool:
@@ -79,10 +82,10 @@ def _before_functions(network: Network, gather: Gather) -> bool:
     """Channels of functions of a layer whose weight makes them, which nothing else reads, are functions of its
     channels."""
     x = gather.inputs[0]
-    if gather.axis != "channels" or not isinstance(x, FUNCTIONS) or gather.index.min() < 0:
+    if gather.axis != "channels" or not _is_function(x) or gather.index.min() < 0:
         return False
     made, user = x, gather
-    while isinstance(made, FUNCTIONS) and network.only_user(made) is user:
+    while _is_function(made) and network.only_user(made) is user:
         made, user = made.inputs[0], made
     if not _makes_channels(made) or network.only_user(made) is not user or len(gather.index) > channels_of(x.shape):
         return False
@@ -98,10 +101,10 @@ def _into_readers(network: Network, gather: Gather) -> bool:
     if gather.axis != "channels" or not whole or not _feeds_weights(network, gather):
         return False
     users: list[Any] = network.users(gather)
-    if len(users) == 1 and isinstance(users[0], FUNCTIONS):
+    if len(users) == 1 and _is_function(users[0]):
         _swap_function(network, gather, users[0], order)
         return True
-    if any(isinstance(user, FUNCTIONS) for user in users):
+    if any(_is_function(user) for user in users):
         return False
     for user in users:
         held = user.weight
@@ -114,9 +117,9 @@ def _into_readers(network: Network, gather: Gather) -> bool:
 def _feeds_weights(network: Network, x: Layer) -> bool:
     """Whether nothing but weights, each of all channels, reads it, or reads functions of it."""
     users = network.users(x)
-    of_functions = [user for user in users if isinstance(user, FUNCTIONS)]
+    of_functions = [user for user in users if _is_function(user)]
     return (
-        x is not network.output
+        x not in network.outputs
         and all(_reads_channels(user, x) for user in users if user not in of_functions)
         and all(_feeds_weights(network, user) for user in of_functions)
     )
