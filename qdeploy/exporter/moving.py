@@ -84,7 +84,8 @@ def _before_functions(network: Network, gather: Gather) -> bool:
     x = gather.inputs[0]
     if gather.axis != "channels" or not _is_function(x) or gather.index.min() < 0:
         return False
-    made, user = x, gather
+    made: Layer = x
+    user: Layer = gather
     while _is_function(made) and network.only_user(made) is user:
         made, user = made.inputs[0], made
     if not _makes_channels(made) or network.only_user(made) is not user or len(gather.index) > channels_of(x.shape):

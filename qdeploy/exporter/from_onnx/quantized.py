@@ -202,7 +202,8 @@ def _through(site: Site, x: LookedUp, entries: np.ndarray) -> Value:
     rows = (np.arange(len(entries))[:, None],) if entries.ndim == 2 else ()
 
     def function(v: np.ndarray) -> np.ndarray:
-        return entries[(*rows, x.grid.codes(v).astype(np.int64))]
+        index = (*rows, x.grid.codes(v).astype(np.int64))
+        return entries[index]
 
     return elementwise.each(site, x.real, Table, function=function, by_channel=bool(rows))
 
