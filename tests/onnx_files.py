@@ -51,7 +51,7 @@ def differences(network: Network, grids: Mapping[Layer, Any], member: Member, x:
     def keep(layer: Layer) -> Any:
         return lambda array: values.__setitem__(layer, array.copy())
 
-    made = [layer for layer in network.layers if not layer.same_grid and layer is not network.output]
+    made = [layer for layer in network.layers if not layer.same_grid and layer not in network.outputs]
     network.run(x, {layer: keep(layer) for layer in made})
     nodes = {node.output: node for node in member.nodes}
     codes: dict[int, np.ndarray] = {}
