@@ -52,7 +52,7 @@ QUANTIZED = sorted(path.stem for path in FILES.glob("*.onnx") if path.stem not i
 def correlation(member: Member, network: Network, x: np.ndarray) -> float:
     """Of the scores with those of onnxruntime without optimizations."""
     found: list[np.ndarray] = []
-    network.source.run(x, {network.output.value.tensor: found.append})
+    network.source.run(x, {network.outputs[0].value.tensor: found.append})
     return float(np.corrcoef(reference.run(graph_of(member), x).ravel(), found[0].ravel())[0, 1])
 
 

@@ -34,7 +34,7 @@ def rounded(method="nearest", correct_bias=True, bits=BITS, source=None):
 
 
 def fc_of(network):
-    return network.output
+    return network.outputs[0]
 
 
 def dequantized(layer):
