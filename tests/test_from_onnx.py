@@ -290,7 +290,7 @@ LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
 @pytest.mark.parametrize("name", ["light_densenet121", "light_squeezenet"])
 def test_light_networks_of_opset_9_are_read(name: str):
     """Their weights are made by ConstantOfShape."""
-    assert lower(LIGHT / f"{name}.onnx").output.shape[0] == 1000
+    assert lower(LIGHT / f"{name}.onnx").outputs[0].shape[0] == 1000
 
 
 @pytest.mark.parametrize("name", ["light_bvlc_alexnet", "light_inception_v1", "light_zfnet512"])
