@@ -81,7 +81,8 @@ def _before_functions(network: Network, gather: Gather) -> bool:
     x = gather.inputs[0]
     if gather.axis != "channels" or not isinstance(x, FUNCTIONS) or gather.index.min() < 0:
         return False
-    made, user = x, gather
+    made: Layer = x
+    user: Layer = gather
     while isinstance(made, FUNCTIONS) and network.only_user(made) is user:
         made, user = made.inputs[0], made
     if not _makes_channels(made) or network.only_user(made) is not user or len(gather.index) > channels_of(x.shape):
