@@ -59,9 +59,7 @@ def conv(site: Site, x: Value, kernel: Any, bias: Any = None) -> Value:
     count = len(held.shape) - 2
     if count not in (1, 2) or len(sizes_of(x)) != count + 2:
         site.fail(WINDOW, f"{count} for a tensor of {len(sizes_of(x))} dimensions")
-    groups, size = site.integer("group", 1), list(held.shape[2:])
-    if site.integers("kernel_shape") not in (None, size):
-        site.fail(f"kernel_shape {size}, as its weight", f"{site.integers('kernel_shape')}")
+    groups, size = site.integer("group", 1), _kernel(site, held)
     if groups < 1 or held.shape[0] % groups or held.shape[1] * groups != sizes_of(x)[1]:
         site.fail(f"a weight for {sizes_of(x)[1]} channels in {groups} groups", f"one of shape {list(held.shape)}")
     stride, gaps = spatial(site, "strides", count, 1), spatial(site, "dilations", count, 1)
@@ -76,7 +74,7 @@ def conv(site: Site, x: Value, kernel: Any, bias: Any = None) -> Value:
 def transposed_conv(site: Site, x: Value, kernel: Any, bias: Any = None) -> Value:
     """The weight is [I, O, ...]. Where the stride is the kernel, SAME is no padding."""
     held = weight(site, kernel, (1, 0, *range(2, _rank(kernel))))
-    count, size = len(held.shape) - 2, list(held.shape[2:])
+    count, size = len(held.shape) - 2, _kernel(site, held)
     if count not in (1, 2) or len(sizes_of(x)) != count + 2:
         site.fail(WINDOW, f"{count} for a tensor of {len(sizes_of(x))} dimensions")
     if held.shape[1] != sizes_of(x)[1]:
@@ -92,6 +90,13 @@ def transposed_conv(site: Site, x: Value, kernel: Any, bias: Any = None) -> Valu
     if site.integers("output_shape") not in (None, list(sizes_of(result)[2:])):
         site.fail(f"output_shape {list(sizes_of(result)[2:])}", f"{site.integers('output_shape')}")
     return result
+
+
+def _kernel(site: Site, held: Any) -> list[int]:
+    size = list(held.shape[2:])
+    if site.integers("kernel_shape") not in (None, size):
+        site.fail(f"kernel_shape {size}, as its weight", f"{site.integers('kernel_shape')}")
+    return size
 
 
 def _rank(value: Any) -> int:

@@ -258,9 +258,11 @@ def _split(rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray] | N
     row = np.where(rows < 0, -1, rows // channels)
     if (row != row[:, :1]).any():
         return None
-    index, real = row[:, 0], row[:, 0] >= 0
-    parts, part = np.unique(rows[real] % channels, axis=0, return_inverse=True)
-    if len(np.unique(parts)) < parts.size:
+    index, real = row[:, 0].copy(), row[:, 0] >= 0
+    column = rows[real] % channels
+    _, example, part = np.unique(column[:, 0], return_index=True, return_inverse=True)  # of each part
+    parts = column[example]
+    if len(np.unique(parts)) < parts.size or (column != parts[part.reshape(-1)]).any():
         return None
     index[real] = index[real] * len(parts) + part.reshape(-1)
     return parts, index
