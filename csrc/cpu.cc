@@ -1,49 +1,38 @@
 #include "cpu.h"
 
-#include <sched.h>
 #include <stdlib.h>
-#include <sys/resource.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <set>
 
+#include "cpu_features.h"
 #include "errors.h"
-
-#if defined(__aarch64__)
-#include <sys/auxv.h>
-#endif
+#include "os.h"
 
 namespace qdeploy {
 namespace {
 
 struct Isa {
   const char* name;
-  bool (*is_supported)();  // asked where `below` is
+  bool (*is_supported)(const CpuFeatures& cpu);  // asked where `below` is
   void (*init)(Kernels* kernels);
   const char* below;  // the instruction set whose table it starts from
 };
 
-// The ladder, from scalar upwards. avx512 stands on avx2, as few CPUs have both AVX_VNNI and AVX-512. GCC's
-// cpu_supports includes the operating system's part (xgetbv), so that AVX-512 without saved registers does not count.
+// The ladder, from scalar upwards. avx512 stands on avx2, as few CPUs have both AVX_VNNI and AVX-512.
 const Isa kLadder[] = {
-    {"scalar", [] { return true; }, init_scalar, nullptr},
+    {"scalar", [](const CpuFeatures&) { return true; }, init_scalar, nullptr},
 #if defined(__x86_64__)
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, init_avx2, "scalar"},
-    {"avxvnni", [] { return __builtin_cpu_supports("avxvnni") != 0; }, init_avxvnni, "avx2"},
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
+    {"avx2", [](const CpuFeatures& cpu) { return cpu.avx2 && cpu.fma; }, init_avx2, "scalar"},
+    {"avxvnni", [](const CpuFeatures& cpu) { return cpu.avx_vnni; }, init_avxvnni, "avx2"},
+    {"avx512", [](const CpuFeatures& cpu) { return cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl; },
      init_avx512, "avx2"},
-    {"avx512vnni", [] { return __builtin_cpu_supports("avx512vnni") != 0; }, init_avx512vnni, "avx512"},
+    {"avx512vnni", [](const CpuFeatures& cpu) { return cpu.avx512_vnni; }, init_avx512vnni, "avx512"},
 #elif defined(__aarch64__)
-    // What the kernel of the operating system supports as well.
-    {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0; }, init_neon, "scalar"},
-    {"neondot", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, init_neondot, "neon"},
+    {"neon", [](const CpuFeatures& cpu) { return cpu.asimd; }, init_neon, "scalar"},
+    {"neondot", [](const CpuFeatures& cpu) { return cpu.asimddp; }, init_neondot, "neon"},
 #endif
 };
 
@@ -62,13 +51,11 @@ const IsaKernels* find_isa(const std::vector<IsaKernels>& isas, const std::strin
 // The tables of the instruction sets that this CPU has, in the order of the ladder.
 const std::vector<IsaKernels>& tables() {
   static const std::vector<IsaKernels> all = [] {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-#endif
+    const CpuFeatures cpu = cpu_features();
     std::vector<IsaKernels> built;
     for (const Isa& isa : kLadder) {
       const IsaKernels* below = isa.below ? find_isa(built, isa.below) : nullptr;
-      if ((isa.below && !below) || !isa.is_supported()) continue;
+      if ((isa.below && !below) || !isa.is_supported(cpu)) continue;
       built.push_back({isa.name, below ? below->kernels : Kernels{}});
       isa.init(&built.back().kernels);
     }
@@ -139,9 +126,7 @@ double cpu_quota(const std::string& root) {
 }
 
 uint64_t memory_limit(const std::string& root) {
-  uint64_t limit = static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-  rlimit address_space;
-  if (getrlimit(RLIMIT_AS, &address_space) == 0) limit = std::min<uint64_t>(limit, address_space.rlim_cur);
+  uint64_t limit = os::memory_limit();
   for_each_cgroup(root, "memory", [&](const std::string& folder) {
     for (const char* file : {"/memory.max", "/memory.limit_in_bytes"}) {  // of v2, where it may be "max", and of v1
       uint64_t bytes;
@@ -152,11 +137,8 @@ uint64_t memory_limit(const std::string& root) {
 }
 
 int default_threads() {
-  cpu_set_t affinity;
-  if (sched_getaffinity(0, sizeof affinity, &affinity) != 0) return 1;
   std::set<std::string> cores;  // hyperthreads of one core share their list of siblings
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (!CPU_ISSET(cpu, &affinity)) continue;
+  for (const int cpu : os::usable_cpus()) {
     std::string siblings = std::to_string(cpu);
     std::ifstream("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list") >> siblings;
     cores.insert(siblings);
