@@ -52,7 +52,7 @@ def check_here(python: str) -> None:
         begin = time.monotonic()
         subprocess.run([inside, "-m", "pip", "install", "-q", wheel], check=True)
         seconds = time.monotonic() - begin
-        demo = subprocess.run([inside, "-c", DEMO], cwd=folder, capture_output=True, text=True, check=True).stdout
+        demo = subprocess.run([inside, "-c", DEMO], cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
     isas = check_demo(demo, wheel)
     flags = Path("/proc/cpuinfo").read_text().split()
     missing = [isa for flag, isa in INSTRUCTION_SETS.items() if flag in flags and isa not in isas]
@@ -81,7 +81,7 @@ def check_in_qemu() -> None:
         subprocess.run([*pip, wheel], check=True)
         command = [qemu, "-cpu", "max", "-L", DEBIAN, python, "-c", DEMO]
         env = {"PYTHONPATH": site, "PYTHONHOME": f"{DEBIAN}/usr"}
-        demo = subprocess.run(command, cwd=site, env=env, capture_output=True, text=True, check=True).stdout
+        demo = subprocess.run(command, cwd=site, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout
     isas = check_demo(demo, wheel)
     if isas != ["scalar", "neon", "neondot"]:
         sys.exit(f"expected scalar, neon, neondot, got {', '.join(isas)} - at {wheel}")
@@ -93,7 +93,8 @@ def unpacked_python() -> Path:
     if not DEBIAN.exists():
         apt_get = ["apt-get", "-qq", *apt_settings()]
         subprocess.run([*apt_get, "update"], check=True)
-        subprocess.run([*apt_get, "install", "-y", "--download-only", "--no-install-recommends", "python3"], check=True)
+        install = ["install", "-y", "--download-only", "--no-install-recommends"]
+        subprocess.run([*apt_get, *install, "python3", "libstdc++6"], check=True)  # numpy has no C++ library inside
         for package in (APT / "archives").glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", package, DEBIAN], check=True)
     return (DEBIAN / "usr/bin/python3").resolve()
