@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "NLOHMANN_JSON_INCLUDE": Path(nlohmann_json.__file__).parent / "include",
+            "QDEPLOY_PYTHON": "ON",
             "QDEPLOY_SANITIZE": "OFF",
         }
         configure = [f"-D{name}={value}" for name, value in options.items()]
@@ -43,7 +44,8 @@ class CMakeBuild(build_ext):
         subprocess.run([run_cmake, "--install", build, "--prefix", destination], check=True)
 
 
-ROOMS = ("exporter", "exporter.from_torch", "gpu", "kernels", "networks", "ops", "page")
+ROOMS = ("exporter", "exporter.from_onnx", "exporter.from_torch", "exporter.lowering")
+ROOMS += ("gpu", "kernels", "networks", "onnx_nodes", "ops", "page")
 ROOMS += ("training", "training.figures", "training.measures", "training.methods")
 
 setup(

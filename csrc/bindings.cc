@@ -9,27 +9,16 @@
 #include "errors.h"
 #include "kernel_bindings.h"
 #include "lsq.h"
-#include "ops/conv.h"
+#include "ops/op.h"
 #include "peak.h"
+#include "plan_rows.h"
 #include "session.h"
+#include "within_memory.h"
 
 namespace py = pybind11;
 
 namespace qdeploy {
 namespace {
-
-// work(), where an Error says which memory there was not. What can be known before is checked before: here a limit on
-// the address space, or on all processes together, came in between.
-template <class Error, class Work>
-auto within_memory(const std::string& where, const Work& work) {
-  try {
-    return work();
-  } catch (const NoMemory& error) {
-    throw Error("expected " + std::to_string(error.bytes) + " bytes of memory, got none - at " + where);
-  } catch (const std::bad_alloc&) {
-    throw Error("expected more memory, got none - at " + where);
-  }
-}
 
 std::unique_ptr<Session> open_path(const std::string& path, int threads, const std::string& isa,
                                    int64_t macs_per_thread, const std::string& conv_form) {
@@ -140,41 +129,22 @@ py::list ops() {
   return list;
 }
 
-std::string kernel_of(const Program& program, const Step& step) {
-  if (step.conv && step.conv->kernel) return step.conv->kernel->name;
-  if (step.conv && step.conv->winograd) return step.conv->winograd->name;
-  return std::string(step.conv ? "depthwise" : step.node->op->name) + "__" + program.kernels->isa;
-}
-
-std::string tile_of(const Step& step) {
-  if (step.conv && step.conv->winograd) {
-    return std::to_string(step.conv->winograd->mr) + "x" + std::to_string(step.conv->winograd->nr);
-  }
-  if (!step.conv || !step.conv->kernel) return "";
-  const ConvKernel& kernel = *step.conv->kernel;
-  return std::to_string(kernel.mr * kernel.strips) + "x" + std::to_string(kernel.nr);
-}
-
 py::list plan(Session& session, int64_t batch) {
-  if (batch < 1) throw InputError("expected at least 1 image, got " + std::to_string(batch) + " - at batch");
-  const Program& program = session.program();
-  const std::shared_ptr<const Plan> plan = session.plan(session.images_per_chunk(batch, false), program.longest, false);
-  const int threads = session.threads_for(plan->batch);
   py::list list;
-  for (size_t s = 0; s < program.steps.size(); ++s) {
-    const Step& step = program.steps[s];
+  for (const PlanRow& row : plan_rows(session, batch)) {
+    const Step& step = *row.step;
     py::dict entry;
-    entry["member"] = program.graph.members[step.member].name;
+    entry["member"] = row.member;
     entry["name"] = step.node->name;
     entry["op"] = step.node->op->name;
     entry["output"] = step.output;
-    entry["kernel"] = kernel_of(program, step);
-    entry["bits"] = step.node->data ? step.node->data->bits : 0;
+    entry["kernel"] = row.kernel;
+    entry["bits"] = row.bits;
     entry["macs"] = py::int_(step.macs) * py::int_(batch);
-    entry["tile"] = tile_of(step);
-    entry["split"] = split_of(step, plan->tilings[s], threads);
+    entry["tile"] = row.tile;
+    entry["split"] = row.split;
     entry["residual"] = step.node->has_residual;
-    entry["note"] = step.conv ? step.conv->why_direct : "";
+    entry["note"] = row.note;
     list.append(entry);
   }
   return list;

@@ -130,6 +130,8 @@ std::string tensor_text(DType dtype, const std::vector<int64_t>& shape) {
 }
 
 ModelFile::ModelFile(const std::string& path) : path_(path) {
+  require(!path.empty(), "a path", "an empty one", "path");
+  require(path.find('\0') == std::string::npos, "a path", "one with a byte 0", "path");
   try {
     file_.emplace(path);
   } catch (const std::system_error& error) {

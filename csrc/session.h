@@ -60,6 +60,7 @@ class Session {
 
   const Program& program() const { return program_; }
   int threads() const { return threads_; }
+  uint64_t memory() const { return memory_; }  // that this process may use, in bytes
   // Threads that run `batch` images: as many as the session has, but at most one for every macs_per_thread.
   int threads_for(double images) const;
 

@@ -7,6 +7,7 @@ from .model import Model, load_int_model
 
 if TYPE_CHECKING:
     from .exporter import check, export, export_ensemble
+    from .onnx import to_onnx
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "export",
     "export_ensemble",
     "load_int_model",
+    "to_onnx",
 ]
 
 
@@ -27,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from . import exporter  # not named export.py: importing a submodule would put the module where the function is
 
         return getattr(exporter, name)
+    if name == "to_onnx":
+        from .onnx import to_onnx
+
+        return to_onnx
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

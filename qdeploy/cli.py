@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -137,11 +137,12 @@ def info(args: argparse.Namespace) -> Report:
     """What a file holds: members, bits, sizes, operations, share of the MACs."""
     from qdeploy import format
 
-    graph = format.load(args.file)
+    content = format.read(args.file)
+    graph = format.parse(content, args.file)
     members = [_describe(member) for member in graph.members]
     return {
         "file": str(args.file),
-        "bytes": Path(args.file).stat().st_size,
+        "bytes": len(content),
         "float32_bytes": sum(member["float32_bytes"] for member in members),
         "input": list(graph.input_shape),
         "vocabulary": graph.vocabulary,
@@ -439,20 +440,81 @@ def _show_report(report: Report) -> None:
 
 
 def export(args: argparse.Namespace) -> Report:
-    """Write the networks of finished training runs as one model file; two or more make an ensemble."""
+    """Write the networks of finished training runs as one model file, two or more as an ensemble; or an ONNX file as a
+    model file, or a model file as ONNX, by the names."""
+    from qdeploy import format
+
+    if args.out.suffix == ".onnx":
+        return _export_onnx(args)
+    if format.is_onnx(args.sources[0]):
+        return _export_of_onnx(args)
+    for option in ("float", "u8", "int4"):
+        if getattr(args, option):
+            raise InputError(f"expected a file X.onnx with --{option}, got {args.out.name} - at --out")
     from qdeploy.training import finished_runs  # imports no torch
 
     _require(*TRAIN)
-    runs = finished_runs.read_runs(args.runs)
+    runs = finished_runs.read_runs([Path(run) for run in args.sources])
     _check_output(args.out)
     _check_output(args.html)
-    report = finished_runs.export_runs(runs, args.out, args.combine, args.observer, args.images)
+    options = {key: vars(args)[key] for key in ("fallback_bits", "observer", "rounding", "correct_bias")}
+    report = finished_runs.export_runs(runs, args.out, args.combine, args.images, **options)
+    _write_page(args.html, report.to_html)
+    return {**json.loads(report.to_json()), "table": str(report).splitlines()}
+
+
+def _export_onnx(args: argparse.Namespace) -> Report:
+    from qdeploy.onnx import to_onnx
+
+    if len(args.sources) > 1:
+        raise InputError(f"expected one model file to write as ONNX, got {len(args.sources)} - at the command line")
+    if args.html is not None:
+        raise InputError("expected no page of an ONNX file, got one - at --html")
+    _check_output(args.out)
+    model = to_onnx(args.sources[0], not args.float, args.u8, args.int4)
+    content = model.SerializeToString()
+    with atomic_file(args.out) as file:
+        file.write(content)
+    opset, nodes = model.opset_import[0].version, len(model.graph.node)
+    return {"file": str(args.out), "bytes": len(content), "opset": opset, "nodes": nodes, "table": []}
+
+
+def _export_of_onnx(args: argparse.Namespace) -> Report:
+    """A model file of an ONNX file; of a float network by calibration data."""
+    from qdeploy import exporter, pictures
+
+    if len(args.sources) > 1:
+        raise InputError(f"expected one ONNX file, got {len(args.sources)} - at the command line")
+    _check_output(args.out)
+    _check_output(args.html)
+    preprocess = None
+    if args.mean is not None or args.std is not None:
+        preprocess = {"mean": args.mean or [0.0], "std": args.std or [1.0]}
+    data: np.ndarray | pictures.Pictures | None = None
+    if args.calibration is not None and args.calibration.suffix == ".npy":
+        data = pictures.array(args.calibration)
+    elif args.calibration is not None:
+        if preprocess is None:
+            raise InputError("expected the mean and std of the pictures, got neither - at --mean")
+        _require("train", "PIL")
+        shape = exporter.input_shape(args.sources[0], args.shape)
+        if len(shape) != 3 or shape[0] != 3:
+            raise InputError(f"expected a network of pictures [3, H, W], got {list(shape)} - at --calibration")
+        crop = (args.crop, args.crop) if args.crop else shape[1:]
+        data = pictures.Pictures(args.calibration, args.resize, (crop[0], crop[1]))
+    classes = None if args.classes is None else args.classes.read_text().splitlines()
+    options = {"fallback_bits": args.bits, "observer": args.observer, "preprocess": preprocess, "classes": classes}
+    report = exporter.export(args.sources[0], None, args.out, data, shape=args.shape, **options)
     _write_page(args.html, report.to_html)
     return {**json.loads(report.to_json()), "table": str(report).splitlines()}
 
 
 def _show_export(report: Report) -> None:
-    write("\n".join(report["table"]))
+    if report["table"]:
+        write("\n".join(report["table"]))
+    else:
+        size = f"{report['bytes']:,} bytes, {report['nodes']:,} nodes, opset {report['opset']}"
+        write(f"{printable(report['file'])}: {size}")
 
 
 def demo(args: argparse.Namespace) -> Report:
@@ -560,6 +622,18 @@ def _integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
 
 
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Takes numbers with commas between."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}") from None
+
+    return parse
+
+
 def _at_most(most: int) -> Callable[[str], int]:
     """Takes 1 to `most`."""
 
@@ -584,7 +658,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run, show=show)
         added.add_argument("--json", action="store_true", help="print the report as one line of JSON")
         if file:
-            added.add_argument("file", help="a model file")
+            added.add_argument("file", help="a model file, or a quantized ONNX file (*.onnx)")
         if threads:
             added.add_argument("--threads", type=_integer, help="default: what affinity and cgroup give")
         if html:
@@ -595,13 +669,39 @@ def _parser() -> argparse.ArgumentParser:
     command(demo, _show_demo, threads=True)
     command(info, _show_info, file=True)
     added = command(export, _show_export, html=True)
-    added.add_argument("runs", nargs="+", type=Path, help="folders of finished runs: OUT/seed0 of `qdeploy train`")
-    added.add_argument("--out", type=Path, required=True, help="the model file")
+    text = "folders of finished runs: OUT/seed0 of `qdeploy train`; or X.onnx; or a model file, with --out X.onnx"
+    added.add_argument("sources", nargs="+", metavar="source", help=text)
+    added.add_argument("--out", type=Path, required=True, help="the model file, or X.onnx")
     added.add_argument("--combine", choices=COMBINE, default="logits", help="rule of an ensemble (default: logits)")
     text = "how the ranges of activations follow from the calibration images: minmax (default), percentile or mse"
     added.add_argument("--observer", default="minmax", help=text)
+    text = "bits of all weights that trained in float (default: of the classifier 8; others are refused)"
+    added.add_argument("--fallback-bits", type=int, choices=range(2, 9), metavar="BITS", help=text)
+    text = "how these weights are rounded: nearest (default), or obc (Optimal Brain Compression), for few bits"
+    added.add_argument("--rounding", default="nearest", help=text)
+    text = "do not add to each bias what rounding changes in the mean of a channel"
+    added.add_argument("--no-correct-bias", dest="correct_bias", action="store_false", help=text)
     text = "calibration images of each source domain (default: 128)"
     added.add_argument("--images", type=_at_most(MAX_BATCH), default=128, help=text)
+    text = "ONNX: the float32 network that the integers stand for"
+    added.add_argument("--float", action="store_true", help=text)
+    text = "ONNX: raw images [N, H, W, C] as the input, with the preprocessing of the file in the graph"
+    added.add_argument("--u8", action="store_true", help=text)
+    text = "ONNX: weights of at most 4 bits as INT4 (onnxruntime runs those layers in float32)"
+    added.add_argument("--int4", action="store_true", help=text)
+    text = "of an ONNX file: pictures, or an array .npy, from which tensors without a grid get theirs"
+    added.add_argument("--calibration", type=Path, metavar="FOLDER|X.npy", help=text)
+    text = "of an ONNX file whose input has free sizes, without the batch: 3,224,224"
+    added.add_argument("--shape", type=_list_of(_integer), help=text)
+    text = "of pictures in 0..1, one number or one for each channel, as mean 0.485,0.456,0.406; go into the model file"
+    added.add_argument("--mean", type=_list_of(float), help=text)
+    added.add_argument("--std", type=_list_of(float), help="as --mean")
+    added.add_argument("--resize", type=_at_most(MAX_BATCH), help="pictures: their shorter side (default: the input's)")
+    added.add_argument(
+        "--crop", type=_at_most(MAX_BATCH), help="pictures: the side of their middle (default: the input)"
+    )
+    added.add_argument("--classes", type=Path, metavar="FILE", help="of an ONNX file: names of the classes, one a line")
+    added.add_argument("--bits", type=_integer, help="of an ONNX file: those of weights that are float32 there, 2 to 8")
     added = command(plan, _show_plan, file=True, threads=True)
     added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
     added = command(profile, _show_profile, file=True, threads=True, html=True)

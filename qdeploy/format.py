@@ -155,8 +155,16 @@ def parse(content: bytes, path: AnyPath) -> Graph:
     return graph
 
 
+def is_onnx(path: AnyPath) -> bool:
+    return os.fsdecode(path).lower().endswith(".onnx")
+
+
 def read(path: AnyPath) -> bytes:
-    """The content of a regular file. Raises ModelError, naming it."""
+    """The content of a regular file, or what an ONNX file becomes. Raises ModelError, naming it; of ONNX others."""
+    if is_onnx(path):
+        from qdeploy.exporter import converted
+
+        return converted(os.fsdecode(path))
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe or device would block or never end
             raise ModelError(f"expected a regular file, got something else - at {os.fsdecode(path)}")

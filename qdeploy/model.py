@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 import numpy as np
 
-from . import _engine
+from . import _engine, format
 from .arguments import integer, path_text
 from .errors import InputError, ModelError
 from .files import AnyPath
@@ -52,7 +52,8 @@ def load_int_model(
     path: a file written by `qdeploy.export` (docs/format.md), or its content: a bytearray, a memoryview, or a binary
         file object, which is read from where it stands to its end. `bytes` are content where they hold a byte 0 (a
         model file has one among its first 8), which no path can, and else a path. The file is data: nothing in it is
-        executed or followed, and it is not needed any more once this returns.
+        executed or followed, and it is not needed any more once this returns. A path *.onnx is that of an ONNX file,
+        quantized throughout, which is converted in memory; that needs the package onnx.
     num_threads: 1 to 256; None takes the cores that this process may use (affinity, cgroup quota, physical cores).
         A call uses fewer where it has less than 4 million multiply-accumulates for each, or where calls side by side
         already keep the cores busy. The bits never depend on it.
@@ -60,7 +61,8 @@ def load_int_model(
         bits.
     device: "cpu", or "cuda" or "cuda:N" for a `qdeploy.gpu.GpuModel`, which takes and returns torch tensors, needs
         PyTorch and Triton, and gives the same bits.
-    Raises ModelError for a file that cannot be run, InputError for the other three and for what is no path.
+    Raises ModelError for a file that cannot be run, ExportError for an ONNX file that cannot be converted, InputError
+    for the other three and for what is no path.
     """
     name, content = _source(path)
     if str(device) != "cpu":
@@ -71,7 +73,8 @@ def load_int_model(
 def _source(path: Source) -> tuple[str, bytes | None]:
     """The path; or what stands for it in errors, and the content."""
     if isinstance(path, (str, os.PathLike)) or isinstance(path, bytes) and b"\0" not in path:
-        return path_text(path), None
+        text = path_text(path)
+        return text, format.read(text) if format.is_onnx(text) else None
     if isinstance(path, (bytes, bytearray, memoryview)):
         return f"<{type(path).__name__}>", bytes(path)
     file: Any = path

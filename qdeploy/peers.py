@@ -160,6 +160,8 @@ def contestants(
         name = f"{runtime} {precision}"
         missing = [package for package in ("onnx", runtime) if find_spec(package) is None]
         try:
+            if graph.vocabulary is not None:
+                raise InputError("expected images for a peer, got texts")
             if missing:
                 raise InputError(f"no {missing[0]} here: pip install 'qdeploy[bench]'")
             models[name] = content(precision)

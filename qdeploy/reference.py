@@ -215,12 +215,12 @@ def table(node: Node, values: list[np.ndarray], inputs: list[Activation], output
 
 def resize(node: Node, values: list[np.ndarray], inputs: list[Activation], output: Activation) -> np.ndarray:
     x = values[0].astype(np.float64) - inputs[0].zero_point
-    acc = _bands(node, "row", x.shape[2]) @ x @ _bands(node, "column", x.shape[3]).T
+    acc = bands(node, "row", x.shape[2]) @ x @ bands(node, "column", x.shape[3]).T
     multiplier, bias = (np.float32(node.attributes[key]) for key in ("multiplier", "bias"))
     return fma32(to_f32(acc), multiplier, bias)
 
 
-def _bands(node: Node, axis: str, size: int) -> np.ndarray:
+def bands(node: Node, axis: str, size: int) -> np.ndarray:
     """The matrix [rows of the output, `size` rows of the input] of one axis."""
     start, weight = node.constants[f"{axis}_start"], node.constants[f"{axis}_weight"]
     matrix = np.zeros((len(start), size))

@@ -24,9 +24,10 @@ def verify(
     `inputs`, by kind, are what a model is called with: images, or token ids with or without their mask.
     A row counts what was compared and what was different, and names the first node that was.
     """
-    graph = format.load(path)
+    content = format.read(path) if format.is_onnx(path) else None  # converted once
+    graph = format.load(path) if content is None else format.parse(content, path)
     nodes = [(f"{m.name}/" if graph.combine else "") + node.name for m in graph.members for node in m.nodes]
-    runs, rows = _runs(path, device), []
+    runs, rows = _runs(path if content is None else content, device), []
     for kind, x in inputs.items():
         progress(f"numpy reference, {kind} input")
         output, taps = reference.run(graph, x[0], nodes, *x[1:])
@@ -39,7 +40,7 @@ def verify(
     return rows
 
 
-def _runs(path: str | os.PathLike[str], device: str) -> list[tuple[str, int | None, Callable]]:
+def _runs(path: str | os.PathLike[str] | bytes, device: str) -> list[tuple[str, int | None, Callable]]:
     """Instruction set (or GPU), threads, and what takes and returns arrays."""
     if device != "cpu":
         return [(device, None, _with_arrays(qdeploy.load_int_model(path, device=device)))]

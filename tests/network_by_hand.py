@@ -72,11 +72,11 @@ def check(folder: str) -> None:
     content = format.dump(graph)
     path = Path(folder) / "net.safetensors"
     format.write(content, path)
-    report = compare(graph, [network], [grids.fixed], content, path, images)
-    assert [(row.name, row.bits, row.quantizer) for row in report.layers] == [
-        ("first", 4, "learned"),
-        ("act", None, ""),
-        ("fc", 8, "rounded"),
+    report = compare(graph, [network], [grids], content, path, images)
+    assert [(row.name, row.bits, row.quantizer, row.grid) for row in report.layers] == [
+        ("first", 4, "learned", "calibration"),
+        ("act", None, "", "calibration"),
+        ("fc", 8, "rounded", ""),
     ]
     assert (report.images, report.top1_agreement) == (32, 1.0)
     assert (report.fp32_bytes, report.packed_bytes) == source.stored()

@@ -2,7 +2,7 @@
 
 Shapes and attributes are drawn by hypothesis, so failures shrink; arrays come from a generator with a drawn seed. Half
 of the constants are `exact`: see builder.py. `version` is the newest format version whose ops, dtypes and shapes are
-drawn: EVERYWHERE is what all parts of the project run.
+drawn: EVERYWHERE where a test asks for none.
 """
 
 from __future__ import annotations

@@ -379,7 +379,7 @@ def test_a_bug_is_no_failed_verification(models, monkeypatch):
     def bug(*args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(format, "load", bug)
+    monkeypatch.setattr(format, "parse", bug)
     result = call("info", models["names"])
     assert (result.code, result.out) == (70, b"")
     assert result.err.startswith("Traceback") and result.err.endswith("RuntimeError: a bug\n")
@@ -403,7 +403,7 @@ def test_errors_of_the_machine(models, monkeypatch, error, text):
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(format, "load", fail)
+    monkeypatch.setattr(format, "parse", fail)
     assert_refused(call("info", models["names"]), text)
 
 

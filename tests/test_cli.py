@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builder import Builder
+from builder import Builder, small_text
 
 import qdeploy
 from qdeploy import _engine, format
@@ -143,15 +143,13 @@ def test_bench_shows_a_peer_that_crashes(tmp_path):
     assert notes["openvino int8"] == notes["openvino float32"] == "crashed (SIGSEGV)"
 
 
-def test_bench_of_what_has_no_float32_twin(tmp_path):
-    builder = Builder(np.random.default_rng(0), (4, 6, 6), (0.02, 100))
-    builder.table(0)
-    format.save(Graph([builder.member()]), tmp_path / "table.safetensors")
-    result = run("bench", tmp_path / "table.safetensors", "--rounds", 1)
+def test_bench_of_texts_says_that_the_peers_take_none(tmp_path):
+    format.save(small_text(), tmp_path / "text.safetensors")
+    result = run("bench", tmp_path / "text.safetensors", "--rounds", 1)
     assert (result.returncode, result.stderr) == (0, "")
     notes = dict(zip(*(columns(result.stdout)[key] for key in ("runtime", "note")), strict=True))
     assert notes.pop("qdeploy int8") == ""
-    assert all("a table has no float32 twin" in note or "pip install" in note for note in notes.values())
+    assert set(notes.values()) == {"expected images for a peer, got texts"}
 
 
 def test_demo_shows_equal_bits():
@@ -191,6 +189,19 @@ def test_export_repeats_the_file_of_train(runs, tmp_path):
     assert (tmp_path / "eoq.safetensors").read_bytes() == (runs / "eoq.safetensors").read_bytes()
 
 
+def test_export_rounds_as_it_is_told(runs, tmp_path):
+    files = [tmp_path / "plain", tmp_path / "other"]
+    for out, options in zip(files, ([], ["--rounding", "obc", "--no-correct-bias"]), strict=True):
+        assert run("export", runs / "seed0", "--out", out, *options).returncode == 0
+    plain, other = (format.load(path).members[0].nodes for path in files)
+    same = {
+        a.bits: [np.array_equal(a.constants[key], b.constants[key]) for key in ("weight", "bias")]
+        for a, b in zip(plain, other, strict=True)
+        if a.bits
+    }
+    assert same == {7: [True, True], 8: [False, False]}  # of training, and of the classifier
+
+
 def test_export_of_what_is_no_run(runs, tmp_path):
     assert_one_line_error(
         run("export", runs, "--out", tmp_path / "x"), "expected the folder of a finished run", str(runs)
@@ -201,6 +212,10 @@ def test_export_of_what_is_no_run(runs, tmp_path):
     assert_one_line_error(
         run("export", runs / "seed0", "--out", tmp_path / "x", "--observer", "max"),
         "expected observer minmax, percentile, mse, got 'max' - at export",
+    )
+    assert_one_line_error(
+        run("export", runs / "seed0", "--out", tmp_path / "x", "--rounding", "gptq"),
+        "expected rounding nearest or obc, got 'gptq' - at export",
     )
 
 

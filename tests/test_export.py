@@ -410,7 +410,7 @@ def test_without_calibration_every_tensor_needs_a_quantizer(path):
         export(net, x, path).output_sqnr_db > 60
     )  # the integers are the fake-quant network: only f32 rounding is left
     with pytest.raises(
-        InputError, match=r"calibration data for 2 tensors without a learned quantizer \(input, fc1.*got none"
+        InputError, match=r"calibration data for 2 tensors without a quantizer \(from input to.*got none"
     ):
         export(quantized(Net(lambda net, x: net.fc2(net.fc1(x)), fc1=nn.Linear(4, 6), fc2=nn.Linear(6, 3))), x, path)
 
@@ -444,16 +444,6 @@ def test_only_the_classifier_may_lack_a_quantizer(path):
         export(net, x, path, x, fallback_bits=9)
     quantize_(net, 4)
     assert bits_and_sources(export(net, x, path, x)) == {"conv": (4, "learned"), "fc": (8, "rounded")}
-
-
-def test_rounded_weights_use_the_whole_range(path):
-    net, x = two_layers()
-    net.fc.weight.data[2] = 0  # an all-zero channel
-    export(net, x, path, x, fallback_bits=8)
-    for node in format.load(path).members[0].nodes:
-        if node.bits:
-            codes = np.abs(node.constants["weight"].reshape(len(node.constants["weight"]), -1).astype(int)).max(1)
-            assert codes.tolist() == [127 if node.name == "conv" or c != 2 else 0 for c in range(len(codes))]
 
 
 def test_bad_steps_are_named(path):
@@ -730,7 +720,7 @@ def test_a_grid_holds_its_range_and_zero(a, b):
     if max(high, 0) - min(low, 0) > 1e-20:
         ends = np.array([min(low, 0), max(high, 0)])
         assert np.abs(grid.real(grid.codes(ends)) - ends).max() <= 0.500001 * grid.scale
-        assert grid.scale <= (ends[1] - ends[0]) / 254  # at most one code is lost to the zero point
+        assert grid.scale <= np.float32((ends[1] - ends[0]) / 254)  # at most one code is lost to the zero point
 
 
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40), st.randoms())

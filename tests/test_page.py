@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from invented_report import ROWS, report
 
 from qdeploy import cli, page
@@ -23,7 +25,7 @@ from qdeploy.page.markup import VOID, Markup, tag
 
 HOSTILE = '<script>document.title = "taken"</script>"\'><img src=x onerror=alert(1)>&amp;\u202e'
 SHOWN = HOSTILE.replace("\u202e", "\\u202e")
-LAYER = {"member": "m", "op": "conv2d", "weights": 4608, "quantizer": "learned"}
+LAYER = {"member": "m", "op": "conv2d", "weights": 4608, "quantizer": "learned", "grid": "file"}
 
 
 def node(name: str, microseconds: float, **others: object) -> dict:
@@ -42,7 +44,13 @@ def export_page(name: str = "conv1") -> str:
     layers = [{**LAYER, "name": name, "bits": 4, "macs": 73728, "sqnr_db": 31.25}]
     layers += [{**LAYER, "name": "head", "bits": 8, "macs": 640, "sqnr_db": None}]
     sizes = {"fp32_bytes": 20_000, "packed_bytes": 3_000, "file_bytes": 5_000, "file_ratio": 0.25, "packed_ratio": 0.15}
-    about = {"path": "runs/net.safetensors", "images": 256, "top1_agreement": 0.9921875, "output_sqnr_db": 28.5}
+    about = {
+        "path": "runs/net.safetensors",
+        "images": 256,
+        "top1_agreement": 0.9921875,
+        "output_sqnr_db": 28.5,
+        "notes": [],
+    }
     return page.of_export(
         {**about, **sizes, "layers": layers, "mac_share": {4: 0.99, 8: 0.01}, "warnings": [f"see {name}"]}
     )
@@ -183,7 +191,22 @@ def test_ticks_of_a_logarithmic_axis():
 
 
 def test_equal_values_have_an_axis():
-    assert axes.logarithmic("MB", [0.0173, 0.0173]).ticks == [0.0173]
+    assert axes.logarithmic("MB", [0.0173, 0.0173]).ticks == [0.016, 0.017, 0.018, 0.019]
+
+
+@given(low=st.floats(1e-6, 1e6), wide=st.floats(1, 1e6))
+def test_a_logarithmic_axis_has_three_to_six_ticks(low, wide):
+    axis = axes.logarithmic("x", [low, low * wide])
+    assert 3 <= len(axis.ticks) <= 6
+    assert axis.low <= min(axis.ticks) and max(axis.ticks) <= axis.high
+
+
+@pytest.mark.parametrize(("size", "title"), [(999_999, "size, kB"), (1_000_000, "size, MB")])
+def test_small_files_are_told_in_small_units(size, title):
+    table = report(ROWS[:3], seeds=1)["tables"][0]
+    rows = [row | {"size": size} for row in table["rows"]]
+    text = page.of_report({"title": "runs", "tables": [table | {"rows": rows}], "runs": []})
+    assert f"against {title}" in text
 
 
 def test_labels_do_not_lie_on_each_other():

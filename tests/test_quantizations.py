@@ -14,7 +14,7 @@ from qdeploy import ExportError, InputError, export, format, load_int_model, ref
 from qdeploy.training import project_steps_, quantize_, quantize_like_, quantizers, step_group
 from qdeploy.training.initial_steps import initial_step
 from qdeploy.training.methods.inq import INQ, PowersOfTwo
-from qdeploy.training.methods.obc import grid_step, hessians, quantize_rows
+from qdeploy.training.methods.obc import codes_and_step, grid_step, hessians
 from qdeploy.training.methods.quantizations import LSQ, OBC, RTN, UniformNoise
 
 UPDATES = 12
@@ -539,7 +539,7 @@ def test_obc_on_six_weights(seed, bits):
     random = np.random.default_rng(seed)
     x = random.normal(size=(6, 40)) * random.uniform(0.3, 2, (6, 1)) + random.normal(size=40)
     hessian, weight = 2 * x @ x.T, random.normal(size=6).astype(np.float32)
-    codes, step = quantize_rows(torch.from_numpy(weight)[None], torch.from_numpy(hessian)[None], bits)
+    codes, step = codes_and_step(torch.from_numpy(weight)[None], torch.from_numpy(hessian)[None], bits)
     weight, scale = weight.astype(np.float64), step.double().numpy()[0]
 
     # Greedy by trial: fix each weight in turn, solve for the others, and keep the one that costs the least.
@@ -580,7 +580,7 @@ def correlated(rows, columns, seed):
 @pytest.mark.parametrize("natural_order", [False, True])
 def test_obc_beats_rounding_on_the_inputs_of_the_layer(natural_order):
     weight, hessian = correlated(70, 24, 0)  # rows in three parts
-    codes, step = quantize_rows(torch.from_numpy(weight), torch.from_numpy(hessian)[None], 3, natural_order)
+    codes, step = codes_and_step(torch.from_numpy(weight), torch.from_numpy(hessian)[None], 3, natural_order)
     assert codes.min() >= -4 and codes.max() <= 3 and torch.equal(codes, codes.round())
     scale = step.double().numpy()[:, None]
     ours, nearest = codes.numpy() * scale, rounded(weight.astype(np.float64), scale, 3)
@@ -590,7 +590,7 @@ def test_obc_beats_rounding_on_the_inputs_of_the_layer(natural_order):
 
     assert errors(ours).sum() < 0.4 * errors(nearest).sum()
     alone = [
-        quantize_rows(torch.from_numpy(weight[i : i + 1]), torch.from_numpy(hessian)[None], 3, natural_order)[0]
+        codes_and_step(torch.from_numpy(weight[i : i + 1]), torch.from_numpy(hessian)[None], 3, natural_order)[0]
         for i in range(70)
     ]
     assert torch.equal(torch.cat(alone), codes)  # a row does not depend on the others
@@ -598,7 +598,7 @@ def test_obc_beats_rounding_on_the_inputs_of_the_layer(natural_order):
 
 def test_natural_order_is_from_the_first_column_to_the_last():
     weight, hessian = correlated(5, 7, 1)
-    codes, step = quantize_rows(torch.from_numpy(weight), torch.from_numpy(hessian)[None], 4, natural_order=True)
+    codes, step = codes_and_step(torch.from_numpy(weight), torch.from_numpy(hessian)[None], 4, natural_order=True)
     for row in range(5):
         fixed, scale = {}, step[row].double().item()
         for i in range(7):
@@ -624,7 +624,7 @@ def test_the_grid_of_a_row_is_the_best_of_80(bits):
 def test_inputs_that_are_always_zero_get_weight_zero():
     weight, hessian = correlated(4, 6, 2)
     hessian[2], hessian[:, 2] = 0, 0
-    codes, step = quantize_rows(torch.from_numpy(weight), torch.from_numpy(hessian)[None], 4)
+    codes, step = codes_and_step(torch.from_numpy(weight), torch.from_numpy(hessian)[None], 4)
     assert not codes[:, 2].any() and codes.any()
     others = [0, 1, 3, 4, 5]
     scale = step.double().numpy()
@@ -639,8 +639,8 @@ def test_inputs_that_depend_on_each_other_are_damped(natural_order):
     x = np.concatenate([x, x])  # rank 2 of 4
     hessian = torch.from_numpy(2 * x @ x.T)[None]
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    codes, _ = quantize_rows(weight, hessian, 4, natural_order)
-    damped, _ = quantize_rows(weight, hessian + torch.eye(4), 4, natural_order)
+    codes, _ = codes_and_step(weight, hessian, 4, natural_order)
+    damped, _ = codes_and_step(weight, hessian + torch.eye(4), 4, natural_order)
     assert torch.equal(codes, damped)
 
 

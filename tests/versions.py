@@ -1,7 +1,4 @@
-"""ONNX files hold less than the newest format version, which all else reads.
+"""Which graphs tests draw: most of them those of images and vectors, some those of the newest format version."""
 
-Where all are the same again this file, and what uses it, is not needed any more.
-"""
-
-EVERYWHERE = 2  # the newest version that every part of the project knows
+EVERYWHERE = 2  # the version that is drawn where a test asks for none
 NEWEST = 3

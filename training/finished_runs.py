@@ -105,20 +105,32 @@ def varied(configs: Collection[Config]) -> dict[str, list[Any]]:
     return found
 
 
-def export_runs(runs: Runs, path: Path, combine: str, observer: str, images: int) -> ExportReport:
+def export_runs(
+    runs: Runs,
+    path: Path,
+    combine: str,
+    images: int,
+    fallback_bits: int | None = None,
+    observer: str = "minmax",
+    rounding: str = "nearest",
+    correct_bias: bool = True,
+) -> ExportReport:
     """Writes the networks of finished runs as one model file; two or more are an ensemble.
 
-    combine, observer: as for `qdeploy.export_ensemble`. images: of each source domain, for calibration.
+    images: of each source domain, for calibration. The others are as for `qdeploy.export_ensemble`.
     """
     from qdeploy.exporter import check_observer
+    from qdeploy.exporter.rounding import check_rounding
     from qdeploy.training.domains import benchmark_of
     from qdeploy.training.selected_network import load_trained
 
     check_observer(observer)  # before minutes of loading
+    check_rounding(rounding, has_data=True)
     config = next(iter(runs.values())).config
     benchmark = benchmark_of(config)
     nets = [load_trained(run, benchmark) for run in runs]
-    return export_networks(nets, config, benchmark, path, combine=combine, observer=observer, images=images)
+    options = {"observer": observer, "rounding": rounding, "correct_bias": correct_bias}
+    return export_networks(nets, config, benchmark, path, combine, images, fallback_bits, **options)
 
 
 def export_networks(
@@ -127,16 +139,16 @@ def export_networks(
     benchmark: Benchmark,
     path: Path,
     combine: str = "logits",
-    observer: str = "minmax",
     images: int = 128,
     fallback_bits: int | None = None,
+    **options: Any,
 ) -> ExportReport:
     """Writes `nets`, of runs that share what `config` says of the data, as one model file; as for `export_runs`."""
     import qdeploy
     from qdeploy.training.selected_network import calibration_images
 
     shown = calibration_images(config, benchmark, images)
-    options: dict[str, Any] = {"calibration": shown.split(64), "observer": observer, **file_options(benchmark)}
+    options |= {"calibration": shown.split(64), **file_options(benchmark)}
     options["fallback_bits"] = fallback_bits if fallback_bits is not None else fallback_for(nets[0], config)
     if len(nets) == 1:
         return qdeploy.export(nets[0], shown[:2], path, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qdeploy.exporter.least_squares import least_squares_step
 from qdeploy.kernels import cpu_lsq
 
 MIN_STEP = 1e-8
@@ -30,36 +31,10 @@ def initial_step(rows: Tensor, qmin: int, qmax: int, method: str) -> Tensor:
 
 
 def _least_squares_step(rows: Tensor, largest: Tensor, qmin: int, qmax: int) -> Tensor:
-    """argmin_s ||v - Q(v; s)||^2 for each row: a grid of eighths of an octave, then golden section.
-
-    The grid spans largest * 2^-6, for a row whose largest value is far from the others, to largest * 2^0.5: a signed
-    range has one code more below zero, so a step that clips nothing may be too small for the negative values (-1.05
-    many times and 1 once have their optimum in 2 bits at 1.05).
-    """
-
     def error(step: Tensor) -> Tensor:
         if cpu_lsq.takes(rows, step, 0):
             return cpu_lsq.errors(rows, step, qmin, qmax)
         s = step[:, None]
         return rows.div(s).clamp_(qmin, qmax).round_().mul_(s).sub_(rows).square_().sum(1, dtype=torch.float64)
 
-    best, best_error = largest, error(largest)
-
-    def keep_better(step: Tensor, err: Tensor) -> None:
-        nonlocal best, best_error
-        better = err < best_error
-        best, best_error = torch.where(better, step, best), torch.where(better, err, best_error)
-
-    for j in (*range(-4, 0), *range(1, 49)):
-        step = largest * 2 ** (-j / 8)
-        keep_better(step, error(step))
-    # Between the neighbours of the best, 0.17 of it apart: 16 cuts by 0.618 reach 1e-4 of it.
-    low, high = best * 2**-0.125, best * 2**0.125
-    for _ in range(16):
-        left, right = high - 0.618 * (high - low), low + 0.618 * (high - low)
-        left_error, right_error = error(left), error(right)
-        keep_better(left, left_error)
-        keep_better(right, right_error)
-        to_left = left_error < right_error
-        low, high = torch.where(to_left, low, left), torch.where(to_left, right, high)
-    return best
+    return least_squares_step(error, largest)

@@ -4,14 +4,18 @@ The codes in the file are those of training: rint(clamp(w / step size)) of the w
 biases and all scales go into one multiplier and one bias per channel, computed once in float64 (docs/format.md section
 4 is the arithmetic). What has no learned quantizer gets its grid from calibration data, in one pass.
 
-    from_torch           the front end: torch.export, then one layer for each ATen operator (layers.py), in real numbers
+    sources              which front end reads a network
+    from_onnx            ONNX files: one layer for each node
+    from_torch           PyTorch: torch.export, then one layer for each ATen operator (layers.py), in real numbers
+    lowering             what the two share
     fusion               few layers of the many, each an operation of the file
     weights, calibrate   codes of the weights, grids (grid.py) of the activations
+    rounding             weights that came in float32, by what calibration data show of their inputs (layer_inputs.py)
     emit                 the integer graph
     report               its engine beside the network
 
-A front end is one function, `lower(net, example)`, that makes a layers.Network; PyTorch is imported where it is called.
-All the rest needs numpy only.
+A front end is one function, `lower`, that makes a layers.Network; PyTorch is imported where it is called. All the rest
+needs numpy only.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,75 +32,95 @@ import numpy as np
 from qdeploy import format, reference
 from qdeploy.checks import check_name
 from qdeploy.errors import ExportError, InputError, ModelError
-from qdeploy.exporter.calibrate import OBSERVERS, Grids, observe
+from qdeploy.exporter.calibrate import OBSERVERS, Grids, check_complete, observe
 from qdeploy.exporter.dry_run import check_graph
 from qdeploy.exporter.emit import check_shapes, emit
 from qdeploy.exporter.fusion import fuse
 from qdeploy.exporter.layers import Network, Norm
 from qdeploy.exporter.report import ExportReport, compare, images_to_compare
+from qdeploy.exporter.rounding import Rounding, check_rounding
+from qdeploy.exporter.sources import is_one, lowered, random_inputs
 from qdeploy.exporter.weights import quantize_weights
 from qdeploy.files import AnyPath
 from qdeploy.graph import COMBINE, Graph, Member
 from qdeploy.validate import validate
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-__all__ = ["ExportReport", "check", "export", "export_ensemble", "rehearse"]
+    from qdeploy.exporter.from_torch.exported import Source
+
+__all__ = ["ExportReport", "check", "converted", "export", "export_ensemble", "input_shape", "rehearse"]
 
 
 def export(
-    net: nn.Module,
-    example: Tensor | np.ndarray,
+    source: Source | AnyPath | Any,
+    example: Tensor | np.ndarray | None,
     path: AnyPath,
     calibration: object = None,
     *,
+    shape: Sequence[int] | None = None,
     fallback_bits: int | Mapping[str, int] | None = None,
     observer: str = "minmax",
+    rounding: str = "nearest",
+    correct_bias: bool = True,
     preprocess: Mapping[str, float | Sequence[float]] | None = None,
     classes: Sequence[str] | Mapping[Any, Any] | None = None,
 ) -> ExportReport:
-    """Writes `net` as an integer model file and returns how close the integers are to the network.
+    """Writes a network as an integer model file and returns how close the integers are to the network.
 
     Args:
-        net: traced in eval mode by torch.export and left as it was. Weights carry LSQ quantizers
-            (`qdeploy.training.quantize_`). It may be wrapped (torch.compile, DataParallel, AveragedModel, Fabric), and
-            return its logits in a tuple, dict or dataclass.
+        source: an nn.Module, traced in eval mode by torch.export and left as it was. It may be wrapped (torch.compile,
+            DataParallel, AveragedModel, Fabric), and return its logits in a tuple, dict or dataclass. Its weights carry
+            LSQ quantizers (`qdeploy.training.quantize_`) or fake quantization of torch.ao, whose scales are taken as
+            they are. Or a torch.export.ExportedProgram, or the module that `convert_pt2e` returns: with the codes and
+            ranges that they hold. Or an ONNX file: its path, bytes or ModelProto.
         example: float32 [N, C, H, W], [N, T, D] or [N, F]; or token ids, int64 [N, T], of the longest text: only its
-            shape and type matter.
+            shape and type matter. May be None where the source says its shape (a program, a converted module, ONNX)
+            or `shape` does.
         path: the file; one that exists is replaced when the new one is complete and compared.
         calibration: inputs, read once: an array or tensor [N, ...], a dataset of single images, or an iterable of
             batches, which may be tuples that begin with the images or dicts that hold them. Floats of any width, no
             integers; with `preprocess` also uint8 [N, H, W, C] images. Of data without a length at most 512 batches
             are read. May be None where every tensor between layers has a learned quantizer.
+        shape: of one input, without the batch, as (3, 224, 224), in place of an example: fills the sizes that the
+            source leaves open.
         fallback_bits: what weights without a learned quantizer may do. None: only the classifier (the convolution or
             linear layer registered last, which `quantize_` leaves alone) is rounded to 8 bits per channel, any other
             is an error. A number: all of them are rounded to it. A mapping from module names: these are.
         observer: "minmax", "percentile" (99.99) or "mse": how the range of a tensor without learned quantizer follows
             from the data.
+        rounding: how weights without a learned quantizer are rounded: "nearest", or with calibration data "obc"
+            (Optimal Brain Compression; seconds to minutes), which is for 6 bits and fewer.
+        correct_bias: with calibration data, whether what rounding these weights changes in the mean of each channel
+            goes into its bias.
         preprocess: {"mean": [C], "std": [C]} of the images in 0..1; the file then also takes raw uint8 [N, H, W, C]
             images.
         classes: names of the classes, one for each logit: a list, {0: name, ...} or {name: 0, ...}.
 
     Raises:
         ExportError: operators the engine lacks, randomness or state in eval mode, an unquantized weight, something
-            between a learned quantizer and its layer, a bad step size; names the modules, in one line.
-        InputError: an example, calibration batch or option that does not fit.
+            between a quantizer and its layer, a bad step size or zero point, dynamic quantization, a module that is
+            prepared but not converted; names the modules, in one line.
+        InputError: an example, shape, calibration batch or option that does not fit.
         ModelError: the file cannot be written.
     """
-    options = _Options(fallback_bits, observer, preprocess, classes)
-    return _export({"net": net}, None, example, path, calibration, options)
+    options = _Options(fallback_bits, observer, rounding, correct_bias, preprocess, classes)
+    return _export({"net": source}, None, example, shape, path, calibration, options)
 
 
 def export_ensemble(
-    nets: Iterable[nn.Module],
-    example: Tensor | np.ndarray,
+    sources: Iterable[Source | AnyPath | Any],
+    example: Tensor | np.ndarray | None,
     path: AnyPath,
     calibration: object = None,
     *,
+    shape: Sequence[int] | None = None,
     combine: str = "logits",
     fallback_bits: int | Mapping[str, int] | None = None,
     observer: str = "minmax",
+    rounding: str = "nearest",
+    correct_bias: bool = True,
     preprocess: Mapping[str, float | Sequence[float]] | None = None,
     classes: Sequence[str] | Mapping[Any, Any] | None = None,
 ) -> ExportReport:
@@ -105,18 +129,15 @@ def export_ensemble(
     combine: "logits", softmax of the mean logit (QT-DoG equation 6), or "probs", mean of the members' softmax.
     Members are named member0, member1... in order.
     """
-    from qdeploy.exporter.from_torch import is_network  # loads PyTorch
-
     if combine not in COMBINE:
         raise InputError(f"expected combine {' or '.join(COMBINE)}, got {combine!r} - at export_ensemble")
-    if is_network(nets):
-        raise InputError(f"expected two or more networks, got one {type(nets).__name__} - at export_ensemble")
-    nets = list(nets)
-    if len(nets) < 2:
-        raise InputError(f"expected two or more networks, got {len(nets)} - at export_ensemble")
-    members = {f"member{i}": net for i, net in enumerate(nets)}
-    options = _Options(fallback_bits, observer, preprocess, classes)
-    return _export(members, combine, example, path, calibration, options)
+    if is_one(sources):
+        raise InputError(f"expected two or more networks, got one {type(sources).__name__} - at export_ensemble")
+    members = {f"member{i}": source for i, source in enumerate(sources)}
+    if len(members) < 2:
+        raise InputError(f"expected two or more networks, got {len(members)} - at export_ensemble")
+    options = _Options(fallback_bits, observer, rounding, correct_bias, preprocess, classes)
+    return _export(members, combine, example, shape, path, calibration, options)
 
 
 @dataclass(frozen=True)
@@ -125,56 +146,89 @@ class _Options:
 
     fallback_bits: int | Mapping[str, int] | None = None
     observer: str = "minmax"
+    rounding: str = "nearest"
+    correct_bias: bool = True
     preprocess: Mapping[str, float | Sequence[float]] | None = None
     classes: Sequence[str] | Mapping[Any, Any] | None = None
 
 
 def _export(
-    nets: Mapping[str, nn.Module],
+    sources: Mapping[str, Any],
     combine: str | None,
-    example: Tensor | np.ndarray,
+    example: Tensor | np.ndarray | None,
+    shape: Sequence[int] | None,
     path: AnyPath,
     calibration: object,
     options: _Options,
 ) -> ExportReport:
-    """`nets` by the name of the member that each becomes."""
+    """`sources` by the name of the member that each becomes."""
     format.check_path(path)
-    content, report = _exported(nets, combine, example, path, calibration, options)
+    content, report = _exported(sources, combine, example, shape, path, calibration, options)
     format.write(content, path)
     return report
 
 
 def _exported(
-    nets: Mapping[str, nn.Module],
+    sources: Mapping[str, Any],
     combine: str | None,
-    example: Tensor | np.ndarray,
+    example: Tensor | np.ndarray | None,
+    shape: Sequence[int] | None,
     path: AnyPath,
     calibration: object,
     options: _Options,
 ) -> tuple[bytes, ExportReport]:
     """What the file `path` will hold, and how close that is: no failure may follow a file that looks finished."""
     check_observer(options.observer)
-    example = _checked_example(example)
-    preprocess = _checked_preprocess(options.preprocess, tuple(example.shape[1:]))
-    networks = []
-    for name, net in nets.items():
+    check_rounding(options.rounding, calibration is not None)
+    found = None if example is None else _checked_example(example)
+    networks, roundings = [], []
+    for name, source in sources.items():
         with _named(name, combine is not None):
-            networks.append(_fused(net, example))
-            quantize_weights(networks[-1], options.fallback_bits)
+            networks.append(_fused(source, found, shape))
+            rounded = quantize_weights(networks[-1], options.fallback_bits)
+            roundings.append(Rounding(rounded, options.rounding, options.correct_bias))
+    count = images_to_compare(networks)
+    inputs = random_inputs(networks[0], count) if found is None else found
+    preprocess = _checked_preprocess(options.preprocess, tuple(inputs.shape[1:]))
     classes = _checked_classes(options.classes, networks)
     _doubt_observer(options.observer, networks)
     grids = [Grids(network, options.observer) for network in networks]
-    images = observe(grids, calibration, example, preprocess, images_to_compare(networks))
+    others = [rounding.observers() for rounding in roundings]
+    images = observe(grids, calibration, inputs, preprocess, count, others)
+    if calibration is not None:
+        for rounding in roundings:
+            rounding.apply()
     members = []
-    for name, network, found in zip(nets, networks, grids, strict=True):
+    for name, network, chosen in zip(sources, networks, grids, strict=True):
         with _named(name, combine is not None):
-            members.append(emit(name, network, found.chosen()))
+            members.append(emit(name, network, chosen.chosen()))
     if preprocess is not None:
         for member in members:
             member.preprocess_table = reference.preprocess_table(preprocess, member.tensors[0])
     graph = _graph(members, combine, preprocess, classes)
     content = format.dump(graph)
-    return content, compare(graph, networks, [found.fixed for found in grids], content, path, images)
+    report = compare(graph, networks, grids, content, path, images)
+    if found is None and calibration is None:
+        doubt = f"compared on {len(images)} inputs of random numbers: give calibration data for figures of its own"
+        report = replace(report, warnings=[doubt, *report.warnings])
+    return content, report
+
+
+def converted(source: AnyPath | Any) -> bytes:
+    """The content of the model file of a network that is quantized throughout: without data, and with no report.
+
+    Raises as `export`; InputError where a tensor has no grid.
+    """
+    network = _fused(source, None, None)
+    quantize_weights(network, None)
+    grids = Grids(network, "minmax")
+    check_complete([grids])
+    return format.dump(_graph([emit("net", network, grids.chosen())], None, None, None))
+
+
+def input_shape(source: AnyPath | Any, shape: Sequence[int] | None) -> tuple[int, ...]:
+    """Of what `export` would read, without the batch."""
+    return lowered(source, None, shape).layers[0].shape
 
 
 def _graph(
@@ -193,28 +247,35 @@ def _graph(
     return graph
 
 
-def check(net: nn.Module, example: Tensor | np.ndarray) -> None:
-    """Says before any training whether `export` can write `net`: raises ExportError for all that it would stop at.
+def check(
+    source: Source | AnyPath | Any, example: Tensor | np.ndarray | None = None, *, shape: Sequence[int] | None = None
+) -> None:
+    """Says before any training whether `export` can write a network: raises ExportError for all that it would stop at.
 
     One line names every operator that the engine lacks, with its modules and what could be done, not the first one
     alone. What depends on trained weights and on calibration data is not looked at. Takes about as long as a few
-    forward passes, and leaves `net` as it was.
+    forward passes, and leaves the network as it was.
 
     Args:
-        net, example: as for `export`; only the example's shape and type matter.
+        source, example, shape: as for `export`; only the example's shape and type matter.
     """
-    check_graph(_fused(net, _checked_example(example)))
+    check_graph(_fused(source, None if example is None else _checked_example(example), shape))
 
 
-def rehearse(net: nn.Module, example: Tensor | np.ndarray, calibration: object, **options: Any) -> None:
+def rehearse(
+    source: Source | AnyPath | Any,
+    example: Tensor | np.ndarray | None,
+    calibration: object,
+    *,
+    shape: Sequence[int] | None = None,
+    **options: Any,
+) -> None:
     """Raises what `export` with these arguments would, and writes nothing."""
-    _exported({"net": net}, None, example, "", calibration, _Options(**options))
+    _exported({"net": source}, None, example, shape, "", calibration, _Options(**options))
 
 
-def _fused(net: nn.Module, example: np.ndarray) -> Network:
-    from qdeploy.exporter.from_torch import lower  # loads PyTorch
-
-    network = fuse(lower(net, example))
+def _fused(source: Any, example: np.ndarray | None, shape: Sequence[int] | None) -> Network:
+    network = fuse(lowered(source, example, shape))
     check_shapes(network)
     return network
 

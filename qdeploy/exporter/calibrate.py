@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,6 +14,8 @@ from qdeploy.exporter.layers import Add, Layer, Network, Norm, Position, Quantiz
 from qdeploy.ops import OPS
 from qdeploy.terminal import progress
 
+Observer = Callable[[np.ndarray], None]  # of what a layer computes for a batch, f32 [N, *shape]
+Observers = Mapping[Layer, Observer]
 OBSERVERS = ("minmax", "percentile", "mse")
 PERCENTILE = 99.99  # of the elements on each side of zero stay inside the range
 
@@ -77,8 +79,8 @@ class Grids:
     """The grids of one network: which tensors share one, what calibration must observe, and what follows.
 
     Tensors whose codes are the same (before and after a max pool, the parts of a concatenation) form a bundle with one
-    grid. It is the learned one where all that writes or all that reads the bundle is one learned quantizer. Other
-    bundles are observed.
+    grid. It is that of the quantizer where all that writes or all that reads the bundle is one. Other bundles are
+    observed.
     """
 
     def __init__(self, network: Network, observer: str):
@@ -93,38 +95,49 @@ class Grids:
                     self.bundle_of |= dict.fromkeys(merged, merged)
         self.streams = _streams(network, self.bundle_of)
         self.fixed: dict[Layer, Grid] = {}
+        self.origins: dict[Layer, str] = {}  # of the grids of those: "learned" or "file"
         self.observed: list[tuple[list[Layer], Histogram]] = []
         for bundle in {id(bundle): bundle for bundle in self.bundle_of.values()}.values():
-            grid = self._only_learned_grid(bundle)
-            if grid is None:
+            quantizer = self._only_quantizer(bundle)
+            if quantizer is None:
                 exact = observer == "minmax" or bundle[0] in self.streams
                 self.observed.append((bundle, Histogram(exact=exact)))
             else:
-                self.fixed |= dict.fromkeys(bundle, grid)
+                self.fixed |= dict.fromkeys(bundle, self._of_input(quantizer.grid, bundle))
+                self.origins |= dict.fromkeys(bundle, quantizer.origin)
 
     def _readers(self, bundle: list[Layer]) -> list[Layer]:
         return [x for x in self.network.layers if x not in bundle and any(source in bundle for source in x.inputs)]
 
+    def _of_input(self, grid: Grid, bundle: list[Layer]) -> Grid:
+        """Nothing clamps the codes of the network's input."""
+        return replace(grid, low=0, high=255) if self.network.layers[0] in bundle else grid
+
     def _learned(self, bundle: list[Layer]) -> list[Grid]:
-        grids = [layer.grid for layer in (*_sources(bundle), *self._readers(bundle)) if isinstance(layer, Quantize)]
-        if self.network.layers[0] in bundle:  # nothing clamps the input's codes
-            grids = [replace(grid, low=0, high=255) for grid in grids]
+        return self._grids(bundle, [*_sources(bundle), *self._readers(bundle)])
+
+    def _grids(self, bundle: list[Layer], layers: list[Layer]) -> list[Grid]:
+        grids = [self._of_input(layer.grid, bundle) for layer in layers if isinstance(layer, Quantize)]
         return list(dict.fromkeys(grids))
 
-    def _only_learned_grid(self, bundle: list[Layer]) -> Grid | None:
-        grids = self._learned(bundle)
-        sides = (_sources(bundle), self._readers(bundle))
-        decided = any(side and all(isinstance(layer, Quantize) for layer in side) for side in sides)
-        return grids[0] if len(grids) == 1 and decided else None
+    def _only_quantizer(self, bundle: list[Layer]) -> Quantize | None:
+        """The one which writes the bundle, whatever reads it; else the one through which all read it: a writer that
+        rounds to another grid is a table then."""
+        for side in (_sources(bundle), self._readers(bundle)):
+            quantizers = [layer for layer in side if isinstance(layer, Quantize)]
+            if len(self._grids(bundle, side)) == 1 and len(quantizers) == len(side):
+                return quantizers[0]
+        return None
 
     def missing(self) -> list[str]:
-        """Names of the layers whose output needs calibration data."""
-        return [layer.name for bundle, _ in self.observed for layer in _sources(bundle)]
+        """The tensors that need calibration data, each by the names of both its ends."""
+        ends = [(_sources(bundle), self._readers(bundle) or [self.network.output]) for bundle, _ in self.observed]
+        return [f"{layer.name} to {readers[0].name}" for sources, readers in ends for layer in sources]
 
-    def observe(self, images: np.ndarray) -> None:
-        """Runs the network on f32 `images` and adds what its layers compute to the histograms."""
+    def observers(self) -> Observers:
+        """What adds the outputs of layers to the histograms."""
         sources = [(layer, histogram) for bundle, histogram in self.observed for layer in _sources(bundle)]
-        self.network.run(images, {layer: _adder(layer, histogram) for layer, histogram in sources})
+        return {layer: _adder(layer, histogram) for layer, histogram in sources}
 
     def chosen(self) -> dict[Layer, Grid]:
         """The grid of each layer's output but the last layer's, which is float."""
@@ -175,14 +188,35 @@ def _sources(bundle: list[Layer]) -> list[Layer]:
     return [layer for layer in bundle if not layer.same_grid]
 
 
-def _adder(layer: Layer, histogram: Histogram) -> Callable[[np.ndarray], None]:
+def _adder(layer: Layer, histogram: Histogram) -> Observer:
     def add(values: np.ndarray) -> None:
-        if not np.isfinite(values).all():
-            got = "NaN or infinity on calibration data"
-            raise ExportError(f"expected finite activations, got {got} - at module `{layer.name}`")
+        check_finite(layer, values)
         histogram.add(values)
 
     return add
+
+
+def check_finite(layer: Layer, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        got = "NaN or infinity on calibration data"
+        raise ExportError(f"expected finite activations, got {got} - at module `{layer.name}`")
+
+
+def together(parts: Iterable[Observers]) -> Observers:
+    """All that observe a layer, in order, as one."""
+    of_layer: dict[Layer, list[Observer]] = {}
+    for observers in parts:
+        for layer, observer in observers.items():
+            of_layer.setdefault(layer, []).append(observer)
+
+    def joint(those: list[Observer]) -> Observer:
+        def observe(values: np.ndarray) -> None:
+            for observer in those:
+                observer(values)
+
+        return observe
+
+    return {layer: joint(those) for layer, those in of_layer.items()}
 
 
 def _finer_grid(learned: Grid, low: float, high: float) -> Grid | None:
@@ -205,30 +239,40 @@ def _finer_grid(learned: Grid, low: float, high: float) -> Grid | None:
 # ---- Calibration data ---------------------------------------------------------------------------------------------
 
 
+def check_complete(grids: list[Grids]) -> None:
+    """Raises InputError unless all grids are known without data."""
+    missing = [ends for one in grids for ends in one.missing()]
+    if missing:
+        names = ", ".join(missing[:3]) + ("..." if len(missing) > 3 else "")
+        expected = f"calibration data for {len(missing)} tensors without a quantizer (from {names})"
+        raise InputError(f"expected {expected}, got none - at export")
+
+
 def observe(
     grids: list[Grids],
     calibration: object,
     example: np.ndarray,
     preprocess: Preprocess | None,
     count: int,
+    others: Sequence[Observers] = (),
 ) -> np.ndarray:
     """Shows all calibration data to all networks, once; returns the first `count` images, f32, for the report.
 
-    Without data these are of the example, f32 [N, ...]. Raises InputError for data that do not fit it or are missing.
+    others: what else observes the layers of each network. Without data the images are of the example, f32 [N, ...].
+    Raises InputError for data that do not fit it or are missing.
     """
-    missing = [name for one in grids for name in one.missing()]
     if calibration is None:
-        if missing:
-            names = ", ".join(missing[:3]) + ("..." if len(missing) > 3 else "")
-            expected = f"calibration data for {len(missing)} tensors without a learned quantizer ({names})"
-            raise InputError(f"expected {expected}, got none - at export")
+        check_complete(grids)
         return example[:count]
     kept: list[np.ndarray] = []
+    observers = [
+        together(parts) for parts in zip((one.observers() for one in grids), others or [{}] * len(grids), strict=True)
+    ]
     ends = []  # lowest and highest number of each channel, by batch
     with progress("calibrating", count_batches(calibration)) as advance:
         for batch in batches(calibration, example.shape[1:], preprocess, ids=example.dtype.kind == "i"):
-            for one in grids:
-                one.observe(batch)
+            for one, those in zip(grids, observers, strict=True):
+                one.network.run(batch, those)
             kept += [batch] if sum(map(len, kept)) < count else []
             ends.append((batch.min((0, *range(2, batch.ndim))), batch.max((0, *range(2, batch.ndim)))))
             advance()

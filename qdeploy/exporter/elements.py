@@ -12,14 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qdeploy.errors import ExportError
 from qdeploy.graph import Shape
 
 BATCH = 2  # with one image it would not show where the batch is
+MOST_NUMBERED = 2**26  # elements, 512 MB of numbers
 
 
 def numbered(shape: Shape) -> np.ndarray:
     """The element numbers of BATCH images of an activation of this shape, int64 [BATCH, *shape]."""
-    numbers = np.arange(BATCH * math.prod(shape))
+    count = BATCH * math.prod(shape)
+    if count > MOST_NUMBERED:
+        raise ExportError(
+            f"expected at most {MOST_NUMBERED // BATCH} elements to move, got {list(shape)} - at the network"
+        )
+    numbers = np.arange(count)
     if len(shape) != 3:
         return numbers.reshape(BATCH, *shape)
     return numbers.reshape(BATCH, *shape[1:], shape[0]).transpose(0, 3, 1, 2)

@@ -79,7 +79,9 @@ def _remove_unused(network: Network) -> None:
 def _fold_affine(network: Network, affine: Affine) -> bool:
     """Into the layer before it, if nothing else reads that one. What has one scale takes one scale only."""
     x = affine.inputs[0]
-    if network.only_user(x) is not affine or x.clamped or not isinstance(x, (Scaled, Add)):
+    if network.only_user(x) is not affine or not isinstance(x, (Scaled, Add)):
+        return False
+    if x.clamped and not _keeps_clamp(x, affine):
         return False
     if len(x.shift) == 1 and not affine.uniform:
         return False
@@ -97,6 +99,22 @@ def _fold_affine(network: Network, affine: Affine) -> bool:
         x.scale = x.scale * affine.scale[:size]
     x.value = affine.value
     network.replace(affine, x)
+    return True
+
+
+def _keeps_clamp(x: Layer, affine: Affine) -> bool:
+    """Whether factors > 0 alone are to go before a clamp at 0."""
+    bounds = (x.low, x.high) in ((0.0, math.inf), (-math.inf, 0.0))
+    return bounds and not affine.clamped and not affine.shift.any() and bool((affine.scale > 0).all())
+
+
+def _fold_factors(network: Network, conv: Conv2d) -> bool:
+    """Factors of the channels that a depthwise convolution reads go into it: what it pads with is 0 all the same."""
+    x = conv.inputs[0]
+    if not isinstance(x, Affine) or x.clamped or x.shift.any() or conv.window["groups"] != x.shape[0]:
+        return False
+    conv.scale = conv.scale * np.repeat(x.scale, conv.channels // x.shape[0])
+    conv.inputs[0] = x.inputs[0]
     return True
 
 
@@ -264,7 +282,7 @@ def _rewrite(network: Network, layer: Layer) -> bool:
 REWRITES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
     "affine": (_fold_affine, _fold_into_copy, _fold_into_rows, _merge_table),
     "clamp": (_fuse_clamp, _merge_table),
-    "conv2d": (_fold_pad,),
+    "conv2d": (_fold_pad, _fold_factors),
     "linear": (),
     "embedding": (),
     "max_pool2d": (),

@@ -357,6 +357,7 @@ class Network:
     """The layers in execution order; layers[0] is the input. What a front end makes and the rest of the exporter takes.
 
     classifier: the name of the module that may be rounded without being asked for.
+    notes: what a front end made of the network, in words.
     """
 
     source: Source
@@ -364,6 +365,7 @@ class Network:
     output: Layer
     ids: bool = False  # the input is token ids
     classifier: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def run(self, images: np.ndarray, observe: Mapping[Layer, Callable[[np.ndarray], None]]) -> None:
         """Runs the float network on `images` and hands what each layer in `observe` computes there, [N, *shape], to its

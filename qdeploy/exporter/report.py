@@ -6,13 +6,15 @@ import functools
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from qdeploy import page, reference
 from qdeploy.calibration import doubt
+from qdeploy.errors import InputError
+from qdeploy.exporter.calibrate import Grids
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Input, Layer, Network, Weighted
 from qdeploy.files import AnyPath
@@ -35,6 +37,7 @@ class LayerReport:
     macs: int
     quantizer: str  # of the weight: "learned", "file", "rounded" (fallback_bits) or ""
     sqnr_db: float | None
+    grid: str  # of its output: "learned", "file", "calibration", or "" where it has none of its own
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,13 @@ class ExportReport:
     path: str
     layers: list[LayerReport]
     images: int
-    top1_agreement: float  # of the integer model with the fake-quant network
+    top1_agreement: float | None  # of the integer model with the fake-quant network; None where that cannot run here
     output_sqnr_db: float | None
     fp32_bytes: int  # of all parameters and BatchNorm statistics
     packed_bytes: int  # learned weights at their width, their step sizes and everything else in f32
     file_bytes: int
     warnings: list[str] = field(default_factory=list)  # why these figures may say little
+    notes: list[str] = field(default_factory=list)  # what was made of the network, in words
 
     @property
     def mac_share(self) -> dict[int, float]:
@@ -80,7 +84,8 @@ class ExportReport:
 
     def __str__(self) -> str:
         width = max(len(self._label(layer)) for layer in self.layers)
-        lines = [f"{'layer':{width}}  {'op':10}  bits  {'weights':>10}  {'MMACs':>8}  {'quantizer':9}  SQNR dB"]
+        numbers = f"bits  {'weights':>10}  {'MMACs':>8}"
+        lines = [f"{'layer':{width}}  {'op':10}  {numbers}  {'quantizer':9}  {'grid':11}  SQNR dB"]
         for layer in self.layers:
             if layer.bits is None and layer.sqnr_db is None:
                 continue
@@ -88,16 +93,18 @@ class ExportReport:
             macs = f"{layer.macs / 1e6:.2f}" if layer.macs else ""
             sqnr = "" if layer.sqnr_db is None else f"{layer.sqnr_db:7.1f}"
             numbers = f"{bits:>4}  {weights:>10}  {macs:>8}"
-            lines.append(
-                f"{self._label(layer):{width}}  {layer.op:10}  {numbers}  {layer.quantizer:9}  {sqnr}".rstrip()
-            )
+            origins = f"{layer.quantizer:9}  {layer.grid:11}"
+            lines.append(f"{self._label(layer):{width}}  {layer.op:10}  {numbers}  {origins}  {sqnr}".rstrip())
         shares = ", ".join(f"{share:.1%} at {bits} bits" for bits, share in self.mac_share.items())
         sqnr = "" if self.output_sqnr_db is None else f", output SQNR {self.output_sqnr_db:.1f} dB"
+        lines.append(f"MACs in int8: {shares}")
+        if self.top1_agreement is not None:
+            share = f"{self.top1_agreement:.2%} of {self.images} images{sqnr}"
+            lines.append(f"top-1 agreement with the fake-quant network: {share}")
         lines += [
-            f"MACs in int8: {shares}",
-            f"top-1 agreement with the fake-quant network: {self.top1_agreement:.2%} of {self.images} images{sqnr}",
             f"size: FP32 {self.fp32_bytes:,} B, packed {self.packed_bytes:,} B ({self.packed_ratio:.3f}x), "
             f"file {self.file_bytes:,} B ({self.file_ratio:.3f}x)",
+            *(f"note: {text}" for text in self.notes),
             *(f"warning: {text}" for text in self.warnings),
         ]
         return "\n".join(lines)
@@ -116,15 +123,15 @@ def images_to_compare(networks: list[Network]) -> int:
 def compare(
     graph: Graph,
     networks: list[Network],
-    learned: list[dict[Layer, Grid]],
+    grids: list[Grids],
     content: bytes,
     path: AnyPath,
     images: np.ndarray,
 ) -> ExportReport:
     """Runs `content`, the file to be, in the engine and the networks in float32 on f32 `images`.
 
-    learned: of each network the layers whose output has the grid of a learned quantizer. They are compared behind it:
-        what training rounded there is no error.
+    grids: of each network. Layers whose output has the grid of a quantizer are compared behind it: what training
+        rounded there is no error.
     """
     compared = [
         [layer for layer in network.layers if not layer.same_grid and not isinstance(layer, Input)]
@@ -134,33 +141,56 @@ def compare(
     taps = [prefix + layer.name for prefix, layers in zip(prefixes, compared, strict=True) for layer in layers]
     output, integers = load_int_model(content)(images, taps=taps)
     rows, floats = [], []
+    unable: list[str] = []
     for i, (member, network) in enumerate(zip(graph.members, networks, strict=True)):
-        values = _float_values(network, images, compared[i])
-        floats.append(values[network.output])
+        values: dict[Layer, np.ndarray] = {}
+        try:
+            values = _float_values(network, images, compared[i])
+            floats.append(values[network.output])
+        except InputError as error:  # of a source that cannot run here
+            unable.append(f"not compared with the network: {error}")
         tensors = {node.name: member.tensors[node.output] for node in member.nodes}
         for layer in network.layers[1:]:
             sqnr = None
             if layer in values:
-                expected = _rounded(values[layer], learned[i][layer]) if layer in learned[i] else values[layer]
+                fixed = grids[i].fixed.get(layer)
+                expected = values[layer] if fixed is None else _rounded(values[layer], fixed)
                 sqnr = _sqnr(expected, _real(integers[prefixes[i] + layer.name], tensors[layer.name]))
-            rows.append(_row(member.name, layer, sqnr))
+            codes = layer is network.output or layer.same_grid  # it has no grid, or its input's
+            origin = "" if codes else grids[i].origins.get(layer, "calibration")
+            rows.append(_row(member.name, layer, sqnr, origin))
+    sizes = [network.source.stored() for network in networks]
+    report = ExportReport(
+        path=os.fsdecode(path),
+        layers=rows,
+        images=0 if unable else len(images),
+        top1_agreement=None,
+        output_sqnr_db=None,
+        fp32_bytes=sum(fp32 for fp32, _ in sizes),
+        packed_bytes=sum(packed for _, packed in sizes),
+        file_bytes=len(content),
+        warnings=unable,
+        notes=[note for network, own in zip(networks, grids, strict=True) for note in _notes(network, own)],
+    )
+    if unable:
+        return report
     if graph.combine:
         expected, _ = reference.combine([logits.astype(np.float32) for logits in floats], graph.combine)
     else:
         expected, output = floats[0], _real(output, graph.members[0].output)
     expected, output = (scores.reshape(len(images), -1) for scores in (expected, output))
-    sizes = [network.source.stored() for network in networks]
-    return ExportReport(
-        path=os.fsdecode(path),
-        layers=rows,
-        images=len(images),
+    return replace(
+        report,
         top1_agreement=float((_classes(expected) == _classes(output)).mean()),
         output_sqnr_db=_sqnr(expected, output),
-        fp32_bytes=sum(fp32 for fp32, _ in sizes),
-        packed_bytes=sum(packed for _, packed in sizes),
-        file_bytes=len(content),
         warnings=_doubts(images, expected, output),
     )
+
+
+def _notes(network: Network, grids: Grids) -> list[str]:
+    calibrated = grids.missing() if "file" in grids.origins.values() else []
+    text = f"calibrated, as the file has no grid there: from {', '.join(calibrated)}"
+    return [*network.notes, *([text] if calibrated else [])]
 
 
 def _classes(scores: np.ndarray) -> np.ndarray:
@@ -189,12 +219,12 @@ def _rounded(values: np.ndarray, grid: Grid) -> np.ndarray:
     return grid.real(np.clip(np.rint(values / np.float32(grid.scale)) + grid.zero_point, grid.low, grid.high))
 
 
-def _row(member: str, layer: Layer, sqnr: float | None) -> LayerReport:
+def _row(member: str, layer: Layer, sqnr: float | None, origin: str) -> LayerReport:
     if not isinstance(layer, Weighted):
-        return LayerReport(member, layer.name, layer.op, None, 0, 0, "", sqnr)
+        return LayerReport(member, layer.name, layer.op, None, 0, 0, "", sqnr, origin)
     codes = layer.codes
     weights = codes.values.size if codes.quantizer else 0
-    return LayerReport(member, layer.name, layer.op, codes.bits, weights, layer.macs, codes.quantizer, sqnr)
+    return LayerReport(member, layer.name, layer.op, codes.bits, weights, layer.macs, codes.quantizer, sqnr, origin)
 
 
 def _float_values(network: Network, images: np.ndarray, layers: list[Layer]) -> dict[Layer, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,22 +15,37 @@ from qdeploy.exporter.layers import Codes, Network, QuantizedWeight, Weighted, c
 CLASSIFIER_BITS = 8
 
 
-def quantize_weights(network: Network, fallback_bits: int | Mapping[str, int] | None) -> None:
+@dataclass(frozen=True)
+class Rounded:
+    """A layer whose weight was rounded to nearest here, with what it was in float32."""
+
+    layer: Weighted
+    weight: np.ndarray  # f32
+    scale: np.ndarray  # of the layer, without the step size
+    bits: int
+
+
+def quantize_weights(network: Network, fallback_bits: int | Mapping[str, int] | None) -> list[Rounded]:
     """Turns every weight into codes and multiplies its step size into the scale of its layer."""
     layers = [layer for layer in network.layers if isinstance(layer, Weighted)]
     fallback = _fallback(layers, network.classifier, fallback_bits)
+    rounded = []
     for layer in layers:
         if isinstance(layer.weight, QuantizedWeight):
             codes, step = _codes(layer.weight, layer.name)
         elif isinstance(layer.weight, Codes):
             codes, step = layer.weight, np.ones(1)
         elif layer in fallback:
-            codes, step = _rounded_codes(layer.weight, fallback[layer])
+            bits = fallback[layer]
+            rounded.append(Rounded(layer, layer.weight, layer.scale, bits))
+            step = largest_step(layer.weight.reshape(len(layer.weight), -1), bits)
+            codes = Codes(nearest_codes(layer.weight, step, bits), bits, "rounded")
         else:
             expected = "a learned quantizer (quantize_) or fallback_bits for it"
             raise ExportError(f"expected {expected}, got a float32 weight - at weight of module `{layer.name}`")
         layer.weight, layer.scale = codes, layer.scale * step
         _check(layer, codes)
+    return rounded
 
 
 def _check(layer: Weighted, codes: Codes) -> None:
@@ -59,12 +75,16 @@ def _codes(weight: QuantizedWeight, name: str) -> tuple[Codes, np.ndarray]:
     return Codes(codes, bits, weight.origin), step
 
 
-def _rounded_codes(weight: np.ndarray, bits: int) -> tuple[Codes, np.ndarray]:
-    """Round to nearest, the largest weight of each channel on the largest code; step sizes are float64 [channels]."""
-    value = weight.astype(np.float64)
-    largest = np.abs(value).reshape(len(value), -1).max(1)
-    step = np.where(largest > 0, largest, 1) / (2 ** (bits - 1) - 1)
-    return Codes(np.rint(value / _per_channel(step, value.ndim)).astype(np.int8), bits, "rounded"), step
+def largest_step(rows: np.ndarray, bits: int) -> np.ndarray:
+    """Step sizes, float64 [rows], with the largest weight of each row on the largest code."""
+    largest = np.abs(rows).max(1).astype(np.float64)
+    return np.where(largest > 0, largest, 1) / (2 ** (bits - 1) - 1)
+
+
+def nearest_codes(weight: np.ndarray, step: np.ndarray, bits: int) -> np.ndarray:
+    """int8; step sizes are float64 [channels]."""
+    scaled, half = weight.astype(np.float64) / _per_channel(step, weight.ndim), 2 ** (bits - 1)
+    return np.rint(np.clip(scaled, -half, half - 1)).astype(np.int8)
 
 
 def _per_channel(step: np.ndarray, ndim: int) -> np.ndarray:

@@ -54,7 +54,8 @@ def linear(label: str, values: Iterable[float], spec: str = ",g", from_zero: boo
 
 
 def logarithmic(label: str, values: Iterable[float], spec: str = ",g") -> Axis:
-    """Around the positive ones of `values`: a tick at every 1, 2 and 5, or where these are many at powers of ten."""
+    """Around the positive ones of `values`: a tick at every 1, 2 and 5, at powers of ten where these are many, and at
+    equal distances where they are fewer than three."""
     found = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
     low, high = min(found) / 1.15, max(found) * 1.15
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -62,8 +63,16 @@ def logarithmic(label: str, values: Iterable[float], spec: str = ",g") -> Axis:
         ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
         if len(ticks) <= 6:
             break
+    if len(ticks) < 3:
+        ticks = _between(low, high)
     every = max(1, math.ceil(len(ticks) / 6))
-    return Axis(label, low, high, ticks[::every] or [min(found)], spec, True)
+    return Axis(label, low, high, ticks[::every], spec, True)
+
+
+def _between(low: float, high: float) -> list[float]:
+    """Three to six round numbers."""
+    step = _round_step((high - low) / 6)
+    return [float(f"{i * step:.12g}") for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _round_step(least: float) -> float:

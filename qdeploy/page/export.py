@@ -16,7 +16,8 @@ def of_export(report: dict[str, Any]) -> str:
     """The page of the fields of `ExportReport.to_json`."""
     layers = [layer for layer in report["layers"] if layer["bits"] is not None or layer["sqnr_db"] is not None]
     figures = [(f"{report['file_ratio']:.3f}x", "the size in float32"), (f"{report['file_bytes']:,}", "bytes")]
-    figures.append((f"{report['top1_agreement']:.2%}", f"the same class, of {report['images']:,} images"))
+    if report["top1_agreement"] is not None:
+        figures.append((f"{report['top1_agreement']:.2%}", f"the same class, of {report['images']:,} images"))
     if report["output_sqnr_db"] is not None:
         figures.append((f"{report['output_sqnr_db']:.1f} dB", "SQNR of the output"))
     figures.append((large(sum(layer["macs"] for layer in layers)), "multiply-accumulates an image"))
@@ -24,7 +25,7 @@ def of_export(report: dict[str, Any]) -> str:
         "qdeploy export",
         Path(report["path"]).name,
         figures,
-        warnings(report["warnings"]),
+        warnings([*report["warnings"], *report["notes"]]),
         section("Size and layers", _charts(report, layers)),
         section("Every layer", _table(layers)),
     )
@@ -53,7 +54,7 @@ def _table(layers: list[dict]) -> Markup:
     header: list[Column] = [("layer", ""), ("SQNR dB", ".1f"), ("bits", "d"), ("weights", ",d"), ("MMAC", ",.3f")]
     rows = [
         (name, layer["sqnr_db"], layer["bits"], layer["weights"] or None, layer["macs"] / 1e6 or None)
-        + (layer["op"], layer["quantizer"])
+        + (layer["op"], layer["quantizer"], layer["grid"])
         for name, layer in zip(layer_names(layers), layers, strict=True)
     ]
-    return table("Every layer in its order", [*header, ("op", ""), ("quantizer", "")], rows)
+    return table("Every layer in its order", [*header, ("op", ""), ("quantizer", ""), ("grid", "")], rows)

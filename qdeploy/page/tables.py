@@ -81,8 +81,8 @@ def _drawn(content: Mapping[str, Any]) -> list[Markup]:
     label += f", {content['units'][column]}" if content["units"][column] else ""
     rows = [(row, row["cells"][column]) for row in content["rows"] if row["cells"][column] is not None]
     compared = _comparison(rows, label, spec) if len(rows) > 1 else None
-    size = _against(rows, "size", 1e-6, "size, MB", label, spec)
-    time = _against(rows, "milliseconds", 1, "time of an input, ms", label, spec)
+    size = _against(rows, "size", "size", (1e-6, "MB"), (1e-3, "kB"), label, spec)
+    time = _against(rows, "milliseconds", "time of an input", (1, "ms"), (1e3, "us"), label, spec)
     return [drawing for drawing in (compared, size, time) if drawing is not None]
 
 
@@ -127,17 +127,19 @@ def _ends(value: float | None, error: float | None) -> list[float]:
     return [] if value is None else [value - (error or 0.0), value + (error or 0.0)]
 
 
+Unit = tuple[float, str]  # a factor, and the name of what comes out
+
+
 def _against(
-    rows: Sequence[tuple[Row, Cell]], key: str, factor: float, title: str, label: str, spec: str
+    rows: Sequence[tuple[Row, Cell]], key: str, what: str, large: Unit, small: Unit, label: str, spec: str
 ) -> Markup | None:
-    """Rows that no other beats in both are named."""
-    known = [
-        (row["label"], factor * row[key], cell["mean"], cell["error"])
-        for row, cell in rows
-        if row.get(key) and cell["mean"] is not None
-    ]
-    if len(known) < 2:
+    """Rows that no other beats in both are named. In `small` units where all are below a large one."""
+    shown = [(row["label"], row[key], cell) for row, cell in rows if row.get(key) and cell["mean"] is not None]
+    if len(shown) < 2:
         return None
+    factor, unit = small if large[0] * max(value for _, value, _ in shown) < 1 else large
+    title = f"{what}, {unit}"
+    known = [(name, factor * value, cell["mean"], cell["error"]) for name, value, cell in shown]
     points = [
         Point(name, x, y, error, named=not any(_is_better(other[1:3], (x, y)) for other in known))
         for name, x, y, error in known

@@ -2,7 +2,7 @@
 
 What `qdeploy.export` writes are the codes of the Quantizers (`training/quantizer.py`) that are attached at the end. LSQ
 trains with them; those of the other methods belong to weights that lie on their grids already (`fixed.py`). INQ has a
-module of its own (`inq.py`), and so has the arithmetic of OBC (`obc.py`).
+module of its own (`inq.py`), and so has what OBC needs (`obc.py`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.errors import InputError
+from qdeploy.exporter.obc import MAX_COLUMNS
 from qdeploy.terminal import note, status
 from qdeploy.training.attached_quantizers import attach, originals, project_steps_, quantizers, step_group
 from qdeploy.training.equalize import equalize_
 from qdeploy.training.initial_steps import initial_step
 from qdeploy.training.methods.batches import Minibatches
 from qdeploy.training.methods.fixed import Bits, attach_fixed, code_range, reattach_fixed, shared_weights
-from qdeploy.training.methods.obc import hessians, quantize_rows
+from qdeploy.training.methods.obc import codes_and_step, hessians
 from qdeploy.training.quantize import quantize_
 from qdeploy.training.quantize_like import quantize_like_
 from qdeploy.training.quantizer import Quantizer
@@ -224,7 +225,7 @@ class RTN(Quantization):
 
 
 class OBC(Quantization):
-    """Optimal Brain Compression (arXiv 2208.11580, OBQ) of a finished network; the arithmetic is in `obc.py`.
+    """Optimal Brain Compression (arXiv 2208.11580, OBQ) of a finished network, as `export` has it.
 
     `batches` of `attach` are training images, not augmented: 1,024 are enough. All H are those of the float network.
     The work on a layer grows with the cube of its columns, input channels of a group times kernel: NiN takes seconds,
@@ -237,7 +238,7 @@ class OBC(Quantization):
     def __init__(
         self,
         bits: Bits = 7,
-        max_columns: int = 1200,
+        max_columns: int = MAX_COLUMNS,
         allow_float: tuple[str, ...] = (),
     ):
         self.bits, self.max_columns, self.allow_float = bits, max_columns, allow_float
@@ -255,7 +256,7 @@ class OBC(Quantization):
         made = {}
         for i, (name, weight) in enumerate(weights.items(), 1):
             status(f"OBC: {name}, layer {i} of {len(weights)}")
-            codes, step = quantize_rows(weight.values, found[name], weight.bits, natural_order=name in wide)
+            codes, step = codes_and_step(weight.values, found[name], weight.bits, natural_order=name in wide)
             weight.values.copy_(codes * step.reshape(-1, *[1] * (codes.dim() - 1)))
             made[name] = Quantizer(step, *code_range(weight.bits), 1.0)
         status()

@@ -3,9 +3,9 @@
 LOWERING has one function for each ATen operator that the engine can express; any other is an ExportError.
 
     trace          torch.export of the network; rewriting.py puts some of its operators in terms of others
-    moves          what only moves elements, in numbers of elements (moved.py)
-    elementwise    functions of one tensor, sums, products, constants
-    weighted, norms, attention, windows
+    moves          what only moves elements, in numbers of elements
+    elementwise, weighted, norms, windows   what the operators of the rules in exporter/lowering/ are in ATen
+    attention      products of queries and keys, and of softmax and values
 """
 
 from __future__ import annotations
@@ -21,40 +21,41 @@ from torch.utils._pytree import tree_leaves
 
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import Value
-from qdeploy.exporter.from_torch import attention, elementwise, moves, norms, weighted, windows
-from qdeploy.exporter.from_torch.moved import Moved, layer_of, plain
+from qdeploy.exporter.from_torch import attention, elementwise, exported, moves, norms, quantizers, weighted, windows
+from qdeploy.exporter.from_torch.exported import Source, is_exported, module_of
+from qdeploy.exporter.from_torch.operators import DEQUANTIZE, FAKE, LSQ, QUANTIZE, gives_real_numbers, name_of
 from qdeploy.exporter.from_torch.site import (
     OPERATOR,
     RIGHT_BEFORE,
-    Missing,
-    Obstacle,
     Site,
-    Unknown,
     UnknownScores,
-    all_of,
     aten,
     depends,
     dequantized,
     missing,
 )
-from qdeploy.exporter.from_torch.trace import LSQ, Trace, is_random, trace
+from qdeploy.exporter.from_torch.trace import Trace, is_random, trace
 from qdeploy.exporter.from_torch.words import described
 from qdeploy.exporter.layers import Input, Layer, Network, QuantizedWeight
+from qdeploy.exporter.lowering.moved import Moved, layer_of, plain
+from qdeploy.exporter.lowering.site import Missing, Obstacle, Unknown, all_of
 from qdeploy.networks.quantizable import classifier
 
 
 def is_network(value: object) -> bool:
     """Whether it is one network, not a list of them."""
-    return isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList)
+    return isinstance(value, Source) and not isinstance(value, nn.ModuleList)
 
 
-def lower(net: nn.Module, example: np.ndarray) -> Network:
-    """One layer for each operator of `net` that its output needs, for inputs like `example`, [N, ...].
+def lower(source: Source, example: np.ndarray) -> Network:
+    """One layer for each operator of the network that its output needs, for inputs like `example`, [N, ...].
 
-    The network is traced in eval mode and left as it was. Raises ExportError for what the engine lacks: all of it, with
-    the modules.
+    The network is traced in eval mode and left as it was; what torch.export made has no mode. Raises ExportError for
+    what the engine lacks: all of it, with the modules.
     """
-    return _lowered(trace(net, torch.from_numpy(example[:1].copy())), classifier(net))
+    net = module_of(source)
+    found = trace(net, torch.from_numpy(example[:1].copy()))
+    return _lowered(found, exported.classifier(net) if is_exported(net) else classifier(net))
 
 
 def _lowered(trace: Trace, classifier: str | None) -> Network:
@@ -70,7 +71,7 @@ def _lowered(trace: Trace, classifier: str | None) -> Network:
             continue
         found = node.meta.get("val")
         if node in trace.constants:
-            values[node] = _constant(node, trace)
+            values[node] = quantizers.weight(node, trace) if gives_real_numbers(node) else trace.constants[node]
         elif node.op == "placeholder":
             values[node] = Input("input", [], trace.shape, Value(node))
             layers.append(values[node])
@@ -87,25 +88,16 @@ def _lowered(trace: Trace, classifier: str | None) -> Network:
                     obstacles.append(obstacle)
                 values[node] = _in_place(site, inputs)
     if obstacles:
-        raise all_of(obstacles)
+        raise all_of(obstacles, OPERATOR)
     output = values.get(trace.output)
     if not isinstance(output, (Layer, Moved)):
         raise ExportError("expected an output that depends on the input, got a constant - at the network's forward")
     return Network(trace, layers, plain(Site(trace.output, trace, layers), output), trace.ids, classifier)
 
 
-def _constant(node: fx.Node, trace: Trace) -> Any:
-    if node.target is LSQ:
-        arguments: Any = fx.map_arg(node.args[:5], lambda n: trace.constants[n])
-        value, step, qmin, qmax, axis = arguments
-        if axis > 0:
-            Site(node, trace, []).fail("step sizes per output channel (axis 0) or per tensor", f"axis {axis}")
-        return QuantizedWeight(value.numpy(), step.numpy(), qmin, qmax)
-    return trace.constants[node]
-
-
 def _rule(site: Site) -> Callable[..., Any] | None:
-    return LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+    rule = LOWERING.get(getattr(site.target, "overloadpacket", site.target))
+    return rule or QUANTIZERS.get(name_of(site.target))
 
 
 def _in_place(site: Site, inputs: list[Any]) -> Any:
@@ -132,6 +124,8 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
     rule = _rule(site)
     if rule is not None and any(isinstance(x, Unknown) for x in inputs):
         return _in_place(site, inputs)
+    if rule is not quantizers.dequantize and any(isinstance(x, quantizers.Quantized) for x in inputs):
+        site.fail("an activation that is dequantized right behind its quantizer", f"{site.operator} of its codes")
     if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], QuantizedWeight):
         return _computed(site, (args[0], dequantized(args[1]), *args[2:]), kwargs)  # of constants, as learned queries
     moved = rule in (moves.same, moves.move, moves.getitem)  # the codes stay
@@ -160,7 +154,7 @@ def _computed(site: Site, args: tuple, kwargs: dict) -> Any:
         return target(*args, **kwargs)
 
 
-WEIGHTED = (weighted.conv1d, weighted.conv2d, weighted.linear)
+WEIGHTED = (weighted.convolution, weighted.linear)
 MOVES = """view reshape flatten squeeze unsqueeze unflatten _unsafe_view expand expand_as repeat permute transpose t
     movedim swapaxes swapdims select slice narrow chunk split split_with_sizes unbind flip roll rot90 index_select
     tensor_split unsafe_split unsafe_chunk view_as reshape_as pixel_shuffle pixel_unshuffle channel_shuffle"""
@@ -172,11 +166,16 @@ FILLED = "new_zeros new_ones new_full zeros_like ones_like full_like"
 FUNCTIONS = """sigmoid silu gelu hardswish hardsigmoid leaky_relu elu selu celu mish softplus tanh prelu rrelu
     threshold log_sigmoid exp expm1 log log1p sqrt rsqrt square pow reciprocal abs sign erf sin cos atan floor ceil
     round gt ge lt le where max min maximum minimum"""
+QUANTIZERS: dict[str, Callable[..., Any]] = {  # by name: torch registers some of them late
+    **dict.fromkeys(FAKE, quantizers.fake_quantize),
+    **dict.fromkeys(QUANTIZE, quantizers.quantize),
+    **dict.fromkeys(DEQUANTIZE, quantizers.dequantize),
+}
 LOWERING: dict[Any, Callable[..., Any]] = {
-    LSQ.overloadpacket: elementwise.quantize,
+    LSQ.overloadpacket: quantizers.lsq,
     operator.getitem: moves.getitem,
-    aten.conv1d: weighted.conv1d,
-    aten.conv2d: weighted.conv2d,
+    aten.conv1d: weighted.convolution,
+    aten.conv2d: weighted.convolution,
     aten.linear: weighted.linear,
     aten.embedding: weighted.embedding,
     aten.ne: weighted.no_padding,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH, around_batch
-from qdeploy.exporter.from_torch.moved import Value, index_of, layer_of, regrouped, seen
 from qdeploy.exporter.from_torch.site import OPERATOR, Site, float64
 from qdeploy.exporter.layers import Attention, Gather, Layer, Position
+from qdeploy.exporter.lowering.moved import Value, index_of, layer_of, regrouped, seen
 from qdeploy.ops.op import channels_of
 
 HIDDEN = -50.0  # a mask takes weights below e^-50 of the largest away, whatever number it is

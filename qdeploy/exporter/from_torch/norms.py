@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from qdeploy.exporter.elements import numbered
 from qdeploy.exporter.from_torch.elementwise import batch_norm
-from qdeploy.exporter.from_torch.moved import Value, image, seen, sizes_of
 from qdeploy.exporter.from_torch.site import Site, float64
-from qdeploy.exporter.from_torch.weighted import by_rows
-from qdeploy.exporter.layers import Layer, Norm
-from qdeploy.graph import Shape
-
-MOST = 32_767  # elements with the same statistics, of s16 codes
+from qdeploy.exporter.lowering import norms as rules
+from qdeploy.exporter.lowering.moved import Value, sizes_of
 
 
 def layer_norm(
@@ -28,24 +22,7 @@ def layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Value:
-    if len(sizes) != 1:
-        return _whole(site, x, sizes, weight, bias, eps)
-    channels = sizes[0]
-    _check(site, channels)
-    fields = _gain(channels, weight, bias) | {"groups": None, "epsilon": float(eps)}
-
-    def make(layer: Layer, shape: Shape, index: np.ndarray | None) -> Layer:
-        return site.layer(Norm, [layer], shape, index, **fields)
-
-    return by_rows(site, x, make, channels)
-
-
-def _whole(site: Site, x: Value, sizes: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Value:
-    """Over channels and rows, [C, H, W]: a group norm of one group, where it has one gain for all."""
-    if sizes_of(x)[1:] != tuple(sizes) or any(t is not None and t.min() != t.max() for t in (weight, bias)):
-        site.fail("LayerNorm over channels, or over [C, H, W] with one gain for all", f"one over {sizes}")
-    gains = [None if t is None else t.reshape(-1)[:1].expand(sizes[0]) for t in (weight, bias)]
-    return group_norm(site, x, 1, gains[0], gains[1], eps)
+    return rules.layer_norm(site, x, len(sizes), _array(weight), _array(bias), float(eps))
 
 
 def group_norm(
@@ -57,12 +34,7 @@ def group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Value:
-    layer = image(site, x)
-    _check(site, math.prod(layer.shape) // groups)
-    index = numbered(layer.shape)[..., 0] if len(sizes_of(x)) == 3 else None
-    gain = _gain(layer.shape[0], weight, bias)
-    normed = site.layer(Norm, [layer], layer.shape, index, groups=groups, epsilon=float(eps), **gain)
-    return seen(normed, index)
+    return rules.group_norm(site, x, groups, _array(weight), _array(bias), float(eps))
 
 
 def instance_norm(
@@ -83,11 +55,5 @@ def instance_norm(
     return group_norm(site, x, sizes_of(x)[1], weight, bias, eps)
 
 
-def _gain(channels: int, weight: Tensor | None, bias: Tensor | None) -> dict[str, np.ndarray]:
-    scale = np.ones(channels) if weight is None else float64(weight)
-    return {"scale": scale, "shift": np.zeros(channels) if bias is None else float64(bias)}
-
-
-def _check(site: Site, count: int) -> None:
-    if count > MOST:
-        site.fail(f"a norm over at most {MOST} elements", str(count))
+def _array(gain: Tensor | None) -> np.ndarray | None:
+    return None if gain is None else float64(gain)

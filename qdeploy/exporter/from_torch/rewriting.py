@@ -135,7 +135,16 @@ def _div(pen: _Pen, x: Any, length: Any, **_: Any) -> fx.Node | None:
     return pen(aten.slice.Tensor, normed, -1, 0, width)
 
 
+def _fused(pen: _Pen, x: fx.Node, *state: Any) -> fx.Node:
+    """Fake quantization that may observe first: with the scale that it has."""
+    _, _, _, _, scale, zero_point, _, low, high, axis, per_channel, *_ = *state, False
+    if per_channel:
+        return pen(aten.fake_quantize_per_channel_affine.default, x, scale, zero_point, axis, low, high)
+    return pen(aten.fake_quantize_per_tensor_affine.tensor_qparams, x, scale, zero_point, low, high)
+
+
 RULES: dict[Any, Callable[..., fx.Node | None]] = {
+    aten.fused_moving_avg_obs_fake_quant: _fused,
     aten.softmax: _softmax,
     aten.sum: _sum,
     aten.addcmul: _addcmul,

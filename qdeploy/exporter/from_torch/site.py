@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from qdeploy.errors import ExportError
-from qdeploy.exporter.elements import Value, value_of
+from qdeploy.exporter.elements import Value
+from qdeploy.exporter.from_torch.operators import gives_real_numbers, is_inserted
 from qdeploy.exporter.from_torch.trace import Trace, modules_of
 from qdeploy.exporter.layers import Layer, QuantizedWeight
+from qdeploy.exporter.lowering import site as lowering
+from qdeploy.exporter.lowering.site import Missing, Unknown
 from qdeploy.graph import Shape
 
 aten = torch.ops.aten
-L = TypeVar("L", bound=Layer)
 OPERATOR = (
     "an operator that the engine has (conv1d, conv2d, linear, norms, attention, embedding, ReLU and other functions of "
     "one tensor, sums and products of two, pools, resize, and whatever moves rows or channels)"
@@ -27,42 +29,28 @@ RIGHT_BEFORE = (
 )
 
 
-class Obstacle(ExportError):
-    """What stands in the way of one operator."""
-
-    def __init__(self, expected: str, got: str, site: Site):
-        super().__init__(f"expected {expected}, got {got} - at module `{site.module}` (aten.{site.operator})")
-        self.expected, self.got, self.module = expected, got, site.module
-
-
-class Missing(Layer):
-    """In place of a layer that the engine lacks, so that what follows is looked at as well."""
-
-    op = "missing"
-
-
-class Unknown:
-    """In place of a value that is no layer's: what it goes into is missing too, for no reason of its own."""
-
-
 class UnknownScores(Unknown):
     """In place of attention scores, up to their product with the values."""
 
 
 @dataclass
-class Site:
-    """Where an operator stands in the network: what its lowering function needs besides the arguments."""
+class Site(lowering.Site):
+    """Where an operator stands in the trace."""
 
+    noun = "module"
     node: fx.Node
     trace: Trace
     layers: list[Layer]
 
     @property
-    def module(self) -> str:
-        """Path of the module whose forward holds the operator, and the operator, unless the module is of torch.nn."""
+    def name(self) -> str:
+        """Path of the module whose forward holds the operator, and the operator, unless the module is of torch.nn. Of a
+        quantizer that PT2E inserted it is the module that reads it."""
+        if is_inserted(self.node) and (reader := _reader(self.node)) is not None:
+            return Site(reader, self.trace, self.layers).name
         path, kind = modules_of(self.node, self.trace.names)[-1]
         path = path.split(".parametrizations.")[0]
-        if path and (kind.startswith("torch.nn.") or self.operator == "lsq"):
+        if path and (kind.startswith(("torch.nn.", "torch.ao.", "torchao.")) or gives_real_numbers(self.node)):
             return path
         return f"{path}.{self.operator}" if path else self.operator
 
@@ -102,25 +90,22 @@ class Site:
         """Whether the shape is [N, ...]: the batch, and fixed sizes behind it."""
         return len(shape) > 0 and str(shape[0]) == str(self.trace.batch) and all(isinstance(d, int) for d in shape[1:])
 
-    def fail(self, expected: str, got: str) -> NoReturn:
-        raise Obstacle(expected, got, self)
+    @property
+    def tensor(self) -> fx.Node:
+        return self.node
 
-    def layer(
-        self,
-        kind: type[L],
-        inputs: list[Layer],
-        shape: Shape | None = None,
-        places: np.ndarray | None = None,
-        **fields: Any,
-    ) -> L:
-        """A layer whose output is the result of the operator; `places` says which element is where in it."""
-        shape = self.shape if shape is None else shape
-        value = Value(self.node) if places is None else value_of(self.node, places, shape)
-        if value is None:
-            self.fail("an operator that keeps the batch apart", "one that mixes it with other dimensions")
-        layer = kind(self.module, inputs, shape, value, **fields)
-        self.layers.append(layer)
-        return layer
+    @property
+    def detail(self) -> str:
+        return f" (aten.{self.operator})"
+
+
+def _reader(node: fx.Node) -> fx.Node | None:
+    """The first operator behind quantizers."""
+    while is_inserted(node) or node.target is operator.getitem:
+        if not node.users:
+            return None
+        node = next(iter(node.users))
+    return node if node.op == "call_function" else None
 
 
 def missing(site: Site, value: Any, inputs: list[Any]) -> Any:
@@ -135,31 +120,6 @@ def missing(site: Site, value: Any, inputs: list[Any]) -> Any:
 def depends(value: Any) -> bool:
     """Whether a value in a lowering depends on the network's input."""
     return not (value is None or isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device)))
-
-
-def all_of(obstacles: list[Obstacle]) -> ExportError:
-    """One error, one line, for all of them: each kind once, with its modules."""
-    kinds: dict[tuple[str, str], list[str]] = {}
-    for obstacle in obstacles:
-        kinds.setdefault((obstacle.expected, obstacle.got), []).append(obstacle.module)
-    (expected, got), modules = next(iter(kinds.items()))
-    if len(obstacles) == 1:
-        return ExportError(str(obstacles[0]))
-    if len(kinds) == 1:
-        return ExportError(f"expected {expected}, got {got} - at {_places(modules)}")
-    lines = [
-        f"({i}) {got} at {_places(modules)}" + ("" if expected == OPERATOR else f" instead of {expected}")
-        for i, ((expected, got), modules) in enumerate(kinds.items(), 1)
-    ]
-    return ExportError(f"expected {OPERATOR}, got {len(kinds)} things that it lacks: {'; '.join(lines)}")
-
-
-def _places(modules: list[str]) -> str:
-    names = [f"`{name}`" for name in dict.fromkeys(modules)]
-    if len(names) == 1:
-        return f"module {names[0]}" + (f" ({len(modules)} times)" if len(modules) > 1 else "")
-    rest = len(modules) - len(names[:3])
-    return f"modules {', '.join(names[:3])}" + (f" and {rest} more" if rest else "")
 
 
 def dequantized(weight: QuantizedWeight) -> Tensor:

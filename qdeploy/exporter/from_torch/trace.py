@@ -17,19 +17,18 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import OutputKind
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-import qdeploy.kernels.lsq  # noqa: F401  (registers the operator qdeploy::lsq)
 from qdeploy.errors import ExportError
 from qdeploy.exporter.elements import BATCH
+from qdeploy.exporter.from_torch.exported import freeze_quantizers, is_exported, replay, traceable_quantizers
+from qdeploy.exporter.from_torch.operators import arguments, gives_real_numbers, quantizer_arguments
 from qdeploy.exporter.from_torch.rewriting import rewrite
 from qdeploy.networks.wrappers import plain_names, unwrapped
-
-LSQ = torch.ops.qdeploy.lsq.default
 
 
 @dataclass
 class Trace:
     """The network as a graph of ATen operators, and the value of every node that depends neither on the input nor on a
-    learned quantizer: what follows a quantizer must show as it is, or a weight would be rounded twice."""
+    quantizer: what follows a quantizer must show as it is, or a weight would be rounded twice."""
 
     module: fx.GraphModule
     constants: dict[fx.Node, Any]
@@ -55,14 +54,16 @@ class Trace:
 
     def stored(self) -> tuple[int, int]:
         """As layers.Source."""
-        quantizers = [node for node in self.module.graph.nodes if node.target is LSQ]
-        steps = {node.args[1] for node in quantizers}
-        packed = {node.args[0]: (node.args[3] - node.args[2]).bit_length() for node in quantizers}
+        nodes = [node for node in self.module.graph.nodes if gives_real_numbers(node)]
+        quantizers = [quantizer_arguments(node.target, node.args, node.kwargs) for node in nodes]
+        steps = {own[key] for own in quantizers for key in ("scale", "zero_point") if key in own}
+        packed = {own["self"]: (own["quant_max"] - own["quant_min"]).bit_length() for own in quantizers}
         packed = {node: bits for node, bits in packed.items() if node in self.constants}  # weights, no activations
         floats = {
             node: value.numel()
             for node, value in self.constants.items()
-            if node.op == "placeholder" and node.users and isinstance(value, Tensor) and value.is_floating_point()
+            if node.op == "placeholder" and node.users and isinstance(value, Tensor)
+            if value.is_floating_point() or node in packed
         }
         fp32 = 4 * sum(count for node, count in floats.items() if node not in steps)
         # A weight may be computed, from direction and gain for example: packed, it stands for these.
@@ -102,7 +103,7 @@ class _Forward(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        return _one_tensor(self.net(x))
+        return _one_tensor(replay(self.net, x) if is_exported(self.net) else self.net(x))
 
 
 def _one_tensor(output: Any) -> Tensor:
@@ -189,8 +190,10 @@ def trace(net: nn.Module, example: Tensor) -> Trace:
     device = next((p.device for p in net.parameters()), example.device)
     pair = example[:1].expand(2, *example.shape[1:]).contiguous().to(device)  # a batch of 1 would become a constant
     try:
-        with _left_as_it_was(net), torch.no_grad(), _quiet(), _calls() as calls:
-            net.eval()
+        with _left_as_it_was(net), torch.no_grad(), traceable_quantizers(), _quiet(), _calls() as calls:
+            if not is_exported(net):
+                net.eval()
+            freeze_quantizers(net)
             program = torch.export.export(_Forward(net), (pair,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
             _inline_regions(program.graph_module, names)
             if _reads_stale_alias(program.graph):
@@ -346,15 +349,13 @@ def _constants_folded(program: torch.export.ExportedProgram, names: dict[str, st
 
 
 def _is_constant(node: fx.Node, constants: dict[fx.Node, Any]) -> bool:
-    """Whether the operator gives the same in every call, and no learned quantizer stands right before it."""
-    return not is_random(node) and all(x in constants and x.target is not LSQ for x in node.all_input_nodes)
+    """Whether the operator gives the same in every call, and no quantizer stands right before it."""
+    return not is_random(node) and all(x in constants and not gives_real_numbers(x) for x in node.all_input_nodes)
 
 
 def is_random(node: fx.Node) -> bool:
     """Whether the operator draws random numbers, called as it is: dropout in eval mode does not."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    arguments = _schema(node).arguments
-    values = {a.name: a.default_value for a in arguments} | dict(node.kwargs)
-    values |= {a.name: value for a, value in zip(arguments, node.args, strict=False)}
+    values = arguments(node.target, node.args, node.kwargs)
     return all(values[name] for name in ("p", "dropout_p", "train", "training") if name in values)

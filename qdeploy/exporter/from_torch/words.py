@@ -9,12 +9,15 @@ PATTERNS = {
     "rms_norm": "RMSNorm",
     "conv3d": "Conv3d",
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "a transposed convolution"),
+    "choose_qparams": "dynamic quantization",
+    "choose_qparams_symmetric": "dynamic quantization",
     "gather": "a selection by index",
     **dict.fromkeys(("matmul", "mm", "bmm", "addmm", "einsum"), "a matrix product outside a Linear"),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), "a recurrent layer"),
     "log_softmax": "log_softmax",
 }
 ADVICE = {
+    **dict.fromkeys(("choose_qparams", "choose_qparams_symmetric"), "quantize statically, with is_dynamic=False"),
     "log_softmax": "export the network that ends in logits; predict and ensembles apply softmax themselves",
     **dict.fromkeys(("rms_norm", "linalg_vector_norm"), "LayerNorm, GroupNorm and BatchNorm are there"),
     **dict.fromkeys(("conv_transpose2d",), "a resize and a convolution are there"),

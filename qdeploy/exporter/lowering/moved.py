@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qdeploy.exporter.elements import BATCH, around_batch, in_order_of_torch, numbered, with_channels
-from qdeploy.exporter.from_torch.site import Site
+from qdeploy.exporter.elements import BATCH, around_batch, channel_axis, in_order_of_torch, numbered, with_channels
 from qdeploy.exporter.layers import Concat, Gather, Image, Layer, MaxPool2d, Reshape, Tokens
+from qdeploy.exporter.lowering.site import Site
 from qdeploy.graph import Shape
 from qdeploy.ops.op import channels_of, rows_of
 
@@ -200,6 +200,10 @@ def regrouped(site: Site, layer: Layer, rows: np.ndarray, shape: Shape) -> Layer
     turned = _separated(rows.T, channels_of(layer.shape))
     if turned is not None:
         return _viewed(site, _turned(site, _gathered(site, layer, *turned, rows.shape[::-1])), shape)
+    column = _channels_of_reshaped(layer.shape, rows, shape)
+    if column is not None:
+        whole = with_channels(shape, math.prod(layer.shape) // len(rows))
+        return _take_channels(site, site.layer(Reshape, [layer], whole), column)
     for along, axis in ((1, "channels"), (0, "rows")):
         parts = _alike(rows, channels_of(layer.shape), along)
         if parts is not None:
@@ -268,6 +272,20 @@ def _take_channels(site: Site, layer: Layer, column: np.ndarray) -> Layer:
     if np.array_equal(column, np.arange(channels_of(layer.shape))):
         return layer
     return site.layer(Gather, [layer], with_channels(layer.shape, len(column)), axis="channels", index=column)
+
+
+def _channels_of_reshaped(own: Shape, rows: np.ndarray, shape: Shape) -> np.ndarray | None:
+    """Which channels make [rows, channels], if these are channels of the layer reshaped in the order of torch."""
+    count = math.prod(own)
+    if count % len(rows):
+        return None
+    whole = numbered(own)[0].reshape(with_channels(shape, count // len(rows)))
+    whole = np.moveaxis(whole, channel_axis(shape), -1).reshape(len(rows), -1)
+    channel = np.full(count + 1, -1)  # of the elements of the first row
+    channel[whole[0]] = np.arange(whole.shape[1])
+    column = channel[rows[0]]
+    made = np.where(column < 0, -1, whole[:, column])
+    return column if np.array_equal(made, rows) else None
 
 
 def _take_rows(site: Site, layer: Layer, row: np.ndarray, shape: Shape) -> Layer:

@@ -1,0 +1,63 @@
+"""add, mul, rescale and table: element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qdeploy.graph import Activation, Node
+from qdeploy.onnx_nodes.functions import which
+from qdeploy.onnx_nodes.writer import Value, Writer
+
+INT32 = 6  # TensorProto.INT32
+
+
+def add(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:
+    multipliers = node.attributes["multipliers"]
+    terms = []
+    for multiplier, value, role in zip(multipliers, inputs, "ab", strict=True):
+        factor = multiplier * output.scale / value.tensor.scale
+        terms.append(writer.scaled(writer.real(value), factor, role))
+    offset = sum(m * value.tensor.zero_point for m, value in zip(multipliers, inputs, strict=True))
+    offset += node.attributes["bias"] - output.zero_point
+    return writer.value(writer.shifted(writer.add("Add", terms), offset, output), node, output, inputs[0].rows)
+
+
+def mul(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:
+    """ONNX broadcasts a gate [N, C, 1, 1], [N, 1, H, W] or [N, 1, D] as the engine does."""
+    a, b = inputs
+    factor = node.attributes["multiplier"] * output.scale / (a.tensor.scale * b.tensor.scale)
+    product = writer.add("Mul", [writer.real(a), writer.real(b)])
+    real = writer.shifted(writer.scaled(product, factor, "scaled"), node.attributes["bias"] - output.zero_point, output)
+    return writer.value(real, node, output, a.rows)
+
+
+def rescale(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:
+    x, multiplier = inputs[0], node.attributes["multiplier"]
+    bias = node.attributes["bias"] + multiplier * x.tensor.zero_point  # r = m*q + b, the zero point in b
+    return writer.value(writer.affine(x, multiplier, bias, output), node, output, x.rows)
+
+
+def table(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:
+    """The function that gives exactly these codes, else the 256 codes: Cast and Gather, which every runtime has.
+
+    In float32 the function need only be within a code of the table, whose writer may have rounded on the way; where
+    there is none the input is rounded to its codes as well.
+    """
+    x, entries = inputs[0], node.constants["table"]
+    for tolerance in (0,) if writer.quantized else (0, 1):
+        function = which(entries, x.tensor, output, tolerance)
+        if function:
+            return writer.value(function.write(writer, writer.real(x)), node, output, x.rows)
+    codes_out = writer.quantized and output.dtype == "u8"
+    if not codes_out:
+        entries = (output.scale * (entries.astype(np.float64) - output.zero_point)).astype(np.float32)
+    index = writer.add("Cast", [writer.codes(x)], "index", to=INT32)
+    found = writer.add("Gather", [writer.constant(entries, "table"), index], "codes" if codes_out else "")
+    if codes_out:
+        return Value(output, writer.name, x.rows, codes=found)
+    return Value(output, writer.name, x.rows, real=found)
+
+
+OPS = {"add": add, "mul": mul, "rescale": rescale, "table": table}

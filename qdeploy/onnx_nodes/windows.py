@@ -1,0 +1,58 @@
+"""max_pool2d, avg_pool2d and resize: windows of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qdeploy.graph import Activation, Node
+from qdeploy.onnx_nodes.writer import Value, Writer
+from qdeploy.reference import bands, windows
+
+
+def max_pool2d(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:
+    """onnxruntime refuses a pool padded by its kernel or more, as dilation allows, so that is padded before."""
+    real, kernel, padding = writer.real(inputs[0]), list(node.attributes["kernel"]), list(node.attributes["padding"])
+    if any(pad >= size for pad, size in zip(padding, 2 * kernel, strict=True)):
+        pads = writer.integers([0, 0, *padding[:2], 0, 0, *padding[2:]], "pads")
+        real = writer.add("Pad", [real, pads, writer.number(float(np.finfo(np.float32).min), "lowest")], "padded")
+        padding = [0, 0, 0, 0]
+    attributes: dict[str, Any] = {f"{key}s": list(node.attributes[key]) for key in ("stride", "dilation")}
+    real = writer.add("MaxPool", [real], kernel_shape=kernel, pads=padding, **attributes)
+    return writer.value(real, node, output)
+
+
+def avg_pool2d(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:
+    """The mean of a window of n elements times n*m[n-1], which is one number but where borders are weighted apart."""
+    multiplier = node.constants["multiplier"].astype(np.float64)
+    size = int(np.prod(node.attributes["kernel"]))
+    with_padding = multiplier.size == 1
+    per_mean = multiplier * (size if with_padding else np.arange(1, size + 1))
+    by_place = np.ptp(per_mean) > 1e-6 * np.abs(per_mean).max()
+    keys = {"kernel_shape": "kernel", "strides": "stride", "pads": "padding"}
+    attributes: dict[str, Any] = {name: list(node.attributes[key]) for name, key in keys.items()}
+    mean = writer.add("AveragePool", [writer.real(inputs[0])], count_include_pad=int(with_padding), **attributes)
+    unit = output.scale / inputs[0].tensor.scale
+    if by_place:
+        image = np.ones((1, 1, *inputs[0].tensor.shape[1:]), np.int64)
+        count = windows(image, node, node.attributes["kernel"], (1, 1)).sum(axis=(4, 5))
+        with np.errstate(over="ignore"):
+            factor = writer.constant((per_mean[count - 1] * unit).astype(np.float32), "factor")
+        real = writer.add("Mul", [mean, factor], "weighted")
+    else:
+        real = writer.scaled(mean, per_mean[0] * unit, "scaled")
+    return writer.value(writer.shifted(real, node.attributes["bias"] - output.zero_point, output), node, output)
+
+
+def resize(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:
+    """Two products with constant matrices, [OH, H] and [W, OW]: ONNX's Resize has weights of its own."""
+    rows, columns = (bands(node, axis, inputs[0].tensor.shape[i]) for i, axis in ((1, "row"), (2, "column")))
+    high = writer.add("MatMul", [writer.constant(rows.astype(np.float32), "rows"), writer.real(inputs[0])], "tall")
+    wide = writer.add("MatMul", [high, writer.constant(columns.T.astype(np.float32), "columns")])
+    real = writer.scaled(wide, node.attributes["multiplier"] * output.scale / inputs[0].tensor.scale, "scaled")
+    return writer.value(writer.shifted(real, node.attributes["bias"] - output.zero_point, output), node, output)
+
+
+OPS = {"max_pool2d": max_pool2d, "avg_pool2d": avg_pool2d, "resize": resize}
