@@ -24,12 +24,13 @@ from qdeploy.exporter import elements
 from qdeploy.exporter.from_onnx import arranged, elementwise, ending, quantized, source, weighted, windows
 from qdeploy.exporter.from_onnx.constants import fold
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
-from qdeploy.exporter.from_onnx.model import File, is_onnx, read
+from qdeploy.exporter.from_onnx.model import File, Node, is_onnx, read
 from qdeploy.exporter.from_onnx.moves import MOVES
-from qdeploy.exporter.from_onnx.quantized import Coded, LookedUp, Stored
+from qdeploy.exporter.from_onnx.quantized import Coded, Stored
 from qdeploy.exporter.from_onnx.site import OPERATOR, Site, State
+from qdeploy.exporter.from_onnx.windows import Padded
 from qdeploy.exporter.from_onnx.words import described
-from qdeploy.exporter.layers import Input, Layer, Network, Weighted
+from qdeploy.exporter.layers import Input, Layer, Network, Table, Weighted
 from qdeploy.exporter.lowering.moved import Moved, Value, plain, seen
 from qdeploy.exporter.lowering.site import Obstacle, Unknown, all_of
 
@@ -54,17 +55,32 @@ def lower(model: AnyModel, shape: tuple[int, ...] | None = None) -> Network:
     values[file.input] = x
     _lower_nodes(state, values, output)
     found = values.get(output)
-    if isinstance(found, Coded) or not isinstance(found, (Layer, Moved)):
-        got = "codes" if isinstance(found, Coded) else "a constant"
+    if not isinstance(found, (Layer, Moved)):
+        got = {Coded: "codes", Padded: "padding"}.get(type(found), "a constant")
         raise ExportError(f"expected a real output that depends on the input, got {got} - at output {quoted(output)}")
-    last = next(node for node in file.nodes if output in node.outputs) if found is not x else None
-    if last is None:
+    if found is x:
         raise ExportError(f"expected a network, got its input - at output {quoted(output)}")
-    scores = plain(Site(last, state), found)
+    scores = _scores(Site(_maker(file, output), state), found)
     weights = [layer for layer in state.layers if isinstance(layer, Weighted)]
     classifier = weights[-1].name if weights and isinstance(weights[-1].weight, np.ndarray) else None
     network = source.Source(file, rows_first, source.bytes_of(state.layers))
     return Network(network, state.layers, scores, classifier=classifier, notes=[*notes, *_tables(file)])
+
+
+def _maker(file: File, name: str) -> Node:
+    """The node that a tensor comes from."""
+    makers = {output: node for node in file.nodes for output in node.outputs}
+    while makers[name].op == "Identity" and makers[name].inputs[0] in makers:
+        name = makers[name].inputs[0]
+    return makers[name]
+
+
+def _scores(site: Site, found: Value) -> Layer:
+    """As one layer. A function goes behind what moves its result, so that it writes the real numbers."""
+    if not isinstance(found, Moved) or not isinstance(found.layer, Table) or found.index.min() < 0:
+        return plain(site, found)
+    source = plain(site, Moved(found.layer.inputs[0], found.index))
+    return site.layer(Table, [source], source.shape, function=found.layer.function)
 
 
 def _tables(file: File) -> list[str]:
@@ -110,13 +126,15 @@ def _lower_node(site: Site, inputs: list[Any]) -> Any:
         inputs = inputs[:-1]
     op = site.node.op
     try:
-        if not any(isinstance(x, (Layer, Moved, Coded, LookedUp, Unknown)) for x in inputs):
+        if not any(isinstance(x, (Layer, Moved, Coded, Padded, Unknown)) for x in inputs):
             return _of_constants(site, inputs)
         rule = LOWERING.get(op)
         if rule is None or any(isinstance(x, Unknown) for x in inputs):
             site.fail(OPERATOR, described(op))
-        if any(isinstance(x, (Coded, LookedUp)) for x in inputs) and op not in ON_CODES:
+        if any(isinstance(x, Coded) for x in inputs) and op not in ON_CODES:
             site.fail("real numbers (DequantizeLinear before it)", f"{op} of codes")
+        if any(isinstance(x, Padded) for x in inputs) and op != "MaxPool":
+            site.fail(arranged.PADDING, f"{described(op)} of what the least number pads")
         return rule(site, *inputs)
     except ExportError:
         raise
