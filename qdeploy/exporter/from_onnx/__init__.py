@@ -5,7 +5,7 @@ LOWERING has one function for each operator that the engine can express; any oth
     model, external     the file, opened with care; qoperator puts operators on codes in terms of others
     constants           what can be computed of constants alone: functions, moves
     quantized           QuantizeLinear and DequantizeLinear: grids of activations, codes of weights
-    arranged, elementwise, weighted, windows   what the operators of the rules in exporter/lowering/ are in ONNX
+    arranged, elementwise, resize, weighted, windows   what the operators of the rules in exporter/lowering/ are in ONNX
     ending              what stands behind the scores and is dropped
     source              the network in onnxruntime, for calibration and the report
 """
@@ -21,7 +21,7 @@ import numpy as np
 from qdeploy.checks import quoted
 from qdeploy.errors import ExportError
 from qdeploy.exporter import elements
-from qdeploy.exporter.from_onnx import arranged, elementwise, ending, quantized, source, weighted, windows
+from qdeploy.exporter.from_onnx import arranged, elementwise, ending, quantized, resize, source, weighted, windows
 from qdeploy.exporter.from_onnx.constants import fold
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
 from qdeploy.exporter.from_onnx.model import File, Node, is_onnx, read
@@ -177,6 +177,7 @@ LOWERING: dict[str, Callable[..., Any]] = {
     "ReduceMean": windows.reduction("mean"),
     "ReduceSum": windows.reduction("sum"),
     "ReduceMax": windows.reduction("amax"),
+    **dict.fromkeys(("Resize", "Upsample"), resize.resize),
     "Concat": arranged.concat,
     "Pad": arranged.pad,
     "Shape": arranged.shape,
