@@ -14,6 +14,12 @@ from qdeploy.exporter.layers import Layer
 from qdeploy.exporter.lowering import windows
 from qdeploy.exporter.lowering.moved import Value, image, index_of, layer_of, seen, sizes_of
 
+ROUNDING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "round_prefer_floor": lambda place: np.ceil(place - np.float32(0.5)),
+    "round_prefer_ceil": lambda place: np.floor(place + np.float32(0.5)),
+    "floor": np.floor,
+    "ceil": np.ceil,
+}
 ONE = np.ones((1, 1), np.int64), 1.0  # of a dimension that stays, as windows.resize takes it
 
 
@@ -104,12 +110,7 @@ def _nearest(site: Site, axis: Axis) -> np.ndarray:
     mode = site.text("nearest_mode", "round_prefer_floor")
     if site.node.op == "Upsample" or site.state.file.opset < 11:
         mode = "ceil" if axis.scale < 1 else "floor"
-    rounding: Callable[[np.ndarray], np.ndarray] | None = {
-        "round_prefer_floor": lambda v: np.ceil(v - np.float32(0.5)),
-        "round_prefer_ceil": lambda v: np.floor(v + np.float32(0.5)),
-        "floor": np.floor,
-        "ceil": np.ceil,
-    }.get(mode)
+    rounding = ROUNDING.get(mode)
     if rounding is None:
         site.fail("a nearest_mode of ONNX", mode[:20])
     return np.clip(rounding(place), 0, axis.size - 1).astype(np.int64)
