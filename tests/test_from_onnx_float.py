@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ import numpy as np
 import pytest
 
 import qdeploy
-from qdeploy import cli
+from qdeploy import cli, reference
 from qdeploy.errors import ExportError, InputError
+from qdeploy.exporter import converted
+from qdeploy.exporter.emit import emit
+from qdeploy.exporter.from_onnx import lower
+from qdeploy.exporter.fusion import fuse
+from qdeploy.exporter.grid import Grid
+from qdeploy.graph import Graph
 
 pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -179,16 +186,152 @@ NETWORKS: dict[str, tuple[list, dict[str, Any]]] = {
     ),
 }
 
+TWO = [("Sigmoid", ["x"], "a", {}), ("Conv", ["x", "w"], "b", {})]  # two tensors, neither a function of the other
+NETWORKS |= {
+    **{name: (TWO + [(name, ["a", "b"], "y", {})], {"w": normal(8, 8, 1, 1)}) for name in ("Add", "Sub", "Mul")},
+    "Sum": (
+        [*TWO, ("Relu", ["b"], "c", {}), ("Sum", ["a", "b", "x", "c"], "y", {})],
+        {"w": normal(8, 8, 1, 1)},
+    ),
+    "Sum with a constant": (
+        [*TWO, ("Sum", ["one", "a", "b"], "y", {})],
+        {"w": normal(8, 8, 1, 1), "one": np.float32([1])},
+    ),
+    "Sum of one": ([("Sum", ["x"], "a", {}), ("Relu", ["a"], "y", {})], {}),
+    "Sub from a constant": ([("Sub", ["c", "x"], "y", {})], {"c": normal(8, 1, 1)}),
+    "Div of functions": ([("Exp", ["x"], "a", {}), ("Div", ["x", "a"], "y", {})], {}),
+    "Div of a constant": ([("Exp", ["x"], "a", {}), ("Div", ["c", "a"], "y", {})], {"c": np.float32(2)}),
+    **{f"{name} of positive numbers": ([("Exp", ["x"], "a", {}), (name, ["a"], "y", {})], {})
+       for name in ("Log", "Sqrt", "Reciprocal")},
+    **{f"{name} of many": ([("Mul", ["x", "c"], "a", {}), (name, ["a"], "y", {})], {"c": np.float32(30)})
+       for name in ("Floor", "Ceil", "Round")},
+    "Shrink": one("Shrink", lambd=0.3, bias=0.3),
+    "Min": one("Min", np.float32(0.4)),
+    "Clip without a bound": one("Clip", None, np.float32(0.9)),
+    "GlobalAveragePool": one("GlobalAveragePool"),
+    "ReduceMean of channels": one("ReduceMean", ints(1)),
+    "Transpose that moves nothing": (
+        [("GlobalAveragePool", ["x"], "a", {}), ("Transpose", ["a"], "y", {"perm": [0, 1, 3, 2]})],
+        {},
+    ),
+    "Squeeze and Unsqueeze": (
+        [
+            ("GlobalAveragePool", ["x"], "a", {}),
+            ("Squeeze", ["a"], "b", {}),
+            ("Unsqueeze", ["b", "axis"], "c", {}),
+            ("Identity", ["c"], "d", {}),
+            ("Cast", ["d"], "y", {"to": TensorProto.FLOAT}),
+        ],
+        {"axis": ints(2)},
+    ),
+    "LayerNormalization of channels": (
+        [
+            ("Transpose", ["x"], "a", {"perm": [0, 2, 3, 1]}),
+            ("LayerNormalization", ["a", "g", "b"], "c", {"axis": -1}),
+            ("Transpose", ["c"], "y", {"perm": [0, 3, 1, 2]}),
+        ],
+        {"g": normal(8), "b": normal(8)},
+    ),
+    "Expand": (
+        [("GlobalAveragePool", ["x"], "a", {}), ("Expand", ["a", "s"], "b", {}), ("Mul", ["b", "x"], "y", {})],
+        {"s": ints(1, 8, 9, 7)},
+    ),
+    "Tile": ([("GlobalAveragePool", ["x"], "a", {}), ("Tile", ["a", "t"], "y", {})], {"t": ints(1, 2, 1, 3)}),
+    "Resize nearest": one("Resize", None, np.float32([1, 1, 2, 3])),
+    "Resize linear": one("Resize", None, None, ints(5, 13), mode="linear", axes=[2, 3]),
+    "Resize cubic": one("Resize", None, np.float32([2, 0.7]), mode="cubic", axes=[2, 3], exclude_outside=1),
+}  # fmt: skip
+OLD: dict[str, tuple[int, list, dict[str, Any]]] = {  # of an opset of their own
+    "ReduceMean by attribute": (13, *one("ReduceMean", axes=[2, 3], keepdims=0)),
+    "ReduceMax by attribute": (17, *one("ReduceMax", axes=[3])),
+    "Clip by attributes": (7, *one("Clip", min=-0.5, max=0.9)),
+    "Pad by attributes": (7, *one("Pad", pads=[0, 0, 1, 2, 0, 0, 3, 0])),
+    "Slice by attributes": (7, *one("Slice", starts=[2], ends=[6], axes=[1])),
+    "Squeeze by attributes": (
+        9,
+        [("GlobalAveragePool", ["x"], "a", {}), ("Squeeze", ["a"], "y", {"axes": [2, 3]})],
+        {},
+    ),
+    "Upsample": (9, *one("Upsample", np.float32([1, 1, 2, 1]))),
+    "Upsample by attribute": (7, *one("Upsample", scales=[1.0, 1.0, 2.0, 1.0], mode="linear")),
+    "Resize 10": (10, *one("Resize", np.float32([1, 1, 0.5, 1.5]))),
+    "Gelu": (20, *one("Gelu")),
+    "Gelu by tanh": (20, *one("Gelu", approximate="tanh")),
+    "GroupNormalization": (21, *one("GroupNormalization", normal(8), normal(8), num_groups=4)),
+    "GroupNormalization of groups": (18, *one("GroupNormalization", normal(4), normal(4), num_groups=4)),
+}
+
+
+def decibels(nodes: list, constants: dict[str, Any], path: Path, opset: int = 18) -> float:
+    """Of 8 bits beside onnxruntime."""
+    report = qdeploy.export(network(nodes, constants, opset=opset), None, path, images(32, (8, 9, 7)), fallback_bits=8)
+    assert report.images == 32
+    return math.inf if report.output_sqnr_db is None else report.output_sqnr_db
+
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_an_operator_is_that_of_onnxruntime(name: str, tmp_path: Path):
-    """All but the rounding to 8 bits."""
-    nodes, constants = NETWORKS[name]
-    data = images(32, (8, 9, 7))
-    path = tmp_path / "net.safetensors"
-    report = qdeploy.export(network(nodes, constants), None, path, data, fallback_bits=8)
-    assert report.output_sqnr_db is None or report.output_sqnr_db > (15 if name in JUMPING else 28)
-    assert report.images == 32
+    assert decibels(*NETWORKS[name], tmp_path / "net.safetensors") > (15 if name in JUMPING else 28)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_an_operator_of_another_opset_is_that_of_onnxruntime(name: str, tmp_path: Path):
+    opset, nodes, constants = OLD[name]
+    assert decibels(nodes, constants, tmp_path / "net.safetensors", opset) > 28
+
+
+COORDINATES = ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric", "align_corners", "asymmetric")
+
+
+@pytest.mark.parametrize("sizes", [[2, 8, 4, 13], [2, 8, 1, 10]])
+@pytest.mark.parametrize("coordinates", COORDINATES)
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+def test_a_resize_reads_the_places_that_onnxruntime_reads(mode: str, coordinates: str, sizes: list[int]):
+    import onnxruntime
+
+    rounding = "round_prefer_ceil" if coordinates == "half_pixel" else "floor"
+    attributes = {"mode": mode, "coordinate_transformation_mode": coordinates, "nearest_mode": rounding}
+    model = network(*one("Resize", None, None, ints(*sizes), **attributes), opset=19)
+    x = np.rint(images(2, (8, 9, 7)) * 20) / 8  # on the grid below
+    expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    net = fuse(lower(model))
+    graph = Graph([emit("net", net, dict.fromkeys(net.layers, Grid(0.125, 128)))])
+    np.testing.assert_allclose(reference.run(graph, x), expected, atol=0.01 * np.abs(x).max())
+
+
+@pytest.mark.parametrize(
+    ("attributes", "sizes", "text"),
+    [
+        ({"mode": "cubic", "antialias": 1}, (2, 8, 4, 4), "a resize that is nearest, linear or cubic, got antialias"),
+        ({"mode": "area"}, (2, 8, 4, 4), "a resize that is nearest, linear or cubic, got area"),
+        ({"keep_aspect_ratio_policy": "not_larger"}, (2, 8, 4, 4), "a resize to the sizes that it names"),
+        ({}, (2, 16, 4, 4), r"a resize of height, width or both, got one to \[16, 4, 4\]"),
+        ({"nearest_mode": "up"}, (2, 8, 4, 4), "a nearest_mode of ONNX, got up"),
+        (
+            {"coordinate_transformation_mode": "tf_crop_and_resize"},
+            (2, 8, 4, 4),
+            "a coordinate_transformation_mode but tf_crop_and_resize, got tf_crop_and_resize",
+        ),
+    ],
+)
+def test_a_resize_that_is_refused(attributes: dict[str, Any], sizes: tuple[int, ...], text: str):
+    with pytest.raises(ExportError, match=f"^expected {text}.* - at node `y` \\(Resize\\)$"):
+        lower(network(*one("Resize", None, None, ints(*sizes), **attributes), opset=19))
+
+
+def test_a_function_before_the_last_reshape_needs_no_data():
+    """Of a file that rounds all before it: what the function returns is not rounded."""
+    nodes = [
+        ("QuantizeLinear", ["x", "s", "z"], "a", {}),
+        ("DequantizeLinear", ["a", "s", "z"], "b", {}),
+        ("Sigmoid", ["b"], "c", {}),
+        ("Flatten", ["c"], "y", {}),
+    ]
+    model = network(nodes, {"s": np.float32(0.05), "z": np.uint8(100)})
+    net = qdeploy.load_int_model(converted(model))
+    x = images(3, (8, 9, 7))
+    expected = 1 / (1 + np.exp(-0.05 * (np.clip(np.rint(x / np.float32(0.05)) + 100, 0, 255) - 100)))
+    np.testing.assert_allclose(net(x), expected.reshape(3, -1), rtol=1e-6)
 
 
 def test_a_file_with_a_batch_of_its_own_takes_any(tmp_path: Path):

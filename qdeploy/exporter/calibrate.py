@@ -98,13 +98,13 @@ class Grids:
         self.origins: dict[Layer, str] = {}  # of the grids of those: "learned" or "file"
         self.observed: list[tuple[list[Layer], Histogram]] = []
         for bundle in {id(bundle): bundle for bundle in self.bundle_of.values()}.values():
-            quantizer = self._only_quantizer(bundle)
-            if quantizer is None:
+            only = self._only_quantizer(bundle)
+            if only is None:
                 exact = observer == "minmax" or bundle[0] in self.streams
                 self.observed.append((bundle, Histogram(exact=exact)))
             else:
-                self.fixed |= dict.fromkeys(bundle, self._of_input(quantizer.grid, bundle))
-                self.origins |= dict.fromkeys(bundle, quantizer.origin)
+                self.fixed |= dict.fromkeys(bundle, only[0])
+                self.origins |= dict.fromkeys(bundle, only[1])
 
     def _readers(self, bundle: list[Layer]) -> list[Layer]:
         return [x for x in self.network.layers if x not in bundle and any(source in bundle for source in x.inputs)]
@@ -120,13 +120,15 @@ class Grids:
         grids = [self._of_input(layer.grid, bundle) for layer in layers if isinstance(layer, Quantize)]
         return list(dict.fromkeys(grids))
 
-    def _only_quantizer(self, bundle: list[Layer]) -> Quantize | None:
-        """The one which writes the bundle, whatever reads it; else the one through which all read it: a writer that
-        rounds to another grid is a table then."""
+    def _only_quantizer(self, bundle: list[Layer]) -> tuple[Grid, str] | None:
+        """Grid and origin of the one which writes the bundle, whatever reads it; else of the one through which all read
+        it: a writer that rounds to another grid is a table then. Clamps of several are no obstacle."""
         for side in (_sources(bundle), self._readers(bundle)):
             quantizers = [layer for layer in side if isinstance(layer, Quantize)]
-            if len(self._grids(bundle, side)) == 1 and len(quantizers) == len(side):
-                return quantizers[0]
+            grids = self._grids(bundle, side)
+            if grids and len(quantizers) == len(side) and all(grid.same_steps(grids[0]) for grid in grids):
+                low, high = min(grid.low for grid in grids), max(grid.high for grid in grids)
+                return replace(grids[0], low=low, high=high), quantizers[0].origin
         return None
 
     def missing(self) -> list[str]:

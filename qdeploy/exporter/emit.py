@@ -44,7 +44,7 @@ IDS = Grid(1.0, 0)  # in place of the grid of token ids
 def emit(name: str, network: Network, grids: dict[Layer, Grid]) -> Member:
     """The integer graph of one network, whose weights are codes; `grids` are those of all layers but the outputs."""
     for quantize in [layer for layer in network.layers if isinstance(layer, Quantize)]:
-        if grids[quantize] == grids[quantize.inputs[0]] == quantize.grid:
+        if grids[quantize].same_steps(quantize.grid) and quantize.grid.includes(grids[quantize.inputs[0]]):
             network.replace(quantize, quantize.inputs[0])
     grids = {**grids, **dict.fromkeys(network.outputs, Grid(1.0, 0))}
     names = {layer: layer.name for layer in network.layers}

@@ -33,6 +33,14 @@ class Grid:
         """The largest magnitude of a code of its type."""
         return S16 if self.dtype == "s16" else 255
 
+    def same_steps(self, other: Grid) -> bool:
+        """Whether a code that both have is the same number."""
+        return (self.scale, self.zero_point, self.dtype) == (other.scale, other.zero_point, other.dtype)
+
+    def includes(self, other: Grid) -> bool:
+        """Whether rounding what has the codes of `other` changes nothing."""
+        return self.same_steps(other) and self.low <= other.low and other.high <= self.high
+
     def codes(self, real: ArrayLike) -> np.ndarray:
         """Nearest codes of `real`, in float64 and clamped: what tables of the file are made of."""
         return np.clip(np.rint(np.asarray(real, np.float64) / self.scale) + self.zero_point, self.low, self.high)

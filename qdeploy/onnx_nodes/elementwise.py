@@ -40,7 +40,7 @@ def rescale(writer: Writer, node: Node, inputs: Sequence[Value], output: Activat
 
 
 def table(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:
-    """The function that gives exactly these codes, else the 256 codes: Cast and Gather, which every runtime has.
+    """The function that gives exactly these codes, else a Gather of their 256 numbers, which every runtime has.
 
     In float32 the function need only be within a code of the table, whose writer may have rounded on the way; where
     there is none the input is rounded to its codes as well.
@@ -56,13 +56,13 @@ def table(writer: Writer, node: Node, inputs: Sequence[Value], output: Activatio
 
 
 def _looked_up(writer: Writer, x: Value, entries: np.ndarray, output: Activation, index: str) -> Value:
-    codes_out = writer.quantized and output.dtype == "u8"
-    if not codes_out:
+    if output.dtype != "f32":
         entries = (output.scale * (entries.astype(np.float64) - output.zero_point)).astype(np.float32)
-    found = writer.add("Gather", [writer.constant(entries, "table"), index], "codes" if codes_out else "")
-    if codes_out:
-        return Value(output, writer.name, x.rows, codes=found)
-    return Value(output, writer.name, x.rows, real=found)
+    found = Value(output, writer.name, x.rows, writer.add("Gather", [writer.constant(entries, "table"), index]))
+    if writer.quantized and output.dtype != "f32":
+        writer.codes(found)
+        found.real = None
+    return found
 
 
 def _table_by_channel(writer: Writer, x: Value, entries: np.ndarray, output: Activation) -> Value:

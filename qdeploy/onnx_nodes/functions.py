@@ -42,12 +42,14 @@ def which(table: np.ndarray, x: Activation, output: Activation, tolerance: int) 
 
 
 def _distance(function: Function, table: np.ndarray, real: np.ndarray, output: Activation) -> float:
-    """The largest, in codes."""
+    """The largest, in codes. Of f32 entries 0 where the bits are the same, and 1 where they are as good as that."""
     with np.errstate(over="ignore", invalid="ignore"):
         y = function.of(real if function.exact else real.astype(np.float64))
         if output.dtype == "f32":
             far = np.abs(y - table).max() > RELATIVE * np.abs(table).max()
-            return math.inf if far or not np.isfinite(y).all() else 0
+            if far or not np.isfinite(y).all():
+                return math.inf
+            return 0 if np.array_equal(y.astype(np.float32), table) else 1
         codes = y / np.float32(output.scale)
     margin = 0.0 if function.exact else MARGIN
     bounds = [np.clip(np.rint(codes + m) + output.zero_point, 0, 255) for m in (-margin, margin)]

@@ -26,24 +26,27 @@ def max_pool2d(writer: Writer, node: Node, inputs: Sequence[Value], output: Acti
 
 def avg_pool2d(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:
     """The mean of a window of n elements times n*m[n-1], which is one number but where borders are weighted apart."""
-    multiplier = node.constants["multiplier"].astype(np.float64)
+    x, multiplier = inputs[0], node.constants["multiplier"].astype(np.float64)
     size = int(np.prod(node.attributes["kernel"]))
     with_padding = multiplier.size == 1
-    per_mean = multiplier * (size if with_padding else np.arange(1, size + 1))
-    by_place = np.ptp(per_mean) > 1e-6 * np.abs(per_mean).max()
+    counts = np.full((1, 1), size) if with_padding else _counts(node, x)
+    per_mean = (multiplier if with_padding else multiplier[counts - 1]) * counts * (output.scale / x.tensor.scale)
     keys = {"kernel_shape": "kernel", "strides": "stride", "pads": "padding"}
     attributes: dict[str, Any] = {name: list(node.attributes[key]) for name, key in keys.items()}
-    mean = writer.add("AveragePool", [writer.real(inputs[0])], count_include_pad=int(with_padding), **attributes)
-    unit = output.scale / inputs[0].tensor.scale
-    if by_place:
-        image = np.ones((1, 1, *inputs[0].tensor.shape[1:]), np.int64)
-        count = windows(image, node, node.attributes["kernel"], (1, 1)).sum(axis=(4, 5))
+    real = writer.add("AveragePool", [writer.real(x)], count_include_pad=int(with_padding), **attributes)
+    if np.ptp(per_mean) > 1e-6 * np.abs(per_mean).max():
         with np.errstate(over="ignore"):
-            factor = writer.constant((per_mean[count - 1] * unit).astype(np.float32), "factor")
-        real = writer.add("Mul", [mean, factor], "weighted")
+            factor = writer.constant(per_mean.astype(np.float32), "factor")
+        real = writer.add("Mul", [real, factor], "weighted")
     else:
-        real = writer.scaled(mean, per_mean[0] * unit, "scaled")
+        real = writer.scaled(real, per_mean[0, 0], "scaled")
     return writer.value(writer.shifted(real, node.attributes["bias"] - output.zero_point, output), node, output)
+
+
+def _counts(node: Node, x: Value) -> np.ndarray:
+    """How many elements of the image each window holds, [OH, OW]."""
+    image = np.ones((1, 1, *x.tensor.shape[1:]), np.int64)
+    return windows(image, node, node.attributes["kernel"], (1, 1)).sum(axis=(4, 5))[0, 0]
 
 
 def resize(writer: Writer, node: Node, inputs: Sequence[Value], output: Activation) -> Value:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 OPSET = 17
 OPSET_NARROW_AND_WIDE = 21  # the first with 4-bit and with 16-bit codes
-INPUTS = ("x", "ids", "mask")
+INPUTS = ("x", "ids", "mask")  # tensors of the graph that are no node's, whatever the nodes are named
 ZERO_POINT: dict[str, type] = {"u8": np.uint8, "s16": np.int16}
 
 
@@ -50,6 +50,7 @@ class Writer:
         self.name = ""  # of what is being written
         self.at = ""  # the same for error texts
         self._taken = set(reserved)
+        self._named: set[str] = set()  # the nodes so far
         self._masks: dict[int, str] = {}
         self._length: str | None = None
 
@@ -57,8 +58,10 @@ class Writer:
         """Append one ONNX node; returns the name of its output. At most one node of a name has no role."""
         from onnx import helper
 
-        output = self._free(role) if role else self.name
-        self.nodes.append(helper.make_node(op, inputs, [output], output, **attributes))
+        name = self._free(role) if role else self.name
+        self._named.add(name)
+        output = self._free("output") if name in (*INPUTS, "y") else name
+        self.nodes.append(helper.make_node(op, inputs, [output], name, **attributes))
         return output
 
     def constant(self, value: np.ndarray | np.generic, role: str) -> str:
@@ -124,12 +127,16 @@ class Writer:
         return value.codes
 
     def _at(self, value: Value, op: str, name: str, role: str) -> str:
-        """At the name of the value, which may be another than that of the node that reads it."""
+        """At the name of the value, which may be another than that of the node that reads it. A QuantizeLinear is the
+        node of that name where the value has no other: a table between two grids."""
         reader, self.name = self.name, value.name
         if op == "QuantizeLinear" and value.tensor.dtype == "s16":  # -32768 is no code
             bound = 32767 * value.tensor.scale
             name = self.add("Clip", [name, *(self.number(b, "bound") for b in (-bound, bound))], "clipped")
         result = self.add(op, [name, *self.grid(value.tensor)], role)
+        if op == "QuantizeLinear" and value.name not in self._named:
+            self._named.add(value.name)
+            self.nodes[-1].name = value.name
         self.name = reader
         return result
 

@@ -20,6 +20,7 @@ import onnx
 from qdeploy import load_int_model
 from qdeploy.errors import QdeployError
 from qdeploy.exporter import converted
+from qdeploy.exporter.from_onnx import LOWERING
 
 FILES = Path(__file__).resolve().parent.parent / "data/onnx"
 NUMBERS = (-(2**63), -(2**31), -5, -1, 0, 1, 2, 3, 7, 255, 2**16, 2**31, 2**40, 2**62)
@@ -98,11 +99,12 @@ def _name(model: onnx.ModelProto, rng: np.random.Generator) -> None:
 
 
 def _op(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """Of the file itself, or any that is read."""
     node = _pick(model.graph.node, rng)
     other = _pick(model.graph.node, rng)
     if node is not None and other is not None:
-        node.op_type = other.op_type if rng.random() < 0.7 else "Reshape"
-        node.domain = other.domain
+        own = rng.random() < 0.5
+        node.op_type, node.domain = (other.op_type, other.domain) if own else (_pick(sorted(LOWERING), rng), "")
 
 
 def _attribute(model: onnx.ModelProto, rng: np.random.Generator) -> None:
@@ -115,6 +117,14 @@ def _attribute(model: onnx.ModelProto, rng: np.random.Generator) -> None:
         attribute.ints[int(rng.integers(len(attribute.ints)))] = attribute.i
     if rng.random() < 0.2:
         attribute.type = int(rng.integers(1, 14))
+
+
+def _more_inputs(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """Names of the graph behind those that a node has, once or very often."""
+    node = _pick(model.graph.node, rng)
+    names = [name for other in model.graph.node for name in (*other.input, *other.output)]
+    if node is not None and names:
+        node.input.extend([str(_pick(names, rng))] * int(rng.choice([1, 1, 2, 100, 10000])))
 
 
 def _remove(model: onnx.ModelProto, rng: np.random.Generator) -> None:
@@ -154,7 +164,21 @@ def _opset(model: onnx.ModelProto, rng: np.random.Generator) -> None:
         opset.version = int(rng.integers(5, 30))
 
 
-STRUCTURE = (_dims, _type, _values, _edge, _name, _op, _attribute, _remove, _twice, _input, _constant, _opset)
+STRUCTURE = (
+    _dims,
+    _type,
+    _values,
+    _edge,
+    _name,
+    _op,
+    _attribute,
+    _more_inputs,
+    _remove,
+    _twice,
+    _input,
+    _constant,
+    _opset,
+)
 
 
 def _too_long(number: int, frame: object) -> None:

@@ -5,7 +5,7 @@ LOWERING has one function for each operator that the engine can express; any oth
     model, external     the file, opened with care; qoperator puts operators on codes in terms of others
     constants           what can be computed of constants alone: functions, moves
     quantized           QuantizeLinear and DequantizeLinear: grids of activations, codes of weights
-    arranged, elementwise, weighted, windows   what the operators of the rules in exporter/lowering/ are in ONNX
+    arranged, elementwise, resize, weighted, windows   what the operators of the rules in exporter/lowering/ are in ONNX
     ending              what stands behind the scores and is dropped
     source              the network in onnxruntime, for calibration and the report
 """
@@ -21,15 +21,16 @@ import numpy as np
 from qdeploy.checks import quoted
 from qdeploy.errors import ExportError
 from qdeploy.exporter import elements
-from qdeploy.exporter.from_onnx import arranged, elementwise, ending, quantized, source, weighted, windows
+from qdeploy.exporter.from_onnx import arranged, elementwise, ending, quantized, resize, source, weighted, windows
 from qdeploy.exporter.from_onnx.constants import fold
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
 from qdeploy.exporter.from_onnx.model import File, Node, is_onnx, read
 from qdeploy.exporter.from_onnx.moves import MOVES
-from qdeploy.exporter.from_onnx.quantized import REAL, Coded, LookedUp, Offset, Stored
+from qdeploy.exporter.from_onnx.quantized import REAL, Coded, Offset, Stored
 from qdeploy.exporter.from_onnx.site import OPERATOR, Site, State
+from qdeploy.exporter.from_onnx.windows import Padded
 from qdeploy.exporter.from_onnx.words import described
-from qdeploy.exporter.layers import Input, Layer, Network, Weighted
+from qdeploy.exporter.layers import Input, Layer, Network, Table, Weighted
 from qdeploy.exporter.lowering.moved import Moved, Value, plain, seen
 from qdeploy.exporter.lowering.site import Obstacle, Unknown, all_of
 
@@ -64,12 +65,29 @@ def lower(model: AnyModel, shape: tuple[int, ...] | None = None) -> Network:
 
 def _output(name: str, values: Mapping[str, Any], state: State, makers: Mapping[str, Node]) -> Layer:
     found = values.get(name)
-    if isinstance(found, Coded) or not isinstance(found, (Layer, Moved)):
-        got = "codes" if isinstance(found, Coded) else "a constant"
+    if not isinstance(found, (Layer, Moved)):
+        got = {Coded: "codes", Offset: "codes", Padded: "padding"}.get(type(found), "a constant")
         raise ExportError(f"expected a real output that depends on the input, got {got} - at output {quoted(name)}")
     if found is values[state.file.input]:
         raise ExportError(f"expected a network, got its input - at output {quoted(name)}")
-    return plain(Site(makers[name], state), found)
+    return _scores(Site(_maker(name, makers), state), found)
+
+
+def _maker(name: str, makers: Mapping[str, Node]) -> Node:
+    """The node that a tensor comes from."""
+    while makers[name].op == "Identity" and makers[name].inputs[0] in makers:
+        name = makers[name].inputs[0]
+    return makers[name]
+
+
+def _scores(site: Site, found: Value) -> Layer:
+    """As one layer. A function goes behind what moves its result, so that it writes the real numbers."""
+    if not isinstance(found, Moved) or not isinstance(found.layer, Table) or found.index.min() < 0:
+        return plain(site, found)
+    if found.layer.by_channel:
+        return plain(site, found)
+    source = plain(site, Moved(found.layer.inputs[0], found.index))
+    return site.layer(Table, [source], source.shape, function=found.layer.function)
 
 
 def _tables(file: File) -> list[str]:
@@ -116,13 +134,15 @@ def _lower_node(site: Site, inputs: list[Any]) -> Any:
         inputs = inputs[:-1]
     op = site.node.op
     try:
-        if not any(isinstance(x, (Layer, Moved, Coded, LookedUp, Offset, Unknown)) for x in inputs):
+        if not any(isinstance(x, (Layer, Moved, Coded, Offset, Padded, Unknown)) for x in inputs):
             return _of_constants(site, inputs)
         rule = LOWERING.get(op)
         if rule is None or any(isinstance(x, Unknown) for x in inputs):
             site.fail(OPERATOR, described(op))
-        if any(isinstance(x, (Coded, LookedUp, Offset)) for x in inputs) and op not in ON_CODES:
+        if any(isinstance(x, (Coded, Offset)) for x in inputs) and op not in ON_CODES:
             site.fail(REAL, f"{op} of codes")
+        if any(isinstance(x, Padded) for x in inputs) and op != "MaxPool":
+            site.fail(arranged.PADDING, f"{described(op)} of what the least number pads")
         return rule(site, *inputs)
     except ExportError:
         raise
@@ -178,6 +198,7 @@ LOWERING: dict[str, Callable[..., Any]] = {
     "ReduceMean": windows.reduction("mean"),
     "ReduceSum": windows.reduction("sum"),
     "ReduceMax": windows.reduction("amax"),
+    **dict.fromkeys(("Resize", "Upsample"), resize.resize),
     "Concat": arranged.concat,
     "Pad": arranged.pad,
     "Shape": arranged.shape,

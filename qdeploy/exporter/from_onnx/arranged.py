@@ -12,22 +12,20 @@ from qdeploy.exporter.from_onnx import quantized
 from qdeploy.exporter.from_onnx.constants import TYPES
 from qdeploy.exporter.from_onnx.model import Node
 from qdeploy.exporter.from_onnx.moves import MOVES
-from qdeploy.exporter.from_onnx.quantized import Coded, LookedUp, Offset
+from qdeploy.exporter.from_onnx.quantized import Coded, Offset
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.from_onnx.weighted import is_constant, real
+from qdeploy.exporter.from_onnx.windows import LOWEST, Padded
 from qdeploy.exporter.lowering import joined
 from qdeploy.exporter.lowering.moved import Value, index_of, layer_of, seen, sizes_of
+
+PADDING = "padding by 0, reflect, edge or wrap, or by the least number before a max pool"
 
 
 def move(site: Site, x: Any, *constants: Any) -> Any:
     """An operator of MOVES, run on the numbers of the elements."""
-    if (
-        site.node.op == "Gather"
-        and isinstance(x, np.ndarray)
-        and len(constants) == 1
-        and isinstance(constants[0], (Coded, LookedUp, Offset))
-    ):
-        return quantized.look_up(site, x, constants[0])
+    if site.node.op == "Gather" and isinstance(x, np.ndarray) and isinstance(constants[0], (Coded, Offset)):
+        return quantized.look_up(site, x, *constants)
     if isinstance(x, Coded):
         result = move(site, x.before, *constants)
         return tuple(replace(x, before=part) for part in (result if isinstance(result, tuple) else (result,)))
@@ -68,7 +66,7 @@ def shape(site: Site, x: Any) -> np.ndarray:
 def cast(site: Site, x: Any) -> Any:
     """Nothing: of real numbers to real numbers, of codes to integers that hold them."""
     to = TYPES.get(site.integer("to", 1))
-    wanted = "iu" if isinstance(x, (Coded, LookedUp)) else "f"
+    wanted = "iu" if isinstance(x, Coded) else "f"
     if to is None or np.dtype(to).kind not in wanted or to is np.float16:
         site.fail("float32 throughout", f"a cast to type {site.integer('to', 1)}")
     return x
@@ -101,8 +99,10 @@ def pad(site: Site, x: Any, pads: Any = None, value: Any = None, axes: Any = Non
         before[axis], behind[axis] = widths[i], widths[len(widths) // 2 + i]
     if mode == "constant" and number == 0:
         return joined.pad(site, x, before, behind)
+    if mode == "constant" and number <= LOWEST and not any(before[:2] + behind[:2]) and min(before + behind) >= 0:
+        return Padded(x, before[2:] + behind[2:])
     if mode == "constant" or mode not in ("reflect", "edge", "wrap") or min(before + behind) < 0:
-        site.fail("padding by the constant 0, reflect, edge or wrap", f"{mode} by {number:g}")
+        site.fail(PADDING, f"{mode} by {number:g}")
     site.computes(sum(before + behind) * index_size(x) + index_size(x), index_size(x))
     return seen(layer_of(x), np.pad(index_of(x), list(zip(before, behind, strict=True)), mode))  # type: ignore[call-overload]
 

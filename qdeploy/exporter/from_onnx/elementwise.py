@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
-from qdeploy.exporter.from_onnx.quantized import Coded, LookedUp, clip, offset
+from qdeploy.exporter.from_onnx.quantized import Coded, clip, offset
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.from_onnx.weighted import is_constant, real
+from qdeploy.exporter.from_onnx.windows import by_place
+from qdeploy.exporter.layers import AvgPool2d
 from qdeploy.exporter.lowering import elementwise, norms
 from qdeploy.exporter.lowering.moved import Value, sizes_of
 
 
 def add(site: Site, a: Any, b: Any) -> Any:
-    if any(isinstance(x, (Coded, LookedUp)) for x in (a, b)):
+    if any(isinstance(x, Coded) for x in (a, b)):
         return offset(site, a, b)
     if is_constant(b):
         return elementwise.affine(site, a, 1.0, real(b))
@@ -26,9 +28,7 @@ def add(site: Site, a: Any, b: Any) -> Any:
 
 
 def total(site: Site, *values: Any) -> Value:
-    """Sum."""
-    if len(values) > 2:
-        site.fail("a sum of two tensors", f"one of {len(values)}")
+    """Sum of one or two, which qoperator makes of several."""
     return add(site, *values) if len(values) > 1 else values[0]
 
 
@@ -41,11 +41,13 @@ def subtract(site: Site, a: Any, b: Any) -> Value:
 
 
 def multiply(site: Site, a: Any, b: Any) -> Value:
-    if is_constant(b):
-        return elementwise.affine(site, a, real(b), 0.0)
     if is_constant(a):
-        return elementwise.affine(site, b, real(a), 0.0)
-    return elementwise.product(site, a, b)
+        a, b = b, a
+    if not is_constant(b):
+        return elementwise.product(site, a, b)
+    factors = real(b)
+    weighted = by_place(site, a, factors) if isinstance(a, AvgPool2d) else None
+    return elementwise.affine(site, a, factors, 0.0) if weighted is None else weighted
 
 
 def divide(site: Site, a: Any, b: Any) -> Value:

@@ -1,4 +1,5 @@
-"""Operators on codes in terms of others: QLinearX(x, ...) is QuantizeLinear(X(DequantizeLinear(x))), the QDQ form.
+"""Operators in terms of others: QLinearX(x, ...) is QuantizeLinear(X(DequantizeLinear(x))), the QDQ form; a Sum of
+several is one of two at a time.
 
 The message itself is rewritten, so that onnxruntime can run what is read here, too: each step is one of its tensors.
 """
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
 MICROSOFT = "com.microsoft"
-OF_ONNX = ("QLinearConv", "QLinearMatMul")  # the others are of com.microsoft
+OF_ONNX = ("QLinearConv", "QLinearMatMul", "Sum")  # the others are of com.microsoft
 
 
 def in_qdq_form(proto: onnx.ModelProto) -> None:
@@ -50,6 +51,7 @@ class _Pen:
     def __init__(self, node: onnx.NodeProto, taken: set[str]):
         self.node, self.taken, self.nodes = node, taken, list[Any]()
         self.output = next(iter(node.output), "")
+        self.more = 1  # with the same name
 
     def __call__(self, op: str, inputs: list[str], output: str | None = None, attributes: bool = False) -> str:
         """One more node; returns its output. `attributes`: it has those of the node itself, and its name."""
@@ -66,7 +68,8 @@ class _Pen:
     def _fresh(self, op: str) -> str:
         name = f"{self.output}_{op}"
         while name in self.taken:
-            name += "_"
+            self.more += 1
+            name = f"{self.output}_{op}_{self.more}"
         self.taken.add(name)
         return name
 
@@ -147,10 +150,18 @@ def _concat(pen: _Pen, sy: str, zy: str, *parts: str) -> None:
     pen.codes(pen("Concat", list(operands()), attributes=True), sy, zy)
 
 
+def _sum(pen: _Pen, first: str, *others: str) -> None:
+    for i, term in enumerate(others, 1):
+        first = pen("Sum", [first, term], pen.output if i == len(others) else None, attributes=True)
+    if not others:
+        pen("Sum", [first], pen.output, attributes=True)
+
+
 RULES: dict[str, Callable[..., None]] = {
     "QLinearConv": _conv,
     "QLinearMatMul": _matmul,
     "QGemm": _gemm,
+    "Sum": _sum,
     "QLinearAdd": _pair("Add"),
     "QLinearMul": _pair("Mul"),
     "QLinearConcat": _concat,

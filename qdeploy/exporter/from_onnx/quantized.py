@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from qdeploy.exporter.elements import numbered
 from qdeploy.exporter.from_onnx.moves import MOVES
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.grid import Grid
-from qdeploy.exporter.layers import Quantize, QuantizedWeight, Table
+from qdeploy.exporter.layers import Layer, Quantize, QuantizedWeight, Table
 from qdeploy.exporter.lowering import elementwise, joined
-from qdeploy.exporter.lowering.moved import Value, settled
+from qdeploy.exporter.lowering.moved import Value, plain, settled, sizes_of
 
 CODES = {"uint8": (0, 255), "int8": (-128, 127), "uint4": (0, 15), "int4": (-8, 7), "uint2": (0, 3), "int2": (-2, 1)}
 OFFSETS = {"uint8": 0, "int8": 128}  # from codes of an activation to u8
@@ -50,15 +51,8 @@ class Coded:
     before: Value
     grid: Grid  # of u8: of s8 both codes and zero point are 128 more
     dtype: str
-
-
-@dataclass(frozen=True, eq=False)
-class LookedUp:
-    """Codes that a table has for the codes of an activation."""
-
-    real: Value
-    grid: Grid  # of `real`
-    table: np.ndarray  # [256], or of each channel [C, 256]
+    name: str  # of its QuantizeLinear
+    source: str  # the tensor that this rounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,11 +123,12 @@ def weight(site: Site, value: Any, order: tuple[int, ...]) -> QuantizedWeight | 
         site.fail("a weight", f"one of shape {list(codes.shape)}")
     if (step != step[:, :1]).any():
         site.fail("one weight scale per output channel, or one for all", "scales along another dimension")
-    bits = max((-int(codes.min()) - 1).bit_length(), int(codes.max()).bit_length(), 1) + 1
+    bits = max(-int(codes.min()) - 1, int(codes.max()), 1).bit_length() + 1
     if bits > 9:
         site.fail("a weight of 8 bits or fewer", f"codes {codes.min()}..{codes.max()}")
-    real = codes.astype(np.float32) * scale
-    return QuantizedWeight(real, step[:, 0].copy(), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, "file")
+    used = codes.reshape(len(codes), -1).any(axis=1)  # the scale of other channels says nothing
+    steps = np.where(used, step[:, 0], np.float32(1))
+    return QuantizedWeight(codes.astype(np.float32) * scale, steps, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, "file")
 
 
 def parts(weight: QuantizedWeight) -> tuple[QuantizedWeight, int]:
@@ -162,7 +157,7 @@ def quantize(site: Site, x: Value, scale: Any, zero_point: Any = None) -> Coded:
     grid = Grid(float(values.max()), int(zeros[0]) + OFFSETS[name])
     if values.size > 1:  # channels.py has rewritten those that can be
         site.fail("one scale for a tensor", f"{values.size}")
-    return Coded(x, grid, name)
+    return Coded(x, grid, name, site.name, site.node.inputs[0])
 
 
 def offset(site: Site, a: Any, b: Any) -> Offset:
@@ -177,51 +172,52 @@ def offset(site: Site, a: Any, b: Any) -> Offset:
     return Offset(rounded, x.grid, first[0].astype(np.int64))
 
 
-def _tables(site: Site, table: np.ndarray, x: Offset) -> LookedUp:
-    last = x.first + 255
-    if table.ndim != 1 or x.first.min() < 0 or last.max() >= table.size or site.integer("axis", 0):
-        site.fail("a table of 256 entries for each channel", f"one of shape {list(table.shape)}")
-    return LookedUp(x.real, x.grid, table[x.first[:, None] + np.arange(256)])
-
-
-def look_up(site: Site, table: np.ndarray, x: Coded | LookedUp | Offset) -> LookedUp | Value:
-    """Gather of 256 codes or real numbers by the codes of an activation, or by those that another table has; of as many
-    for each channel."""
+def look_up(site: Site, table: np.ndarray, x: Coded | Offset) -> Value:
+    """Gather of 256 real numbers by the codes of an activation; of as many for each channel."""
+    is_table = table.ndim == 1 and table.dtype.kind == "f" and not site.integer("axis", 0)
+    by_channel = isinstance(x, Offset)
     if isinstance(x, Offset):
-        tables = _tables(site, table, x)
-        return tables if table.dtype.kind in "iu" else _through(site, tables, tables.table.astype(np.float64))
-    dtype = x.dtype if isinstance(x, Coded) else x.table.dtype.name
-    if table.shape != (256,) or dtype != "uint8" or site.integer("axis", 0):
-        site.fail("a table of 256 entries for u8 codes", f"one of shape {list(table.shape)} for {dtype}")
-    found = LookedUp(_rounded(site, x), x.grid, table) if isinstance(x, Coded) else replace(x, table=table[x.table])
-    table = found.table
-    return found if table.dtype.kind in "iu" else _through(site, found, table.astype(np.float64))
-
-
-def _through(site: Site, x: LookedUp, entries: np.ndarray) -> Value:
-    rows = (np.arange(len(entries))[:, None],) if entries.ndim == 2 else ()
+        is_table = is_table and x.first.min() >= 0 and x.first.max() + 256 <= table.size
+    else:
+        is_table = is_table and table.size == 256 and x.dtype == "uint8"
+    if not is_table:
+        got = f"{table.dtype.name} {list(table.shape)}" + ("" if isinstance(x, Offset) else f" for {x.dtype}")
+        site.fail(f"a table of 256 real numbers for u8 codes{' of each channel' if by_channel else ''}", got)
+    entries, grid = table.astype(np.float64), replace(x.grid, low=0, high=255)
+    first = x.first[:, None] if isinstance(x, Offset) else 0
 
     def function(v: np.ndarray) -> np.ndarray:
-        index = (*rows, x.grid.codes(v).astype(np.int64))
-        return entries[index]
+        return entries[first + grid.codes(v).astype(np.int64)]
 
-    return elementwise.each(site, x.real, Table, function=function, by_channel=bool(rows))
+    real = x.real if isinstance(x, Offset) else _rounded(site, x)
+    return elementwise.each(site, real, Table, function=function, by_channel=by_channel)
 
 
 def _rounded(site: Site, x: Coded) -> Value:
     """The layer `quantize`; a second one of the same tensor is the first."""
     key = (x.before, x.grid)
     if key not in site.state.quantized:
-        site.state.quantized[key] = elementwise.each(site, x.before, Quantize, grid=x.grid, origin="file")
+        before = _reshaped(_named(site, x.source), x.before)
+        at = _named(site, x.name)
+        site.state.quantized[key] = elementwise.each(at, before, Quantize, grid=x.grid, origin="file")
     return site.state.quantized[key]
 
 
-def dequantize(site: Site, x: Coded | LookedUp, scale: Any, zero_point: Any = None) -> Value:
+def _named(site: Site, name: str) -> Site:
+    return replace(site, node=replace(site.node, name=name))
+
+
+def _reshaped(site: Site, x: Value) -> Value:
+    """A vector or an image that is another activation in order, as an activation of its own: the file rounds it there,
+    and what reads it need not be moved back."""
+    if isinstance(x, Layer) or len(sizes_of(x)) not in (2, 4):
+        return x
+    in_order = np.array_equal(x.index.reshape(-1), numbered(x.layer.shape).reshape(-1))
+    return plain(site, x) if in_order else x
+
+
+def dequantize(site: Site, x: Coded, scale: Any, zero_point: Any = None) -> Value:
     values = _scales(site, scale)
-    if isinstance(x, LookedUp):
-        coded = quantize(site, x.real, scale, zero_point)
-        codes = x.table.astype(np.int64) + OFFSETS[coded.dtype]
-        return _rounded(site, replace(coded, before=_through(site, x, coded.grid.real(codes))))
     zero = None if zero_point is None else site.constant(zero_point, "a zero point").reshape(-1)[:1]
     offset = OFFSETS[x.dtype] + (0 if zero is None else int(zero[0]))
     if np.float32(values.max()) != np.float32(x.grid.scale) or offset != x.grid.zero_point:

@@ -34,10 +34,6 @@ class State:
     notes: list[str] = field(default_factory=list)
     computed: int = 0  # elements of constants
 
-    def readers(self, name: str) -> list[Node]:
-        """The nodes that read a tensor."""
-        return [node for node in self.file.nodes if name in node.inputs]
-
 
 @dataclass
 class Site(lowering.Site):
