@@ -199,12 +199,13 @@ def look_up(site: Site, table: np.ndarray, x: Coded | LookedUp | Offset) -> Look
 
 
 def _through(site: Site, x: LookedUp, entries: np.ndarray) -> Value:
-    rows = (np.arange(len(entries))[:, None],) if entries.ndim == 2 else ()
+    row_of = np.arange(len(entries))[:, None]  # of the channel
 
     def function(v: np.ndarray) -> np.ndarray:
-        return entries[(*rows, x.grid.codes(v).astype(np.int64))]
+        codes = x.grid.codes(v).astype(np.int64)
+        return entries[codes] if entries.ndim == 1 else entries[row_of, codes]
 
-    return elementwise.each(site, x.real, Table, function=function, by_channel=bool(rows))
+    return elementwise.each(site, x.real, Table, function=function, by_channel=entries.ndim == 2)
 
 
 def _rounded(site: Site, x: Coded) -> Value:
