@@ -56,6 +56,7 @@ setup(
         "qdeploy.page": ["style.css"],
         "qdeploy.training": ["tables.yaml"],
     },
+    include_package_data=False,  # what package_data names, not all that MANIFEST.in packs
     ext_modules=[
         Extension(
             "qdeploy._engine",

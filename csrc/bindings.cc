@@ -17,6 +17,15 @@
 
 namespace py = pybind11;
 
+#if defined(_LIBCPP_VERSION) && defined(__linux__)
+// The wheels hold their C++ library. Its demangler would be 170 kB of them, only to word C++ types in errors: none is
+// shown, as all types of this module have names in Python.
+extern "C" char* __cxxabiv1::__cxa_demangle(const char*, char*, size_t*, int* status) {
+  *status = -2;  // no name that it knows
+  return nullptr;
+}
+#endif
+
 namespace qdeploy {
 namespace {
 

@@ -1,49 +1,40 @@
 #include "cpu.h"
 
-#include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
-#include <sys/resource.h>
-#include <unistd.h>
+#include <string.h>
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <set>
+#include <system_error>
 
+#include "cpu_features.h"
 #include "errors.h"
-
-#if defined(__aarch64__)
-#include <sys/auxv.h>
-#endif
+#include "os.h"
 
 namespace qdeploy {
 namespace {
 
 struct Isa {
   const char* name;
-  bool (*is_supported)();  // asked where `below` is
+  bool (*is_supported)(const CpuFeatures& cpu);  // asked where `below` is
   void (*init)(Kernels* kernels);
   const char* below;  // the instruction set whose table it starts from
 };
 
-// The ladder, from scalar upwards. avx512 stands on avx2, as few CPUs have both AVX_VNNI and AVX-512. GCC's
-// cpu_supports includes the operating system's part (xgetbv), so that AVX-512 without saved registers does not count.
+// The ladder, from scalar upwards. avx512 stands on avx2, as few CPUs have both AVX_VNNI and AVX-512.
 const Isa kLadder[] = {
-    {"scalar", [] { return true; }, init_scalar, nullptr},
+    {"scalar", [](const CpuFeatures&) { return true; }, init_scalar, nullptr},
 #if defined(__x86_64__)
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, init_avx2, "scalar"},
-    {"avxvnni", [] { return __builtin_cpu_supports("avxvnni") != 0; }, init_avxvnni, "avx2"},
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
+    {"avx2", [](const CpuFeatures& cpu) { return cpu.avx2 && cpu.fma; }, init_avx2, "scalar"},
+    {"avxvnni", [](const CpuFeatures& cpu) { return cpu.avx_vnni; }, init_avxvnni, "avx2"},
+    {"avx512", [](const CpuFeatures& cpu) { return cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl; },
      init_avx512, "avx2"},
-    {"avx512vnni", [] { return __builtin_cpu_supports("avx512vnni") != 0; }, init_avx512vnni, "avx512"},
+    {"avx512vnni", [](const CpuFeatures& cpu) { return cpu.avx512_vnni; }, init_avx512vnni, "avx512"},
 #elif defined(__aarch64__)
-    // What the kernel of the operating system supports as well.
-    {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0; }, init_neon, "scalar"},
-    {"neondot", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, init_neondot, "neon"},
+    {"neon", [](const CpuFeatures& cpu) { return cpu.asimd; }, init_neon, "scalar"},
+    {"neondot", [](const CpuFeatures& cpu) { return cpu.asimddp; }, init_neondot, "neon"},
 #endif
 };
 
@@ -62,13 +53,11 @@ const IsaKernels* find_isa(const std::vector<IsaKernels>& isas, const std::strin
 // The tables of the instruction sets that this CPU has, in the order of the ladder.
 const std::vector<IsaKernels>& tables() {
   static const std::vector<IsaKernels> all = [] {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-#endif
+    const CpuFeatures cpu = cpu_features();
     std::vector<IsaKernels> built;
     for (const Isa& isa : kLadder) {
       const IsaKernels* below = isa.below ? find_isa(built, isa.below) : nullptr;
-      if ((isa.below && !below) || !isa.is_supported()) continue;
+      if ((isa.below && !below) || !isa.is_supported(cpu)) continue;
       built.push_back({isa.name, below ? below->kernels : Kernels{}});
       isa.init(&built.back().kernels);
     }
@@ -77,23 +66,38 @@ const std::vector<IsaKernels>& tables() {
   return all;
 }
 
+// A file that the kernel writes, such as those of /proc; empty where there is none. A std::ifstream would do the same,
+// and bring the locales of the C++ library into the wheels: 70 kB of 1.6 MB.
+std::string text_of(const std::string& path) {
+  std::string text;
+  try {
+    const os::File file(path);
+    char piece[4096];
+    for (size_t got; (got = file.read(text.size(), sizeof piece, piece)) > 0;) text.append(piece, got);
+  } catch (const std::system_error&) {
+  }
+  return text;
+}
+
 // CPUs granted by one cgroup: "max 100000" or "150000 100000" of cgroup v2, two files of v1. Infinity without a quota.
 double quota_of(const std::string& folder) {
-  std::string quota;
-  double period = 0;
-  std::ifstream v2(folder + "/cpu.max");
-  if (v2 >> quota >> period) return quota == "max" ? INFINITY : atof(quota.c_str()) / period;
-  std::ifstream(folder + "/cpu.cfs_quota_us") >> quota;
-  std::ifstream(folder + "/cpu.cfs_period_us") >> period;
-  const double value = atof(quota.c_str());
+  char quota[32];
+  double period;
+  if (sscanf(text_of(folder + "/cpu.max").c_str(), "%31s %lf", quota, &period) == 2) {
+    return strcmp(quota, "max") == 0 ? INFINITY : atof(quota) / period;
+  }
+  const double value = atof(text_of(folder + "/cpu.cfs_quota_us").c_str());
+  period = atof(text_of(folder + "/cpu.cfs_period_us").c_str());
   return value > 0 && period > 0 ? value / period : INFINITY;
 }
 
 // Calls visit(folder) for this process's cgroup and its parents, as far as they are seen, where they control `what`.
 template <class Visit>
 void for_each_cgroup(const std::string& root, const std::string& what, const Visit& visit) {
-  std::ifstream groups(root + "/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {  // id:controllers:path, no controllers in v2
+  const std::string groups = text_of(root + "/proc/self/cgroup");
+  for (size_t begin = 0, end; begin < groups.size(); begin = end + 1) {
+    end = std::min(groups.find('\n', begin), groups.size());
+    const std::string line = groups.substr(begin, end - begin);  // id:controllers:path, no controllers in v2
     const size_t first = line.find(':'), second = line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string controllers = line.substr(first + 1, second - first - 1);
@@ -139,27 +143,24 @@ double cpu_quota(const std::string& root) {
 }
 
 uint64_t memory_limit(const std::string& root) {
-  uint64_t limit = static_cast<uint64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-  rlimit address_space;
-  if (getrlimit(RLIMIT_AS, &address_space) == 0) limit = std::min<uint64_t>(limit, address_space.rlim_cur);
+  uint64_t limit = os::memory_limit();
   for_each_cgroup(root, "memory", [&](const std::string& folder) {
     for (const char* file : {"/memory.max", "/memory.limit_in_bytes"}) {  // of v2, where it may be "max", and of v1
-      uint64_t bytes;
-      if (std::ifstream(folder + file) >> bytes) limit = std::min(limit, bytes);
+      const std::string text = text_of(folder + file);
+      char* end;
+      const uint64_t bytes = strtoull(text.c_str(), &end, 10);
+      if (end != text.c_str()) limit = std::min(limit, bytes);
     }
   });
   return limit;
 }
 
 int default_threads() {
-  cpu_set_t affinity;
-  if (sched_getaffinity(0, sizeof affinity, &affinity) != 0) return 1;
   std::set<std::string> cores;  // hyperthreads of one core share their list of siblings
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (!CPU_ISSET(cpu, &affinity)) continue;
-    std::string siblings = std::to_string(cpu);
-    std::ifstream("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list") >> siblings;
-    cores.insert(siblings);
+  for (const int cpu : os::usable_cpus()) {
+    const std::string number = std::to_string(cpu);
+    const std::string siblings = text_of("/sys/devices/system/cpu/cpu" + number + "/topology/thread_siblings_list");
+    cores.insert(siblings.empty() ? number : siblings);
   }
   const double limit = std::min(static_cast<double>(cores.size()), std::ceil(cpu_quota("")));
   return static_cast<int>(std::max(1.0, limit));

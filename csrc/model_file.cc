@@ -1,12 +1,9 @@
 #include "model_file.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
+#include <system_error>
 
 #include "cpu.h"
 #include "errors.h"
@@ -135,18 +132,14 @@ std::string tensor_text(DType dtype, const std::vector<int64_t>& shape) {
 ModelFile::ModelFile(const std::string& path) : path_(path) {
   require(!path.empty(), "a path", "an empty one", "path");
   require(path.find('\0') == std::string::npos, "a path", "one with a byte 0", "path");
-  fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd_ < 0) fail("a readable file", std::string(strerror(errno)), path);
   try {
-    struct stat info;
-    const bool is_file = fstat(fd_, &info) == 0 && S_ISREG(info.st_mode);
-    require(is_file, "a regular file", "something else", path);
-    bytes_ = static_cast<size_t>(info.st_size);
-    parse();
-  } catch (...) {
-    close(fd_);
-    throw;
+    file_.emplace(path);
+  } catch (const std::system_error& error) {
+    fail("a readable file", error.code().message(), path);
   }
+  require(file_->is_regular(), "a regular file", "something else", path);
+  bytes_ = static_cast<size_t>(file_->bytes());
+  parse();
 }
 
 ModelFile::ModelFile(const std::string& name, const uint8_t* data, size_t bytes)
@@ -154,23 +147,20 @@ ModelFile::ModelFile(const std::string& name, const uint8_t* data, size_t bytes)
   parse();
 }
 
-ModelFile::~ModelFile() {
-  if (fd_ >= 0) close(fd_);
-}
-
 void ModelFile::read(uint64_t offset, size_t bytes, void* to) const {
   if (data_) {
     memcpy(to, data_ + offset, bytes);
     return;
   }
-  for (size_t done = 0; done < bytes;) {
-    const ssize_t got = pread(fd_, static_cast<uint8_t*>(to) + done, bytes - done, static_cast<off_t>(offset + done));
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) {
-      fail(std::to_string(bytes) + " bytes at offset " + std::to_string(offset),
-           got < 0 ? "\"" + std::string(strerror(errno)) + "\"" : "the end of a file that just shrank", path_);
+  const std::string expected = std::to_string(bytes) + " bytes at offset " + std::to_string(offset);
+  try {
+    for (size_t done = 0; done < bytes;) {
+      const size_t got = file_->read(offset + done, bytes - done, static_cast<uint8_t*>(to) + done);
+      if (got == 0) fail(expected, "the end of a file that just shrank", path_);
+      done += got;
     }
-    done += static_cast<size_t>(got);
+  } catch (const std::system_error& error) {
+    fail(expected, "\"" + error.code().message() + "\"", path_);
   }
 }
 

@@ -7,8 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "os.h"
 
 namespace qdeploy {
 
@@ -27,7 +30,6 @@ class ModelFile {
   explicit ModelFile(const std::string& path);
   // The same for bytes in memory, which must outlive this object; `name` stands for the path in errors.
   ModelFile(const std::string& name, const uint8_t* data, size_t bytes);
-  ~ModelFile();
   ModelFile(const ModelFile&) = delete;
   ModelFile& operator=(const ModelFile&) = delete;
 
@@ -52,7 +54,7 @@ class ModelFile {
 
   std::string path_;
   const uint8_t* data_ = nullptr;  // or, where the content is not in memory,
-  int fd_ = -1;
+  std::optional<os::File> file_;
   size_t bytes_ = 0;
   int version_ = 0;
   std::map<std::string, FileTensor> tensors_;

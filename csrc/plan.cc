@@ -74,6 +74,12 @@ std::vector<Life> lives(const Program& program, const std::vector<Pass>& passes,
   return life;
 }
 
+// Whether the output can lie where the input does.
+bool fits(InPlace kind, const Activation& in, const Activation& out) {
+  if (kind == InPlace::rows) return in.same_rows(out);
+  return kind == InPlace::reshaped ? in.same_order(out) : in.same_layout(out);
+}
+
 // The activation whose memory the output of a step may take over, because nobody reads it later; -1: none.
 int overwritten_input(const Activations& activations, const Step& step, int index, const std::vector<Life>& life) {
   const InPlace kind = step.node->op->in_place;
@@ -82,8 +88,7 @@ int overwritten_input(const Activations& activations, const Step& step, int inde
   const int candidate = step.inputs[input];
   // A convolution reads the pixels around each that it writes: its residual must not be its input as well.
   const bool read_again = life[candidate].last > index || (kind == InPlace::residual && candidate == step.inputs[0]);
-  const Activation &in = activations[candidate], &out = activations[step.output];
-  const bool same = kind == InPlace::rows ? in.same_rows(out) : in.same_layout(out);
+  const bool same = fits(kind, activations[candidate], activations[step.output]);
   const bool same_images = life[candidate].for_all == life[step.output].for_all;
   return same && same_images && !read_again ? candidate : -1;
 }

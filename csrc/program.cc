@@ -125,6 +125,13 @@ bool Activation::same_rows(const Activation& other) const {
   return !has_border() && !other.has_border() && type == other.type && c == other.c && h * w == other.h * other.w;
 }
 
+bool Activation::same_order(const Activation& other) const {
+  const auto is_array = [](const Activation& a) { return a.is_tokens || a.c == 1 || a.h * a.w == 1; };
+  const bool same_planes = !is_tokens && !other.is_tokens && c == other.c;
+  return !has_border() && !other.has_border() && type == other.type && elements() == other.elements() &&
+         (same_planes || (is_array(*this) && is_array(other)));
+}
+
 Program load_program(const ModelFile& file, const Kernels& kernels, int threads, ConvForm form) {
   return Builder(file, kernels, threads, form).build();
 }

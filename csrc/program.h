@@ -31,6 +31,8 @@ struct Activation {
   bool same_layout(const Activation& other) const;
   // Whether the rows of both, pixels or tokens, follow each other without a gap and are of one kind and number.
   bool same_rows(const Activation& other) const;
+  // Whether a reshape of one to the other leaves every element where it lies.
+  bool same_order(const Activation& other) const;
   // Where a row begins: the rows of several images are numbered through.
   int64_t row_offset(int64_t row) const { return row / h * image_pitch + origin + row % h * row_pitch; }
 };

@@ -1,7 +1,5 @@
 #include "session.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -11,6 +9,7 @@
 #include "cpu.h"
 #include "ensemble.h"
 #include "errors.h"
+#include "os.h"
 #include "thread_pool.h"
 #include "winograd.h"
 
@@ -21,7 +20,7 @@ namespace {
 std::mutex& registry() {
   static std::mutex* mutex = [] {
     auto* created = new std::mutex;
-    pthread_atfork([] { registry().lock(); }, [] { registry().unlock(); }, [] { registry().unlock(); });
+    os::at_fork([] { registry().lock(); }, [] { registry().unlock(); }, [] { registry().unlock(); });
     return created;
   }();
   return *mutex;

@@ -1,8 +1,5 @@
 #include "thread_pool.h"
 
-#include <pthread.h>
-#include <sched.h>
-
 #include <algorithm>
 #include <condition_variable>
 #include <mutex>
@@ -11,6 +8,7 @@
 
 #include "cpu.h"
 #include "errors.h"
+#include "os.h"
 
 #if defined(__x86_64__)
 #include <emmintrin.h>
@@ -55,7 +53,7 @@ void Barrier::wait(int threads) {
     if (spins < kSpins) {
       pause();
     } else {
-      sched_yield();  // more threads than cores, or a neighbour took one
+      std::this_thread::yield();  // more threads than cores, or a neighbour took one
     }
   }
 }
@@ -103,7 +101,7 @@ struct ThreadPool::State {
 
 ThreadPool::ThreadPool() : cores_(default_threads()), state_(new State) {
   // A forked child has none of the threads, and locks may be held by threads that are gone: it starts afresh.
-  pthread_atfork(nullptr, nullptr, [] { shared().state_ = new State; });
+  os::at_fork(nullptr, nullptr, [] { shared().state_ = new State; });
 }
 
 ThreadPool& ThreadPool::shared() {
@@ -147,7 +145,7 @@ void ThreadPool::run(int threads, const std::function<void(int, int)>& body) {
     if (spins < kSpins) {
       pause();
     } else {
-      sched_yield();
+      std::this_thread::yield();
     }
   }
   const std::lock_guard<std::mutex> lock(state.mutex);

@@ -18,28 +18,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 import qdeploy
-from qdeploy.arguments import integer
+from qdeploy import export_command
 from qdeploy.errors import InputError, QdeployError
-from qdeploy.files import atomic_file, check_regular
-from qdeploy.graph import COMBINE, Activation, Graph, Member, Node
+from qdeploy.graph import Activation, Graph, Member, Node
 from qdeploy.memory import check_memory
 from qdeploy.model import MAX_ROUNDS
 from qdeploy.ops.op import rows_of
+from qdeploy.subcommands import (
+    TRAIN,
+    Report,
+    at_most_a_batch,
+    between,
+    check_output,
+    integer_of,
+    require,
+    write_page,
+)
 from qdeploy.terminal import columns, note, percent, printable, status, write
 
 if TYPE_CHECKING:
     from qdeploy.model import Model
 
-Report = dict
 PARAMETERS = ("weight", "bias", "rows")  # of nodes with weights: what float32 networks hold as well
-TRAIN = ("train", "torch", "lightning_fabric", "rich", "PIL", "pydantic", "yaml")  # the extra, and what it brings
 EXTRAS = ("train", "models", "onnx", "plots", "tensorboard", "ray", "bench")  # "test" is for those who change qdeploy
-MAX_BATCH = 2**31 - 1
 CPU_FLAGS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_int8"),
     *("asimd", "asimddp", "i8mm"),  # aarch64
@@ -241,7 +247,7 @@ def profile(args: argparse.Namespace) -> Report:
     """The plan with the time of each node, and how near it comes to the peak of the CPU's int8 instructions."""
     from qdeploy import page, peers
 
-    _check_output(args.html)
+    check_output(args.html)
     model = qdeploy.load_int_model(args.file, num_threads=args.threads)
     x = _random_input(model, args.batch)
     found = peers.measure(model, x, {}, args.rounds, progress=status)
@@ -257,7 +263,7 @@ def profile(args: argparse.Namespace) -> Report:
     keys = ("isa", "threads", "batch", "macs", "peak_gmacs")
     report = {"file": str(args.file)} | {key: found[key] for key in keys}
     report |= {"call_ms": call["median_ms"], "of_peak": call["of_limit"], "nodes": nodes}
-    _write_page(args.html, lambda: page.of_profile(report))
+    write_page(args.html, lambda: page.of_profile(report))
     return report
 
 
@@ -419,7 +425,7 @@ def _of_training(name: str) -> tuple[Callable, Callable]:
     module, text = TRAINING[name]
 
     def run(args: argparse.Namespace) -> Report:
-        _require(*TRAIN)
+        require(*TRAIN)
         return import_module(f"qdeploy.training.{module}").main(args)
 
     def show(report: Report) -> None:
@@ -431,13 +437,13 @@ def _of_training(name: str) -> tuple[Callable, Callable]:
 
 def report(args: argparse.Namespace) -> Report:
     """Write tables of finished training runs, those of the papers with the published figures beside."""
-    _require(*TRAIN)
+    require(*TRAIN)
     from qdeploy import page
     from qdeploy.training import report_command, report_files
 
-    _check_output(args.html)
+    check_output(args.html)
     report = report_command.main(args)
-    _write_page(args.html, lambda: page.of_report(report_files.timed(report)))
+    write_page(args.html, lambda: page.of_report(report_files.timed(report)))
     return report
 
 
@@ -450,79 +456,11 @@ def _show_report(report: Report) -> None:
 def export(args: argparse.Namespace) -> Report:
     """Write the networks of finished training runs as one model file, two or more as an ensemble; or an ONNX file as a
     model file, or a model file as ONNX, by the names."""
-    from qdeploy import format
-
-    if args.out.suffix == ".onnx":
-        return _export_onnx(args)
-    if format.is_onnx(args.sources[0]):
-        return _export_of_onnx(args)
-    for option in ("float", "u8", "int4"):
-        if getattr(args, option):
-            raise InputError(f"expected a file X.onnx with --{option}, got {args.out.name} - at --out")
-    from qdeploy.training import finished_runs  # imports no torch
-
-    _require(*TRAIN)
-    runs = finished_runs.read_runs([Path(run) for run in args.sources])
-    _check_output(args.out)
-    _check_output(args.html)
-    options = {key: vars(args)[key] for key in ("fallback_bits", "observer", "rounding", "correct_bias")}
-    report = finished_runs.export_runs(runs, args.out, args.combine, args.images, **options)
-    _write_page(args.html, report.to_html)
-    return {**json.loads(report.to_json()), "table": str(report).splitlines()}
-
-
-def _export_onnx(args: argparse.Namespace) -> Report:
-    from qdeploy.onnx import to_onnx
-
-    if len(args.sources) > 1:
-        raise InputError(f"expected one model file to write as ONNX, got {len(args.sources)} - at the command line")
-    if args.html is not None:
-        raise InputError("expected no page of an ONNX file, got one - at --html")
-    _check_output(args.out)
-    model = to_onnx(args.sources[0], not args.float, args.u8, args.int4)
-    content = model.SerializeToString()
-    with atomic_file(args.out) as file:
-        file.write(content)
-    opset, nodes = model.opset_import[0].version, len(model.graph.node)
-    return {"file": str(args.out), "bytes": len(content), "opset": opset, "nodes": nodes, "table": []}
-
-
-def _export_of_onnx(args: argparse.Namespace) -> Report:
-    """A model file of an ONNX file; of a float network by calibration data."""
-    from qdeploy import exporter, pictures
-
-    if len(args.sources) > 1:
-        raise InputError(f"expected one ONNX file, got {len(args.sources)} - at the command line")
-    _check_output(args.out)
-    _check_output(args.html)
-    preprocess = None
-    if args.mean is not None or args.std is not None:
-        preprocess = {"mean": args.mean or [0.0], "std": args.std or [1.0]}
-    data: np.ndarray | pictures.Pictures | None = None
-    if args.calibration is not None and args.calibration.suffix == ".npy":
-        data = pictures.array(args.calibration)
-    elif args.calibration is not None:
-        if preprocess is None:
-            raise InputError("expected the mean and std of the pictures, got neither - at --mean")
-        _require("train", "PIL")
-        shape = exporter.input_shape(args.sources[0], args.shape)
-        if len(shape) != 3 or shape[0] != 3:
-            raise InputError(f"expected a network of pictures [3, H, W], got {list(shape)} - at --calibration")
-        crop = (args.crop, args.crop) if args.crop else shape[1:]
-        data = pictures.Pictures(args.calibration, args.resize, (crop[0], crop[1]))
-    classes = None if args.classes is None else args.classes.read_text().splitlines()
-    options = {"fallback_bits": args.bits, "observer": args.observer, "preprocess": preprocess, "classes": classes}
-    report = exporter.export(args.sources[0], None, args.out, data, shape=args.shape, **options)
-    _write_page(args.html, report.to_html)
-    return {**json.loads(report.to_json()), "table": str(report).splitlines()}
+    return export_command.main(args)
 
 
 def _show_export(report: Report) -> None:
-    if report["table"]:
-        write("\n".join(report["table"]))
-    else:
-        size = f"{report['bytes']:,} bytes, {report['nodes']:,} nodes, opset {report['opset']}"
-        write(f"{printable(report['file'])}: {size}")
+    export_command.show(report)
 
 
 def demo(args: argparse.Namespace) -> Report:
@@ -581,32 +519,9 @@ def _checked_shape(model: Model, batch: int) -> tuple[int, ...]:
     return shape
 
 
-def _check_output(path: Path | None) -> None:
-    """Raise OSError or InputError for a file that cannot be written, before anything is computed."""
-    if path is not None:
-        if not path.parent.is_dir():
-            raise InputError(f"expected a folder to write {path.name} in, got none - at {path.parent}")
-        check_regular(path)
-
-
-def _write_page(path: Path | None, page: Callable[[], str]) -> None:
-    if path is not None:
-        with atomic_file(path) as file:
-            file.write(page().encode())
-
-
 def _print_rows(rows: list[dict]) -> None:
     status()
     write(columns(rows))
-
-
-def _require(extra: str, *modules: str) -> None:
-    for module in modules:
-        try:
-            import_module(module)
-        except ImportError:
-            fix = f"pip install 'qdeploy[{extra}]'"
-            raise InputError(f"expected the package {module} ({fix}), got none - at this Python environment") from None
 
 
 # ---- Arguments ----------------------------------------------------------------------------------------------------
@@ -624,37 +539,6 @@ class _Parser(argparse.ArgumentParser):
             write(message.rstrip("\n"))
 
 
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}") from None
-
-
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Takes numbers with commas between."""
-
-    def parse(text: str) -> list[Any]:
-        try:
-            return [kind(part) for part in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected numbers with commas between, got {text!r}") from None
-
-    return parse
-
-
-def _at_most(most: int) -> Callable[[str], int]:
-    """Takes 1 to `most`."""
-
-    def parse(text: str) -> int:
-        try:
-            return integer(_integer(text), 1, most, "")
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error).removesuffix(" - at ")) from None
-
-    return parse
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qdeploy", description="Exact int8 inference: the same bits on every instruction set.")
     parser.add_argument("--version", action="version", version=f"qdeploy {qdeploy.__version__}")
@@ -669,7 +553,7 @@ def _parser() -> argparse.ArgumentParser:
         if file:
             added.add_argument("file", help="a model file, or a quantized ONNX file (*.onnx)")
         if threads:
-            added.add_argument("--threads", type=_integer, help="default: what affinity and cgroup give")
+            added.add_argument("--threads", type=integer_of, help="default: what affinity and cgroup give")
         if html:
             text = "write the report as a page, too: one HTML file that loads nothing"
             added.add_argument("--html", type=Path, metavar="FILE", help=text)
@@ -677,53 +561,20 @@ def _parser() -> argparse.ArgumentParser:
 
     command(demo, _show_demo, threads=True)
     command(info, _show_info, file=True)
-    added = command(export, _show_export, html=True)
-    text = "folders of finished runs: OUT/seed0 of `qdeploy train`; or X.onnx; or a model file, with --out X.onnx"
-    added.add_argument("sources", nargs="+", metavar="source", help=text)
-    added.add_argument("--out", type=Path, required=True, help="the model file, or X.onnx")
-    added.add_argument("--combine", choices=COMBINE, default="logits", help="rule of an ensemble (default: logits)")
-    text = "how the ranges of activations follow from the calibration images: minmax (default), percentile or mse"
-    added.add_argument("--observer", default="minmax", help=text)
-    text = "bits of all weights that trained in float (default: of the classifier 8; others are refused)"
-    added.add_argument("--fallback-bits", type=int, choices=range(2, 9), metavar="BITS", help=text)
-    text = "how these weights are rounded: nearest (default), or obc (Optimal Brain Compression), for few bits"
-    added.add_argument("--rounding", default="nearest", help=text)
-    text = "do not add to each bias what rounding changes in the mean of a channel"
-    added.add_argument("--no-correct-bias", dest="correct_bias", action="store_false", help=text)
-    text = "calibration images of each source domain (default: 128)"
-    added.add_argument("--images", type=_at_most(MAX_BATCH), default=128, help=text)
-    text = "ONNX: the float32 network that the integers stand for"
-    added.add_argument("--float", action="store_true", help=text)
-    text = "ONNX: raw images [N, H, W, C] as the input, with the preprocessing of the file in the graph"
-    added.add_argument("--u8", action="store_true", help=text)
-    text = "ONNX: weights of at most 4 bits as INT4 (onnxruntime runs those layers in float32)"
-    added.add_argument("--int4", action="store_true", help=text)
-    text = "of an ONNX file: pictures, or an array .npy, from which tensors without a grid get theirs"
-    added.add_argument("--calibration", type=Path, metavar="FOLDER|X.npy", help=text)
-    text = "of an ONNX file whose input has free sizes, without the batch: 3,224,224"
-    added.add_argument("--shape", type=_list_of(_integer), help=text)
-    text = "of pictures in 0..1, one number or one for each channel, as mean 0.485,0.456,0.406; go into the model file"
-    added.add_argument("--mean", type=_list_of(float), help=text)
-    added.add_argument("--std", type=_list_of(float), help="as --mean")
-    added.add_argument("--resize", type=_at_most(MAX_BATCH), help="pictures: their shorter side (default: the input's)")
-    added.add_argument(
-        "--crop", type=_at_most(MAX_BATCH), help="pictures: the side of their middle (default: the input)"
-    )
-    added.add_argument("--classes", type=Path, metavar="FILE", help="of an ONNX file: names of the classes, one a line")
-    added.add_argument("--bits", type=_integer, help="of an ONNX file: those of weights that are float32 there, 2 to 8")
+    export_command.add_arguments(command(export, _show_export, html=True))
     added = command(plan, _show_plan, file=True, threads=True)
-    added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
+    added.add_argument("--batch", type=at_most_a_batch, default=1)
     added = command(profile, _show_profile, file=True, threads=True, html=True)
-    added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
+    added.add_argument("--batch", type=at_most_a_batch, default=1)
     text = "the times are medians of so many (default: 10)"
-    added.add_argument("--rounds", type=_at_most(MAX_ROUNDS), default=10, help=text)
+    added.add_argument("--rounds", type=between(1, MAX_ROUNDS), default=10, help=text)
     added = command(bench, _show_bench, file=True, threads=True)
-    added.add_argument("--batch", type=_at_most(MAX_BATCH), default=1)
-    added.add_argument("--rounds", type=_at_most(MAX_ROUNDS), default=10, help="turns of each runtime (default: 10)")
+    added.add_argument("--batch", type=at_most_a_batch, default=1)
+    added.add_argument("--rounds", type=between(1, MAX_ROUNDS), default=10, help="turns of each runtime (default: 10)")
     text = "beside onnxruntime, OpenVINO and MNN, where installed (default)"
     added.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help=text)
     added = command(verify, _show_verify, file=True)
-    added.add_argument("--batch", type=_at_most(MAX_BATCH), default=2)
+    added.add_argument("--batch", type=at_most_a_batch, default=2)
     added.add_argument("--device", default="cpu", help="cpu (default), or cuda or cuda:N for a GPU")
     for name, (module, _) in TRAINING.items():  # none of these modules imports torch
         import_module(f"qdeploy.training.{module}").add_arguments(command(*_of_training(name)))

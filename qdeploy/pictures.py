@@ -11,6 +11,7 @@ from qdeploy.errors import InputError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 AT_ONCE = 16  # pictures
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by channels
 
 
 def array(path: Path) -> np.ndarray:
@@ -25,19 +26,19 @@ def array(path: Path) -> np.ndarray:
 
 
 class Pictures:
-    """The pictures of a folder as batches u8 [n, height, width, 3], as classifiers are evaluated: the shorter side
-    becomes `resize`, and of the middle `crop` (height, width) is taken.
+    """The pictures of a folder as batches u8 [n, height, width, channels], as classifiers are evaluated: the shorter
+    side becomes `resize`, and of the middle `crop` (height, width) is taken. One channel is grey, three are RGB.
 
     Raises InputError for a folder without pictures, and where it is read for a picture that is broken.
     """
 
-    def __init__(self, folder: Path, resize: int | None, crop: tuple[int, int]):
+    def __init__(self, folder: Path, channels: int, resize: int | None, crop: tuple[int, int]):
         if not folder.is_dir():
             raise InputError(f"expected a folder of pictures or an array .npy, got neither - at {folder}")
         self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if not self.files:
             raise InputError(f"expected pictures ({', '.join(SUFFIXES)}), got none - at {folder}")
-        self.resize, self.crop = resize or min(crop), crop
+        self.channels, self.resize, self.crop = channels, resize or min(crop), crop
         if self.resize < min(crop):
             raise InputError(f"expected at least {min(crop)}, as the network reads, got {self.resize} - at --resize")
 
@@ -53,7 +54,7 @@ class Pictures:
 
         try:
             with Image.open(file) as opened:
-                image = opened.convert("RGB")
+                image = opened.convert(MODES[self.channels])
         except Exception as error:  # Pillow's are of many types
             raise InputError(f"expected a picture, got {type(error).__name__} - at {file}") from None
         height, width = self.crop
@@ -61,4 +62,4 @@ class Pictures:
         size = (max(width, round(image.width * shrink)), max(height, round(image.height * shrink)))
         image = image.resize(size, Image.Resampling.BILINEAR)
         left, top = (size[0] - width) // 2, (size[1] - height) // 2
-        return np.asarray(image.crop((left, top, left + width, top + height)))
+        return np.asarray(image.crop((left, top, left + width, top + height))).reshape(height, width, self.channels)

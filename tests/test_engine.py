@@ -35,6 +35,21 @@ def path(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("engine") / "m.safetensors"
 
 
+NEEDS = {  # flags of /proc/cpuinfo, each with the instruction set below
+    "avx2": {"avx2", "fma"},
+    "avxvnni": {"avx2", "fma", "avx_vnni"},
+    "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512vnni": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+    "neon": {"asimd"},
+    "neondot": {"asimd", "asimddp"},
+}
+
+
+def test_every_instruction_set_of_this_cpu_is_found():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    assert ISAS == ["scalar", *(isa for isa, needed in NEEDS.items() if needed <= flags)]
+
+
 def tap_names(graph: Graph) -> list[str]:
     return [
         f"{member.name}/{node.name}" if graph.combine else node.name

@@ -517,7 +517,10 @@ UNSUPPORTED = {
         r"an operator that the engine has \(conv1d, .*got RMSNorm \(LayerNorm, .*- at module `body`",
     ),
     "softmax": (nn.Softmax(1), r"got softmax \(export the network that ends in logits; .* - at module `body`"),
-    "transposed": (nn.ConvTranspose2d(8, 8, 2), r"got a transposed convolution \(a resize .* - at module `body`"),
+    "transposed": (
+        nn.ConvTranspose2d(8, 8, 4, 2, 1),
+        r"convolution by its kernel \[4, 4\] as stride, without .*, got stride \[2, 2\], padding \[1, 1, 1, 1\] - at",
+    ),
     "padding_by_one": (nn.ConstantPad2d(1, 1.0), "expected padding by the constant 0, got padding by 1.0 - at module"),
     "batch_statistics": (
         nn.BatchNorm2d(8, track_running_stats=False),

@@ -404,7 +404,7 @@ def test_everything_that_is_missing_is_said_at_once(path):
         "RMSNorm (LayerNorm, GroupNorm and BatchNorm are there) at module `norm`",
         "a norm of activations (GRN and the like) (LayerNorm, GroupNorm and BatchNorm are there) at module "
         "`linalg_vector_norm` (5 times)",
-        "a transposed convolution (a resize and a convolution are there) at module `up`",
+        "stride [1, 1] at module `up` instead of a transposed convolution by its kernel [2, 2] as stride, without",
         "a recurrent layer at module `recurrent`",
         "dropout that stays on",
     ):

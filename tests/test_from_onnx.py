@@ -199,6 +199,9 @@ def test_random_graphs_are_read_in_any_wording(graph: Graph, data: st.DataObject
 @given(graphs(max_nodes=3, version=2))
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 def test_random_graphs_have_the_codes_of_onnxruntime(graph: Graph):
+    nodes = graph.members[0].nodes
+    squares = [node for node in nodes if node.op == "mul" and node.inputs[0] == node.inputs[1]]
+    assume(all(node.attributes.get("clamp", (0, 255)) == (0, 255) for node in squares))  # a table, with the clamp in it
     model = twin(graph)
     tensor = graph.members[0].tensors[0]
     codes = np.random.default_rng(0).integers(0, 256, (2, *tensor.shape))

@@ -70,6 +70,17 @@ NETWORKS: dict[str, tuple[list, dict[str, Any]]] = {
         ],
         {"r": ints(0, 8, 63), "w": normal(5, 8, 3)},
     ),
+    "ConvTranspose": one("ConvTranspose", normal(8, 6, 3, 2), normal(6), strides=[3, 2]),
+    "ConvTranspose SAME": one("ConvTranspose", normal(8, 5, 2, 2), strides=[2, 2], auto_pad="SAME_UPPER"),
+    "ConvTranspose of a size": one("ConvTranspose", normal(8, 5, 2, 2), strides=[2, 2], output_shape=[18, 14]),
+    "ConvTranspose 1d": (
+        [
+            ("Reshape", ["x", "r"], "a", {}),
+            ("ConvTranspose", ["a", "w"], "b", {"strides": [3]}),
+            ("Flatten", ["b"], "y", {}),
+        ],
+        {"r": ints(0, 8, 63), "w": normal(8, 5, 3)},
+    ),
     "Gemm": (
         [("Flatten", ["x"], "a", {}), ("Gemm", ["a", "w", "c"], "y", {"alpha": 0.5, "beta": 2.0})],
         {"w": normal(504, 5), "c": normal(5)},
@@ -117,6 +128,11 @@ NETWORKS: dict[str, tuple[list, dict[str, Any]]] = {
     "Pad": one("Pad", ints(0, 0, 1, 2, 0, 0, 3, 0)),
     "Pad reflect": one("Pad", ints(0, 0, 1, 2, 0, 0, 2, 1), mode="reflect"),
     "DepthToSpace": one("DepthToSpace", blocksize=2),
+    "DepthToSpace CRD": one("DepthToSpace", blocksize=2, mode="CRD"),
+    "SpaceToDepth": (
+        [("Slice", ["x", "from", "to", "axes"], "a", {}), ("SpaceToDepth", ["a"], "y", {"blocksize": 2})],
+        {"from": ints(0, 0), "to": ints(8, 6), "axes": ints(2, 3)},
+    ),
     "Slice": one("Slice", ints(2), ints(6), ints(1)),
     "Split": (
         [("Split", ["x", "s"], "a b", {"axis": 1}), ("Sigmoid", ["a"], "c", {}), ("Mul", ["b", "c"], "y", {})],
@@ -230,15 +246,16 @@ def test_the_command_exports_and_runs_an_onnx_file(tmp_path: Path, capsys: pytes
     assert "1 avg_pool2d" in run(capsys, "info", path)[1]
 
 
-def test_the_command_calibrates_with_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_command_calibrates_with_pictures(channels: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from PIL import Image
 
     folder, out = tmp_path / "pictures", tmp_path / "net.safetensors"
     (folder / "cats").mkdir(parents=True)
     model = tmp_path / "net.onnx"
-    w = normal(4, 3, 3, 3)
-    model.write_bytes(network([("Conv", ["x", "w"], "y", {})], {"w": w}, (3, 8, 8)).SerializeToString())
-    options = ("--out", out, "--bits", 8, "--mean", "0.5,0.5,0.5", "--std", "0.25")
+    w = normal(4, channels, 3, 3)
+    model.write_bytes(network([("Conv", ["x", "w"], "y", {})], {"w": w}, (channels, 8, 8)).SerializeToString())
+    options = ("--out", out, "--bits", 8, "--mean", ",".join(["0.5"] * channels), "--std", "0.25")
     code, _, err = run(capsys, "export", model, "--calibration", folder, *options)
     assert code == 2 and "expected pictures (.bmp, " in err and "got none" in err
     for i in range(3):
@@ -247,7 +264,7 @@ def test_the_command_calibrates_with_pictures(tmp_path: Path, capsys: pytest.Cap
     code, _, err = run(capsys, "export", model, "--calibration", folder, "--out", out, "--bits", 8)
     assert (code, err) == (2, "qdeploy: error: expected the mean and std of the pictures, got neither - at --mean\n")
     assert run(capsys, "export", model, "--calibration", folder, *options)[0] == 0
-    assert qdeploy.load_int_model(out)(RNG.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)).shape == (2, 4, 6, 6)
+    assert qdeploy.load_int_model(out)(RNG.integers(0, 256, (2, 8, 8, channels), dtype=np.uint8)).shape == (2, 4, 6, 6)
     (folder / "cats/broken.png").write_bytes(b"no picture")
     code, _, err = run(capsys, "export", model, "--calibration", folder, *options)
     assert code == 2 and "expected a picture, got UnidentifiedImageError - at " in err and "broken.png" in err

@@ -16,7 +16,7 @@ from qdeploy import format, reference
 from qdeploy.cli import main
 from qdeploy.demo import DATA, MODEL
 from qdeploy.errors import InputError
-from qdeploy.graph import Graph
+from qdeploy.graph import Graph, Node
 from qdeploy.ops import rows_of_texts
 
 pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
@@ -53,11 +53,14 @@ def test_node_by_node_our_codes_are_roundings_of_what_onnxruntime_computes(graph
     onnx.checker.check_model(model, full_check=True)
     inputs = feeds(graph, rng)
     nodes = {tap(graph, member, node): node for member in graph.members for node in member.nodes}
-    for name, (ours, theirs, unrounded, tensor) in node_by_node(model, graph, inputs).items():
+    found = node_by_node(model, graph, inputs)
+    for name, (ours, theirs, unrounded, tensor) in found.items():
         exists = np.ones(ours.shape, bool)
         if "mask" in inputs and not name.endswith("input"):
             exists = rows_that_exist(graph, nodes[name].output, ours.shape, inputs["mask"])
         node = nodes.get(name)
+        if node is not None and node.op == "norm" and loses_in_float32(graph, name, node, found):
+            continue
         if node is not None and node.op == "conv2d" and len(node.inputs) == 2 and tensor.dtype == "u8":
             step = 1 + abs(node.attributes["residual_multiplier"])
             assert np.abs(ours.astype(int) - theirs)[exists].max(initial=0) <= step / 2 + 1, name
@@ -70,6 +73,19 @@ def test_node_by_node_our_codes_are_roundings_of_what_onnxruntime_computes(graph
                 lo, hi = node.attributes.get("clamp", (lo, hi))
             error = np.abs(np.clip(unrounded, lo, hi) - ours)[exists].max(initial=0)
             assert error <= 0.5 + FLOAT_ERROR[tensor.dtype], name
+
+
+def loses_in_float32(graph: Graph, name: str, node: Node, found: dict) -> bool:
+    """Whether the mean is so far beyond the deviation that sums in float32 lose the latter; ours are of integers."""
+    member = next(m for m in graph.members if any(tap(graph, m, other) == name for other in m.nodes))
+    source = next((tap(graph, member, other) for other in member.nodes if other.output == node.inputs[0]), None)
+    prefix = f"{member.name}/" if graph.combine else ""
+    x = found[source or f"{prefix}input"][0].astype(np.float64) - member.tensors[node.inputs[0]].zero_point
+    x = np.moveaxis(x, 1, -1) if x.ndim == 4 else x
+    groups = node.attributes["groups"]
+    x = x.reshape(len(x), -1, groups, x.shape[-1] // groups) if groups else x
+    axes = (1, 3) if groups else (-1,)
+    return bool((x.mean(axes) ** 2 > 64 * (x.var(axes) + node.attributes["epsilon"])).any())
 
 
 def tap(graph: Graph, member, node) -> str:
@@ -317,10 +333,22 @@ def test_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["m.safetensors", "--out", "m.bin", "--u8"], "expected a file X.onnx with --u8, got m.bin - at --out"),
+        (
+            ["m.safetensors", "--out", "m.bin", "--u8"],
+            "expected an ONNX file as --out with --u8, got runs of qdeploy train - at --u8",
+        ),
+        (
+            ["m.onnx", "--out", "m.bin", "--images", "3"],
+            "expected runs of qdeploy train with --images, got an ONNX file as the source - at --images",
+        ),
+        (
+            [MODEL, "--out", "m.onnx", "--bits", "7"],
+            "expected runs of qdeploy train or an ONNX file as the source with --bits, got an ONNX file as --out"
+            " - at --bits",
+        ),
         (
             ["m.safetensors", "n.safetensors", "--out", "m.onnx"],
-            "expected one model file to write as ONNX, got 2 - at the command line",
+            "expected one source with an ONNX file as --out, got 2 - at the command line",
         ),
         (
             ["plain", "--out", "m.onnx", "--u8"],
@@ -330,7 +358,10 @@ def test_command(tmp_path, capsys):
             [MODEL, "--out", "m.onnx", "--int4", "--float"],
             "expected no float32 graph for 4-bit codes, got one - at int4",
         ),
-        ([MODEL, "--out", "m.onnx", "--html", "x"], "expected no page of an ONNX file, got one - at --html"),
+        (
+            [MODEL, "--out", "m.onnx", "--html", "x"],
+            "expected a model file as --out with --html, got an ONNX file as --out - at --html",
+        ),
     ],
 )
 def test_command_refuses(arguments, text, tmp_path, monkeypatch, capsys):

@@ -59,6 +59,17 @@ def wheel(built: Path) -> Path:
     return path
 
 
+def test_sdist_holds_the_documents_and_the_tests(built: Path):
+    source = built / "source"
+    for folder in ("bench", "csrc", "docs", "examples", "sweeps", "tests", "wheels"):
+        here = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
+        assert {name for name in here if "__pycache__" not in name.parts} == {
+            path.relative_to(source) for path in (source / folder).rglob("*") if path.is_file()
+        }
+    here = {path.name for path in ROOT.glob("[A-Z]*")} | {"constraints.txt", "pyproject.toml", "setup.py"}
+    assert here <= {path.name for path in source.iterdir()}
+
+
 def test_wheel_contents(wheel: Path):
     assert wheel.stat().st_size < 3_000_000
     names = zipfile.ZipFile(wheel).namelist()

@@ -180,3 +180,20 @@ def test_prelu_of_an_onnx_file_and_back(path):
     assert [node.op_type for node in floats.graph.node if node.op_type in ("PRelu", "Gather")] == ["PRelu"]
     (floating,) = session(floats).run(None, {"x": x})
     assert np.square(floating - want).mean() < 1e-3 * np.square(want).mean()
+
+
+def test_a_pixel_shuffle_behind_slopes_of_channels_keeps_each_with_its_channel(path):
+    """It permutes channels, and such a gather moves through functions that are the same for all of them."""
+    torch = pytest.importorskip("torch", reason="it exports: pip install 'qdeploy[train]'")
+    nn = torch.nn
+    torch.manual_seed(0)
+    first, slopes = nn.Conv2d(3, 8, 3), nn.PReLU(8)
+    slopes.weight.data = torch.linspace(-1, 1, 8)
+    x = torch.randn(16, 3, 6, 6)
+    outputs = []
+    for net in (nn.Sequential(first, slopes), nn.Sequential(first, slopes, nn.PixelShuffle(2))):
+        qdeploy.export(net, x[:1], path, x, fallback_bits=8)
+        outputs.append(torch.from_numpy(qdeploy.load_int_model(path)(x.numpy())))
+    assert torch.allclose(
+        nn.functional.pixel_shuffle(outputs[0], 2), outputs[1], atol=float(outputs[0].abs().max()) / 100
+    )

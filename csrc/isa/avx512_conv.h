@@ -12,8 +12,10 @@
 #pragma GCC optimize("ira-region=one")
 #endif
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 sees its own _mm512_undefined_ps as an error of ours
+#if !defined(__clang__)  // GCC 12 sees its own _mm512_undefined_ps as an error of ours
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 

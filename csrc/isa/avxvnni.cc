@@ -29,10 +29,6 @@ QD_INLINE void dot(__m256i& acc_i32x8, const __m256i& a_u8x32, const __m256i& w_
   asm volatile(QD_ENCODING "vpdpbusd %2, %1, %0" : "+x"(acc_i32x8) : "x"(a_u8x32), "x"(w_i8x32));
 }
 
-QD_INLINE void load(__m256i& w_i8x32, const int8_t* w) {  // volatile: two at a time would spill an accumulator
-  asm volatile("vmovdqa %1, %0" : "=x"(w_i8x32) : "m"(*reinterpret_cast<const __m256i*>(w)));
-}
-
 struct DotWeights {
   static constexpr WeightFormat kFormat = WeightFormat::s8x4;
   static constexpr int kMaxRows = 3;

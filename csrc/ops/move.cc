@@ -97,6 +97,12 @@ Order order_of(const Activation& a) {
 
 void run_reshape(const StepRun& run) {
   const Activation &in = run.in(), &out = run.out();
+  if (run.from() == run.to()) return;
+  if (in.same_order(out)) {
+    const Range elements = slice(run.chunk.images * out.elements(), run.share);
+    memcpy(run.to() + elements.begin, run.from() + elements.begin, elements.end - elements.begin);
+    return;
+  }
   const Order of = order_of(in), order = order_of(out);
   const int64_t plane = order.size[1] * order.size[2];
   const Range outer = slice(run.chunk.images * of.size[0], run.share);
@@ -160,21 +166,37 @@ Rows rows_of_gather(const NodeSource& node, const std::vector<Rows>& inputs) {
   return {};
 }
 
-// Rows are tokens or pixels here.
+// Rows of the input that follow each other from `first` on, where the index has them, and where they lie.
+struct Taken {
+  const uint8_t* from;  // null: zero points
+  int64_t count;
+};
+
+Taken taken(const StepRun& run, int64_t image, const int32_t* index, int64_t most) {
+  const Activation& in = run.in();
+  const int64_t first = *index, bytes = in.c * in.bytes();
+  if (first < 0) return {nullptr, 1};
+  const int64_t y = in.has_border() ? first / in.w : 0, x = first - y * in.w;
+  if (in.has_border()) most = std::min(most, in.w - x);
+  int64_t count = 1;
+  while (count < most && index[count] == first + count) ++count;
+  return {run.row_from(image * in.h + y) + x * bytes, count};
+}
+
+// Rows are tokens or pixels here, and a line is what lies in memory without a gap.
 void gather_rows(const StepRun& run, const Array<int32_t>& index) {
   const Activation &in = run.in(), &out = run.out();
-  const int64_t bytes = out.c * out.bytes();
+  const int64_t bytes = out.c * out.bytes(), pixels = out.h * out.w, line = out.has_border() ? out.w : pixels;
   const Range rows = run.rows();
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const int64_t image = row / out.h, first = row % out.h * out.w;
-    uint8_t* to = run.row_to(row);
-    for (int64_t x = 0; x < out.w; ++x, to += bytes) {
-      const int64_t from = index[static_cast<size_t>(first + x)];
-      if (from < 0) {
-        memset(to, in.zero_point, bytes);  // of s16 it is 0
-      } else {
-        memcpy(to, run.row_from(image * in.h + from / in.w) + from % in.w * bytes, bytes);
-      }
+  for (int64_t pixel = rows.begin * out.w, end; pixel < rows.end * out.w; pixel = end) {
+    end = std::min(rows.end * out.w, (pixel / line + 1) * line);
+    const int64_t image = pixel / pixels;
+    const int32_t* next = index.data() + pixel % pixels;
+    uint8_t* to = run.row_to(pixel / out.w);
+    for (int64_t left = end - pixel; left > 0;) {
+      const auto [from, count] = taken(run, image, next, left);
+      from ? memcpy(to, from, count * bytes) : memset(to, in.zero_point, bytes);  // of s16 it is 0
+      left -= count, next += count, to += count * bytes;
     }
   }
 }
@@ -254,7 +276,7 @@ std::vector<OpInfo> move_ops() {
        nullptr,
        nullptr,
        {"axis"}},
-      {"reshape", 1, {1, 1}, Output::same_grid, InPlace::never, kU8, kU8, fixed_rows, {}, read_reshape, run_reshape},
+      {"reshape", 1, {1, 1}, Output::same_grid, InPlace::reshaped, kU8, kU8, fixed_rows, {}, read_reshape, run_reshape},
       {"gather",
        3,
        {1, 1},

@@ -98,6 +98,7 @@ enum class InPlace {
   elements,  // input 0, element by element
   residual,  // input 1, where it is not input 0 as well, whose neighbours are read
   rows,      // input 0, whose rows the output has in their order
+  reshaped,  // input 0, whose elements the output has in the order of a reshape
 };
 
 struct OpInfo {

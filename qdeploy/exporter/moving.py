@@ -19,12 +19,19 @@ from qdeploy.exporter.layers import (
     Linear,
     Network,
     Norm,
+    Quantize,
+    QuantizedWeight,
     Table,
     Tokens,
     Weighted,
 )
 from qdeploy.graph import Shape
 from qdeploy.ops.op import channels_of, rows_of
+
+
+def _is_function(layer: Layer) -> bool:
+    """Of each element, the same for all channels."""
+    return isinstance(layer, Quantize) or isinstance(layer, Table) and not layer.by_channel
 
 
 def _share(network: Network, gather: Gather) -> bool:
@@ -71,6 +78,70 @@ def _channels_of(x: Any, part: Gather) -> Layer:
     return replace(x, inputs=list(x.inputs), shape=part.shape, value=value, **fields)
 
 
+def _before_functions(network: Network, gather: Gather) -> bool:
+    """Channels of functions of a layer whose weight makes them, which nothing else reads, are functions of its
+    channels."""
+    x = gather.inputs[0]
+    if gather.axis != "channels" or not _is_function(x) or gather.index.min() < 0:
+        return False
+    made: Layer = x
+    user: Layer = gather
+    while _is_function(made) and network.only_user(made) is user:
+        made, user = made.inputs[0], made
+    if not _makes_channels(made) or network.only_user(made) is not user or len(gather.index) > channels_of(x.shape):
+        return False
+    taken = np.arange(rows_of(x.shape))[:, None] * channels_of(x.shape) + gather.index
+    _swap(network, gather, x, x.value.of(taken, x.shape))
+    return True
+
+
+def _into_readers(network: Network, gather: Gather) -> bool:
+    """All channels in another order are another order of the weights that read them."""
+    x, order = gather.inputs[0], np.argsort(gather.index)
+    whole = np.array_equal(gather.index[order], np.arange(channels_of(x.shape)))
+    if gather.axis != "channels" or not whole or not _feeds_weights(network, gather):
+        return False
+    users: list[Any] = network.users(gather)
+    if len(users) == 1 and _is_function(users[0]):
+        _swap_function(network, gather, users[0], order)
+        return True
+    if any(_is_function(user) for user in users):
+        return False
+    for user in users:
+        held = user.weight
+        quantized = isinstance(held, QuantizedWeight)
+        user.weight = replace(held, value=held.value[:, order]) if quantized else held[:, order]
+    network.replace(gather, x)
+    return True
+
+
+def _feeds_weights(network: Network, x: Layer) -> bool:
+    """Whether nothing but weights, each of all channels, reads it, or reads functions of it."""
+    users = network.users(x)
+    of_functions = [user for user in users if _is_function(user)]
+    return (
+        x not in network.outputs
+        and all(_reads_channels(user, x) for user in users if user not in of_functions)
+        and all(_feeds_weights(network, user) for user in of_functions)
+    )
+
+
+def _reads_channels(user: Layer, x: Layer) -> bool:
+    if not isinstance(user, (Conv2d, Linear)) or isinstance(user.weight, Codes) or user.inputs.count(x) > 1:
+        return False
+    return user.inputs[0] is x and (not isinstance(user, Conv2d) or user.window["groups"] == 1)
+
+
+def _swap_function(network: Network, gather: Gather, function: Any, order: np.ndarray) -> None:
+    """The function of all channels, and then their order."""
+    elements = np.arange(rows_of(function.shape))[:, None] * len(order) + order
+    value = function.value.of(elements, function.shape)
+    first = replace(function, inputs=[*gather.inputs], shape=gather.inputs[0].shape, value=value)
+    behind = replace(gather, inputs=[first], value=function.value)
+    network.replace(gather, first)
+    network.replace(function, behind)
+
+
 def _before_rows(network: Network, gather: Gather) -> bool:
     """A gather of rows goes before the layer that makes each row of one row, so that it stands between no projection
     and its residual, and layers that read one tensor share one; fewer rows also go before norms and tables."""
@@ -89,7 +160,7 @@ def _before_rows(network: Network, gather: Gather) -> bool:
 def _swap(network: Network, move: Any, x: Layer, value: Value) -> None:
     """`move`, which reads x alone, in front of it; `value` is then that of x."""
     source = x.inputs[0]
-    shape = with_channels(move.shape, channels_of(source.shape))
+    shape = with_channels(move.shape, channels_of(source.shape)) if isinstance(x, Weighted) else move.shape
     first = replace(move, inputs=[source], shape=shape, value=source.value)
     layer = _by_rows(x, first, move.shape, value)
     network.replace(move, layer)
@@ -179,7 +250,7 @@ def _not_at_all(network: Network, gather: Gather) -> bool:
 
 
 MOVES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
-    "gather": (_not_at_all, _merge_gathers, _share, _into_weight, _before_rows),
+    "gather": (_not_at_all, _merge_gathers, _share, _into_weight, _before_functions, _into_readers, _before_rows),
     "tokens": (_merge_views, _share_view, _view_first),
     "image": (_merge_views, _share_view, _view_first),
 }

@@ -48,7 +48,7 @@ def classifier(net: nn.Module) -> str | None:
 
 # Layers of PyTorch that have no integer form, whatever the network does with them.
 FLOAT_ONLY: tuple[type[nn.Module], ...] = (
-    *(nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Conv3d, nn.ConvTranspose3d),
     *(nn.RMSNorm, nn.LocalResponseNorm, nn.RNNBase, nn.Fold, nn.Unfold),
 )
 
@@ -58,7 +58,8 @@ def float_only_layers(net: nn.Module) -> list[str]:
     names = plain_names(net)
     found: dict[str, list[str]] = {}
     for path, module in net.named_modules():
-        if isinstance(module, FLOAT_ONLY):
+        overlaps = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)) and module.kernel_size != module.stride
+        if isinstance(module, FLOAT_ONLY) or overlaps:
             found.setdefault(_kind(module), []).append(f"`{names[path]}`")
     return [f"{', '.join(where[:3])}{'...' if len(where) > 3 else ''} ({kind})" for kind, where in found.items()]
 

@@ -11,11 +11,12 @@
 //   g++ $F -mavx2 -mfma -DQDEPLOY_AVXVNNI_AS_EVEX -c csrc/isa/avxvnni.cc -o avxvnni_as_evex.o
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -c csrc/isa/avx512.cc
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -c csrc/isa/avx512vnni.cc
-//   g++ $F -c csrc/{cpu,norm,attention,gather}.cc
+//   g++ $F -c csrc/{cpu,cpu_features,os_posix,norm,attention,gather}.cc
 //   g++ $F tests/cpp/check_{ukernels,conv,winograd,depthwise,pool,elementwise,input,lsq,rows,norm,attention}.cc *.o
-// On aarch64, instead of the avx files: csrc/isa/neon.cc, and csrc/isa/neondot.cc with -march=armv8.2-a+dotprod.
+// On aarch64, instead of the avx files: csrc/isa/neon.cc, and csrc/isa/neondot.cc with -mcpu=generic+dotprod.
 #include "check_ukernels.h"
 #include "cpu.h"
+#include "cpu_features.h"
 
 #include <csignal>
 #include <string>
@@ -43,7 +44,7 @@ std::vector<Kernels> tables() {
   std::vector<Kernels> all;
   for (const std::string& isa : available_isas()) all.push_back(kernels_for(isa));
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+  if (cpu_features().avx512vl && cpu_features().avx512_vnni) {
     all.push_back(kernels_for("avx2"));
     init_avxvnni_as_evex(&all.back());
     all.back().isa = "avxvnni in EVEX form";

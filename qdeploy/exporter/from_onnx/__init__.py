@@ -156,6 +156,7 @@ LOWERING: dict[str, Callable[..., Any]] = {
     "QuantizeLinear": quantized.quantize,
     "DequantizeLinear": quantized.dequantize,
     "Conv": weighted.conv,
+    "ConvTranspose": weighted.transposed_conv,
     "Gemm": weighted.gemm,
     "MatMul": weighted.matmul,
     "BatchNormalization": elementwise.batch_norm,

@@ -1,4 +1,4 @@
-"""Conv, Gemm and MatMul by a constant."""
+"""Conv, ConvTranspose, Gemm and MatMul by a constant."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def conv(site: Site, x: Value, kernel: Any, bias: Any = None) -> Value:
     count = len(held.shape) - 2
     if count not in (1, 2) or len(sizes_of(x)) != count + 2:
         site.fail(WINDOW, f"{count} for a tensor of {len(sizes_of(x))} dimensions")
-    groups, size = site.integer("group", 1), list(held.shape[2:])
-    if site.integers("kernel_shape") not in (None, size):
-        site.fail(f"kernel_shape {size}, as its weight", f"{site.integers('kernel_shape')}")
+    groups, size = site.integer("group", 1), _kernel(site, held)
     if groups < 1 or held.shape[0] % groups or held.shape[1] * groups != sizes_of(x)[1]:
         site.fail(f"a weight for {sizes_of(x)[1]} channels in {groups} groups", f"one of shape {list(held.shape)}")
     stride, gaps = spatial(site, "strides", count, 1), spatial(site, "dilations", count, 1)
@@ -71,6 +69,34 @@ def conv(site: Site, x: Value, kernel: Any, bias: Any = None) -> Value:
         site.fail("weights less their zero point within -128..127 in groups (quantize with signed weights)", "more")
     x, held = _split(site, x, held, 1)
     return weighted.convolution(site, x, held, _shift(site, bias, held.shape[0]), window)
+
+
+def transposed_conv(site: Site, x: Value, kernel: Any, bias: Any = None) -> Value:
+    """The weight is [I, O, ...]. Where the stride is the kernel, SAME is no padding."""
+    held = weight(site, kernel, (1, 0, *range(2, _rank(kernel))))
+    count, size = len(held.shape) - 2, _kernel(site, held)
+    if count not in (1, 2) or len(sizes_of(x)) != count + 2:
+        site.fail(WINDOW, f"{count} for a tensor of {len(sizes_of(x))} dimensions")
+    if held.shape[1] != sizes_of(x)[1]:
+        site.fail(f"a weight for {sizes_of(x)[1]} channels", f"one for {held.shape[1]}")
+    stride, gaps = spatial(site, "strides", count, 1), spatial(site, "dilations", count, 1)
+    is_same = site.text("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER")
+    pads = [0] * 2 * count if is_same else padding(site, sizes_of(x)[2:], size, stride, gaps)
+    groups = site.integer("group", 1)
+    window = {"stride": stride, "padding": pads, "dilation": gaps, "groups": groups}
+    more = site.integers("output_padding") or [0] * count
+    x, held = _split(site, x, held, 1)
+    result = weighted.transposed_convolution(site, x, held, _shift(site, bias, held.shape[0] * groups), window, more)
+    if site.integers("output_shape") not in (None, list(sizes_of(result)[2:])):
+        site.fail(f"output_shape {list(sizes_of(result)[2:])}", f"{site.integers('output_shape')}")
+    return result
+
+
+def _kernel(site: Site, held: Any) -> list[int]:
+    size = list(held.shape[2:])
+    if site.integers("kernel_shape") not in (None, size):
+        site.fail(f"kernel_shape {size}, as its weight", f"{site.integers('kernel_shape')}")
+    return size
 
 
 def _rank(value: Any) -> int:

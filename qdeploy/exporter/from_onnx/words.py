@@ -9,7 +9,6 @@ ADVICE = {
     "If": "control flow",
     "Loop": "control flow",
     "Scan": "control flow",
-    "ConvTranspose": "a Resize and a Conv are there",
     "Softmax": "at the end alone, where it is dropped",
     "LogSoftmax": "at the end alone, where it is dropped",
     "LSTM": "a recurrent layer",

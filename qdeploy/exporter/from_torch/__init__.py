@@ -133,6 +133,8 @@ def _lower_node(site: Site, args: tuple, kwargs: dict) -> Any:
         return _in_place(site, inputs)
     if rule is not quantizers.dequantize and any(isinstance(x, quantizers.Quantized) for x in inputs):
         site.fail("an activation that is dequantized right behind its quantizer", f"{site.operator} of its codes")
+    if rule is not weighted.transposed_convolution and any(isinstance(x, quantizers.InputFirst) for x in inputs):
+        site.fail(quantizers.BY_CHANNEL.format(0), "axis 1")
     if rule in WEIGHTED and isinstance(args[0], Tensor) and isinstance(args[1], QuantizedWeight):
         return _computed(site, (args[0], dequantized(args[1]), *args[2:]), kwargs)  # of constants, as learned queries
     moved = rule in (moves.same, moves.move, moves.getitem)  # the codes stay
@@ -161,7 +163,7 @@ def _computed(site: Site, args: tuple, kwargs: dict) -> Any:
         return target(*args, **kwargs)
 
 
-WEIGHTED = (weighted.convolution, weighted.linear)
+WEIGHTED = (weighted.convolution, weighted.transposed_convolution, weighted.linear)
 MOVES = """view reshape flatten squeeze unsqueeze unflatten _unsafe_view expand expand_as repeat permute transpose t
     movedim swapaxes swapdims select slice narrow chunk split split_with_sizes unbind flip roll rot90 index_select
     tensor_split unsafe_split unsafe_chunk view_as reshape_as pixel_shuffle pixel_unshuffle channel_shuffle"""
@@ -183,6 +185,8 @@ LOWERING: dict[Any, Callable[..., Any]] = {
     operator.getitem: moves.getitem,
     aten.conv1d: weighted.convolution,
     aten.conv2d: weighted.convolution,
+    aten.conv_transpose1d: weighted.transposed_convolution,
+    aten.conv_transpose2d: weighted.transposed_convolution,
     aten.linear: weighted.linear,
     aten.embedding: weighted.embedding,
     aten.ne: weighted.no_padding,

@@ -18,27 +18,39 @@ from qdeploy.exporter.layers import Quantize, QuantizedWeight, checked_step
 from qdeploy.exporter.lowering.elementwise import each
 from qdeploy.exporter.lowering.moved import Value, layer_of
 
-BY_CHANNEL = "step sizes per output channel (axis 0) or per tensor"
+BY_CHANNEL = "step sizes per output channel (axis {}) or per tensor"
 
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def weight(node: fx.Node, trace: Trace) -> QuantizedWeight | Tensor:
+@dataclass(frozen=True, eq=False)
+class InputFirst:
+    """A weight of a transposed convolution, [I, O, ...], with step sizes by output channel."""
+
+    turned: QuantizedWeight  # [O, I, ...]
+
+
+def weight(node: fx.Node, trace: Trace) -> QuantizedWeight | InputFirst | Tensor:
     """What a quantizer of a constant makes: a weight, or a number as it is where 32 bits stand for it (biases)."""
     site = Site(node, trace, [])
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: trace.constants[n])
     own = quantizer_arguments(node.target, args, kwargs)
     step = torch.as_tensor(own["scale"], dtype=torch.float32)
-    if step.numel() > 1 and own["axis"] != 0:
-        site.fail(BY_CHANNEL, f"axis {own['axis']}")
-    if node.target is LSQ:
-        return QuantizedWeight(own["self"].numpy(), step.numpy(), own["quant_min"], own["quant_max"])
+    axis = own["axis"] if step.numel() > 1 else 0
+    if axis not in (0, 1):
+        site.fail(BY_CHANNEL.format(0), f"axis {axis}")
     found = trace.constants[node]
     value: Tensor = found[0] if isinstance(found, tuple) else found
     if name_of(node.target) in DEQUANTIZE and own["self"].dtype == torch.int32:
         return value
-    return _from_file(site, value.numpy(), step.reshape(() if step.numel() == 1 else -1).numpy())
+    if node.target is LSQ:
+        held = own["self"].numpy().swapaxes(0, axis)
+        made = QuantizedWeight(held, step.numpy(), own["quant_min"], own["quant_max"])
+    else:
+        steps = step.reshape(() if step.numel() == 1 else -1).numpy()
+        made = _from_file(site, value.numpy().swapaxes(0, axis), steps)
+    return InputFirst(made) if axis else made
 
 
 def _from_file(site: Site, value: np.ndarray, step: np.ndarray) -> QuantizedWeight:

@@ -1,7 +1,8 @@
-"""conv1d, conv2d, linear and embedding."""
+"""conv1d, conv2d, their transposed forms, linear and embedding."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qdeploy.exporter.elements import BATCH
+from qdeploy.exporter.from_torch.quantizers import BY_CHANNEL, InputFirst
 from qdeploy.exporter.from_torch.site import OPERATOR, Site, dequantized, float64
 from qdeploy.exporter.layers import Embedding, Input, Layer, QuantizedWeight
 from qdeploy.exporter.lowering import weighted as rules
@@ -41,6 +43,40 @@ def convolution(
         padding = [0] * 2 * count if padding == "valid" else _each(padding, count) * 2
     window = {"stride": _each(stride, count), "padding": padding, "dilation": dilation, "groups": groups}
     return rules.convolution(site, x, held, _shift(held, bias), window)
+
+
+def transposed_convolution(
+    site: Site,
+    x: Value,
+    weight: Any,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Value:
+    """conv_transpose1d and conv_transpose2d, whose weight is [I, O, ...]."""
+    held = _output_first(site, weight)
+    count = len(held.shape) - 2
+    window = {
+        "stride": _each(stride, count),
+        "padding": _each(padding, count) * 2,
+        "dilation": _each(dilation, count),
+        "groups": groups,
+    }
+    return rules.transposed_convolution(site, x, held, _shift(held, bias), window, _each(output_padding, count))
+
+
+def _output_first(site: Site, weight: Any) -> rules.Weight:
+    if isinstance(weight, InputFirst):
+        return weight.turned
+    held = _held(site, weight)
+    if not isinstance(held, QuantizedWeight):
+        return held.swapaxes(0, 1)
+    if held.step.size > 1:
+        site.fail(BY_CHANNEL.format(1), "axis 0")
+    return replace(held, value=held.value.swapaxes(0, 1))
 
 
 def _each(value: Any, count: int) -> list[int]:

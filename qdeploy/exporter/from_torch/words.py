@@ -8,7 +8,7 @@ PATTERNS = {
     "linalg_vector_norm": "a norm of activations (GRN and the like)",
     "rms_norm": "RMSNorm",
     "conv3d": "Conv3d",
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), "a transposed convolution"),
+    "conv_transpose3d": "ConvTranspose3d",
     "choose_qparams": "dynamic quantization",
     "choose_qparams_symmetric": "dynamic quantization",
     "gather": "a selection by index",
@@ -20,7 +20,6 @@ ADVICE = {
     **dict.fromkeys(("choose_qparams", "choose_qparams_symmetric"), "quantize statically, with is_dynamic=False"),
     "log_softmax": "export the network that ends in logits; predict and ensembles apply softmax themselves",
     **dict.fromkeys(("rms_norm", "linalg_vector_norm"), "LayerNorm, GroupNorm and BatchNorm are there"),
-    **dict.fromkeys(("conv_transpose2d",), "a resize and a convolution are there"),
 }
 
 

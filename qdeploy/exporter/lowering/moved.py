@@ -151,10 +151,10 @@ def plain(site: Site, x: Value) -> Layer:
 
 def has_channels(x: Value, axis: int) -> bool:
     """Whether dimension `axis` of the tensor is channels of the activation."""
-    rows = _by_rows(x, axis) if isinstance(x, Moved) else None
-    if isinstance(x, Layer) or rows is None:
-        return isinstance(x, Layer) and axis == (1 if len(x.shape) != 2 else 2)
-    return rows is not None and _separated(rows[0], channels_of(x.layer.shape)) is not None
+    if isinstance(x, Layer):
+        return axis == (1 if len(x.shape) != 2 else 2)
+    found, channels = _by_rows(x, axis), channels_of(x.layer.shape)
+    return found is not None and any(form(found[0], channels) is not None for form in (_separated, _split, _merged))
 
 
 def _by_rows(x: Value, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -204,6 +204,10 @@ def regrouped(site: Site, layer: Layer, rows: np.ndarray, shape: Shape) -> Layer
     if column is not None:
         whole = with_channels(shape, math.prod(layer.shape) // len(rows))
         return _take_channels(site, site.layer(Reshape, [layer], whole), column)
+    if (split := _split(rows, channels_of(layer.shape))) is not None:
+        return _depth_to_space(site, layer, *split, shape)
+    if (merged := _merged(rows, channels_of(layer.shape))) is not None:
+        return _space_to_depth(site, layer, *merged, shape)
     for along, axis in ((1, "channels"), (0, "rows")):
         parts = _alike(rows, channels_of(layer.shape), along)
         if parts is not None:
@@ -246,6 +250,54 @@ def _separated(rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]
     column = np.where(rows < 0, -1, rows % channels).max(0)
     made = np.where((row[:, None] < 0) | (column < 0), -1, row[:, None] * channels + column)
     return (row, column) if np.array_equal(made, rows) else None
+
+
+def _split(rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which channels are the parts of a row, [parts, channels of each], and which part of all rows' parts is each row
+    of [rows, channels]; if each is a part of one row, and no two parts share a channel."""
+    row = np.where(rows < 0, -1, rows // channels)
+    if (row != row[:, :1]).any():
+        return None
+    index, real = row[:, 0].copy(), row[:, 0] >= 0
+    column = rows[real] % channels
+    _, example, part = np.unique(column[:, 0], return_index=True, return_inverse=True)  # of each part
+    parts = column[example]
+    if len(np.unique(parts)) < parts.size or (column != parts[part.reshape(-1)]).any():
+        return None
+    index[real] = index[real] * len(parts) + part.reshape(-1)
+    return parts, index
+
+
+def _merged(rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Which rows, [rows, parts], make each row when each gives these channels, and in which order all channels are then
+    taken; if [rows, channels] is made so."""
+    row = np.where(rows < 0, -1, rows // channels)
+    column = np.where(rows < 0, -1, rows % channels).max(0)
+    if (np.where(row < 0, -1, row * channels + column) != rows).any():
+        return None
+    taken, part = np.unique(row, axis=1, return_inverse=True)
+    order = np.lexsort((column, part.reshape(-1)))
+    if len(order) % taken.shape[1]:
+        return None
+    columns = column[order].reshape(taken.shape[1], -1)
+    return (taken, columns[0], np.argsort(order)) if (columns == columns[0]).all() else None
+
+
+def _depth_to_space(site: Site, layer: Layer, parts: np.ndarray, index: np.ndarray, shape: Shape) -> Layer:
+    """Parts of rows are rows of fewer channels, the same in memory."""
+    layer = _take_channels(site, layer, parts.reshape(-1))
+    tokens = _viewed(site, layer, (rows_of(layer.shape), parts.size))
+    narrow = site.layer(Reshape, [tokens], (rows_of(layer.shape) * len(parts), parts.shape[1]))
+    return _gathered(site, narrow, index, np.arange(parts.shape[1]), shape)
+
+
+def _space_to_depth(
+    site: Site, layer: Layer, taken: np.ndarray, column: np.ndarray, order: np.ndarray, shape: Shape
+) -> Layer:
+    """Rows behind each other are one row of more channels, the same in memory."""
+    narrow = _gathered(site, layer, taken.reshape(-1), column, (taken.size, len(column)))
+    wide = site.layer(Reshape, [narrow], (len(taken), len(order)))
+    return _take_channels(site, _viewed(site, wide, shape), order)
 
 
 def _alike(rows: np.ndarray, channels: int, along: int) -> list[np.ndarray] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,52 @@ def convolution(site: Site, x: Value, weight: Weight, shift: np.ndarray, window:
     return seen(site.layer(Conv2d, [own], shape, index, **_fields(tall, shift, window)), index)
 
 
+def transposed_convolution(
+    site: Site, x: Value, weight: Weight, shift: np.ndarray, window: dict[str, Any], more: list[int]
+) -> Value:
+    """Of [N, C, H, W] or [N, C, L], by a weight with the output channels first. `more`: output_padding.
+
+    Where the kernel is the stride, each pixel alone makes kernel x kernel pixels: a 1x1 convolution with the channels
+    (kh, kw, o), whose parts are pixels of their own.
+    """
+    channels, kernel = weight.shape[0], list(weight.shape[2:])
+    plain = {"stride": kernel, "padding": [0] * 2 * len(kernel), "dilation": [1] * len(kernel), "groups": 1}
+    wrong = [f"{key} {window[key]}" for key in plain if window[key] != plain[key]]
+    wrong += [f"output_padding {more}"] if any(more) else []
+    if wrong:
+        expected = f"a transposed convolution by its kernel {kernel} as stride, without padding, dilation and groups"
+        site.fail(expected, ", ".join(wrong))
+    own = image(site, x)
+    by_place = _by_place(weight)
+    shape = (by_place.shape[0], *own.shape[1:])
+    index = _spread(shape, channels, (*kernel, 1)[:2])
+    index = index.reshape(index.shape[: len(sizes_of(x))])
+    fields = _fields(by_place, np.tile(shift, math.prod(kernel)), one_pixel())
+    return seen(site.layer(Conv2d, [own], shape, index, **fields), index)
+
+
+def _spread(shape: Shape, channels: int, kernel: tuple[int, ...]) -> np.ndarray:
+    """The elements of [kh*kw*O, H, W] as [BATCH, O, kh*H, kw*W]."""
+    (_, height, width), (kh, kw) = shape, kernel
+    numbers = numbered(shape).reshape(BATCH, kh, kw, channels, height, width)
+    return numbers.transpose(0, 3, 4, 1, 5, 2).reshape(BATCH, channels, height * kh, width * kw)
+
+
+def _by_place(weight: Weight) -> Weight:
+    """[O, I, kh, kw] as [kh*kw*O, I, 1, 1]."""
+    value = weight.value if isinstance(weight, QuantizedWeight) else weight
+    turned = np.moveaxis(value, (0, 1), (-2, -1)).reshape(-1, value.shape[1], 1, 1)
+    if not isinstance(weight, QuantizedWeight):
+        return turned
+    step = np.tile(weight.step, len(turned) // len(value)) if weight.step.ndim else weight.step
+    return replace(weight, value=turned, step=step)
+
+
+def one_pixel() -> dict[str, Any]:
+    """The window of a 1x1 convolution."""
+    return {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1}
+
+
 def _fields(weight: Weight, shift: np.ndarray, window: dict[str, Any]) -> dict[str, Any]:
     return {"weight": weight, "scale": np.ones(weight.shape[0]), "shift": shift, "window": window}
 
@@ -66,9 +113,8 @@ def row_by_row(site: Site, layer: Layer, shape: Shape, index: np.ndarray | None,
     """A linear layer of each row: of an image a 1x1 convolution."""
     if len(layer.shape) < 3:
         return site.layer(Linear, [layer], shape, index, **fields)
-    window = {"stride": [1, 1], "padding": [0] * 4, "dilation": [1, 1], "groups": 1}
     weight = fields["weight"].reshape((*fields["weight"].shape, 1, 1))
-    return site.layer(Conv2d, [layer], shape, index, window=window, **fields | {"weight": weight})
+    return site.layer(Conv2d, [layer], shape, index, window=one_pixel(), **fields | {"weight": weight})
 
 
 def by_rows(site: Site, x: Value, make: Make, channels: int) -> Value:
