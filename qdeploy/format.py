@@ -416,7 +416,8 @@ def _activation(document: Json, unnamed_at: str, member: str) -> Activation:
 
 
 class _Reader:
-    """Reads and checks the graph part by part, in the order of csrc/graph.cc: both name the same of several faults."""
+    """Reads and checks the graph part by part, in the order of csrc/graph.cc and csrc/member_reader.cc: both name the
+    same of several faults."""
 
     def __init__(self, tensors: dict[str, np.ndarray], version: int) -> None:
         self.tensors = tensors

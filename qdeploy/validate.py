@@ -1,4 +1,7 @@
-"""Which graphs are valid: the one definition, in Python, of docs/format.md section 3. csrc/graph.cc is the other."""
+"""Which graphs are valid: the one definition, in Python, of docs/format.md section 3.
+
+csrc/graph.cc and csrc/member_reader.cc are the other.
+"""
 
 from __future__ import annotations
 

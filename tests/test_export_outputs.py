@@ -87,28 +87,27 @@ def test_the_same_tensor_twice_is_two_outputs(path):
     assert np.array_equal(first, second) and [o["name"] for o in model.outputs] == ["output", "output#2"]
 
 
-def test_an_output_of_16_bits_keeps_them(path):
-    """What a norm reads as well is a stream of s16, which no table reads."""
+@pytest.mark.parametrize("behind_a_sum", [False, True])
+def test_an_output_of_16_bits_keeps_them(behind_a_sum, path):
+    """What a norm reads as well, or reads behind a sum, is a stream of s16, which no table reads."""
 
     class Stream(nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.first, self.norm, self.head = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(6, 8)
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
 
         def forward(self, x):
             stream = self.first(x)
-            return stream, self.head(self.norm(stream))
+            return stream, self.head(self.norm(stream + self.second(x) if behind_a_sum else stream))
 
     net, x = Stream().eval(), torch.randn(16, 5, 6, generator=torch.Generator().manual_seed(1))
     export(net, x[:1], path, x, fallback_bits=8)
     member = format.load(path).members[0]
-    assert [(node.op, member.tensors[node.output].dtype) for node in member.nodes] == [
-        ("linear", "s16"),
-        ("norm", "u8"),
-        ("linear", "f32"),
-        ("rescale", "f32"),
-    ]
+    nodes = [(node.op, member.tensors[node.output].dtype) for node in member.nodes]
+    linear = [("linear", "s16")] * (1 + behind_a_sum)
+    assert nodes == [*linear, ("norm", "u8"), ("linear", "f32"), ("rescale", "f32")]
     for got, want in zip(qdeploy.load_int_model(path)(x.numpy()), net(x), strict=True):
         close(got, want.detach().numpy())
 

@@ -159,17 +159,23 @@ def _streams(network: Network, bundle_of: dict[Layer, list[Layer]]) -> set[Layer
 
     8 bits of a residual stream that grows from block to block cost 30 dB.
     """
-    leads: set[Layer] = set()
+    leads = leading_to_norms(network)
     found: set[Layer] = set()
-    for layer in reversed(network.layers):
-        readers = network.users(layer)
-        if any(isinstance(x, (Norm, Position)) or x in leads and _passes(x, layer) for x in readers):
-            leads.add(layer)
     for bundle in {id(bundle): bundle for bundle in bundle_of.values()}.values():
         fits = all(_may_write(x) and all(_may_read(reader, x) for reader in network.users(x)) for x in bundle)
         if fits and any(layer in leads for layer in bundle):
             found.update(bundle)
     return found
+
+
+def leading_to_norms(network: Network) -> set[Layer]:
+    """The layers that a norm or a position reads, or reads what they lead to along a stream."""
+    leads: set[Layer] = set()
+    for layer in reversed(network.layers):
+        readers = network.users(layer)
+        if any(isinstance(x, (Norm, Position)) or x in leads and _passes(x, layer) for x in readers):
+            leads.add(layer)
+    return leads
 
 
 def _passes(reader: Layer, source: Layer) -> bool:

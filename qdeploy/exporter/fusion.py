@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qdeploy.exporter.calibrate import leading_to_norms
 from qdeploy.exporter.layers import (
     Add,
     Affine,
@@ -387,7 +388,7 @@ def _end_in_float(network: Network) -> None:
 def _from_codes(network: Network, layer: Layer) -> Layer:
     own = ("output", [layer], layer.shape, layer.value, layer.low, layer.high)
     real: Layer = Table(*own, function=lambda v: v)
-    if _leads_to_norm(network, layer):  # its codes may have 16 bits
+    if layer in leading_to_norms(network):  # its codes may have 16 bits, which no table reads
         real = Rescale(*own[:4], scale=np.ones(1), shift=np.zeros(1))
     network.layers.append(real)
     return real
