@@ -295,7 +295,7 @@ class UNet(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.onnx
 @pytest.mark.parametrize("front_end", ["torch", "onnx"])
 def test_a_decoder_is_exported_whole(front_end: str, path: Path):
     torch.manual_seed(0)
