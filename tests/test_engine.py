@@ -131,6 +131,38 @@ def test_forms_of_convolutions(path, form, graph, rng):
         assert_equals_reference(graph, batch(graph, 2, rng), path, batches=(2,), threads=(1, 3))
 
 
+def depth_to_space(net: Builder) -> None:
+    """Into a border, and from there on."""
+    parts = net.reshape(net.tokens(net.conv2d(0, 12)), (4 * 35, 3))
+    y, x = np.divmod(np.arange(4 * 35), 14)
+    pixels = net.gather(parts, "rows", (y // 2 * 7 + x // 2) * 4 + y % 2 * 2 + x % 2, (3, 10, 14))
+    net.conv2d(pixels, 5, (3, 3), padding=(1, 1, 1, 1), dtype="f32")
+
+
+def rows_between_borders(net: Builder) -> None:
+    """Runs that go beyond the end of a row, with zeros between them."""
+    a = net.conv2d(0, 6)
+    b = net.conv2d(a, 4, (3, 3), padding=(1, 0, 1, 2))
+    index = np.r_[3:20, -1, -1, 8, 8, 0:12, 34, 33]
+    c = net.conv2d(net.gather(a, "rows", index, (6, 5, 7)), 4, (3, 3), padding=(1, 0, 1, 2))
+    net.linear(net.reshape(net.add(b, c), (140,)), 5, dtype="f32")
+
+
+def reshapes_in_place(net: Builder) -> None:
+    """Of planes, of rows, and to a vector; one of them is read again."""
+    planes = net.reshape(net.conv2d(0, 4), (4, 7, 5))
+    rows = net.reshape(net.tokens(planes), (70, 2))
+    net.linear(net.add(net.reshape(rows, (140,)), net.reshape(planes, (140,))), 5, dtype="f32")
+
+
+@pytest.mark.parametrize("flow", [depth_to_space, rows_between_borders, reshapes_in_place])
+def test_moves_of_what_lies_together(path, flow):
+    net = Builder(np.random.default_rng(0), (6, 5, 7), (0.5, 9))
+    flow(net)
+    graph = Graph([net.member()])
+    assert_equals_reference(graph, batch(graph, 3, np.random.default_rng(1)), path)
+
+
 LAYERS = {  # name: input shape, arguments of conv2d
     "stem": ((3, 45, 37), {"out_channels": 64, "kernel": (7, 7), "stride": (2, 2), "padding": (3, 3, 3, 3)}),
     "pointwise": ((256, 14, 14), {"out_channels": 130}),

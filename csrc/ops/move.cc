@@ -113,12 +113,6 @@ void run_reshape(const StepRun& run) {
     int64_t element = first * of.size[1] * of.size[2];
     if (plane == 1 && order.stride[0] == 1) {  // a flatten: 25088 elements of VGG-16 took 126 us below
       uint8_t* flat = to + element;
-      if (of.size[1] * of.size[2] == 1 && of.stride[0] == 1) {  // of one pixel: all that is left of this image
-        const int64_t count = std::min(outer.end - i, of.size[0] - first);
-        memcpy(flat, from, count);
-        i += count - 1;
-        continue;
-      }
       for (int64_t y = 0; y < of.size[1]; ++y) {
         for (int64_t x = 0; x < of.size[2]; ++x) *flat++ = from[y * of.stride[1] + x * of.stride[2]];
       }

@@ -1,0 +1,111 @@
+"""Files that onnxruntime's `quantize_static` wrote, imported: how near our logits are to onnxruntime's, and our times
+beside those of onnxruntime and OpenVINO on the same file.
+
+    python bench/quantized_files.py [resnet18 resnet50 mobilenet_v2] [--reduce-range] [--images 256] [--rounds 5]
+
+Random weights, BatchNorm with the statistics of its data, QDQ, u8 activations, s8 weights per channel. onnxruntime is
+judged and timed in exact mode; its default and OpenVINO saturate without VNNI. `error` is the largest difference of a
+logit; `margin` that of onnxruntime's two largest logits where our class is another: up to twice `error` it says
+nothing. A margin of 0 are two classes with one code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from networks import float_net, images_for
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+import qdeploy
+from qdeploy import peers
+from qdeploy.terminal import columns
+
+NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
+BATCH = 8  # images that are judged at a time
+EXACT, DEFAULT, OPENVINO = "onnxruntime exact int8", "onnxruntime int8", "openvino int8"
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+class Reader(CalibrationDataReader):
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = iter(images)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(({"x": image[None]} for image in self.images), None)
+
+
+def quantized(name: str, folder: Path, reduce_range: bool) -> Path:
+    """The network as ONNX of opset 17, calibrated by the images that its BatchNorm saw."""
+    source, prepared, path = (folder / f"{part}.onnx" for part in ("float", "prepared", name))
+    options: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "N"}}}
+    images = images_for(name)
+    torch.onnx.export(float_net(name), (images[:1],), source, opset_version=17, dynamo=False, **options)
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(prepared, path, Reader(images.numpy()), per_channel=True, reduce_range=reduce_range, **types)
+    return path
+
+
+def exact(path: Path, threads: int) -> Run:
+    """onnxruntime without the saturation of its AVX2 kernels."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"x": images})[0]
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, str]:
+    second, first = np.sort(theirs, 1)[:, -2:].T
+    other = ours.argmax(1) != theirs.argmax(1)
+    return {
+        "correlation": f"{np.corrcoef(ours.ravel(), theirs.ravel())[0, 1]:.6f}",
+        "same class": f"{(~other).sum()}/{len(ours)}",
+        "error": f"{np.abs(ours - theirs).max():.3g}",
+        "margin": f"{(first - second)[other].max(initial=0):.3g}",
+    }
+
+
+def row(name: str, folder: Path, args: argparse.Namespace) -> dict[str, str]:
+    path, written = quantized(name, folder, args.reduce_range), folder / f"{name}.safetensors"
+    qdeploy.export(path, None, written)
+    model, of_onnxruntime = qdeploy.load_int_model(written, num_threads=args.threads), exact(path, args.threads)
+    size = images_for(name).shape[1:]
+    images = np.random.default_rng(2).standard_normal((args.images, *size)).astype(np.float32)
+    parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+    ours, theirs = (np.concatenate([run(part) for part in parts]) for run in (model, of_onnxruntime))
+    found = {"network": name} | agreement(ours, theirs)
+    one = images[:1]
+    others = {kind: peers.build(kind, str(path), one.shape, args.threads) for kind in (DEFAULT, OPENVINO)}
+    report = peers.measure(model, one, {EXACT: of_onnxruntime, **others}, args.rounds)
+    for timed in report["results"]:
+        ratio = "" if timed["ratio"] is None else f" ({timed['ratio']:.2f})"
+        found[f"{timed['runtime'].removesuffix(' int8')} ms"] = f"{timed['median_ms']:.2f}{ratio}"
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=NETWORKS, help=f"default: {' '.join(NETWORKS)}")
+    parser.add_argument("--reduce-range", action="store_true", help="weights of 7 bits")
+    parser.add_argument("--images", type=int, default=256, help="that are judged (default: 256)")
+    parser.add_argument("--rounds", type=int, default=5, help="of the timing of one image (default: 5)")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.networks:
+            print(columns([row(name, Path(folder), args)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
