@@ -61,7 +61,7 @@ def wheel(built: Path) -> Path:
 
 def test_sdist_holds_the_documents_and_the_tests(built: Path):
     source = built / "source"
-    for folder in ("bench", "csrc", "docs", "examples", "sweeps", "tests", "wheels"):
+    for folder in ("bench", "csrc", "docs", "examples", "include", "sweeps", "tests", "wheels"):
         here = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
         assert {name for name in here if "__pycache__" not in name.parts} == {
             path.relative_to(source) for path in (source / folder).rglob("*") if path.is_file()
