@@ -348,7 +348,7 @@ REFUSED = {
         lambda net, x: nn.functional.conv2d(
             x, torch.fake_quantize_per_channel_affine(net.conv.weight, net.inputs, net.zeros[:3], 1, -128, 127)
         ),
-        r"expected step sizes per output channel \(axis 0\) or per tensor, got axis 1 - at module `fake_",
+        r"expected step sizes per output channel \(axis 0\) or per tensor, got axis 1 - at module `conv2d`",
     ),
 }
 

@@ -12,6 +12,7 @@ from qdeploy.exporter.lowering.moved import (
     Moved,
     Value,
     arranged,
+    can_have_channels,
     has_channels,
     image,
     index_of,
@@ -69,7 +70,8 @@ def _joined(site: Site, tensors: list[Value], dim: int) -> Value:
     whole_sizes = list(index_of(tensors[0]).shape)
     whole_sizes[dim] = sum(index_of(x).shape[dim] for x in tensors)
     rank, images = len(whole_sizes), all(len(layer_of(x).shape) == 3 for x in tensors)
-    axis = 1 if all(has_channels(x, 1) for x in tensors) else rank - 1
+    pictures = images and rank == 4 and dim == 1 and all(can_have_channels(x, 1) for x in tensors)
+    axis = 1 if pictures or all(has_channels(x, 1) for x in tensors) else rank - 1
     by_channels = dim == axis
     pieces, placed, first = [], [], 0
     for x in tensors:

@@ -7,6 +7,7 @@ for the whole chain is made where something reads the result in a form of its ow
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,7 +125,9 @@ def _part(shape: Shape, row: np.ndarray, channels: int) -> Shape:
 def _by_dimension(site: Site, x: Moved) -> tuple[Layer, np.ndarray]:
     rank = x.index.ndim
     axes = [1, *range(rank - 1, 1, -1)] if len(x.layer.shape) == 3 else [*range(rank - 1, 0, -1)]
-    axis = next((axis for axis in axes if has_channels(x, axis)), axes[0])
+    whole = [axis for axis in axes if has_channels(x, axis)]
+    made = [axis for axis in axes if can_have_channels(x, axis)]
+    axis = next(iter((*whole, *made)), axes[0])
     lead = [size for i, size in enumerate(x.index.shape) if i not in (0, axis)]
     channels = x.index.shape[axis]
     shape: Shape = (math.prod(lead), channels)[-min(rank - 1, 2) :]
@@ -151,10 +154,20 @@ def plain(site: Site, x: Value) -> Layer:
 
 def has_channels(x: Value, axis: int) -> bool:
     """Whether dimension `axis` of the tensor is channels of the activation."""
+    return _is_made(x, axis, (_separated,))
+
+
+def can_have_channels(x: Value, axis: int) -> bool:
+    """Also by parts of rows, or by rows behind each other."""
+    return _is_made(x, axis, (_separated, _split, _merged))
+
+
+def _is_made(x: Value, axis: int, forms: Sequence[Callable[[np.ndarray, int], object]]) -> bool:
+    """Whether the tensor is, or one of these gathers makes it, an activation whose channels are dimension `axis`."""
     if isinstance(x, Layer):
         return axis == (1 if len(x.shape) != 2 else 2)
     found, channels = _by_rows(x, axis), channels_of(x.layer.shape)
-    return found is not None and any(form(found[0], channels) is not None for form in (_separated, _split, _merged))
+    return found is not None and any(form(found[0], channels) is not None for form in forms)
 
 
 def _by_rows(x: Value, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
