@@ -114,6 +114,17 @@ NETWORKS: dict[str, tuple[list, dict[str, Any]]] = {
         {"r": ints(0, 8, -1), "w": normal(8, 5)},
     ),  # fmt: skip
     "BatchNormalization": one("BatchNormalization", normal(8), normal(8), normal(8), POSITIVE),
+    "BatchNormalization of codes": (
+        [
+            ("DequantizeLinear", ["g", "gs", "gz"], "gain", {}),
+            ("DequantizeLinear", ["b", "bs"], "shift", {}),
+            ("BatchNormalization", ["x", "gain", "shift", "m", "v"], "y", {}),
+        ],
+        {
+            **{"g": np.arange(-4, 4, dtype=np.int8), "gs": np.float32(0.3), "gz": np.int8(1)},
+            **{"b": np.arange(8, dtype=np.int32), "bs": np.float32(0.1), "m": normal(8), "v": POSITIVE},
+        },
+    ),
     "InstanceNormalization": one("InstanceNormalization", normal(8), normal(8)),
     "Add a constant": one("Add", normal(8, 1, 1)),
     "Sub a constant": one("Sub", np.float32(0.3)),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.exporter.from_onnx.functions import FUNCTIONS
-from qdeploy.exporter.from_onnx.quantized import Coded, clip, offset
+from qdeploy.exporter.from_onnx.quantized import Coded, Stored, clip, offset
 from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.from_onnx.weighted import is_constant, real
 from qdeploy.exporter.from_onnx.windows import by_place
@@ -107,10 +107,15 @@ def function(site: Site, *operands: Any) -> Value:
     return elementwise.function(site, computed, *(x for x in operands if not is_constant(x)))
 
 
+def _numbers(site: Site, value: Any, what: str) -> np.ndarray:
+    """A constant in float64, which a file may hold as codes."""
+    return real(value if isinstance(value, Stored) else site.constant(value, what))
+
+
 def batch_norm(site: Site, x: Value, gamma: Any, beta: Any, mean: Any, variance: Any) -> Value:
     if site.integer("training_mode", 0) or not site.integer("spatial", 1):
         site.fail("BatchNormalization by running statistics of channels", "another one")
-    fields = [real(site.constant(value, "a parameter")).reshape(-1) for value in (gamma, beta, mean, variance)]
+    fields = [_numbers(site, value, "a parameter").reshape(-1) for value in (gamma, beta, mean, variance)]
     if any(values.size != sizes_of(x)[1] for values in fields):
         site.fail(f"parameters for {sizes_of(x)[1]} channels", f"{[values.size for values in fields]}")
     scale, shift, means, variances = fields
@@ -119,18 +124,18 @@ def batch_norm(site: Site, x: Value, gamma: Any, beta: Any, mean: Any, variance:
 
 def layer_norm(site: Site, x: Value, gain: Any, shift: Any = None) -> Value:
     dims = len(sizes_of(x)) - site.dimension(site.integer("axis", -1), len(sizes_of(x)))
-    own = [None if value is None else real(site.constant(value, "a gain")) for value in (gain, shift)]
+    own = [None if value is None else _numbers(site, value, "a gain") for value in (gain, shift)]
     return norms.layer_norm(site, x, dims, own[0], own[1], site.number("epsilon", 1e-5))
 
 
 def instance_norm(site: Site, x: Value, gain: Any, shift: Any) -> Value:
-    own = [real(site.constant(value, "a gain")).reshape(-1) for value in (gain, shift)]
+    own = [_numbers(site, value, "a gain").reshape(-1) for value in (gain, shift)]
     return norms.group_norm(site, x, sizes_of(x)[1], own[0], own[1], site.number("epsilon", 1e-5))
 
 
 def group_norm(site: Site, x: Value, gain: Any, shift: Any) -> Value:
     """The gain is by group up to opset 20, then by channel."""
     channels, groups = sizes_of(x)[1], site.integer("num_groups", 1)
-    own = [real(site.constant(value, "a gain")).reshape(-1) for value in (gain, shift)]
+    own = [_numbers(site, value, "a gain").reshape(-1) for value in (gain, shift)]
     own = [np.repeat(value, channels // groups) if value.size == groups else value for value in own]
     return norms.group_norm(site, x, groups, own[0], own[1], site.number("epsilon", 1e-5))
