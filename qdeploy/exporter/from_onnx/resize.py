@@ -21,6 +21,7 @@ ROUNDING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "floor": np.floor,
     "ceil": np.ceil,
 }
+COPIES = 4  # of a matrix while its weights become integers
 ONE = np.ones((1, 1), np.int64), 1.0  # of a dimension that stays, as windows.resize takes it
 
 
@@ -122,7 +123,7 @@ def _nearest(site: Site, axis: Axis) -> np.ndarray:
 
 def _by_matrices(site: Site, x: Value, axes: list[Axis], mode: str) -> Value:
     for axis in axes:
-        site.computes(axis.size * axis.target)
+        site.computes(COPIES * axis.size * axis.target)
     matrices = [(windows.in_bits(weights(site, axis, mode)), 2.0**-windows.RESIZE_BITS) for axis in axes]
     resized: Layer = windows.resize(site, image(site, x), *(*matrices, ONE)[:2])
     return resized if len(axes) == 2 else seen(resized, numbered(resized.shape)[..., 0])
@@ -164,7 +165,7 @@ def of_rows(site: Site, matrix: np.ndarray, x: Value) -> Layer:
     _, height, width = picture.shape
     if matrix.shape[1] != height:
         site.fail(f"a matrix for {height} rows of pixels", f"one for {matrix.shape[1]}")
-    site.computes(width**2)
+    site.computes(COPIES * (width**2 + matrix.size))
     return windows.resize(site, picture, _in_integers(matrix), (np.eye(width, dtype=np.int64), 1.0))
 
 
@@ -173,6 +174,7 @@ def of_columns(site: Site, rows: Resize, matrix: np.ndarray) -> Layer:
     _, height, width = rows.inputs[0].shape
     if matrix.shape[0] != width:
         site.fail(f"a matrix for {width} columns of pixels", f"one for {matrix.shape[0]}")
+    site.computes(COPIES * matrix.size)
     dense = np.zeros((rows.shape[1], height), np.int64)
     places = rows.rows.start[:, None] + np.arange(rows.rows.weight.shape[1])
     np.put_along_axis(dense, places, rows.rows.weight.astype(np.int64), 1)
@@ -185,6 +187,7 @@ def is_one(band: Band) -> bool:
 
 
 def _in_integers(matrix: np.ndarray) -> tuple[np.ndarray, float]:
+    matrix = matrix.astype(np.float64)
     if np.array_equal(matrix, np.rint(matrix)) and np.abs(matrix).max(initial=0) < 2**31:
         return matrix.astype(np.int64), 1.0
     return windows.in_bits(matrix), 2.0**-windows.RESIZE_BITS
