@@ -248,6 +248,20 @@ def test_a_reshape_before_the_last_real_numbers(op: str):
     assert ops(read_again(builder)) == ["avg_pool2d", "reshape", "table", op]
 
 
+def test_a_resize_is_two_products():
+    builder = Builder(np.random.default_rng(0), (3, 5, 4), (0.05, 120))
+    x = builder.resize(builder.conv2d(0, 3), (7, 6), (2, 3))
+    builder.resize(x, (1, 9), (7, 1), "f32")
+    assert ops(read_again(builder)) == ["conv2d", "resize", "resize"]
+
+
+def test_gathered_rows_keep_their_name():
+    builder = Builder(np.random.default_rng(0), (7, 5), (0.05, 120))
+    builder.linear(builder.gather(builder.linear(0, 4), "rows", [6, -1, 2, 2]), 3, dtype="f32")
+    member = read_again(builder)
+    assert [node.name for node in member.nodes] == [node.name for node in builder.nodes]
+
+
 def test_clamped_codes_beside_others_need_no_table():
     builder = Builder(np.random.default_rng(0), (3, 5, 4), (0.05, 120))
     a = builder.conv2d(0, 4, quantization=(0.1, 10), clamp=(10, 70))

@@ -104,7 +104,10 @@ def function(site: Site, *operands: Any) -> Value:
         own = iter(arrays)
         return np.asarray(target(site, *(next(own) if x is None else x for x in numbers)), np.float64)
 
-    return elementwise.function(site, computed, *(x for x in operands if not is_constant(x)))
+    activations = [x for x in operands if not is_constant(x)]
+    with np.errstate(all="ignore"):  # of inputs or attributes that the operator lacks it fails here, at its node
+        computed(*[np.zeros(1)] * len(activations))
+    return elementwise.function(site, computed, *activations)
 
 
 def _numbers(site: Site, value: Any, what: str) -> np.ndarray:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 OPSETS = range(7, 26)  # of the default domain
 MAX_OUTPUTS = 256
-MAX_EDGES = 4 * MAX_NODES  # a sum of several becomes as many nodes
 LARGEST = 2**31 - 1  # bytes of one protobuf message, and of all constants
 NOT_UTF8 = "expected names in UTF-8, got other bytes - at the model"
 REQUIRES = "expected the package onnx (pip install 'qdeploy[onnx]'), got none - at this Python environment"
@@ -152,9 +151,6 @@ def _check_model(proto: onnx.ModelProto) -> None:
         raise ExportError(f"expected opset {OPSETS[0]} to {OPSETS[-1]} of the default domain, got {got} - at the model")
     if len(graph.node) > MAX_NODES:
         raise ExportError(f"expected at most {MAX_NODES} nodes, got {len(graph.node)} - at the graph")
-    edges = sum(len(node.input) for node in graph.node)
-    if edges > MAX_EDGES:
-        raise ExportError(f"expected at most {MAX_EDGES} inputs of nodes, got {edges} - at the graph")
     if graph.sparse_initializer:
         raise ExportError("expected dense constants, got sparse ones - at the graph")
 

@@ -15,6 +15,7 @@ from qdeploy.errors import ExportError
 if TYPE_CHECKING:
     import onnx
 
+MOST_TERMS = 64  # of a sum, which becomes as many nodes
 MICROSOFT = "com.microsoft"
 OF_ONNX = ("QLinearConv", "QLinearMatMul", "Sum")  # the others are of com.microsoft
 
@@ -151,6 +152,9 @@ def _concat(pen: _Pen, sy: str, zy: str, *parts: str) -> None:
 
 
 def _sum(pen: _Pen, first: str, *others: str) -> None:
+    if len(others) >= MOST_TERMS:
+        got = len(others) + 1
+        raise ExportError(f"expected a sum of at most {MOST_TERMS} tensors, got one of {got} - at {_at(pen.node)}")
     for i, term in enumerate(others, 1):
         first = pen("Sum", [first, term], pen.output if i == len(others) else None, attributes=True)
     if not others:

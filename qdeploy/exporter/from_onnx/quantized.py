@@ -17,7 +17,7 @@ from qdeploy.exporter.from_onnx.site import Site
 from qdeploy.exporter.grid import Grid
 from qdeploy.exporter.layers import Layer, Quantize, QuantizedWeight, Table
 from qdeploy.exporter.lowering import elementwise, joined
-from qdeploy.exporter.lowering.moved import Value, plain, settled, sizes_of
+from qdeploy.exporter.lowering.moved import Value, plain, seen, settled, sizes_of
 
 CODES = {"uint8": (0, 255), "int8": (-128, 127), "uint4": (0, 15), "int4": (-8, 7), "uint2": (0, 3), "int2": (-2, 1)}
 OFFSETS = {"uint8": 0, "int8": 128}  # from codes of an activation to u8
@@ -197,9 +197,10 @@ def _rounded(site: Site, x: Coded) -> Value:
     """The layer `quantize`; a second one of the same tensor is the first."""
     key = (x.before, x.grid)
     if key not in site.state.quantized:
-        before = _reshaped(_named(site, x.source), x.before)
-        at = _named(site, x.name)
-        site.state.quantized[key] = elementwise.each(at, before, Quantize, grid=x.grid, origin="file")
+        moving = _named(site, x.source)
+        before = seen(*settled(moving, _reshaped(moving, x.before)))
+        rounding = _named(site, x.name)
+        site.state.quantized[key] = elementwise.each(rounding, before, Quantize, grid=x.grid, origin="file")
     return site.state.quantized[key]
 
 

@@ -1,4 +1,5 @@
-"""Resize, and Upsample, which it replaced: nearest moves elements, linear and cubic are products by two matrices."""
+"""Resize, and Upsample, which it replaced: nearest moves elements, linear and cubic are products by two matrices, as
+which to_onnx writes them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from qdeploy.exporter.elements import BATCH, numbered
 from qdeploy.exporter.from_onnx.site import Site
-from qdeploy.exporter.layers import Layer
+from qdeploy.exporter.layers import Band, Layer, Resize
 from qdeploy.exporter.lowering import windows
 from qdeploy.exporter.lowering.moved import Value, image, index_of, layer_of, seen, sizes_of
 
@@ -20,6 +21,7 @@ ROUNDING: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "floor": np.floor,
     "ceil": np.ceil,
 }
+COPIES = 4  # of a matrix while its weights become integers
 ONE = np.ones((1, 1), np.int64), 1.0  # of a dimension that stays, as windows.resize takes it
 
 
@@ -121,7 +123,7 @@ def _nearest(site: Site, axis: Axis) -> np.ndarray:
 
 def _by_matrices(site: Site, x: Value, axes: list[Axis], mode: str) -> Value:
     for axis in axes:
-        site.computes(axis.size * axis.target)
+        site.computes(COPIES * axis.size * axis.target)
     matrices = [(windows.in_bits(weights(site, axis, mode)), 2.0**-windows.RESIZE_BITS) for axis in axes]
     resized: Layer = windows.resize(site, image(site, x), *(*matrices, ONE)[:2])
     return resized if len(axes) == 2 else seen(resized, numbered(resized.shape)[..., 0])
@@ -152,3 +154,40 @@ def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
     far = ((a * distance - 5 * a) * distance + 8 * a) * distance - 4 * a
     return np.where(distance <= 1, near, far)
+
+
+# ---- Two products by matrices ----------------------------------------------------------------------------------------
+
+
+def of_rows(site: Site, matrix: np.ndarray, x: Value) -> Layer:
+    """A constant [OH, H] times an image."""
+    picture = image(site, x)
+    _, height, width = picture.shape
+    if matrix.shape[1] != height:
+        site.fail(f"a matrix for {height} rows of pixels", f"one for {matrix.shape[1]}")
+    site.computes(COPIES * (width**2 + matrix.size))
+    return windows.resize(site, picture, _in_integers(matrix), (np.eye(width, dtype=np.int64), 1.0))
+
+
+def of_columns(site: Site, rows: Resize, matrix: np.ndarray) -> Layer:
+    """The same image times a constant [W, OW]: one resize."""
+    _, height, width = rows.inputs[0].shape
+    if matrix.shape[0] != width:
+        site.fail(f"a matrix for {width} columns of pixels", f"one for {matrix.shape[0]}")
+    site.computes(COPIES * matrix.size)
+    dense = np.zeros((rows.shape[1], height), np.int64)
+    places = rows.rows.start[:, None] + np.arange(rows.rows.weight.shape[1])
+    np.put_along_axis(dense, places, rows.rows.weight.astype(np.int64), 1)
+    return windows.resize(site, rows.inputs[0], (dense, float(rows.scale[0])), _in_integers(matrix.T))
+
+
+def is_one(band: Band) -> bool:
+    """Whether its product is what it is multiplied by."""
+    return bool((band.weight == 1).all()) and np.array_equal(band.start, np.arange(len(band.start)))
+
+
+def _in_integers(matrix: np.ndarray) -> tuple[np.ndarray, float]:
+    matrix = matrix.astype(np.float64)
+    if np.array_equal(matrix, np.rint(matrix)) and np.abs(matrix).max(initial=0) < 2**31:
+        return matrix.astype(np.int64), 1.0
+    return windows.in_bits(matrix), 2.0**-windows.RESIZE_BITS

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from qdeploy.errors import ExportError
+from qdeploy.exporter.from_onnx import resize
 from qdeploy.exporter.from_onnx.quantized import Stored, parts, weight
 from qdeploy.exporter.from_onnx.site import MOST_COMPUTED, Site
-from qdeploy.exporter.layers import QuantizedWeight
+from qdeploy.exporter.layers import QuantizedWeight, Resize
 from qdeploy.exporter.lowering import elementwise, joined, weighted
 from qdeploy.exporter.lowering.moved import Value, sizes_of
 
@@ -145,6 +146,11 @@ def gemm(site: Site, a: Value, b: Any, c: Any = None) -> Value:
 
 
 def matmul(site: Site, a: Any, b: Any) -> Value:
+    """By a constant on the right; of images, a resize, by one on the left as well."""
+    if isinstance(a, np.ndarray) and a.ndim == 2 and not is_constant(b) and len(sizes_of(b)) == 4:
+        return resize.of_rows(site, a, b)
+    if isinstance(a, Resize) and resize.is_one(a.columns) and isinstance(b, np.ndarray) and b.ndim == 2:
+        return resize.of_columns(site, a, b)
     if is_constant(a) or not is_constant(b):
         site.fail("a product by a constant matrix on the right", "another")
     if _rank(b) != 2:
