@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from static_quantization import quantized_statically
 from targets import TRANSFORMERS
 
 import qdeploy
@@ -157,22 +158,16 @@ class FloatNetworks:
         return path
 
     def _onnxruntime_int8(self, name: str) -> Path:
-        from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+        from onnxruntime.quantization import QuantType, quantize_dynamic
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
-        class Reader(CalibrationDataReader):
-            inputs = iter(samples(name).numpy())
-
-            def get_next(self) -> dict[str, np.ndarray] | None:
-                return next(({"x": x[None]} for x in self.inputs), None)
-
         path, prepared = self.folder / f"{name}_int8.onnx", self.folder / f"{name}_prepared.onnx"
-        if not path.exists():
+        if not path.exists() and name in TRANSFORMERS:
             quant_pre_process(self._float32(name), prepared, skip_symbolic_shape=True)
-            if name in TRANSFORMERS:  # what it is for; it saturates, and its results depend on the batch
-                quantize_dynamic(prepared, path, weight_type=QuantType.QInt8, per_channel=True)
-            else:
-                quantize_static(prepared, path, Reader(), per_channel=True)
+            # What it is for; it saturates, and its results depend on the batch.
+            quantize_dynamic(prepared, path, weight_type=QuantType.QInt8, per_channel=True)
+        elif not path.exists():
+            quantized_statically(self._float32(name), path, (x[None] for x in samples(name).numpy()))
         return path
 
     def _openvino_int8(self, name: str) -> Path:

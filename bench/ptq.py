@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from static_quantization import quantized_statically
 
 import qdeploy
 from qdeploy.terminal import columns, note
@@ -99,19 +100,8 @@ def theirs(trained: Trained, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _by_onnxruntime(trained: Trained, path: Path, reduce_range: bool) -> Path:
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        batches = iter(np.array_split(trained.calibration, 8))
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(({"x": batch} for batch in self.batches), None)
-
-    prepared, out = path.with_name("prepared.onnx"), path.with_name(f"onnxruntime{reduce_range}.onnx")
-    quant_pre_process(path, prepared, skip_symbolic_shape=True)
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(prepared, out, Reader(), per_channel=True, reduce_range=reduce_range, **types)
+    out = path.with_name(f"onnxruntime{reduce_range}.onnx")
+    quantized_statically(path, out, np.array_split(trained.calibration, 8), reduce_range)
     return out
 
 

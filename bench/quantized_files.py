@@ -21,8 +21,7 @@ import numpy as np
 import onnxruntime
 import torch
 from networks import float_net, images_for
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from static_quantization import quantized_statically
 
 import qdeploy
 from qdeploy import peers
@@ -34,23 +33,13 @@ EXACT, DEFAULT, OPENVINO = "onnxruntime exact int8", "onnxruntime int8", "openvi
 Run = Callable[[np.ndarray], np.ndarray]
 
 
-class Reader(CalibrationDataReader):
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = iter(images)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(({"x": image[None]} for image in self.images), None)
-
-
 def quantized(name: str, folder: Path, reduce_range: bool) -> Path:
     """The network as ONNX of opset 17, calibrated by the images that its BatchNorm saw."""
-    source, prepared, path = (folder / f"{part}.onnx" for part in ("float", "prepared", name))
+    source, path = folder / "float.onnx", folder / f"{name}.onnx"
     options: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "N"}}}
     images = images_for(name)
     torch.onnx.export(float_net(name), (images[:1],), source, opset_version=17, dynamo=False, **options)
-    quant_pre_process(source, prepared, skip_symbolic_shape=True)
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(prepared, path, Reader(images.numpy()), per_channel=True, reduce_range=reduce_range, **types)
+    quantized_statically(source, path, (image[None] for image in images.numpy()), reduce_range)
     return path
 
 
