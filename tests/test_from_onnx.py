@@ -228,6 +228,15 @@ def test_an_average_pool_with_a_factor_by_number_of_elements():
     assert ops(read_again(builder)) == ["avg_pool2d", "avg_pool2d"]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_an_average_pool_whose_windows_all_hold_as_many_elements(seed: int):
+    """3 of 5: the factor of their mean, in float32, is read back to the same bits."""
+    builder = Builder(np.random.default_rng(seed), (3, 1, 3), (0.05, 120))
+    builder.avg_pool2d(0, (1, 5), (1, 1), (0, 0, 0, 2), dtype="f32")
+    builder.nodes[0].constants["multiplier"] *= np.random.default_rng(seed).normal(size=5).astype(np.float32)
+    assert ops(read_again(builder)) == ["avg_pool2d"]
+
+
 def test_a_max_pool_padded_by_more_than_its_kernel():
     builder = Builder(np.random.default_rng(0), (3, 5, 4), (0.05, 120))
     x = builder.max_pool2d(0, (2, 2), (2, 1), (2, 0, 2, 3), (3, 3))

@@ -28,19 +28,32 @@ def avg_pool2d(writer: Writer, node: Node, inputs: Sequence[Value], output: Acti
     """The mean of a window of n elements times n*m[n-1], which is one number but where borders are weighted apart."""
     x, multiplier = inputs[0], node.constants["multiplier"].astype(np.float64)
     size = int(np.prod(node.attributes["kernel"]))
-    with_padding = multiplier.size == 1
-    counts = np.full((1, 1), size) if with_padding else _counts(node, x)
-    per_mean = (multiplier if with_padding else multiplier[counts - 1]) * counts * (output.scale / x.tensor.scale)
+    counts = _counts(node, x)
+    with_padding = multiplier.size == 1 or np.ptp(counts) == 0
+    if with_padding:  # padding adds 0 to a sum, so that one number is for as many elements as the kernel has
+        multiplier, counts = multiplier[[0 if multiplier.size == 1 else counts[0, 0] - 1]], np.full((1, 1), size)
+    per_mean = _read_back(
+        multiplier if with_padding else multiplier[counts - 1], counts * output.scale / x.tensor.scale
+    )
     keys = {"kernel_shape": "kernel", "strides": "stride", "pads": "padding"}
     attributes: dict[str, Any] = {name: list(node.attributes[key]) for name, key in keys.items()}
     real = writer.add("AveragePool", [writer.real(x)], count_include_pad=int(with_padding), **attributes)
     if np.ptp(per_mean) > 1e-6 * np.abs(per_mean).max():
-        with np.errstate(over="ignore"):
-            factor = writer.constant(per_mean.astype(np.float32), "factor")
-        real = writer.add("Mul", [real, factor], "weighted")
+        real = writer.add("Mul", [real, writer.constant(per_mean.astype(np.float32), "factor")], "weighted")
     else:
         real = writer.scaled(real, per_mean[0, 0], "scaled")
     return writer.value(writer.shifted(real, node.attributes["bias"] - output.zero_point, output), node, output)
+
+
+def _read_back(multiplier: np.ndarray, ratio: np.ndarray) -> np.ndarray:
+    """The float32 numbers beside multiplier * ratio that give the multipliers again when they are divided by the ratio
+    and rounded, or else the nearest: so what is read back, and written again, is the same."""
+    with np.errstate(over="ignore"):
+        found = nearest = (multiplier * ratio).astype(np.float32)
+    for beside in (np.nextafter(nearest, np.float32(np.inf)), np.nextafter(nearest, np.float32(-np.inf))):
+        wrong = (found / ratio).astype(np.float32) != multiplier
+        found = np.where(wrong & ((beside / ratio).astype(np.float32) == multiplier), beside, found)
+    return found.astype(np.float64)
 
 
 def _counts(node: Node, x: Value) -> np.ndarray:
