@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def option(kinds: Iterable[str], *names: str, **how: Any) -> None:
         action = parser.add_argument(*names, **how)
-        where[action.dest] = (names[0], tuple(kinds))
+        where[action.dest] = (names[-1], tuple(kinds))
 
     where: dict[str, tuple[str, tuple[str, ...]]] = {}
     parser.set_defaults(where=where)
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "how the ranges of activations follow from calibration images: minmax (default), percentile or mse"
     option(any_source, "--observer", help=text)
     text = "bits of all weights that are in float, 2 to 8 (default: of a classifier 8; others are refused)"
-    option(any_source, "--bits", "--fallback-bits", dest="bits", type=between(2, 8), help=text)
+    option(any_source, "--fallback-bits", "--bits", dest="bits", type=between(2, 8), help=text)
     text = "how these weights are rounded: nearest (default), or obc (Optimal Brain Compression), for few bits"
     option(any_source, "--rounding", help=text)
     text = "do not add to each bias what rounding changes in the mean of a channel"
@@ -128,9 +128,16 @@ def _of_onnx(args: argparse.Namespace) -> ExportReport:
     if args.mean is not None or args.std is not None:
         preprocess = {"mean": args.mean or [0.0], "std": args.std or [1.0]}
     data = _calibration(args, preprocess is not None)
-    classes = None if args.classes is None else args.classes.read_text().splitlines()
+    classes = None if args.classes is None else _lines(args.classes)
     options = {**_rounding(args), "shape": args.shape, "preprocess": preprocess, "classes": classes}
     return exporter.export(args.sources[0], None, args.out, data, **options)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"expected names of classes in UTF-8, one a line, got other bytes - at {path}") from None
 
 
 def _rounding(args: argparse.Namespace) -> dict[str, Any]:

@@ -424,6 +424,21 @@ def test_the_command_calibrates_with_pictures(channels: int, tmp_path: Path, cap
     assert code == 2 and "expected a picture, got UnidentifiedImageError - at " in err and "broken.png" in err
 
 
+def test_names_of_classes_are_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    names = tmp_path / "names.txt"
+    names.write_bytes(b"caf\xe9\n")
+    code, _, err = run(capsys, "export", FILES / "resnet_ort_u8u8.onnx", "--out", tmp_path / "x", "--classes", names)
+    expected = f"expected names of classes in UTF-8, one a line, got other bytes - at {names}"
+    assert (code, err) == (2, f"qdeploy: error: {expected}\n")
+
+
+def test_bits_are_named_as_they_were_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, "export", FILES / "resnet_ort_u8u8.onnx", "--out", tmp_path / "x", "--bits", 9)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "qdeploy: error: expected at most 8, got 9 - at --bits\n"
+
+
 def test_the_command_calibrates_with_an_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model, data, out = tmp_path / "net.onnx", tmp_path / "x.npy", tmp_path / "net.safetensors"
     model.write_bytes(
