@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from qdeploy import format, reference
 from qdeploy.graph import COMBINE, Graph
 from qdeploy.kernels.ensemble import combine
-from qdeploy.kernels.lsq import lsq, lsq_backward, lsq_many
+from qdeploy.kernels.lsq import fake_quantize, lsq_backward, lsq_many
 from qdeploy.terminal import columns, percent
 from qdeploy.training import project_steps_, quantize_, quantizers
 
@@ -165,7 +165,7 @@ def lsq_speed(timer: Timer, case: LsqCase) -> Report:
     grad = timer.randn(*case.shape, dtype=dtype)
     report = Report(f"LSQ {case}")
     zero = torch.zeros(step.numel(), device=timer.device)
-    kinds = {OURS: lsq, EAGER: eager_lsq, COMPILED: compiled(eager_lsq), ATEN: partial(aten_lsq, zero)}
+    kinds = {OURS: fake_quantize, EAGER: eager_lsq, COMPILED: compiled(eager_lsq), ATEN: partial(aten_lsq, zero)}
 
     moved = 2 * value.nbytes
     runs: dict[str, Run] = {COPY: copy_of(timer, moved)} | {k: partial(f, value, step, *rest) for k, f in kinds.items()}
@@ -235,7 +235,7 @@ def all_weights(timer: Timer, shapes: Sequence[Sequence[int]]) -> Report:
 
     kinds: dict[str, Callable] = {
         OURS: lambda values, steps: lsq_many(values, steps, ranges, scales),
-        f"{OURS}, one by one": partial(one_by_one, lsq),
+        f"{OURS}, one by one": partial(one_by_one, fake_quantize),
         EAGER: partial(one_by_one, eager_lsq),
         COMPILED: compiled(partial(one_by_one, eager_lsq)),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ def check_int8(timer: Timer, graphs: Mapping[str, Graph], batches: Sequence[int]
         model = gpu.load(name, timer.device, format.dump(graph))
         for batch in batches:
             inputs = inputs_of(timer, graph, batch)
-            wrong = {kind: differing(model(*x), reference_of(graph, *x)) for kind, x in inputs.items()}
+            wrong = {kind: differing_outputs(model(*x), reference_of(graph, *x)) for kind, x in inputs.items()}
             report.check(f"{name}, batch {batch}", **wrong)
     return report
 
@@ -172,5 +173,11 @@ def inputs_of(timer: Timer, graph: Graph, batch: int) -> dict[str, tuple[Tensor,
     return {"float32": (images,), "uint8": (raw,)}
 
 
-def reference_of(graph: Graph, x: Tensor, mask: Tensor | None = None) -> np.ndarray:
+def differing_outputs(got: Tensor | list[Tensor], expected: np.ndarray | list[np.ndarray]) -> int:
+    """`differing` of the output, or of all where there are several."""
+    pairs = zip(got, expected, strict=True) if isinstance(got, list) else [(got, expected)]
+    return sum(starmap(differing, pairs))
+
+
+def reference_of(graph: Graph, x: Tensor, mask: Tensor | None = None) -> np.ndarray | list[np.ndarray]:
     return reference.run(graph, x.cpu().numpy(), mask=None if mask is None else mask.cpu().numpy())

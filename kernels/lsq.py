@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qdeploy.kernels.triton_lsq_many import Tables
 
 # qmin, qmax and grad_scale of many values
-Constants = tuple[Sequence[int], Sequence[int], Sequence[float]]
+Constants = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
 
 ONE, MANY = "triton_lsq", "triton_lsq_many"  # modules with kernels
 
@@ -75,6 +75,36 @@ def _rounded(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int) -> tu
     return value.float().div(s).clamp_(qmin, qmax).round_(), s
 
 
+def _quantized(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int) -> Tensor:
+    """`lsq` by the kernels of the device, where it has some for this value."""
+    if on_gpu(value):
+        _aligned(step, value, axis)
+        return _kernels(ONE).forward(value, step, qmin, qmax, axis)
+    if cpu_lsq.takes(value, step, axis):
+        _aligned(step, value, axis)
+        return cpu_lsq.forward(value, step, qmin, qmax)
+    codes, s = _rounded(value, step, qmin, qmax, axis)
+    return codes.mul_(s).to(value.dtype)
+
+
+def _gradients(
+    grad: Tensor, value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float
+) -> tuple[Tensor, Tensor]:
+    """`lsq_backward` likewise."""
+    if on_gpu(value):
+        return _kernels(ONE).backward(grad, value, step, qmin, qmax, axis, grad_scale)
+    if cpu_lsq.takes(value, step, axis):
+        return cpu_lsq.backward(grad, value, step, qmin, qmax, grad_scale)
+    x = value.float() / _aligned(step, value, axis)
+    inside = (x >= qmin) & (x <= qmax)
+    grad_value = torch.where(inside, grad, 0)
+    codes = x.clamp(qmin, qmax).round_()
+    terms = torch.where(inside, codes - x, codes).mul_(grad)
+    rest = [i for i in range(value.dim()) if i != axis]
+    total = terms.sum(dim=rest, dtype=torch.float64) if rest else terms.double()
+    return grad_value, total.mul_(grad_scale).to(step.dtype).reshape(step.shape)
+
+
 @torch.library.custom_op("qdeploy::lsq", mutates_args=())
 def lsq(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Tensor:
     """Fake-quantizes `value` with learned step sizes.
@@ -89,14 +119,7 @@ def lsq(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale
     Raises:
         InputError: the step sizes do not fit the value and the axis.
     """
-    if on_gpu(value):
-        _aligned(step, value, axis)
-        return _kernels(ONE).forward(value, step, qmin, qmax, axis)
-    if cpu_lsq.takes(value, step, axis):
-        _aligned(step, value, axis)
-        return cpu_lsq.forward(value, step, qmin, qmax)
-    codes, s = _rounded(value, step, qmin, qmax, axis)
-    return codes.mul_(s).to(value.dtype)
+    return _quantized(value, step, qmin, qmax, axis)
 
 
 @lsq.register_fake
@@ -110,19 +133,8 @@ def lsq_backward(
     grad: Tensor, value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `lsq` for `value` and `step`, given that of its result."""
-    s = _aligned(step, value, axis)
-    if on_gpu(value):
-        return _kernels(ONE).backward(grad, value, step, qmin, qmax, axis, grad_scale)
-    if cpu_lsq.takes(value, step, axis):
-        return cpu_lsq.backward(grad, value, step, qmin, qmax, grad_scale)
-    x = value.float() / s
-    inside = (x >= qmin) & (x <= qmax)
-    grad_value = torch.where(inside, grad, 0)
-    codes = x.clamp(qmin, qmax).round_()
-    terms = torch.where(inside, codes - x, codes).mul_(grad)
-    rest = [i for i in range(value.dim()) if i != axis]
-    total = terms.sum(dim=rest, dtype=torch.float64) if rest else terms.double()
-    return grad_value, total.mul_(grad_scale).to(step.dtype).reshape(step.shape)
+    _aligned(step, value, axis)
+    return _gradients(grad, value, step, qmin, qmax, axis, grad_scale)
 
 
 @lsq_backward.register_fake
@@ -171,24 +183,21 @@ lsq.register_autograd(_backward, setup_context=_save)
 lsq_backward.register_autograd(_second_backward, setup_context=_save_backward)
 
 
-class _OnCpu(torch.autograd.Function):
-    """`lsq` on a CPU, past the operator, whose two dispatches take 0.1 ms: as long as 100,000 weights."""
+class _Direct(torch.autograd.Function):
+    """`lsq` past the operator, whose two dispatches take 0.1 ms of a CPU, as long as 100,000 weights, and 0.6 ms of the
+    host of an H100."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, step: Tensor, *constants: Any) -> Tensor:
         ctx.constants = constants
         ctx.save_for_backward(value, step)
-        qmin, qmax, axis, _ = constants
-        _aligned(step, value, axis)
-        return cpu_lsq.forward(value, step, qmin, qmax)
+        return _quantized(value, step, *constants[:3])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        value, step = ctx.saved_tensors
-        qmin, qmax, axis, grad_scale = ctx.constants
-        if torch.is_grad_enabled():  # these gradients will be differentiated
-            return *lsq_backward(grad, value, step, qmin, qmax, axis, grad_scale), *[None] * 4
-        return *cpu_lsq.backward(grad, value, step, qmin, qmax, grad_scale), *[None] * 4
+        # With gradients enabled, these will be differentiated.
+        gradients = lsq_backward if torch.is_grad_enabled() else _gradients
+        return *gradients(grad, *ctx.saved_tensors, *ctx.constants), *[None] * 4
 
 
 def fake_quantize(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, grad_scale: float) -> Tensor:
@@ -198,9 +207,7 @@ def fake_quantize(value: Tensor, step: Tensor, qmin: int, qmax: int, axis: int, 
     if torch._C._are_functorch_transforms_active():  # which know operators of torch alone
         return _lsq_in_func(value, step, qmin, qmax, axis, grad_scale)
     plain = type(value) in _PLAIN and type(step) in _PLAIN and torch._C._len_torch_dispatch_stack() == 0
-    if plain and cpu_lsq.takes(value, step, axis):
-        return _OnCpu.apply(value, step, qmin, qmax, axis, grad_scale)
-    return lsq(value, step, qmin, qmax, axis, grad_scale)
+    return (_Direct.apply if plain else lsq)(value, step, qmin, qmax, axis, grad_scale)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # no fake tensors and the like, which are there to see the operator
@@ -241,7 +248,7 @@ def _lsq_many(
 ) -> Tensor:
     """`lsq_many` in a flat buffer."""
     kernels = _kernels(MANY)
-    return kernels.forward_many(kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales))))[0]
+    return kernels.forward_many(kernels.Tables(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales))))[0]
 
 
 @_lsq_many.register_fake
@@ -266,8 +273,8 @@ def _lsq_many_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of values and of step sizes in two flat buffers, the second without gaps."""
     kernels = _kernels(MANY)
-    tables = kernels.tables_of(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales)))
-    counters = torch.zeros(tables.groups, dtype=torch.int32, device=tables.device)
+    tables = kernels.Tables(values, steps, (tuple(qmins), tuple(qmaxs), tuple(grad_scales)))
+    counters = torch.zeros(tables.layout.groups, dtype=torch.int32, device=values[0].device)
     return kernels.backward_many(grads, values, tables, counters)
 
 
@@ -318,7 +325,7 @@ class _LsqMany(torch.autograd.Function):
             values, steps = _halves(tensors)
             flat, views = _lsq_many(values, steps, *constants), flat_views(values)[0]
         else:
-            (flat, ctx.counters), views = _kernels(MANY).forward_many(tables), tables.views
+            (flat, ctx.counters), views = _kernels(MANY).forward_many(tables), tables.layout.views
         return tuple([flat.as_strided(*view) for view in views])
 
     @staticmethod
@@ -331,7 +338,7 @@ class _LsqMany(torch.autograd.Function):
             views = flat_views(values)[0]
         else:
             of_values, of_steps = _kernels(MANY).backward_many(grads, values, tables, ctx.counters)
-            views = tables.views
+            views = tables.layout.views
         of_values = [of_values.as_strided(*view) for view in views]
         of_steps = of_steps.split([step.numel() for step in steps])
         of_steps = [grad if step.dim() else grad.reshape(()) for grad, step in zip(of_steps, steps, strict=True)]
@@ -371,7 +378,7 @@ def lsq_many(
         if tables is not None or (traced and one_launch(values, steps)):
             return list(_LsqMany.apply(tables, constants, *values, *steps))
     arguments = zip(values, steps, ranges, grad_scales, strict=True)
-    return [lsq(v, s, qmin, qmax, 0 if s.dim() else -1, scale) for v, s, (qmin, qmax), scale in arguments]
+    return [fake_quantize(v, s, qmin, qmax, 0 if s.dim() else -1, scale) for v, s, (qmin, qmax), scale in arguments]
 
 
 def one_launch(values: Sequence[Tensor], steps: Sequence[Tensor]) -> bool:

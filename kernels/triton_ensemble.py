@@ -16,6 +16,7 @@ from torch import Tensor
 from qdeploy.errors import InputError
 from qdeploy.graph import COMBINE
 from qdeploy.kernels.ensemble import check_logits
+from qdeploy.kernels.triton_math import cdiv, next_power_of_2
 
 LOG2_E = tl.constexpr(float.fromhex("0x1.715476p+0"))
 LN2_HIGH = tl.constexpr(float.fromhex("0x1.62e4p-1"))  # short, so that n * LN2_HIGH is exact
@@ -227,9 +228,9 @@ def _strides(logits: Tensor) -> tuple[int, int, int]:
 def _average_in_registers(logits: Tensor, rule: str, probabilities: Tensor, classes: Tensor) -> None:
     """`average` in one launch: a grid of programs that process one row, or several short ones, of all members."""
     members, rows, k = logits.shape
-    block_k = triton.next_power_of_2(k)
+    block_k = next_power_of_2(k)
     rows_per_program = max(1, 256 // block_k)  # 64 registers for 7 classes; twice as many rows take 118
-    _average_kernel[(triton.cdiv(rows, rows_per_program),)](
+    _average_kernel[(cdiv(rows, rows_per_program),)](
         logits,
         members,
         rows,
@@ -254,7 +255,7 @@ def _average_in_chunks(logits: Tensor, rule: str, probabilities: Tensor, classes
     these cheap, but cost three launches for every 16 MB or so, which take 5 to 8 us to read.
     """
     members, rows, k = logits.shape
-    grid = (rows, triton.cdiv(k, CHUNK))
+    grid = (rows, cdiv(k, CHUNK))
     softmaxes = members if rule == "probs" else 1
     options = {"K": k, "CHUNK": CHUNK, "num_warps": CHUNK // 256, "enable_fp_fusion": False}
 

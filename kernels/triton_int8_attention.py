@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qdeploy.kernels.triton_math import cdiv, next_power_of_2
 from qdeploy.kernels.triton_pixels import requantized
 
 
@@ -207,12 +208,12 @@ def attention(
     n, rows, _, out_stride = out.shape
     queries, keys = block or rows, block or k.shape[1]
     depth, width = (count // heads for count in channels)
-    block_d = min(max(triton.next_power_of_2(depth), 32), 128)
-    block_e = min(max(triton.next_power_of_2(width), 16), 64)
-    block_q = min(max(triton.next_power_of_2(queries), 16), 64)
-    padded = triton.cdiv(depth, block_d) * block_d
+    block_d = min(max(next_power_of_2(depth), 32), 128)
+    block_e = min(max(next_power_of_2(width), 16), 64)
+    block_q = min(max(next_power_of_2(queries), 16), 64)
+    padded = cdiv(depth, block_d) * block_d
     (zq, zk, zv), blocks = zero_points, rows // queries
-    tiles = triton.cdiv(queries, block_q) * triton.cdiv(width, block_e)
+    tiles = cdiv(queries, block_q) * cdiv(width, block_e)
     _attention_kernel[(tiles * n * blocks * heads,)](
         q,
         k,
@@ -249,7 +250,7 @@ def attention(
         REGIONS=regions is not None,
         D_BLOCKS=padded // block_d,
         BLOCK_Q=block_q,
-        BLOCK_K=min(max(triton.next_power_of_2(keys), 32), 64),
+        BLOCK_K=min(max(next_power_of_2(keys), 32), 64),
         BLOCK_D=block_d,
         BLOCK_E=block_e,
         enable_fp_fusion=False,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qdeploy.kernels.int8_tiles import Tile
 from qdeploy.kernels.int8_weights import PackedConv
+from qdeploy.kernels.triton_math import cdiv
 from qdeploy.kernels.triton_pixels import requantized
 
 
@@ -163,7 +164,7 @@ def conv(
     grid_n = tiles_n * packed.superblocks
     plain = (packed.kh, packed.kw, *stride, *padding) == (1, 1, 1, 1, 0, 0, 0, 0)
     pixels = n * oh * ow
-    _conv_kernel[(triton.cdiv(pixels, tile.block_m) * grid_n,)](
+    _conv_kernel[(cdiv(pixels, tile.block_m) * grid_n,)](
         x,
         packed.padding,
         packed.codes,

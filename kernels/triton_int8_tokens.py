@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qdeploy.kernels.triton_math import cdiv, next_power_of_2
 from qdeploy.kernels.triton_pixels import blocks_of, offsets, requantized
 
 
@@ -242,8 +243,8 @@ def mean(
 ) -> None:
     """Over the T rows of [N, T, 1, stride], or, with token ids, over `more` rows than the text has tokens."""
     n, count, _, x_stride = x.shape
-    block_c = min(triton.next_power_of_2(channels), 128)
-    _mean_kernel[(n * triton.cdiv(channels, block_c),)](
+    block_c = min(next_power_of_2(channels), 128)
+    _mean_kernel[(n * cdiv(channels, block_c),)](
         x,
         multiplier,
         x if ids is None else ids,
@@ -259,7 +260,7 @@ def mean(
         float(clamp[0]),
         float(clamp[1]),
         VARY=ids is not None,
-        BLOCK_T=min(triton.next_power_of_2(count), 32),
+        BLOCK_T=min(next_power_of_2(count), 32),
         BLOCK_C=block_c,
         enable_fp_fusion=False,
     )
@@ -278,9 +279,9 @@ def norm(
     n, h, w, x_stride = x.shape
     rows, channels = (h * w if groups else 1), multiplier.numel() // (groups or 1)
     sets = n * h * w // rows * (groups or 1)
-    block_e = min(triton.next_power_of_2(rows * channels), 1024)
-    block_s = min(triton.next_power_of_2(max(sets, 1)), max(1, 2048 // block_e))
-    _norm_kernel[(triton.cdiv(sets, block_s),)](
+    block_e = min(next_power_of_2(rows * channels), 1024)
+    block_s = min(next_power_of_2(max(sets, 1)), max(1, 2048 // block_e))
+    _norm_kernel[(cdiv(sets, block_s),)](
         x,
         multiplier,
         bias,

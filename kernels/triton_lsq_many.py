@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qdeploy.kernels.lsq import Constants, flat_views, one_launch
 from qdeploy.kernels.triton_lsq import OPTIONS, bits_of_float64, codes, float64_of_bits, gradients, laid_out_as
+from qdeploy.kernels.triton_math import cdiv
 
 PIECE = tl.constexpr(64)  # elements of a row; every convolution of ResNet-50 but the first has rows of whole pieces
 
@@ -160,13 +161,14 @@ def _backward_many(facts_ptr, blocks_ptr, grads_ptr, grad_value_ptr, partial_ptr
 def group_rows(rows: int, per_row: int, count: int) -> int:
     """The fewest rows, a power of two up to `count`, whose programs waste at most a tenth of their `count` pieces."""
     group = 1
-    while group < min(count, rows) and 10 * count * triton.cdiv(group * per_row, count) > 11 * group * per_row:
+    while group < min(count, rows) and 10 * count * cdiv(group * per_row, count) > 11 * group * per_row:
         group *= 2
     return group
 
 
-class Tables:
-    """What the kernels read about one list of tensors: rows of facts, and by program a tensor and its first piece."""
+class Layout:
+    """What the kernels read about one list of tensors but for their addresses: rows of facts, and on the device by
+    program a tensor and its first piece."""
 
     def __init__(self, values: Sequence[Tensor], steps: Sequence[Tensor], constants: Constants):
         facts, blocks = [], []
@@ -177,27 +179,37 @@ class Tables:
         ):
             rows, length = step.numel(), value.numel() // step.numel()
             aligned = length % 4 == 0 and value.data_ptr() % 16 == 0
-            count, per_row = 32 if aligned else 16, triton.cdiv(length, PIECE.value)
+            count, per_row = 32 if aligned else 16, cdiv(length, PIECE.value)
             group = group_rows(rows, per_row, count)
             facts.append(
-                [value.data_ptr(), step.data_ptr(), rows, length, aligned, *range_, view[2]]
+                [0, 0, rows, length, aligned, *range_, view[2]]
                 + [self.steps, self.partials, group, self.groups, bits_of_float64(scale)]
             )
             for start in range(0, rows, group):
                 end = min(start + group, rows)
                 blocks += [(i, piece) for piece in range(start * per_row, end * per_row, count)]
             self.steps += rows
-            self.partials += rows * (per_row if group > 1 else triton.cdiv(per_row, count))
-            self.groups += triton.cdiv(rows, group)
+            self.partials += rows * (per_row if group > 1 else cdiv(per_row, count))
+            self.groups += cdiv(rows, group)
         self.device = values[0].device
-        self.facts = _upload(facts, torch.int64, self.device)
+        self.facts = torch.tensor(facts, dtype=torch.int64, device="cpu")
         self.blocks = _upload(blocks, torch.int32, self.device)
+
+
+class Tables:
+    """A layout, and on the device its facts with the addresses of these tensors."""
+
+    def __init__(self, values: Sequence[Tensor], steps: Sequence[Tensor], constants: Constants):
+        self.layout = layout_of(values, steps, constants)
+        self._addresses = _addresses((*values, *steps))
+        facts = self.layout.facts.clone()
+        facts[:, [VALUE.value, STEP.value]] = torch.tensor(self._addresses, device="cpu").view(2, -1).T
+        self.facts = _upload(facts, torch.int64, self.layout.device)
         self._constants = constants
         self._layouts = [(weakref.ref(value), value.shape, value.stride()) for value in values]
-        self._addresses = _addresses((*values, *steps))
 
     def hold(self, values: Sequence[Tensor], steps: Sequence[Tensor], constants: Constants) -> bool:
-        """Are these the tensors that the tables describe? 75 us for 53 weights, where new tables take 4 ms."""
+        """Are these the tensors that the tables describe? 75 us for 53 weights."""
         layouts = zip(values, self._layouts, strict=True)
         return (
             self.point_to((*values, *steps))
@@ -226,9 +238,9 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _upload(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _upload(rows: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table on the device, by a copy that the host does not wait for."""
-    host = torch.tensor(rows, dtype=dtype, device="cpu")  # whatever the default device
+    host = torch.as_tensor(rows, dtype=dtype, device="cpu")  # whatever the default device
     if device.type == "cpu":
         return host
     host = host.pin_memory()
@@ -259,6 +271,14 @@ def _cached(
     return table
 
 
+def layout_of(values: Sequence[Tensor], steps: Sequence[Tensor], constants: Constants) -> Layout:
+    """The layout of such tensors; the same one again wherever they lie, as in a network of torch.compile, which copies
+    its weights to other memory in every update: a new one takes 4 ms for 53 weights."""
+    key = tuple([(v.shape, v.stride(), v.data_ptr() % 16 == 0, s.numel()) for v, s in zip(values, steps, strict=True)])
+    device = values[0].device
+    return _cached((device, constants, key), lambda: Layout(values, steps, constants), device)
+
+
 def tables_of(values: Sequence[Tensor], steps: Sequence[Tensor], constants: Constants) -> Tables | None:
     """Tables for these tensors; the same ones again as long as neither the tensors nor their memory change.
 
@@ -274,10 +294,11 @@ def tables_of(values: Sequence[Tensor], steps: Sequence[Tensor], constants: Cons
 
 def forward_many(tables: Tables) -> tuple[Tensor, Tensor]:
     """The flat buffer of `lsq_many`, and counters for its backward pass: 1-D grid of one program per block."""
-    with torch.cuda.device(tables.device.index if tables.device.type == "cuda" else -1):
-        flat = torch.empty(tables.size, device=tables.device)
-        counters = torch.empty(tables.groups, dtype=torch.int32, device=tables.device)
-        _forward_many[len(tables.blocks),](tables.facts, tables.blocks, flat, counters, **OPTIONS)
+    layout = tables.layout
+    with _on(layout.device):
+        flat = torch.empty(layout.size, device=layout.device)
+        counters = torch.empty(layout.groups, dtype=torch.int32, device=layout.device)
+        _forward_many[len(layout.blocks),](tables.facts, layout.blocks, flat, counters, **OPTIONS)
     return flat, counters
 
 
@@ -285,8 +306,8 @@ def backward_many(
     grads: Sequence[Tensor], values: Sequence[Tensor], tables: Tables, counters: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Flat buffers of the gradients of values and of step sizes. `counters` are zeros, int32 [groups], and stay so."""
-    device = tables.device
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+    layout, device = tables.layout, tables.layout.device
+    with _on(device):
         if _capturing():
             _of_graphs.append(tables)
         grads = [laid_out_as(grad, value) for grad, value in zip(grads, values, strict=True)]
@@ -295,8 +316,13 @@ def backward_many(
             grads = [grad if grad.data_ptr() % 16 == 0 else grad.clone() for grad in grads]
             addresses = _addresses(grads)
         grads_table = _cached(addresses, lambda: _upload(addresses, torch.int64, device), device)
-        grad_values, grad_steps = torch.empty(tables.size, device=device), torch.empty(tables.steps, device=device)
-        partials = torch.empty(tables.partials, dtype=torch.float64, device=device)
-        arguments = tables.facts, tables.blocks, grads_table, grad_values, partials, counters, grad_steps
-        _backward_many[len(tables.blocks),](*arguments, **OPTIONS)
+        grad_values, grad_steps = torch.empty(layout.size, device=device), torch.empty(layout.steps, device=device)
+        partials = torch.empty(layout.partials, dtype=torch.float64, device=device)
+        arguments = tables.facts, layout.blocks, grads_table, grad_values, partials, counters, grad_steps
+        _backward_many[len(layout.blocks),](*arguments, **OPTIONS)
     return grad_values, grad_steps
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    """Launches go to it; of a CPU, for the interpreter, to none."""
+    return torch.cuda.device(device.index if device.type == "cuda" else -1)

@@ -1,4 +1,5 @@
-"""Arithmetic that the Triton kernels share: no loads, no stores, every result to the last bit.
+"""Arithmetic that the Triton kernels share: no loads, no stores, every result to the last bit. And what sizes their
+grids on the host.
 
 Launch kernels that use it with `enable_fp_fusion=False`: a contracted multiplication and addition rounds once where
 the references round twice. Only `tl.fma` is one rounding, everywhere. Division is `tl.div_rn`: `/` on float32 compiles
@@ -37,3 +38,13 @@ def round_to_u8(v):
 def round_to_s16(v):
     """rint(v) as int16, for float32 within -32767..32767: the low 16 bits are those of the two's complement."""
     return ((v + 12582912.0).to(tl.int32, bitcast=True) & 0xFFFF).to(tl.int16)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. `triton.cdiv` runs as a Triton function: 8 us a call on the host of an H100, 7 calls an LSQ."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()

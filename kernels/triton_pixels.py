@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qdeploy.kernels.triton_math import clamp, round_to_s16, round_to_u8
+from qdeploy.kernels.triton_math import cdiv, clamp, next_power_of_2, round_to_s16, round_to_u8
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def requantized(result, low, high, dtype: tl.constexpr):
 
 def blocks_of(pixels: int, channels: int) -> tuple[tuple[int], dict]:
     """Grid and blocks of 4096 elements, 32 for each thread of 4 warps: up to 128 channels, more of few pixels."""
-    block_c = min(triton.next_power_of_2(channels), max(128, 4096 // triton.next_power_of_2(max(pixels, 1))))
+    block_c = min(next_power_of_2(channels), max(128, 4096 // next_power_of_2(max(pixels, 1))))
     block_p = 4096 // block_c
-    grid = (triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),)
+    grid = (cdiv(pixels, block_p) * cdiv(channels, block_c),)
     return grid, {"BLOCK_P": block_p, "BLOCK_C": block_c, "enable_fp_fusion": False}

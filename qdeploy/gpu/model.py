@@ -123,8 +123,8 @@ class GpuModel:
         """Run a batch of any size.
 
         images: on this device, float32 [N, C, H, W] (or [N, T, D] or [N, F]), or, where the file has `preprocess`,
-            uint8 [N, H, W, C]. float32 images are checked for NaN and infinity, which waits for the GPU; uint8 ones are
-            not, and the call returns as soon as the work is queued on the current stream.
+            uint8 [N, H, W, C]. float32 images are checked for NaN and infinity, and the call returns when the GPU has
+            read them; of uint8 ones as soon as the work is queued on the current stream.
         taps: names of nodes (of an ensemble "member/node") whose outputs are wanted as well.
         Returns new tensors on this device, as `qdeploy.Model` returns arrays.
         Raises InputError for any other dtype, shape or device, NaN or infinity, or an unknown tap.
@@ -238,9 +238,15 @@ class GpuModel:
         bad = torch.zeros(1, dtype=torch.int32, device=self.device)
         for program, target in zip(self._programs, codes, strict=True):
             program.quantize(images, target, bad)
+        if images.dtype != torch.float32:
+            return lambda: None
+        found = bad.to("cpu", non_blocking=True)  # `bad.item()` later would wait for all that was queued meanwhile
+        copied = torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
 
         def check() -> None:
-            if images.dtype == torch.float32 and bad.item():
+            if copied is not None:
+                copied.synchronize()
+            if found.item():
                 raise InputError("expected finite numbers, got NaN or infinity - at the input")
 
         return check

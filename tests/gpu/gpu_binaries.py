@@ -94,10 +94,10 @@ def lsq_variants() -> dict[str, Variant]:
         )
     values = [torch.empty(64, 3, 7, 7), torch.empty(512, 512, 3, 3), torch.empty(512, 512, 3, 3)]
     steps = [torch.empty(64), torch.empty(512), torch.empty(1)]
-    tables = Tables(values, steps, ([-64] * 3, [63] * 3, [0.1] * 3))
+    tables = Tables(values, steps, ((-64,) * 3, (63,) * 3, (0.1,) * 3))
     found["lsq_many"] = Variant(partial(forward_many, tables), {"_forward_many": WIDE})
     found["lsq_many backward"] = Variant(
-        partial(backward_many, values, values, tables, torch.zeros(tables.groups, dtype=torch.int32)),
+        partial(backward_many, values, values, tables, torch.zeros(tables.layout.groups, dtype=torch.int32)),
         {"_backward_many": WIDE},
     )
     return found
@@ -137,7 +137,7 @@ def int8_variants() -> dict[str, Variant]:
         f"int8 conv 3x3, residual, {'x'.join(map(str, tile[:3]))}": conv(
             (256, 256, 3, 3), 14, "copies16", *WIDE, residual=True, tile=tile
         )
-        for tile in TILES[:5]  # the others have fewer accumulators per thread
+        for tile in TILES[:7]  # the others have fewer accumulators per thread
     }
     found |= {
         f"int8 conv 1x1, s16 residual, {'x'.join(map(str, tile[:3]))}": conv(

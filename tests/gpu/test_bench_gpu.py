@@ -146,6 +146,7 @@ def test_checks(timer, small, on_cpu):
     checked(gpu_checks.check_weights(timer, [(4, 3, 3, 3), (5, 4, 1, 1)], runs=2))
     checked(gpu_checks.check_ensemble(timer, [(3, 2, 7)]))
     graphs = {"small": format.load(small[1]), "vision": vision(64, 8, 2, 3), "text": text(9, 8, 2, 11)}
+    graphs["two outputs"] = format.load(ROOT / "tests/data/v4/detector.safetensors")
     checked(gpu_checks.check_int8(timer, graphs, (1, 2)))
 
 

@@ -17,7 +17,7 @@ import qdeploy.kernels
 from qdeploy.errors import InputError
 from qdeploy.kernels import lsq as definition
 from qdeploy.kernels import triton_lsq, triton_lsq_many
-from qdeploy.kernels.lsq import lsq, lsq_many
+from qdeploy.kernels.lsq import flat_views, lsq, lsq_many
 
 # numpy reports what the interpreter computes with infinities and NaN
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
@@ -167,7 +167,8 @@ def test_partial_sums_of_any_number(a, channels, b, seed):
 def test_tiles_cover_tensors_of_any_size(shape, axis, dtype):
     value = torch.empty(shape, dtype=dtype, device="meta")
     axis = min(axis, len(shape) - 1)
-    (m, n_vec, channels, inner, tiles_n), tile = triton_lsq._geometry(value, axis)
+    place = value.shape, value.stride(), value.element_size()
+    (m, n_vec, channels, inner, tiles_n), tile = triton_lsq._geometry(*place, axis)
     vec, block_m, block_n = tile["VEC"], tile["BLOCK_M"], tile["BLOCK_N"]
     n = n_vec * vec
     assert m * n == value.numel()
@@ -263,6 +264,25 @@ def test_tables_follow_the_weights():
     assert torch.equal(second[1], lsq(values[1], steps[1], -64, 63, -1, 1.0))
     assert torch.equal(second[2], lsq(values[2], steps[2], -2, 1, 0, 1.0))
     assert torch.equal(third[1], lsq(values[1], steps[1], -4, 3, -1, 1.0))
+
+
+def test_weights_that_move_keep_their_layout():
+    """torch.compile copies the weights to other memory in every update: a new layout takes 4 ms, new addresses 0.1."""
+    values, steps, ranges, scales = three_weights()
+    constants = ([low for low, _ in ranges], [high for _, high in ranges], scales)
+    grads = [torch.randn_like(value) for value in values]
+    expected = torch.autograd.grad(lsq_many(values, steps, ranges, scales), values + steps, grads)
+    exact = [lsq(v, s, *limits, 0 if s.dim() else -1, 1.0) for v, s, limits in zip(values, steps, ranges, strict=True)]
+    triton_lsq_many._tables.clear()
+    with as_on_gpu(), mock.patch.object(triton_lsq_many, "Layout", side_effect=triton_lsq_many.Layout) as made:
+        for copies in [[value.detach().clone() for value in values] for _ in range(3)]:
+            flat = torch.ops.qdeploy.lsq_many(copies, steps, *constants)
+            of_values, of_steps = torch.ops.qdeploy.lsq_many_backward(grads, copies, steps, *constants)
+            for view, value, gradient in zip(flat_views(values)[0], exact, expected[:3], strict=True):
+                assert torch.equal(flat.as_strided(*view), value)
+                assert torch.equal(of_values.as_strided(*view), gradient)
+            torch.testing.assert_close(of_steps, torch.cat([g.reshape(-1) for g in expected[3:]]), rtol=1.2e-7, atol=0)
+    assert made.call_count == 1
 
 
 def test_gradients_in_any_layout():
