@@ -345,6 +345,21 @@ def test_a_function_before_the_last_reshape_needs_no_data():
     np.testing.assert_allclose(net(x), expected.reshape(3, -1), rtol=1e-6)
 
 
+def chain(op: str, count: int, *more: str) -> onnx.ModelProto:
+    names = ["x", *(f"a{i}" for i in range(count - 1)), "y"]
+    return network([(op, [a, *more], b, {}) for a, b in zip(names, names[1:], strict=False)], {})
+
+
+def test_a_thousand_functions_are_one_table(tmp_path: Path):
+    """More than Python has calls within calls."""
+    report = qdeploy.export(chain("Neg", 1200), None, tmp_path / "net.safetensors", images(4, (8, 9, 7)))
+    assert report.output_sqnr_db > 40
+    model = qdeploy.load_int_model(tmp_path / "net.safetensors")
+    assert [row["op"] for row in model.plan()] == ["table"]
+    with pytest.raises(ExportError, match="expected a function of one tensor, of some hundred sums .* at module `y`"):
+        qdeploy.export(chain("Add", 1200, "x"), None, tmp_path / "no.safetensors", images(4, (8, 9, 7)))
+
+
 def test_a_file_with_a_batch_of_its_own_takes_any(tmp_path: Path):
     nodes = [("Reshape", ["x", "r"], "a", {}), ("Gemm", ["a", "w"], "y", {})]
     model = network(nodes, {"r": ints(1, -1), "w": normal(504, 4)}, batch=1)

@@ -159,8 +159,12 @@ def _emit_table(node: Node, layer: Table | Quantize, inputs: list[Grid], out: Gr
     real = inputs[0].real(np.arange(256))
     if isinstance(layer, Table) and layer.by_channel:
         real = np.broadcast_to(real, (channels_of(layer.shape), 256))
-    with np.errstate(all="ignore"):  # what is infinite or no number is looked at below
-        values = np.broadcast_to(np.asarray(layer.function(real), np.float64), real.shape)
+    try:
+        with np.errstate(all="ignore"):  # what is infinite or no number is looked at below
+            values = np.broadcast_to(np.asarray(layer.function(real), np.float64), real.shape)
+    except RecursionError:  # sums of sums of functions of one tensor; chains are no calls within calls (Composed)
+        expected = "a function of one tensor, of some hundred sums and products at most"
+        raise ExportError(f"expected {expected}, got more - at module `{layer.name}`") from None
     reached = slice(inputs[0].low, inputs[0].high + 1)
     used = values[..., reached]
     if np.isnan(used).any() or is_float and np.isinf(used).any():

@@ -37,6 +37,7 @@ from qdeploy.exporter.layers import (
     Table,
     Tokens,
     Weighted,
+    composed,
     elementwise,
 )
 from qdeploy.exporter.moving import MOVES
@@ -256,7 +257,7 @@ def _merge_table(network: Network, layer: Layer) -> bool:
         return False
     if inner is None or outer is None or network.only_user(x) is not layer:
         return False
-    network.replace(layer, _table(layer, lambda v: outer(inner(v)), x.inputs, any(by_channel)))
+    network.replace(layer, _table(layer, composed(inner, outer), x.inputs, any(by_channel)))
     network.layers.remove(x)
     return True
 

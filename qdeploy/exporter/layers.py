@@ -21,6 +21,24 @@ from qdeploy.ops import OPS
 Function = Callable[[np.ndarray], np.ndarray]  # elementwise, float64 to float64
 
 
+@dataclass(frozen=True)
+class Composed:
+    """Functions one after the other. Calls within calls would end where Python's stack does, at some 900 of them."""
+
+    steps: tuple[Function, ...]
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        for function in self.steps:
+            values = function(values)
+        return values
+
+
+def composed(inner: Function, outer: Function) -> Composed:
+    """`outer(inner(x))`."""
+    parts = [one.steps if isinstance(one, Composed) else (one,) for one in (inner, outer)]
+    return Composed((*parts[0], *parts[1]))
+
+
 # ---- Weights ------------------------------------------------------------------------------------------------------
 
 

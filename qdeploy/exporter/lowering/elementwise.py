@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import takewhile, zip_longest
 from typing import Any, NoReturn
 
 import numpy as np
@@ -14,6 +15,7 @@ from qdeploy.exporter.layers import (
     Add,
     Affine,
     Clamp,
+    Composed,
     Function,
     Image,
     Layer,
@@ -207,26 +209,27 @@ def _table(site: Site, target: Callable[..., np.ndarray], index: np.ndarray | No
 
 def ancestor(layers: list[Layer]) -> Layer | None:
     """The nearest tensor of which all these are elementwise functions."""
-    chains = [_ancestry(layer) for layer in layers]
-    return next((layer for layer in chains[0] if all(layer in chain for chain in chains)), None)
+    ways = [_ancestry(layer) for layer in layers]
+    seen: list[set[Layer]] = [set() for _ in ways]
+    for step in zip_longest(*ways):  # side by side: of a chain of a thousand functions only as much as it takes
+        for layer, known in zip(step, seen, strict=True):
+            known.add(layer)
+        for layer in step:
+            if layer is not None and all(layer in known for known in seen):
+                return layer
+    return None
 
 
-def _ancestry(layer: Layer) -> list[Layer]:
+def _ancestry(layer: Layer) -> Iterator[Layer]:
     """The layer and the tensors that it is an elementwise function of, nearest first."""
-    chain = [layer]
-    while elementwise(chain[-1]) is not None:
-        chain.append(chain[-1].inputs[0])
-    return chain
+    yield layer
+    while elementwise(layer) is not None:
+        layer = layer.inputs[0]
+        yield layer
 
 
 def _path(root: Layer, layer: Layer) -> Function:
     """The function that leads from `root` to `layer`."""
-    chain = _ancestry(layer)
-    functions = [function for step in chain[: chain.index(root)] if (function := elementwise(step))]
-
-    def composed(v: np.ndarray) -> np.ndarray:
-        for function in reversed(functions):
-            v = function(v)
-        return v
-
-    return composed
+    steps = takewhile(lambda step: step is not root, _ancestry(layer))
+    functions = [function for step in steps if (function := elementwise(step))]
+    return Composed(tuple(reversed(functions)))
