@@ -1,12 +1,13 @@
 """Files that onnxruntime's `quantize_static` wrote, imported: how near our logits are to onnxruntime's, and our times
 beside those of onnxruntime and OpenVINO on the same file.
 
-    python bench/quantized_files.py [resnet18 resnet50 mobilenet_v2] [--reduce-range] [--images 256] [--rounds 5]
+    python bench/quantized_files.py [resnet18 resnet50 runs/mobilenet_v2/seed0] [--reduce-range] [--images 256]
 
-Random weights, BatchNorm with the statistics of its data, QDQ, u8 activations, s8 weights per channel. onnxruntime is
-judged and timed in exact mode; its default and OpenVINO saturate without VNNI. `error` is the largest difference of a
-logit; `margin` that of onnxruntime's two largest logits where our class is another: up to twice `error` it says
-nothing. A margin of 0 are two classes with one code.
+A name of `qdeploy train` has random weights, and BatchNorm the statistics of its data; the folder of a finished run in
+float32 has its own weights and images of its held-out domain. QDQ, u8 activations, s8 weights per channel.
+onnxruntime is judged and timed in exact mode; its default and OpenVINO saturate without VNNI. `error` is the largest
+difference of a logit; `margin` that of onnxruntime's two largest logits where our class is another: up to twice `error`
+it says nothing. A margin of 0 are two classes with one code.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 import torch
 from networks import float_net, images_for
+from ptq import Trained
 from static_quantization import quantized_statically
+from torch import nn
 
 import qdeploy
 from qdeploy import peers
@@ -33,13 +36,31 @@ EXACT, DEFAULT, OPENVINO = "onnxruntime exact int8", "onnxruntime int8", "openvi
 Run = Callable[[np.ndarray], np.ndarray]
 
 
-def quantized(name: str, folder: Path, reduce_range: bool) -> Path:
-    """The network as ONNX of opset 17, calibrated by the images that its BatchNorm saw."""
-    source, path = folder / "float.onnx", folder / f"{name}.onnx"
+class Network(NamedTuple):
+    """In float32, with what calibrates it and what it is judged on, f32 [N, C, H, W]."""
+
+    net: nn.Module
+    calibration: np.ndarray
+    images: np.ndarray
+
+
+def network(name: str, count: int) -> Network:
+    if Path(name).is_dir():
+        trained = Trained(Path(name))
+        chosen = np.linspace(0, len(trained.images) - 1, count, dtype=np.int64)  # of all classes
+        return Network(trained.net, trained.calibration, trained.images[chosen])
+    seen_by_batch_norm = images_for(name).numpy()
+    images = np.random.default_rng(2).standard_normal((count, *seen_by_batch_norm.shape[1:])).astype(np.float32)
+    return Network(float_net(name), seen_by_batch_norm, images)
+
+
+def quantized(one: Network, folder: Path, reduce_range: bool) -> Path:
+    """The network as ONNX of opset 17."""
+    source, path = folder / "float.onnx", folder / "net.onnx"
     options: dict[str, Any] = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "N"}}}
-    images = images_for(name)
-    torch.onnx.export(float_net(name), (images[:1],), source, opset_version=17, dynamo=False, **options)
-    quantized_statically(source, path, (image[None] for image in images.numpy()), reduce_range)
+    example = torch.from_numpy(one.images[:1])
+    torch.onnx.export(one.net, (example,), source, opset_version=17, dynamo=False, **options)
+    quantized_statically(source, path, (image[None] for image in one.calibration), reduce_range)
     return path
 
 
@@ -65,11 +86,10 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> dict[str, str]:
 
 
 def row(name: str, folder: Path, args: argparse.Namespace) -> dict[str, str]:
-    path, written = quantized(name, folder, args.reduce_range), folder / f"{name}.safetensors"
+    source = network(name, args.images)
+    path, written, images = quantized(source, folder, args.reduce_range), folder / "net.safetensors", source.images
     qdeploy.export(path, None, written)
     model, of_onnxruntime = qdeploy.load_int_model(written, num_threads=args.threads), exact(path, args.threads)
-    size = images_for(name).shape[1:]
-    images = np.random.default_rng(2).standard_normal((args.images, *size)).astype(np.float32)
     parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
     ours, theirs = (np.concatenate([run(part) for part in parts]) for run in (model, of_onnxruntime))
     found = {"network": name} | agreement(ours, theirs)
@@ -84,7 +104,7 @@ def row(name: str, folder: Path, args: argparse.Namespace) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=NETWORKS, help=f"default: {' '.join(NETWORKS)}")
+    parser.add_argument("networks", nargs="*", default=NETWORKS, help=f"or runs (default: {' '.join(NETWORKS)})")
     parser.add_argument("--reduce-range", action="store_true", help="weights of 7 bits")
     parser.add_argument("--images", type=int, default=256, help="that are judged (default: 256)")
     parser.add_argument("--rounds", type=int, default=5, help="of the timing of one image (default: 5)")

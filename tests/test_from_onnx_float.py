@@ -330,6 +330,20 @@ def test_a_resize_that_is_refused(attributes: dict[str, Any], sizes: tuple[int, 
         lower(network(*one("Resize", None, None, ints(*sizes), **attributes), opset=19))
 
 
+@pytest.mark.parametrize(
+    ("op", "gains", "attributes", "text"),
+    [
+        ("InstanceNormalization", 9, {}, "expected a gain and a shift for each of 8 channels, got 9"),
+        ("GroupNormalization", 72, {"num_groups": 4}, "expected a gain and a shift for each of 8 channels, got 72"),
+        ("GroupNormalization", 8, {"num_groups": 3}, "expected groups that divide 8 channels, got 3"),
+        ("GroupNormalization", 8, {"num_groups": 0}, "expected groups that divide 8 channels, got 0"),
+    ],
+)
+def test_a_norm_of_other_channels_is_refused(op: str, gains: int, attributes: dict[str, int], text: str):
+    with pytest.raises(ExportError, match=text):
+        lower(network(*one(op, normal(gains), normal(gains), **attributes), opset=21))
+
+
 def test_a_function_before_the_last_reshape_needs_no_data():
     """Of a file that rounds all before it: what the function returns is not rounded."""
     nodes = [

@@ -140,5 +140,5 @@ def group_norm(site: Site, x: Value, gain: Any, shift: Any) -> Value:
     """The gain is by group up to opset 20, then by channel."""
     channels, groups = sizes_of(x)[1], site.integer("num_groups", 1)
     own = [_numbers(site, value, "a gain").reshape(-1) for value in (gain, shift)]
-    own = [np.repeat(value, channels // groups) if value.size == groups else value for value in own]
+    own = [np.repeat(value, channels // groups) if value.size == groups and groups else value for value in own]
     return norms.group_norm(site, x, groups, own[0], own[1], site.number("epsilon", 1e-5))

@@ -24,7 +24,7 @@ def layer_norm(site: Site, x: Value, dims: int, weight: Gain, bias: Gain, epsilo
         return _whole(site, x, sizes, weight, bias, epsilon)
     channels = sizes[0]
     _check(site, channels)
-    fields = _gain(channels, weight, bias) | {"groups": None, "epsilon": epsilon}
+    fields = _gain(site, channels, weight, bias) | {"groups": None, "epsilon": epsilon}
 
     def make(layer: Layer, shape: Shape, index: np.ndarray | None) -> Layer:
         return site.layer(Norm, [layer], shape, index, **fields)
@@ -42,18 +42,24 @@ def _whole(site: Site, x: Value, sizes: list[int], weight: Gain, bias: Gain, eps
 
 def group_norm(site: Site, x: Value, groups: int, weight: Gain, bias: Gain, epsilon: float) -> Value:
     layer = image(site, x)
+    if groups < 1 or layer.shape[0] % groups:
+        site.fail(f"groups that divide {layer.shape[0]} channels", str(groups))
     _check(site, math.prod(layer.shape) // groups)
     index = numbered(layer.shape)[..., 0] if len(sizes_of(x)) == 3 else None
-    gain = _gain(layer.shape[0], weight, bias)
+    gain = _gain(site, layer.shape[0], weight, bias)
     normed = site.layer(Norm, [layer], layer.shape, index, groups=groups, epsilon=epsilon, **gain)
     return seen(normed, index)
 
 
-def _gain(channels: int, weight: Gain, bias: Gain) -> dict[str, np.ndarray]:
-    return {
-        "scale": np.ones(channels) if weight is None else weight,
-        "shift": np.zeros(channels) if bias is None else bias,
-    }
+def _gain(site: Site, channels: int, weight: Gain, bias: Gain) -> dict[str, np.ndarray]:
+    """Of each channel, in a file maybe one number for all."""
+    found = {}
+    for name, values, default in (("scale", weight, 1.0), ("shift", bias, 0.0)):
+        values = np.full(1, default) if values is None else values.reshape(-1)
+        if values.size not in (1, channels):
+            site.fail(f"a gain and a shift for each of {channels} channels", str(values.size))
+        found[name] = np.broadcast_to(values, channels).copy()
+    return found
 
 
 def _check(site: Site, count: int) -> None:
