@@ -14,13 +14,18 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry, fontManager
 
 ROOT = Path(__file__).resolve().parent.parent
 INK = "#7a828a"  # of text and axes: a contrast of 4 and more on white and on the black of a dark page
+# matplotlib's own: a system may have another edition of the same name, whose letters have other numbers.
+FONT = "DejaVu Sans of matplotlib"
+OWN = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+fontManager.ttflist.append(FontEntry(fname=OWN, name=FONT, size="scalable"))
 STYLE = {
     "svg.hashsalt": "qdeploy",  # else ids are random
     "svg.fonttype": "path",  # the same letters whatever fonts a reader has
-    "font.family": "DejaVu Sans",  # matplotlib brings it along
+    "font.family": FONT,
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
