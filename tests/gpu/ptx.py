@@ -428,6 +428,11 @@ def _permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return result
 
 
+def _bits_set(a: np.ndarray) -> np.ndarray:
+    """popc"""
+    return np.unpackbits(np.ascontiguousarray(a)[..., None].view(np.uint8), axis=-1).sum(-1, dtype=np.uint32)
+
+
 def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     if a.dtype != np.float32:
         raise PtxError("fma of another type than f32")
@@ -479,6 +484,7 @@ ARITHMETIC = {
     "sqrt": (np.sqrt, "t", "t"),
     "neg": (np.negative, "t", "t"),
     "not": (np.invert, "t", "t"),
+    "popc": (_bits_set, "t", "u32"),
     "and": (np.bitwise_and, "tt", "t"),
     "or": (np.bitwise_or, "tt", "t"),
     "xor": (np.bitwise_xor, "tt", "t"),
