@@ -40,7 +40,10 @@ class Engine:
     def __init__(self, python: str, path: Path, isa: str) -> None:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         # Not from this folder: it would find the checkout before what is installed.
-        self._process = subprocess.Popen([python, "-c", WORKER, path, isa], cwd=path.parent, text=True, **pipes)
+        try:
+            self._process = subprocess.Popen([python, "-c", WORKER, path, isa], cwd=path.parent, text=True, **pipes)
+        except OSError as error:
+            sys.exit(f"expected a Python with qdeploy, got: {error.strerror} - at {python}")
         self._line()
 
     def nanoseconds(self) -> int:

@@ -110,6 +110,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of the timing of one image (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="default: 1")
     args = parser.parse_args()
+    for name in args.networks:
+        if name not in NETWORKS and not Path(name).is_dir():
+            parser.error(f"expected {', '.join(NETWORKS)} or the folder of a finished run, got {name}")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         for name in args.networks:
