@@ -184,8 +184,7 @@ lsq_backward.register_autograd(_second_backward, setup_context=_save_backward)
 
 
 class _Direct(torch.autograd.Function):
-    """`lsq` past the operator, whose two dispatches take 0.1 ms of a CPU, as long as 100,000 weights, and 0.6 ms of the
-    host of an H100."""
+    """`lsq` past the operator, whose two dispatches take 0.1 ms of a CPU, as long as 100,000 weights."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, step: Tensor, *constants: Any) -> Tensor:
