@@ -181,4 +181,10 @@ std::vector<int64_t> int_array(const Json& object, const char* key, size_t min_s
   return result;
 }
 
+std::array<uint8_t, 2> clamp_member(const Json& object, const char* key, const std::string& where) {
+  const std::vector<int64_t> clamp = int_array(object, key, 2, 2, 0, 255, where);
+  require(clamp[0] <= clamp[1], "clamp [lo, hi] with lo <= hi", shape_text(clamp), where);
+  return {static_cast<uint8_t>(clamp[0]), static_cast<uint8_t>(clamp[1])};
+}
+
 }  // namespace qdeploy

@@ -1,5 +1,6 @@
 // JSON from a stranger: bounded depth, no duplicate keys, and typed access whose errors name the place.
 #pragma once
+#include <array>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
@@ -25,6 +26,8 @@ float number_member(const Json& object, const char* key, const std::string& wher
 std::vector<float> number_array(const Json& object, const char* key, size_t size, const std::string& where);
 std::vector<int64_t> int_array(const Json& object, const char* key, size_t min_size, size_t max_size, int64_t min,
                                int64_t max, const std::string& where);
+// The key that holds [lo, hi], codes of u8 with lo <= hi.
+std::array<uint8_t, 2> clamp_member(const Json& object, const char* key, const std::string& where);
 const Json& array_member(const Json& object, const char* key, size_t max_size, const std::string& where);
 
 // A name reaches terminals and other tools: 1 to 512 bytes, no control characters.

@@ -29,13 +29,16 @@ std::string known_types(const TypeList& types, int version) {
 
 bool holds(const Types& types, Dtype type) { return std::find(types.begin(), types.end(), type) != types.end(); }
 
-// The keys that a node has: those of its op, clamp where it rounds to u8, residual_multiplier where it has a residual.
-std::set<std::string> keys_of(const Node& node, const Tensor& output) {
+// The keys that a node has: those of its op, clamp where it rounds to u8, residual_multiplier where it has a residual,
+// and there those of inner codes, all or none.
+std::set<std::string> keys_of(const Json& json, const Node& node, const Tensor& output) {
   std::set<std::string> keys = node.op->keys;
   keys.insert({"op", "name", "inputs", "output"});
   if (output.is_tokens()) keys.insert(node.op->token_keys.begin(), node.op->token_keys.end());
   if (has_clamp(node, output)) keys.insert("clamp");
-  if (node.has_residual) keys.insert("residual_multiplier");
+  if (!node.has_residual) return keys;
+  keys.insert("residual_multiplier");
+  if (json.contains("inner_clamp")) keys.insert({"inner_clamp", "inner_multiplier", "inner_bias"});
   return keys;
 }
 
@@ -195,7 +198,7 @@ Node MemberReader::read_node(const Json& json) {
           std::to_string(file_.version()), where);
   read_operands(json, where, &node);
   const Tensor& output = member_.tensors[node.output];
-  require_keys(json, keys_of(node, output), where);
+  require_keys(json, keys_of(json, node, output), where);
   NodeSource source = {*node.op, json, file_, constants_, where, {}, output, node.has_residual, graph_.vocabulary};
   for (const int input : node.inputs) source.inputs.push_back(&member_.tensors[input]);
   node.data = node.op->read(source);
@@ -231,10 +234,9 @@ void MemberReader::read_operands(const Json& json, const std::string& where, Nod
 }
 
 void MemberReader::read_clamp(const Json& json, const std::string& where, Node* node) const {
-  const std::vector<int64_t> clamp = int_array(json, "clamp", 2, 2, 0, 255, where);
-  require(clamp[0] <= clamp[1], "clamp [lo, hi] with lo <= hi", shape_text(clamp), where);
-  node->qmin = static_cast<uint8_t>(clamp[0]);
-  node->qmax = static_cast<uint8_t>(clamp[1]);
+  const std::array<uint8_t, 2> clamp = clamp_member(json, "clamp", where);
+  node->qmin = clamp[0];
+  node->qmax = clamp[1];
 }
 
 void MemberReader::require_same_grid(const Node& node, const std::string& where) const {

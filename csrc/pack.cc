@@ -192,11 +192,12 @@ Sums sums_of(const int8_t* codes, int64_t count) {
 
 // Checks that no result can leave the range that the kernels convert exactly.
 void require_bounded_channel(const Layer& layer, int64_t channel, const Sums& sums) {
-  const double largest = 255.0 * sums.magnitudes * std::fabs(layer.data.multiplier->values[channel]) +
-                         std::fabs(layer.data.bias->values[channel]) +
-                         (layer.residual && layer.residual->type == Dtype::s16 ? 32767.0 : 255.0) *
-                             std::fabs(layer.data.residual_multiplier);
-  require_bounded(largest, layer.out.is_f32(), layer.where, channel);
+  const ConvData& data = layer.data;
+  const double largest =
+      255.0 * sums.magnitudes * std::fabs(data.multiplier->values[channel]) + std::fabs(data.bias->values[channel]);
+  if (data.inner) return require_bounded(largest, false, layer.where, channel);
+  const double residual = (is_s16(layer.residual) ? 32767.0 : 255.0) * std::fabs(data.residual_multiplier);
+  require_bounded(largest + residual, layer.out.is_f32(), layer.where, channel);
 }
 
 // Where the sums of its codes allow that, the constants of every channel.
@@ -466,7 +467,7 @@ auto key_of(const ConvData& data, const Activation& in, const Activation& out, c
   return std::make_tuple(data.codes, data.bits, data.channels(), data.groups, window.kernel[0], window.kernel[1],
                          window.stride[0], window.stride[1], window.dilation[0], window.dilation[1], in.c, in.row_pitch,
                          in.zero_point, out.type, residual ? residual->type : Dtype::i32, data.multiplier, data.bias,
-                         data.residual_multiplier);
+                         data.residual_multiplier, data.inner.has_value());
 }
 
 // What the panels follow from: all but the strides of the image and the constants. The kernel follows from the codes.

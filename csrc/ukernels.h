@@ -24,7 +24,7 @@ enum class Dtype : int32_t { u8, s16, s8, f32, i32 };  // i32: token ids, which 
 // lie at a constant stride, the strips anywhere. acc[p][n] = comp[n] + sum over cells t, bytes i < k of
 //     (a[tile.a[s] + p*a_stride + cell_offset[t] + i] - a_offset) * w[t][i][n]
 // then r = fma(float(acc), multiplier[n], bias[n]), with a residual r = fma(float(residual), residual_multiplier, r).
-// c = clamp(rint(r), qmin, qmax) as u8, clamp(rint(r), -32767, 32767) as s16, or r itself as f32; with codes of 16 bits
+// To inner codes the residual is added as `add` does it. c = clamp(rint(r), qmin, qmax) as u8, clamp(rint(r), -32767, 32767) as s16, or r itself as f32; with codes of 16 bits
 // |r| is below 2^30. comp = (a_offset - zero_point) * sum of the channel's codes, so that the kernel's own a_offset (0,
 // or 128 where it needs signed activations) never shows in acc.
 //
@@ -34,6 +34,13 @@ enum class Dtype : int32_t { u8, s16, s8, f32, i32 };  // i32: token ids, which 
 // consists of quads, four neighbouring bytes each. Bytes beyond the real channels meet zero weights. comp, multiplier
 // and bias hold nr entries, zeros beyond the real channels.
 enum class WeightFormat : int32_t { s8x4, s16x2 };
+
+// What a residual is added to where that is not r itself but its codes t = min(max(rint(r), qmin), qmax):
+// r = fma(t, multiplier, fma(float(residual), residual_multiplier, bias)). Of -0 and 0 the maximum is 0.
+struct InnerCodes {
+  float qmin, qmax;  // integers in 0..255
+  float multiplier, bias;
+};
 
 struct ConvTile {
   uint32_t a[2];         // first pixel of each strip, cell offset not included
@@ -60,6 +67,7 @@ struct ConvParams {
   Dtype residual_type;   // u8 or s16
   ptrdiff_t residual_stride;
   float residual_multiplier;
+  const InnerCodes* inner;  // null: none. Only with a residual
   uint8_t qmin, qmax;
   const void* prefetch;  // the panel that will be needed next; a hint, any address
   size_t prefetch_bytes;
@@ -154,6 +162,7 @@ struct WinogradOutput {  // one patch under one panel
   const uint8_t* residual;  // null: none. May be the very memory of c
   ptrdiff_t residual_row_stride, residual_stride;
   float residual_multiplier;
+  const InnerCodes* inner;  // as in ConvParams
   uint8_t qmin, qmax;
 };
 using WinogradOutputFn = void (*)(const WinogradOutput* params);

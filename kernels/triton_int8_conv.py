@@ -16,14 +16,25 @@ Activations are those of triton_pixels.py.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qdeploy.kernels.int8_tiles import Tile
 from qdeploy.kernels.int8_weights import PackedConv
-from qdeploy.kernels.triton_math import cdiv
+from qdeploy.kernels.triton_math import cdiv, clamp, round_half_even
 from qdeploy.kernels.triton_pixels import requantized
+
+
+class InnerCodes(NamedTuple):
+    """What a residual is added to: rint(r) within [low, high], by `multiplier`, and `bias`."""
+
+    low: float
+    high: float
+    multiplier: float
+    bias: float
 
 
 @triton.jit
@@ -64,6 +75,10 @@ def _conv_kernel(
     tiles_n,  # tiles of a superblock
     grid_n,  # tiles of all superblocks
     residual_multiplier,
+    inner_low,
+    inner_high,
+    inner_multiplier,
+    inner_bias,
     low,
     high,
     KH: tl.constexpr,
@@ -72,6 +87,7 @@ def _conv_kernel(
     POINTWISE: tl.constexpr,  # 1x1, stride 1, no padding: pixel m of the output is pixel m of x
     PADDED: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    INNER: tl.constexpr,  # the residual is added to inner codes
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -131,9 +147,13 @@ def _conv_kernel(
     channel = superblock * out_superblock + local
     mask = mask_m[:, None] & ((local < out_superblock) & (channel < outputs))[None, :]
     if RESIDUAL:
-        q = tl.load(residual_ptr + m[:, None] * residual_stride + channel[None, :], mask=mask, other=0)
-        factor = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + residual_multiplier
-        result = tl.fma(q.to(tl.float32), factor, result)
+        q = tl.load(residual_ptr + m[:, None] * residual_stride + channel[None, :], mask=mask, other=0).to(tl.float32)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if INNER:
+            codes = round_half_even(clamp(result, inner_low, inner_high))
+            result = tl.fma(codes, zeros + inner_multiplier, tl.fma(q, zeros + residual_multiplier, zeros + inner_bias))
+        else:
+            result = tl.fma(q, zeros + residual_multiplier, result)
     value = requantized(result, low, high, out_ptr.dtype.element_ty)
     tl.store(out_ptr + m[:, None] * out_stride + channel[None, :], value, mask=mask)
 
@@ -150,11 +170,12 @@ def conv(
     clamp: tuple[int, int] = (0, 255),
     residual: Tensor | None = None,
     residual_multiplier: float = 0.0,
+    inner: InnerCodes | None = None,
 ) -> None:
     """Convolution or linear layer (then H = W = 1) with its requantization.
 
     x: u8 [N, H, W, stride]; out: u8, s16 (clamped) or f32 [N, OH, OW, stride].
-    residual: u8 or s16 [N, OH, OW, stride], or None.
+    residual: u8 or s16 [N, OH, OW, stride], or None; inner: the codes to which it is added, None where it is numbers.
     padding: top, left, bottom, right.
     """
     n, h, w, x_stride = x.shape
@@ -192,6 +213,7 @@ def conv(
         tiles_n,
         grid_n,
         residual_multiplier,
+        *(inner or InnerCodes(0.0, 0.0, 0.0, 0.0)),
         float(clamp[0]),
         float(clamp[1]),
         KH=packed.kh,
@@ -200,6 +222,7 @@ def conv(
         POINTWISE=plain and not packed.flat,
         PADDED=any(padding),
         RESIDUAL=residual is not None,
+        INNER=inner is not None,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

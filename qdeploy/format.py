@@ -225,7 +225,7 @@ def _member_json(index: int, member: Member, tensors: dict[str, np.ndarray]) -> 
             else:
                 result[key] = constant(f"{node.name}/{key}", value)
         result |= dict.fromkeys(absent_constants(node))
-        types = OPS[node.op].attribute_types(node, member.tensors[node.output])
+        types = OPS[node.op].attribute_types(node, member.tensors[node.output], node.attributes)
         return result | {key: _attribute_json(value, types[key]) for key, value in node.attributes.items()}
 
     table = member.preprocess_table

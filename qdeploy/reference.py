@@ -149,13 +149,21 @@ def windows(x: np.ndarray, node: Node, kernel: tuple[int, int], dilation: tuple[
 
 
 def requantize(acc: np.ndarray, node: Node, residual: list[np.ndarray]) -> np.ndarray:
-    """r = fma(float(acc), m, b), then with a residual r = fma(float(residual), m_res, r)."""
+    """r = fma(float(acc), m, b), then with a residual r = fma(float(residual), m_res, r).
+
+    Inner codes t of r are added as `add` does it: r = fma(float(t), m_t, fma(float(residual), m_res, b_t)).
+    """
     shape = (-1, 1, 1) if acc.ndim == 4 else (-1,)  # of an image channels are axis 1, else the last
     m, b = (node.constants[key].reshape(shape) for key in ("multiplier", "bias"))
     r = fma32(to_f32(acc), m, b)
-    for q in residual:  # one or none
-        r = fma32(q.reshape(acc.shape).astype(np.float32), np.float32(node.attributes["residual_multiplier"]), r)
-    return r
+    if not residual:
+        return r
+    q, factor = residual[0].reshape(acc.shape).astype(np.float32), np.float32(node.attributes["residual_multiplier"])
+    if "inner_clamp" not in node.attributes:
+        return fma32(q, factor, r)
+    t = np.clip(np.rint(r), *node.attributes["inner_clamp"]).astype(np.uint8).astype(np.float32)
+    m, b = (np.float32(node.attributes[key]) for key in ("inner_multiplier", "inner_bias"))
+    return fma32(t, m, fma32(q, factor, b))
 
 
 # Sums of codes are taken in f64, because BLAS is fast there. They are exact in any order: every partial sum is an

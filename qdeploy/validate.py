@@ -41,7 +41,7 @@ from qdeploy.graph import (
     Shape,
 )
 from qdeploy.ops import OPS
-from qdeploy.ops.op import Rows, known_dtypes
+from qdeploy.ops.op import Rows, check_clamp, known_dtypes
 
 MIN_SCALE, MAX_SCALE = 2.0**-126, 2.0**126  # so that 1/scale is a normal f32 as well
 NEWEST = max(SEVERAL_OUTPUTS, *(op.version for op in OPS.values()))
@@ -230,7 +230,7 @@ class MemberCheck:
         expect(output not in self.written, "an output that nothing wrote before", f"tensor {output}", at)
         dtype, known = self.tensors[output].dtype, known_dtypes(op.writes, version)
         expect(dtype in known, f"a {alternatives(known)} output", dtype, at)
-        check_keys(keys, (*op.attribute_types(node, self.tensors[output]), *op.constants), at)
+        check_keys(keys, (*op.attribute_types(node, self.tensors[output], keys), *op.constants), at)
 
     def node(self, node: Node) -> None:
         """The rest of a node whose operands are valid; it counts as written from now on."""
@@ -239,8 +239,7 @@ class MemberCheck:
         expect(op.has_weight or node.bits is None, f"no bits of {node.op}", node.bits, at)
         op.check(node, inputs, output, at, self.facts)
         if "clamp" in node.attributes:
-            clamp = integers(node.attributes["clamp"], 2, 2, 0, 255, key_of("clamp", at))
-            expect(clamp[0] <= clamp[1], "clamp [lo, hi] with lo <= hi", shape_text(clamp), at)
+            check_clamp(node, "clamp", at)
         if op.same_grid:
             self._same_grid(node, inputs, output)
         expect(node.name not in self.names, "unique names", f"{quoted(node.name)} twice", f"the nodes of {self.at}")

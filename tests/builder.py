@@ -215,6 +215,7 @@ class Builder:
         *,
         bits: int = 8,
         residual: int | None = None,
+        inner: bool = False,
         dtype: str = "u8",
         clamp: tuple[int, int] = (0, 255),
         exact: bool = False,
@@ -223,18 +224,26 @@ class Builder:
         quantization: Quantization | None = None,
         flat: bool = False,
     ) -> int:
-        """`size` multiplies the constants of an f32 output; `flat` declares its shape [C, 1, 1] as [C]."""
+        """`size` multiplies the constants of an f32 output; `flat` declares its shape [C, 1, 1] as [C].
+
+        inner: the residual is added to inner codes.
+        """
         weight = self._codes(shape, bits, codes)
         typical = 75.0 * np.sqrt((weight.reshape(shape[0], -1).astype(np.float64) ** 2).sum(axis=1)) + 1
         factor = np.float32(size if dtype == "f32" else self._gain(dtype))
         constants = {
             "weight": weight,
-            "multiplier": self._factor(typical, shape[0], exact) * factor,
-            "bias": self._offset(shape[0], exact) * factor,
+            "multiplier": self._factor(typical, shape[0], exact) * (1 if inner else factor),
+            "bias": self._offset(shape[0], exact) * (1 if inner else factor),
         }
         if residual is not None:
             typical = self._typical(residual, "u8")
             attributes["residual_multiplier"] = float(self._factor(typical, 1, exact)[0] * factor)
+        if inner:
+            bounds = [0, 255] if self.rng.random() < 0.5 else self.rng.choice(256, 2).tolist()
+            attributes["inner_clamp"] = sorted(bounds)
+            attributes["inner_multiplier"] = float(self._factor(150.0, 1, exact)[0] * factor)
+            attributes["inner_bias"] = float((self._offset(1, exact)[0] - np.float32(150)) * factor)
         inputs = [x] if residual is None else [x, residual]
         return self._node(op, inputs, attributes, constants, dtype, clamp, quantization, bits=bits, flat=flat)
 
@@ -400,6 +409,23 @@ def detector(seed: int) -> Graph:
     scores = net.linear(pooled, 5, dtype="f32", bits=4, size=0.01)
     net.linear(pooled, 3)  # that nobody reads
     return Graph([net.member(outputs=[scores, finer, features, boxes, mask])])
+
+
+def sums(seed: int) -> Graph:
+    """Inner codes in every form of a convolution, beside residuals of 8 and of 16 bits, in codes and in numbers."""
+    net = Builder(np.random.default_rng(seed), (8, 9, 7), (0.02, 120))
+    same: dict = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+    x = net.conv2d(0, 32, **same)
+    x = net.conv2d(x, 32, residual=x, inner=True, bits=5)
+    x = net.conv2d(x, 32, **same, residual=x, inner=True)
+    x = net.conv2d(x, 32, **same, groups=32, residual=x, inner=True)
+    x = net.conv2d(x, 32, **same, groups=4, residual=x, inner=True, clamp=(10, 250))
+    stream = net.conv2d(x, 32, residual=x, inner=True, dtype="s16")
+    x = net.conv2d(x, 32, **same, groups=32, residual=stream, inner=True)
+    x = net.conv2d(x, 32, **same, residual=stream, inner=True, bits=3)
+    x = net.reshape(net.avg_pool2d(x, (9, 7), (1, 1), (0, 0, 0, 0)), (32,))
+    net.linear(x, 5, residual=net.linear(x, 5), inner=True, dtype="f32", bits=4)
+    return Graph([net.member()])
 
 
 def small_detector() -> Graph:

@@ -18,6 +18,7 @@ from qdeploy.graph import COMBINE, SEVERAL_OUTPUTS, Graph
 from qdeploy.ops import OPS
 from qdeploy.ops.elementwise import TABLE_BY_CHANNEL
 from qdeploy.ops.op import channels_of, known_dtypes, rows_of
+from qdeploy.ops.weighted import INNER_CODES
 
 MAX_MACS = 3_000_000  # of one drawn node and image
 CHANNELS = st.one_of(st.sampled_from([1, 2, 3, 4, 8, 16, 31, 32, 33, 63, 64, 65]), st.integers(1, 70))
@@ -73,7 +74,8 @@ def texts(draw: st.DrawFn) -> Graph:
         if draw(st.booleans()):
             q, k, v = (net.linear(y, width) for _ in range(3))
             y = net.attention(q, k, v, heads, logit_bias=draw(st.booleans()), spread=draw(SPREADS), clamp=_clamp(draw))
-        x = net.linear(net.table(y), width, residual=x, dtype=draw(CODES), bits=draw(st.integers(2, 8)))
+        sums = {"residual": x, "inner": draw(st.booleans()), "dtype": draw(CODES)}
+        x = net.linear(net.table(y), width, bits=draw(st.integers(2, 8)), **sums)
     last = draw(st.sampled_from(["rows", "mean", "first"]))
     if last == "mean":
         x = net.mean(x, clamp=_clamp(draw))
@@ -102,6 +104,7 @@ def winograd_graphs(draw: st.DrawFn) -> Graph:
         conv |= _common(draw, "u8")
         if draw(st.booleans()):
             conv["residual"] = builder.conv2d(x, **conv)
+            conv["inner"] = draw(st.booleans())
         if i == nodes - 1 and draw(st.booleans()):
             conv |= {"dtype": "f32"}
         x = builder.conv2d(x, **conv)
@@ -154,16 +157,20 @@ def _grow(draw: st.DrawFn, builder: Builder, nodes: int, version: int) -> int:
             builder.table(x, by_channel=True)
             continue
         dtypes = [dtype for dtype in known_dtypes(OPS[op].writes, version) if dtype != "f32"]
-        if len(dtypes) > 1 and OPS[op].requantized:
-            DRAW[op](draw, builder, x, draw(st.sampled_from(dtypes)))
-        else:
-            DRAW[op](draw, builder, x)
+        dtype = [draw(st.sampled_from(dtypes))] if len(dtypes) > 1 and OPS[op].requantized else []
+        DRAW[op](draw, builder, x, *dtype, **_inner(draw, op, version))
     return len(builder.tensors) - 1
 
 
 def _last_node(draw: st.DrawFn, builder: Builder, x: int, version: int, dtype: str) -> int:
     ops = [op for op in _ops_for(builder, x, version) if OPS[op].may_be_f32]
-    return DRAW[draw(st.sampled_from(ops))](draw, builder, x, dtype)
+    op = draw(st.sampled_from(ops))
+    return DRAW[op](draw, builder, x, dtype, **_inner(draw, op, version))
+
+
+def _inner(draw: st.DrawFn, op: str, version: int) -> dict[str, bool]:
+    """Whether inner codes are added to a residual, if there is one."""
+    return {"inner": draw(st.booleans())} if OPS[op].residual and version >= INNER_CODES else {}
 
 
 def _several_outputs(draw: st.DrawFn, builder: Builder, version: int) -> list[int]:
@@ -200,7 +207,7 @@ def _common(draw: st.DrawFn, dtype: str) -> dict:
     }
 
 
-def _conv2d(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
+def _conv2d(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8", inner: bool = False) -> int:
     channels, *size = builder.shape(x)
     divisors = [d for d in range(1, channels + 1) if channels % d == 0]
     groups = draw(st.sampled_from([1, 1, 1, channels, channels, *divisors]))
@@ -217,16 +224,18 @@ def _conv2d(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int
         last = builder.nodes[-1]
         candidates = _alike(builder, builder.shape(last.output))
         conv["residual"] = draw(st.sampled_from(candidates))
+        conv["inner"] = inner
     if dtype == "f32":
         conv["size"] = draw(st.sampled_from([1.0, 2.0**-140, 2.0**80]))
     return builder.conv2d(x, **conv)
 
 
-def _linear(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:
+def _linear(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8", inner: bool = False) -> int:
     features = draw(CHANNELS)
     candidates = _alike(builder, (*builder.shape(x)[:-1], features))
     residual = draw(st.sampled_from(candidates)) if candidates else None
-    return builder.linear(x, features, residual=residual, **_common(draw, dtype))
+    added = {} if residual is None else {"residual": residual, "inner": inner}
+    return builder.linear(x, features, **added, **_common(draw, dtype))
 
 
 def _add(draw: st.DrawFn, builder: Builder, x: int, dtype: str = "u8") -> int:

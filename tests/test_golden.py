@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builder import arrays, batch, detector, text_batch
+from builder import arrays, batch, detector, sums, text_batch
 from forms import FORMS, conv_form
 
 import qdeploy
@@ -17,8 +17,9 @@ from qdeploy import _engine, format, reference
 
 DATA = Path(__file__).parent / "data"
 FILES = sorted(DATA.glob("v*/*.safetensors"))
-NETWORKS = {  # of the current version; in no node of these more than 51 % of the codes saturate
+NETWORKS = {  # of the current version; in no node of these more than 59 % of the codes saturate
     "detector": lambda: detector(34),
+    "sums": lambda: sums(51),
 }
 
 

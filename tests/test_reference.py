@@ -88,7 +88,14 @@ def test_preprocess_table_is_the_quantized_pixel():
 def plain_result(node, acc: int, channel: int, residual: int | None) -> float:
     m, b = (float(node.constants[key][channel]) for key in ("multiplier", "bias"))
     r = exact_fma(round_to_f32(Fraction(acc)), m, b)
-    return r if residual is None else exact_fma(residual, np.float32(node.attributes["residual_multiplier"]).item(), r)
+    if residual is None:
+        return r
+    factor = np.float32(node.attributes["residual_multiplier"]).item()
+    if "inner_clamp" not in node.attributes:
+        return exact_fma(residual, factor, r)
+    low, high = node.attributes["inner_clamp"]
+    m, b = (np.float32(node.attributes[key]).item() for key in ("inner_multiplier", "inner_bias"))
+    return exact_fma(min(max(round(Fraction(r)), low), high), m, exact_fma(residual, factor, b))
 
 
 def plain_conv2d(node, x: np.ndarray, zero_point: int, residual: np.ndarray | None, shape) -> np.ndarray:
@@ -113,14 +120,15 @@ def plain_conv2d(node, x: np.ndarray, zero_point: int, residual: np.ndarray | No
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("residual", ["", "residual", "inner codes"])
 @pytest.mark.parametrize("exact", [False, True])
-def test_conv2d_equals_plain_integers(groups, with_residual, exact):
+def test_conv2d_equals_plain_integers(groups, residual, exact):
+    with_residual, inner = residual != "", residual == "inner codes"
     rng = np.random.default_rng(groups + 10 * with_residual + 100 * exact)
     builder = Builder(rng, (4, 7, 5), (0.25, 131))
     shape = {"kernel": (3, 2), "stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 2), "groups": groups}
-    residual = builder.conv2d(0, 8, **shape, exact=exact) if with_residual else None
-    builder.conv2d(0, 8, **shape, bits=5, residual=residual, clamp=(3, 250), exact=exact)
+    added = builder.conv2d(0, 8, **shape, exact=exact) if with_residual else None
+    builder.conv2d(0, 8, **shape, bits=5, residual=added, inner=inner, clamp=(3, 250), exact=exact)
     graph = Graph([builder.member()])
     x = batch(graph, 2, rng)
     names = [node.name for node in builder.nodes]

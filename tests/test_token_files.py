@@ -581,7 +581,7 @@ def said_of_file(graph: Graph, path: Path, monkeypatch: pytest.MonkeyPatch) -> s
     with monkeypatch.context() as patch:
         patch.setattr(format, "validate", lambda graph: None)
         patch.setattr(format, "lowest_version", lambda graph: 3)
-        patch.setattr(Op, "attribute_types", lambda op, node, output: defaultdict(lambda: object))
+        patch.setattr(Op, "attribute_types", lambda op, node, output, keys: defaultdict(lambda: object))
         patch.setattr(format, "_attribute_json", lambda value, kind: json.loads(json.dumps(value, default=float)))
         content = dump(graph)
     return said_of(content, path)

@@ -16,6 +16,7 @@
 
 #include "../ukernels.h"
 #include "compiler.h"
+#include "residual.h"
 
 namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags
@@ -162,14 +163,13 @@ QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVect
     }
   }
   if (p.residual) {
-    const __m256 multiplier_f32x8 = _mm256_set1_ps(p.residual_multiplier);
     QD_UNROLL for (int r = 0; r < kRows; ++r) {
       const ptrdiff_t at = batch.residual[pixel + r];
       QD_UNROLL for (int v = 0; v < kVectors; ++v) {
         const __m256 residual_f32x8 = p.residual_type == Dtype::s16
                                           ? to_f32x8(static_cast<const int16_t*>(p.residual) + at + 8 * v)
                                           : to_f32x8(static_cast<const uint8_t*>(p.residual) + at + 8 * v);
-        r_f32x8[r][v] = _mm256_fmadd_ps(residual_f32x8, multiplier_f32x8, r_f32x8[r][v]);
+        r_f32x8[r][v] = add_residual(r_f32x8[r][v], residual_f32x8, p.residual_multiplier, p.inner);
       }
     }
   }

@@ -110,7 +110,7 @@ QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&acc_i32)
         r_f32x8[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8), multiplier_f32x8[j], bias_f32x8[j]);
         if (kResidual) {
           const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride;
-          r_f32x8[j] = _mm256_fmadd_ps(to_f32x8(residual + 8 * j), _mm256_set1_ps(p.residual_multiplier), r_f32x8[j]);
+          r_f32x8[j] = add_residual(r_f32x8[j], to_f32x8(residual + 8 * j), p.residual_multiplier, p.inner);
         }
       }
       winograd_store(r_f32x8, p, static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride);

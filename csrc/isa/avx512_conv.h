@@ -21,6 +21,7 @@
 
 #include "../ukernels.h"
 #include "compiler.h"
+#include "residual.h"
 
 namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags
@@ -115,8 +116,7 @@ struct Output {
     if constexpr (!kIsNone<Residual>) {
       const auto* residual =
           static_cast<const Residual*>(params.residual) + residual_offset(params, tile, q / R, q % R);
-      x_f32x16 =
-          _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(params.residual_multiplier), x_f32x16);
+      return add_residual(x_f32x16, residual_f32x16(residual + 16 * j), params.residual_multiplier, params.inner);
     }
     return x_f32x16;
   }

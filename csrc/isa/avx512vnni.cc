@@ -156,9 +156,10 @@ struct Destination {
     QD_UNROLL for (int j = 0; j < 2; ++j) {
       x_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16[j]), _mm512_loadu_ps(params.multiplier + 16 * j),
                                     _mm512_loadu_ps(params.bias + 16 * j));
-      if constexpr (!kIsNone<Residual>)
-        x_f32x16[j] = _mm512_fmadd_ps(residual_f32x16(residual + 16 * j), _mm512_set1_ps(params.residual_multiplier),
-                                      x_f32x16[j]);
+      if constexpr (!kIsNone<Residual>) {
+        x_f32x16[j] =
+            add_residual(x_f32x16[j], residual_f32x16(residual + 16 * j), params.residual_multiplier, params.inner);
+      }
     }
     store(params, _mm512_packs_epi32(_mm512_cvtps_epi32(x_f32x16[0]), _mm512_cvtps_epi32(x_f32x16[1])), c);
     c += params.c_stride;

@@ -77,6 +77,16 @@ QD_INLINE F32x16 fma_f32x16(const F32x16& x, const F32x16& y, const F32x16& z) {
            vfmaq_f32(z.v[3], x.v[3], y.v[3])}};
 }
 
+QD_INLINE F32x16 add_residual(const F32x16& r, const F32x16& residual, float multiplier, const InnerCodes* inner) {
+  if (!inner) return fma_f32x16(residual, splat_f32x16(multiplier), r);
+  F32x16 codes;
+  for (int i = 0; i < 4; ++i) {
+    codes.v[i] = vminq_f32(vmaxq_f32(vrndnq_f32(r.v[i]), vdupq_n_f32(inner->qmin)), vdupq_n_f32(inner->qmax));
+  }
+  return fma_f32x16(codes, splat_f32x16(inner->multiplier),
+                    fma_f32x16(residual, splat_f32x16(multiplier), splat_f32x16(inner->bias)));
+}
+
 // rint (half to even) and saturation to 0..255 for any r: FCVTNU gives 0 for negative r and NaN, UQXTN the rest.
 QD_INLINE uint8x16_t round_u8x16(const F32x16& r) {
   const uint16x8_t low_u16x8 = vqmovn_high_u32(vqmovn_u32(vcvtnq_u32_f32(r.v[0])), vcvtnq_u32_f32(r.v[1]));
@@ -175,7 +185,7 @@ QD_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_i32x4
     const F32x16 residual = params.residual_type == Dtype::s16
                                 ? load_s16x16(static_cast<const int16_t*>(params.residual) + pixel.residual)
                                 : load_u8x16(static_cast<const uint8_t*>(params.residual) + pixel.residual);
-    r = fma_f32x16(residual, splat_f32x16(params.residual_multiplier), r);
+    r = add_residual(r, residual, params.residual_multiplier, params.inner);
   }
   const size_t n = static_cast<size_t>(params.n);
   if (out == Dtype::s16) {

@@ -85,7 +85,6 @@ void winograd_output(const WinogradOutput* params) {
     transform_output<F, uint32x4_t>(load, store);
   }
   const F32x16 multiplier = load_f32x16(p.multiplier), bias = load_f32x16(p.bias);
-  const F32x16 residual_multiplier = splat_f32x16(p.residual_multiplier);
   for (int32_t y = 0; y < p.rows; ++y) {
     for (int32_t x = 0; x < p.columns; ++x) {
       const int32_t* acc = acc_i32[y * F::kOut + x];
@@ -93,7 +92,7 @@ void winograd_output(const WinogradOutput* params) {
       F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), multiplier, bias);
       if (p.residual) {
         const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride;
-        r = fma_f32x16(load_u8x16(residual), residual_multiplier, r);
+        r = add_residual(r, load_u8x16(residual), p.residual_multiplier, p.inner);
       }
       Out* c = static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride;
       store(r, p.qmin, p.qmax, static_cast<size_t>(p.n), c);

@@ -4,7 +4,7 @@
 //     average pool      acc = sum a - zero_point*count
 //     mul               acc = (a - zero_point_a) * (b - zero_point_b)
 //     of any of these   r = fma(float(acc), multiplier, bias)
-//     with a residual   r = fma(float(residual), residual_multiplier, r)
+//     with a residual   r = fma(float(residual), residual_multiplier, r); of inner codes see ukernels.h
 //     add               r = fma(float(a), multiplier_a, fma(float(b), multiplier_b, bias))
 //     u8 output         c = clamp(rint(r), qmin, qmax)
 //     s16 output        c = clamp(rint(r), -32767, 32767)
@@ -37,6 +37,12 @@ void store(float r, uint8_t qmin, uint8_t qmax, uint8_t* c) { *c = quantize_u8(r
 void store(float r, uint8_t, uint8_t, int16_t* c) { store(r, Dtype::s16, 0, 0, c, 0); }
 void store(float r, uint8_t, uint8_t, float* c) { *c = r; }
 
+float add_residual(float r, int32_t residual, float multiplier, const InnerCodes* inner) {
+  if (!inner) return fmaf(static_cast<float>(residual), multiplier, r);
+  const float low = r > inner->qmin ? r : inner->qmin, t = nearbyintf(low < inner->qmax ? low : inner->qmax);
+  return fmaf(t, inner->multiplier, fmaf(static_cast<float>(residual), multiplier, inner->bias));
+}
+
 // ---- Convolution ----------------------------------------------------------------------------------------------------
 
 void accumulate_pixel(const ConvParams& p, const uint8_t* a, int32_t* acc) {
@@ -66,7 +72,7 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
           float r = fmaf(static_cast<float>(acc[n]), p.multiplier[n], p.bias[n]);
           if (p.residual) {
             const ptrdiff_t at = static_cast<ptrdiff_t>(tile->residual[s]) + pixel * p.residual_stride + n;
-            r = fmaf(static_cast<float>(code(p.residual, p.residual_type, at)), p.residual_multiplier, r);
+            r = add_residual(r, code(p.residual, p.residual_type, at), p.residual_multiplier, p.inner);
           }
           store(r, p.qmin, p.qmax, c + n);
         }
@@ -165,7 +171,7 @@ void winograd_output(const WinogradOutput* params) {
         float r = fmaf(static_cast<float>(acc), p.multiplier[n], p.bias[n]);
         if (p.residual) {
           const uint8_t q = p.residual[y * p.residual_row_stride + x * p.residual_stride + n];
-          r = fmaf(static_cast<float>(q), p.residual_multiplier, r);
+          r = add_residual(r, q, p.residual_multiplier, p.inner);
         }
         store(r, p.qmin, p.qmax, c + n);
       }

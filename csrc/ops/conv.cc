@@ -2,6 +2,8 @@
 #include "conv.h"
 
 #include <algorithm>
+#include <cmath>
+#include <utility>
 
 #include "../errors.h"
 #include "../winograd.h"
@@ -32,6 +34,15 @@ void require_weight_shape(const NodeSource& node, const std::vector<int64_t>& sh
                "weight " + shape_text(shape) + " of " + std::to_string(bits) + " bits");
 }
 
+InnerCodes read_inner_codes(const NodeSource& node, float residual_multiplier) {
+  const std::array<uint8_t, 2> clamp = clamp_member(node.json, "inner_clamp", node.where);
+  const float multiplier = number_member(node.json, "inner_multiplier", node.where);
+  const float bias = number_member(node.json, "inner_bias", node.where);
+  const double residual = (node.input(1).type == Dtype::s16 ? 32767.0 : 255.0) * std::fabs(residual_multiplier);
+  require_bounded(255.0 * std::fabs(multiplier) + std::fabs(bias) + residual, node.output.is_f32(), node.where);
+  return {static_cast<float>(clamp[0]), static_cast<float>(clamp[1]), multiplier, bias};
+}
+
 void read_constants(const NodeSource& node, ConvData* conv) {
   conv->multiplier = node.floats("multiplier", {node.output.c});
   conv->bias = node.floats("bias", {node.output.c});
@@ -40,6 +51,11 @@ void read_constants(const NodeSource& node, ConvData* conv) {
   node.require(residual == node.output.shape, "a residual of shape " + shape_text(node.output.shape),
                shape_text(residual));
   conv->residual_multiplier = number_member(node.json, "residual_multiplier", node.where);
+  if (node.json.contains("inner_clamp")) conv->inner = read_inner_codes(node, conv->residual_multiplier);
+}
+
+int version_of_conv(const Node& node, const std::vector<const Tensor*>&) {
+  return conv_of(node)->inner ? kInnerCodes : 1;
 }
 
 std::unique_ptr<const OpData> read_conv2d(const NodeSource& node) {
@@ -95,6 +111,7 @@ ConvParams params_of(const StepRun& run) {
     params.residual_type = run.in(1).type;
     params.residual_stride = run.in(1).c;
     params.residual_multiplier = data.residual_multiplier;
+    params.inner = data.inner ? &*data.inner : nullptr;
   }
   return params;
 }
@@ -122,18 +139,37 @@ void run_tiles(const StepRun& run, int64_t panel, Range range, ConvParams params
   conv(&params, run.tiling.tiles.data() + range.begin, static_cast<size_t>(range.end - range.begin));
 }
 
-// What makes rows of numbers, with the residual, the output.
+// What makes rows of numbers, with the residual, the output; of inner codes these and the residual change places.
 ScaleAddParams scale_add_of(const StepRun& run) {
+  const ConvData& data = run.data<ConvData>();
   ScaleAddParams add = {};
   add.b_type = Dtype::f32;
   add.c_type = run.out().type;
   add.qmin = run.node().qmin;
   add.qmax = run.node().qmax;
-  if (run.node().has_residual) {
+  if (data.inner) {
+    add.b_type = run.in(1).type;
+    add.multiplier_a = data.inner->multiplier;
+    add.multiplier_b = data.residual_multiplier;
+    add.bias = data.inner->bias;
+  } else if (run.node().has_residual) {
     add.a_type = run.in(1).type;
-    add.multiplier_a = run.data<ConvData>().residual_multiplier;
+    add.multiplier_a = data.residual_multiplier;
   }  // else r = fma(0, 0, r), of whatever u8
   return add;
+}
+
+// The inner codes of n numbers.
+void round_to_inner_codes(const StepRun& run, size_t n, const float* numbers, uint8_t* codes) {
+  const InnerCodes& inner = *run.data<ConvData>().inner;
+  ScaleAddParams round = {};  // r = fma(0, 0, r), of whatever u8
+  round.n = n;
+  round.a = round.b = numbers;
+  round.c = codes;
+  round.b_type = Dtype::f32;
+  round.qmin = static_cast<uint8_t>(inner.qmin);
+  round.qmax = static_cast<uint8_t>(inner.qmax);
+  run.kernels().scale_add(&round);
 }
 
 void run_panels(const StepRun& run) {
@@ -220,7 +256,8 @@ int64_t pixels_through_f32(const PackedConv& conv, int64_t channels) {
 void run_depthwise_through_f32(const StepRun& run) {
   const PackedConv& conv = *run.step.conv;
   const Activation &in = run.in(), &out = run.out();
-  const Window& window = run.data<ConvData>().window;
+  const ConvData& data = run.data<ConvData>();
+  const Window& window = data.window;
   const bool has_residual = run.node().has_residual, straight = out.is_f32() && !has_residual;
   DepthwiseParams params = depthwise_params(run);
   ScaleAddParams add = scale_add_of(run);
@@ -246,6 +283,11 @@ void run_depthwise_through_f32(const StepRun& run) {
       add.n = static_cast<size_t>(pixels * out.c);
       add.a = has_residual ? run.row_from(row, 1) + x * out.c * run.in(1).bytes() : static_cast<const void*>(numbers);
       add.b = numbers;
+      if (data.inner) {
+        uint8_t* const codes = reinterpret_cast<uint8_t*>(numbers + most * out.c);
+        round_to_inner_codes(run, add.n, numbers, codes);
+        add.b = std::exchange(add.a, codes);
+      }
       add.c = to;
       run.kernels().scale_add(&add);
     }
@@ -262,7 +304,8 @@ size_t conv_scratch(const Program&, const Step& step, const Activations& activat
   const int64_t channels = activations[step.output].c;
   if (step.conv->is_depthwise) {
     const int64_t pixels = step.conv->through_f32 ? pixels_through_f32(*step.conv, channels) : 0;
-    return static_cast<size_t>(pixels * channels) * sizeof(float) + kOverread;
+    const size_t bytes = sizeof(float) + (conv_of(*step.node)->inner ? 1 : 0);  // of a number and of its inner code
+    return static_cast<size_t>(pixels * channels) * bytes + kOverread;
   }
   if (!step.conv->winograd) return 0;
   const int64_t block = make_tiling(activations, step, images).tiles_per_block;
@@ -315,7 +358,9 @@ std::vector<OpInfo> conv_ops() {
        read_conv2d,
        run_conv,
        conv_scratch,
-       conv_macs},
+       conv_macs,
+       {},
+       version_of_conv},
       {"linear",
        1,
        {1, 2},
@@ -328,7 +373,9 @@ std::vector<OpInfo> conv_ops() {
        read_linear,
        run_conv,
        conv_scratch,
-       conv_macs},
+       conv_macs,
+       {},
+       version_of_conv},
   };
 }
 

@@ -127,6 +127,7 @@ class Walk {
       params.residual_row_stride = residual.row_pitch;
       params.residual_stride = residual.c;
       params.residual_multiplier = data_.residual_multiplier;
+      params.inner = data_.inner ? &*data_.inner : nullptr;
     }
     if (out_.is_f32()) {
       params.c = run_.to_f32() + offset(out_);

@@ -87,20 +87,28 @@ def _f32(value: np.ndarray | float) -> np.ndarray:
 
 
 def _emit_weighted(node: Node, layer: Weighted, inputs: list[Grid], out: Grid, is_float: bool) -> None:
-    """r = fma(acc, m, b), with a residual fma(q_res, m_res, r), in codes of the output; its zero point is in b."""
-    multiplier = _f32(layer.scale * inputs[0].scale / out.scale)
-    bias = layer.shift / out.scale + out.zero_point
-    residual = 0.0
+    """r = fma(acc, m, b), with a residual fma(q_res, m_res, r), in codes of the output; its zero point is in b. Inner
+    codes have a zero point of their own, and theirs is the first of two roundings."""
+    inner, residual, offset = layer.inner, 0.0, 0.0
     if len(inputs) == 2:
         residual = float(_f32(layer.residual * inputs[1].scale / out.scale))
-        bias = bias - residual * inputs[1].zero_point
+        offset = residual * inputs[1].zero_point
         node.attributes["residual_multiplier"] = residual
+    of_residual = abs(residual) * inputs[-1].most
+    if inner is not None:
+        factor = float(_f32(inner.factor * inner.grid.scale / out.scale))
+        shift = inner.shift / out.scale + out.zero_point - offset - factor * inner.grid.zero_point
+        node.attributes |= {"inner_multiplier": factor, "inner_bias": float(_f32(shift))}
+        node.attributes["inner_clamp"] = [inner.grid.low, inner.grid.high]
+        _check_bound(layer, np.array([255 * abs(factor) + abs(shift) + of_residual]), is_float)
+        out, is_float, offset, of_residual = inner.grid, False, 0.0, 0.0
+    multiplier = _f32(layer.scale * inputs[0].scale / out.scale)
+    bias = layer.shift / out.scale + out.zero_point - offset
     if isinstance(layer, Conv2d):
         node.attributes |= layer.window
     codes = layer.codes.values
     magnitude = np.abs(codes.reshape(len(codes), -1).astype(np.int64)).sum(1)
-    reach = 255 * magnitude * np.abs(multiplier, dtype=np.float64)
-    reach += abs(residual) * inputs[-1].most
+    reach = 255 * magnitude * np.abs(multiplier, dtype=np.float64) + of_residual
     if not is_float:  # what is dead or saturated whatever the input stays so with a bias within the format's bounds
         bias = np.clip(bias, -1.01 * reach - out.most - 1, 1.01 * reach + out.most + 1)
     node.bits = layer.codes.bits

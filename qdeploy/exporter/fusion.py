@@ -24,6 +24,7 @@ from qdeploy.exporter.layers import (
     Embedding,
     Function,
     Image,
+    InnerCodes,
     Layer,
     MaxPool2d,
     Mul,
@@ -31,6 +32,7 @@ from qdeploy.exporter.layers import (
     Norm,
     Pad,
     Position,
+    Quantize,
     Rescale,
     Reshape,
     Scaled,
@@ -210,15 +212,35 @@ def _fuse_add(network: Network, add: Add) -> bool:
     """The convolution whose result only the addition reads adds by itself, before anything is rounded to 8 bits."""
     for i, conv in enumerate(add.inputs):
         if isinstance(conv, Weighted) and _is_plain(conv) and network.only_user(conv) is add:
-            factor, residual = add.factors[i], add.inputs[1 - i]
+            factor = add.factors[i]
             conv.scale, conv.shift = conv.scale * factor, conv.shift * factor + add.shift
-            conv.residual, conv.value, conv.low, conv.high = add.factors[1 - i], add.value, add.low, add.high
-            conv.inputs.append(residual)
-            network.layers.remove(conv)  # it runs where the addition stood: by then the residual is there
-            network.layers.insert(network.layers.index(add), conv)
-            network.replace(add, conv)
+            _add_by_itself(network, conv, add, i)
             return True
     return False
+
+
+def _fuse_rounded_add(network: Network, add: Add) -> bool:
+    """So it does where a quantizer stands between: with both roundings, and without a pass over the codes."""
+    for i, quantize in enumerate(add.inputs):
+        if isinstance(quantize, Quantize) and quantize.grid.dtype == "u8" and network.only_user(quantize) is add:
+            conv = quantize.inputs[0]
+            if isinstance(conv, Weighted) and len(conv.inputs) == 1 and network.only_user(conv) is quantize:
+                low, high = (int(code) for code in quantize.grid.codes([conv.low, conv.high]))
+                grid = replace(quantize.grid, low=low, high=high)
+                conv.inner = InnerCodes(grid, add.factors[i], float(add.shift[0]))
+                network.layers.remove(quantize)
+                _add_by_itself(network, conv, add, i)
+                return True
+    return False
+
+
+def _add_by_itself(network: Network, conv: Weighted, add: Add, operand: int) -> None:
+    """In place of the addition, of which it is this operand."""
+    conv.residual, conv.value, conv.low, conv.high = add.factors[1 - operand], add.value, add.low, add.high
+    conv.inputs.append(add.inputs[1 - operand])
+    network.layers.remove(conv)  # it runs where the addition stood: by then the residual is there
+    network.layers.insert(network.layers.index(add), conv)
+    network.replace(add, conv)
 
 
 def _is_plain(layer: Layer) -> bool:
@@ -295,7 +317,7 @@ REWRITES: dict[str, tuple[Callable[[Network, Any], bool], ...]] = {
     "embedding": (),
     "max_pool2d": (),
     "avg_pool2d": (),
-    "add": (_fold_factor, _fuse_add),
+    "add": (_fold_factor, _fuse_add, _fuse_rounded_add),
     "mul": (_fold_scale,),
     "table": (_merge_table,),
     "resize": (),

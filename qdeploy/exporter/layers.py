@@ -129,12 +129,26 @@ class Scaled(Layer):
     shift: np.ndarray
 
 
+@dataclass(frozen=True)
+class InnerCodes:
+    """What a residual is added to where that is rounded first: `factor * rounded + shift`, in real numbers.
+
+    grid: of the rounding; its low and high are the clamps before it, too.
+    """
+
+    grid: Grid
+    factor: float
+    shift: float
+
+
 @dataclass(eq=False, kw_only=True)
 class Weighted(Scaled):
-    """`scale[c] * (weight * x)[c] + shift[c]`, and with a second input `+ residual * inputs[1]`."""
+    """`scale[c] * (weight * x)[c] + shift[c]`, and with a second input `+ residual * inputs[1]`; with inner codes these
+    come in between."""
 
     weight: QuantizedWeight | np.ndarray | Codes
     residual: float = 1.0
+    inner: InnerCodes | None = None
 
     @property
     def codes(self) -> Codes:

@@ -128,6 +128,11 @@ class Conv(Step):
         )
         keys = ("stride", "padding", "dilation")
         self._window: dict[str, Any] = {key: tuple(attributes[key]) for key in keys if key in attributes}
+        self._inner = None
+        if "inner_clamp" in attributes:
+            low, high = map(float, attributes["inner_clamp"])
+            numbers = self.number("inner_multiplier"), self.number("inner_bias")
+            self._inner = triton_int8_conv.InnerCodes(low, high, *numbers)
         self._tuned = TunedTiles(_name_of(self.device))
         self._tiles: dict[int, Tile] = {}
 
@@ -144,6 +149,7 @@ class Conv(Step):
             clamp=self.clamp,
             residual=values[1] if len(values) > 1 else None,
             residual_multiplier=self.number("residual_multiplier") if len(values) > 1 else 0.0,
+            inner=self._inner,
         )
 
     def tile(self, pixels: int) -> Tile:

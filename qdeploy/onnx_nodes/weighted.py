@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,9 @@ def conv2d(writer: Writer, node: Node, inputs: Sequence[Value], output: Activati
     keys = {"strides": "stride", "pads": "padding", "dilations": "dilation"}
     attributes: dict[str, Any] = {name: list(node.attributes[key]) for name, key in keys.items()}
     real = writer.add("Conv", [x, weight, bias], group=groups, **attributes)
-    if writer.quantized and residual and output.dtype == "u8":
+    if "inner_clamp" in node.attributes:
+        real = _of_inner_codes(writer, real, node, inputs, output)
+    elif writer.quantized and residual and output.dtype == "u8":
         step = _without_residual(node.attributes["residual_multiplier"], residual[0].tensor, output)
         before = Value(step, f"{writer.name}/before_residual", real=real)
         writer.codes(before)
@@ -40,6 +43,8 @@ def linear(writer: Writer, node: Node, inputs: Sequence[Value], output: Activati
     """MatMul and Add: onnxruntime runs them as int8 whatever follows, as Gemm only where its output is rounded."""
     x, weight, bias = _operands(writer, node, inputs, output, 1, 1)
     real = writer.add("Add", [writer.add("MatMul", [x, weight]), bias], "biased")
+    if "inner_clamp" in node.attributes:
+        real = _of_inner_codes(writer, real, node, inputs, output)
     rows = inputs[0].rows
     return writer.value(_plus_residual(writer, real, node, inputs[1:], output), node, output, rows)
 
@@ -72,9 +77,11 @@ def _operands(
     """
     x = inputs[0]
     multiplier, bias = (node.constants[key].astype(np.float64) for key in ("multiplier", "bias"))
+    if "inner_clamp" in node.attributes:
+        output = _inner_grid(node, inputs[1].tensor, output)
+    else:
+        bias = bias + sum(node.attributes["residual_multiplier"] * value.tensor.zero_point for value in inputs[1:])
     bias = bias - output.zero_point
-    for residual in inputs[1:]:
-        bias = bias + node.attributes["residual_multiplier"] * residual.tensor.zero_point
     scale, bias = multiplier * output.scale / x.tensor.scale, bias * output.scale
     codes = node.constants["weight"]
     if writer.quantized:
@@ -148,6 +155,39 @@ def within(codes: np.ndarray, groups: int, low: int, high: int) -> tuple[np.ndar
     own = np.broadcast_to(np.arange(depth), (groups, depth))
     index = np.concatenate([own, channels], axis=1) + depth * np.arange(groups)[:, None]
     return both.reshape(outputs, -1, *codes.shape[2:]), index.ravel()
+
+
+def _inner_grid(node: Node, residual: Activation, output: Activation) -> Activation:
+    """The one whose numbers are added without a factor, but for a sign, and if there is one, without an offset."""
+    multiplier, offset = node.attributes["inner_multiplier"], _inner_offset(node, residual, output)
+    zero_point = round(min(max(-offset / multiplier, 0), 255)) if multiplier else 0
+    shape = (*output.shape, 1, 1) if node.op == "conv2d" and len(output.shape) == 1 else output.shape
+    return Activation("", shape, "u8", _scale_that_gives(abs(multiplier), output.scale), zero_point)
+
+
+def _scale_that_gives(ratio: float, scale: float) -> float:
+    """The float32 nearest to ratio*scale by which an export finds the same ratio again, if there is one."""
+    nearest = np.float32(ratio * scale)
+    if nearest < np.finfo(np.float32).tiny:
+        return scale
+    near = [nearest, *(np.nextafter(nearest, np.float32(end)) for end in (0, np.inf))]
+    return float(next((one for one in near if np.float32(float(one) / scale) == np.float32(ratio)), nearest))
+
+
+def _inner_offset(node: Node, residual: Activation, output: Activation) -> float:
+    """What remains of inner_bias without the zero points of residual and output, in codes of the output."""
+    zeros = output.zero_point - node.attributes["residual_multiplier"] * residual.zero_point
+    return node.attributes["inner_bias"] - zeros
+
+
+def _of_inner_codes(writer: Writer, real: str, node: Node, inputs: Sequence[Value], output: Activation) -> str:
+    grid = _inner_grid(node, inputs[1].tensor, output)
+    multiplier, name = node.attributes["inner_multiplier"], writer.name
+    writer.name = f"{name}/inner"
+    inner = writer.value(real, replace(node, attributes={"clamp": tuple(node.attributes["inner_clamp"])}), grid)
+    real, writer.name = writer.real(inner), name
+    offset = _inner_offset(node, inputs[1].tensor, output) + multiplier * grid.zero_point
+    return writer.shifted(writer.scaled(real, multiplier * output.scale / grid.scale, "inner"), offset, output)
 
 
 def _plus_residual(writer: Writer, real: str, node: Node, residual: Sequence[Value], output: Activation) -> str:

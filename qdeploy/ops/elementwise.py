@@ -104,7 +104,7 @@ OPS = {
         attributes={"multiplier": float, "bias": float},
         rows=_mul_rows,
         version=2,
-        shapes_since=_mul_since,
+        variant_since=_mul_since,
     ),
     "rescale": Op(
         inputs=(1, 1),
@@ -124,6 +124,6 @@ OPS = {
         check=_check_table,
         constants=("table",),
         rows=same_rows,
-        shapes_since=_table_since,
+        variant_since=_table_since,
     ),
 }

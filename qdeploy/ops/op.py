@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from qdeploy.checks import Facts, alternatives, array, expect, finite, key_of, kind, number, quoted, shape_text
+from qdeploy.checks import (
+    Facts,
+    alternatives,
+    array,
+    expect,
+    finite,
+    integers,
+    key_of,
+    kind,
+    number,
+    quoted,
+    shape_text,
+)
 from qdeploy.graph import CODES, DTYPES, Activation, Node, Shape
 
 MAX_ATTRIBUTE = 65_535  # strides, paddings, dilations, groups, kernels, heads, prefixes
 Kind = type[int] | type[float] | type[str]
+INNER: Mapping[str, Kind] = {"inner_clamp": int, "inner_multiplier": float, "inner_bias": float}  # of codes to add
 Rows = int | None  # of an activation: how many more than the text has, or None where the text's length does not matter
 Shaper = Callable[[Node, Sequence[Shape]], Shape | None]
 Check = Callable[[Node, Sequence[Activation], Activation, str, Facts], None]
@@ -32,7 +45,7 @@ def same_rows(node: Node, inputs: Sequence[Activation], rows: Sequence[Rows], at
 
 
 def version_1(node: Node, inputs: Sequence[Activation]) -> int:
-    """Of shapes that bring no version of their own."""
+    """Of a node that brings no version of its own."""
     return 1
 
 
@@ -51,12 +64,13 @@ class Op:
     constants: arrays, which are tensors of the file.
     nullable: those of both that may be null: an attribute is None then, a constant is not in the node.
     token_attributes: those that come only with an output of shape [T, D].
-    residual: the last input may be left out, and may be s16; with it comes the attribute residual_multiplier.
+    residual: the last input may be left out, and may be s16; with it comes the attribute residual_multiplier, and
+        those of INNER may come: all or none.
     reads, writes: the dtypes that inputs and output may have.
     rows: of the output where texts have any length; raises ModelError where the op cannot have such inputs.
     bound: raises ModelError for results beyond the output's range, where that takes a pass over the weights.
     version: the first format version that has it.
-    shapes_since: the first format version that has it for shapes as these, of inputs and constants.
+    variant_since: the first format version that has it for shapes as these, of inputs and constants, and attributes.
     """
 
     inputs: tuple[int, int]
@@ -73,7 +87,7 @@ class Op:
     rows: Callable[[Node, Sequence[Activation], Sequence[Rows], str], Rows] = fixed_rows
     bound: Check | None = None
     version: int = 1
-    shapes_since: Callable[[Node, Sequence[Activation]], int] = version_1
+    variant_since: Callable[[Node, Sequence[Activation]], int] = version_1
 
     @property
     def requantized(self) -> bool:
@@ -101,8 +115,11 @@ class Op:
         """The dtypes of input number `index`."""
         return CODES if self.residual and index == self.inputs[1] - 1 else self.reads
 
-    def attribute_types(self, node: Node, output: Activation) -> dict[str, Kind]:
-        """Exactly the attributes that `node` has: those of its op, and what its residual and its output bring."""
+    def attribute_types(self, node: Node, output: Activation, keys: Collection[str]) -> dict[str, Kind]:
+        """Exactly the attributes that `node` has: those of its op, and what its residual and its output bring.
+
+        keys: those that are there, by which a residual's inner codes are known.
+        """
         types = dict(self.attributes)
         if len(output.shape) == 2:
             types |= self.token_attributes
@@ -110,11 +127,13 @@ class Op:
             types["clamp"] = int
         if self.residual and len(node.inputs) == self.inputs[1]:
             types["residual_multiplier"] = float
+            if "inner_clamp" in keys:
+                types |= INNER
         return types
 
     def since(self, node: Node, inputs: Sequence[Activation]) -> int:
         """The first format version that has this node, for these inputs."""
-        return max(self.version, self.shapes_since(node, inputs))
+        return max(self.version, self.variant_since(node, inputs))
 
 
 # ---- What ops share --------------------------------------------------------------------------------------------------
@@ -126,6 +145,11 @@ def attribute(node: Node, key: str, at: str) -> tuple[Any, str]:
 
 def number_of(node: Node, key: str, at: str) -> float:
     return number(*attribute(node, key, at))
+
+
+def check_clamp(node: Node, key: str, at: str) -> None:
+    low, high = integers(node.attributes[key], 2, 2, 0, 255, key_of(key, at))
+    expect(low <= high, "clamp [lo, hi] with lo <= hi", shape_text([low, high]), at)
 
 
 def choice_of(node: Node, key: str, choices: Sequence[str], at: str) -> str:
@@ -170,7 +194,10 @@ def most(tensor: Activation) -> float:
 
 def check_bound(bound: float, output: Activation, at: str) -> None:
     """So that no result leaves the range of the conversion to an integer (codes) or of sums over members (f32)."""
-    power = limit(output)
+    check_power(bound, limit(output), at)
+
+
+def check_power(bound: float, power: int, at: str) -> None:
     expect(bound < 2.0**power, f"results below 2^{power}", f"up to {bound:.3g}", at)
 
 

@@ -14,6 +14,8 @@ from qdeploy.ops.op import (
     Op,
     attribute,
     check_bound,
+    check_clamp,
+    check_power,
     check_shape,
     check_tokens,
     floats,
@@ -25,6 +27,8 @@ from qdeploy.ops.op import (
     value_range,
 )
 from qdeploy.ops.windows import WINDOW, check_window, spatial
+
+INNER_CODES = 4  # the first format version that has them
 
 
 def _weight(node: Node, rank: int, layout: str, at: str) -> np.ndarray:
@@ -69,15 +73,32 @@ def _check_weighted(
         shape = shape_text(output.shape)
         expect(inputs[1].shape == output.shape, f"a residual of shape {shape}", shape_text(inputs[1].shape), at)
         number_of(node, "residual_multiplier", at)
+        if "inner_clamp" in node.attributes:
+            _check_inner_codes(node, inputs, output, at)
 
 
 def _check_weighted_bound(node: Node, inputs: Sequence[Activation], output: Activation, at: str, facts: Facts) -> None:
     """The bound on the results; it comes last because the engine finds it when it packs the weights."""
     bound = facts.of(_weighted_bound, *(node.constants[key] for key in ("weight", "multiplier", "bias")))
-    residual = most(inputs[-1]) * abs(number(node.attributes.get("residual_multiplier", 0.0), at))
-    if not facts.of(np.max, bound) + residual < 2.0 ** limit(output):
-        channel = int(np.argmax(~(bound + residual < 2.0 ** limit(output))))  # the first
-        check_bound(float(bound[channel]) + residual, output, f"channel {channel} of {at}")
+    inner = "inner_clamp" in node.attributes  # codes whatever the output is; the sum has a bound of its own
+    power, residual = (30, 0.0) if inner else (limit(output), _residual_bound(node, inputs, at))
+    if not facts.of(np.max, bound) + residual < 2.0**power:
+        channel = int(np.argmax(~(bound + residual < 2.0**power)))  # the first
+        check_power(float(bound[channel]) + residual, power, f"channel {channel} of {at}")
+
+
+def _check_inner_codes(node: Node, inputs: Sequence[Activation], output: Activation, at: str) -> None:
+    check_clamp(node, "inner_clamp", at)
+    factor, shift = (abs(number_of(node, key, at)) for key in ("inner_multiplier", "inner_bias"))
+    check_bound(255.0 * factor + shift + _residual_bound(node, inputs, at), output, at)
+
+
+def _residual_bound(node: Node, inputs: Sequence[Activation], at: str) -> float:
+    return most(inputs[-1]) * abs(number(node.attributes.get("residual_multiplier", 0.0), at))
+
+
+def _weighted_since(node: Node, inputs: Sequence[Activation]) -> int:
+    return INNER_CODES if "inner_clamp" in node.attributes else 1
 
 
 def _weighted_bound(weight: np.ndarray, multiplier: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -146,6 +167,7 @@ OPS = {
         residual=True,
         writes=(*CODES, "f32"),
         bound=_check_weighted_bound,
+        variant_since=_weighted_since,
     ),
     "linear": Op(
         inputs=(1, 2),
@@ -157,6 +179,7 @@ OPS = {
         writes=(*CODES, "f32"),
         rows=same_rows,
         bound=_check_weighted_bound,
+        variant_since=_weighted_since,
     ),
     "embedding": Op(
         inputs=(1, 1),

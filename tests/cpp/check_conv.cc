@@ -15,7 +15,7 @@ struct ConvCase {
   int a_stride, c_stride;
   bool wide_codes;  // of 8 bits, as far as ConvKernel::s16_quads allows
   Dtype out, residual_type;
-  bool residual, in_place, at_end;
+  bool residual, in_place, at_end, inner;
   Fill a_fill, w_fill;
   uint8_t qmin, qmax;
   uint64_t seed;
@@ -26,9 +26,9 @@ struct ConvCase {
 void describe_case(const char* kernel, const ConvCase& x) {
   describe(
       "%s bits=%d r=%d strips=%d cells=%d k=%d n=%d outputs=%d a_stride=%d c_stride=%d wide_codes=%d residual=%d "
-      "in_place=%d out=%d residual_type=%d at_end=%d a=%s w=%s qmin=%d qmax=%d seed=%llu",
+      "inner=%d in_place=%d out=%d residual_type=%d at_end=%d a=%s w=%s qmin=%d qmax=%d seed=%llu",
       kernel, x.bits, x.r, x.strips, x.cells, x.k, x.n, x.outputs, x.a_stride, x.c_stride, x.wide_codes, x.residual,
-      x.in_place, static_cast<int>(x.out), static_cast<int>(x.residual_type), x.at_end, fill_name(x.a_fill),
+      x.inner, x.in_place, static_cast<int>(x.out), static_cast<int>(x.residual_type), x.at_end, fill_name(x.a_fill),
       fill_name(x.w_fill), x.qmin, x.qmax, static_cast<unsigned long long>(x.seed));
 }
 
@@ -48,6 +48,7 @@ ConvCase random_case(const ConvKernel& kernel, int bits, int r, int strips, Rand
   x.out = random.pick(kOut);
   x.residual_type = random.range(0, 2) ? Dtype::u8 : Dtype::s16;
   x.in_place = x.residual && x.out == x.residual_type && random.range(0, 1);
+  x.inner = x.residual && random.range(0, 1);
   x.at_end = random.range(0, 1);
   x.a_fill = random.pick(kFills), x.w_fill = random.pick(kFills);
   random_clamp(&x.qmin, &x.qmax, random);
@@ -208,8 +209,8 @@ std::vector<int32_t> place_channels(const ConvKernel& kernel, const ConvCase& x,
   return comp_expected;
 }
 
-// Output and residual. Returns the output of the scalar kernel.
-uint8_t* place_output(const ConvCase& x, int slots, Random& random, ConvParams* p) {
+// Output, residual and inner codes. Returns the output of the scalar kernel.
+uint8_t* place_output(const ConvCase& x, int slots, Random& random, InnerCodes* inner, ConvParams* p) {
   const size_t count = static_cast<size_t>(slots - 1) * x.c_stride + x.n;
   const Outputs outputs = place_outputs(count, size_of(x.out), x.at_end, random);
   p->c = outputs.c, p->c_stride = x.c_stride;
@@ -220,6 +221,10 @@ uint8_t* place_output(const ConvCase& x, int slots, Random& random, ConvParams* 
     p->residual = x.in_place ? outputs.c : memory().residual.place<uint8_t>(count * size, x.at_end, random, size);
     p->residual_stride = x.c_stride;
     p->residual_multiplier = random.uniform() * 4 - 2;
+  }
+  if (x.inner) {
+    *inner = random_inner_codes(random);
+    p->inner = inner;
   }
   return outputs.expected;
 }
@@ -277,7 +282,8 @@ bool check_case(const ConvKernel& scalar, const ConvKernel& kernel, const ConvCa
   const std::vector<int32_t> lanes = lanes_of(x, kernel.nr);
   p.lanes = lanes.data();
   const std::vector<int32_t> comp_expected = place_channels(kernel, x, codes, zero_point, random, &p);
-  uint8_t* c_expected = place_output(x, tiles.slots, random, &p);
+  InnerCodes inner;
+  uint8_t* c_expected = place_output(x, tiles.slots, random, &inner, &p);
   p.prefetch = random.range(0, 1) ? p.w : nullptr;  // any address is allowed
   p.prefetch_bytes = random.range(0, 1) ? panel_bytes(kernel, x.cells, x.k) : 0;
 

@@ -117,6 +117,13 @@ inline void random_clamp(uint8_t* qmin, uint8_t* qmax, Random& random) {
   }
 }
 
+inline InnerCodes random_inner_codes(Random& random) {
+  uint8_t qmin, qmax;
+  random_clamp(&qmin, &qmax, random);
+  const float multiplier = random.uniform() * 4 - 2;
+  return {static_cast<float>(qmin), static_cast<float>(qmax), multiplier, random_bias(random)};
+}
+
 // ---- Guarded memory -------------------------------------------------------------------------------------------------
 
 // Pages between two inaccessible ones. place() gives `size` bytes with the granted slack ending at one of them.

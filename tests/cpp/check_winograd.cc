@@ -134,9 +134,13 @@ bool check_output(const WinogradKernel& scalar, const WinogradKernel& kernel, ui
   const bool at_end = random.range(0, 1), f32 = random.range(0, 2) == 0, residual = random.range(0, 1);
   const bool in_place = residual && !f32 && random.range(0, 1), small = random.range(0, 1);
   random_clamp(&p.qmin, &p.qmax, random);
-  describe("%s output rows=%d columns=%d n=%d c_stride=%td f32=%d residual=%d in_place=%d at_end=%d small=%d seed=%llu",
-           kernel.name, p.rows, p.columns, p.n, p.c_stride, f32, residual, in_place, at_end, small,
-           static_cast<unsigned long long>(seed));
+  const InnerCodes inner = random_inner_codes(random);
+  if (residual && random.range(0, 1)) p.inner = &inner;
+  describe(
+      "%s output rows=%d columns=%d n=%d c_stride=%td f32=%d residual=%d inner=%d in_place=%d at_end=%d small=%d "
+      "seed=%llu",
+      kernel.name, p.rows, p.columns, p.n, p.c_stride, f32, residual, p.inner != nullptr, in_place, at_end, small,
+      static_cast<unsigned long long>(seed));
   const int positions = (kernel.m + 2) * (kernel.m + 2);
   int32_t* m = memory().a.place<int32_t>((positions - 1) * p.position_stride + kernel.nr, at_end, random, 64);
   for (int i = 0; i < positions * kernel.nr && small; ++i)

@@ -223,6 +223,23 @@ def other_table(draft: Draft, rng: Random) -> bool:
     return at_version(draft, 4) if rng.random() < 0.9 else True
 
 
+def other_inner_codes(draft: Draft, rng: Random) -> bool:
+    """Where a residual is: they come, go, come in part, or are others, up to the bound; at version 4, mostly."""
+    found = chosen(draft, rng, "residual_multiplier")
+    if not found:
+        return False
+    _, node = found
+    low, high = sorted(rng.choice([0, 0, 7, 255, 255]) for _ in range(2))
+    factor = rng.choice([0.0, 0.5, -1.5, 2.0**22, 4_210_752.0, 2.0**90])
+    keys = {"inner_clamp": [low, high], "inner_multiplier": factor, "inner_bias": rng.choice([0.0, 9.5, -(2.0**29)])}
+    if rng.random() < 0.2:
+        keys["inner_clamp"] = rng.choice([[high, low], [0, 256], [-1, 255], [0], None, [0.0, 255.0]])
+    node[:] = [pair for pair in node if pair[0] not in keys]
+    for key in rng.sample(list(keys), rng.choice([0, 1, 2, 3, 3, 3, 3, 3])):
+        node.set(key, keys[key])
+    return at_version(draft, 4) if rng.random() < 0.9 else True
+
+
 def other_outputs(draft: Draft, rng: Random) -> bool:
     """Their ids; or one more f32 tensor; also where there is one output, and in ensembles."""
     member = rng.choice(members(draft))
@@ -386,6 +403,7 @@ KEYS: list[DraftMutation] = [
     other_outputs,
     other_outputs,
     other_table,
+    other_inner_codes,
     rows_at_the_bound,
     insert_row_node,
     insert_row_node,

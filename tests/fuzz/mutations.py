@@ -453,7 +453,7 @@ def at_the_bound(draft: Draft, rng: Random) -> bool:
     return True
 
 
-NUMBERS = ("bias", "residual_multiplier", "multiplier", "epsilon", "logit_multiplier")
+NUMBERS = ("bias", "residual_multiplier", "multiplier", "epsilon", "logit_multiplier", "inner_multiplier", "inner_bias")
 
 
 def other_number(draft: Draft, rng: Random) -> bool:
@@ -643,7 +643,7 @@ def extra_key(draft: Draft, rng: Random) -> bool:
         return False
     container = rng.choice(objects)
     known = ["clamp", "bias", "multiplier", "dilation", "groups", "residual_multiplier", "kernel", "table", "extra"]
-    known += ["axis", "block", "peak", "prefix", "rows", "vocabulary", "variable"]
+    known += ["axis", "block", "peak", "prefix", "rows", "vocabulary", "variable", "inner_clamp", "inner_bias"]
     container.insert(rng.randrange(len(container) + 1), [rng.choice([*known, *NAMES]), any_value(rng)])
     return True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from builder import small_detector, small_ensemble, small_network, small_text, small_vision
+from builder import small_detector, small_ensemble, small_network, small_text, small_vision, sums
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from random_graphs import ensembles, graphs, texts
@@ -41,7 +41,7 @@ def random_graphs(number: int, count: int) -> list[Graph]:
 
 def contents(number: int, count: int) -> list[bytes]:
     """The contents of the files, `count` of them of random graphs."""
-    built = [small_network(), small_ensemble(), small_vision(), small_text(), small_detector()]
+    built = [small_network(), small_ensemble(), small_vision(), small_text(), small_detector(), sums(0)]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "seed.safetensors"
 

@@ -120,6 +120,7 @@ def int8_variants() -> dict[str, Variant]:
         stride: int = 1,
         dtype: torch.dtype = torch.uint8,
         residual: bool = False,
+        inner: bool = False,
         tile: Tile | None = None,
     ) -> Variant:
         outputs, depth, kernel, _ = shape
@@ -128,6 +129,8 @@ def int8_variants() -> dict[str, Variant]:
         x, out = activation(size, depth * groups), activation(size // stride, outputs, dtype)
         tile = tile or default(out[..., 0].numel(), packed.rows_per_superblock, packed.superblocks, packed.k_unit)
         options = {"residual": out, "residual_multiplier": 0.5} if residual else {}
+        if inner:
+            options["inner"] = triton_int8_conv.InnerCodes(3.0, 250.0, 0.5, 40.0)
         launch = partial(
             triton_int8_conv.conv, x, packed, out, tile, stride=(stride,) * 2, padding=(kernel // 2,) * 4, **options
         )
@@ -148,6 +151,7 @@ def int8_variants() -> dict[str, Variant]:
     x = activation(56, 256)
     return found | {
         "int8 conv 3x3, residual, 16x32x32": conv((256, 256, 3, 3), 14, residual=True, tile=TILES[-1]),
+        "int8 conv 1x1, inner codes": conv((256, 64, 1, 1), 56, "copies16", *WIDE, residual=True, inner=True),
         "int8 conv 1x1": conv((64, 256, 1, 1), 56, "copies16", "stores16"),
         "int8 conv 7x7, 3 channels, stride 2": conv((64, 3, 7, 7), 224, "stores16", stride=2),
         "int8 conv 3x3, depthwise": conv((256, 1, 3, 3), 56, "copies16", "stores16", groups=256),
