@@ -70,7 +70,8 @@ bool is_s16(const Activation* activation) { return activation && activation->typ
 bool fits_grouped(const Layer& layer, const ConvKernel& kernel) {
   const int64_t depth = layer.depth(), outputs = layer.channels() / layer.data.groups;
   return kernel.qu8 && layer.data.groups > 1 && depth % 4 == 0 && depth <= 16 && kernel.nr % outputs == 0 &&
-         kernel.nr / outputs * depth <= kGroupedWindow && layer.out.type == Dtype::u8 && !is_s16(layer.residual);
+         kernel.nr / outputs * depth <= kGroupedWindow && layer.out.type == Dtype::u8 && !is_s16(layer.residual) &&
+         !layer.data.inner;
 }
 
 std::vector<int32_t> grouped_lanes(const Layer& layer, int64_t nr) {

@@ -97,7 +97,7 @@ constexpr int32_t kMaxNr = 64;
 // channels of one group, 4..16; each lane picks its own four bytes of a window of kGroupedWindow bytes:
 //     acc[p][n] = comp[n] + sum over cells t, quads q < k/4, bytes i < 4 of
 //         a[tile.a[s] + p*a_stride + cell_offset[t] + 4*lanes[q*nr + n] + i] * w[t][4*q + i][n]
-// with lanes below kGroupedWindow/4, w packed as s8x4, and everything else as above.
+// with lanes below kGroupedWindow/4, w packed as s8x4, and everything else as above, but for inner codes: none.
 constexpr int32_t kGroupedWindow = 32;
 
 // ---- Winograd convolution -------------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ QD_INLINE __m256 to_f32x8(const int16_t* a) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a))));
 }
 
+QD_INLINE __m256 add_residual(__m256 r_f32x8, __m256 residual_f32x8, float multiplier, const InnerCodes* inner) {
+  if (inner) return add_to_inner_codes(r_f32x8, residual_f32x8, multiplier, *inner);
+  return _mm256_fmadd_ps(residual_f32x8, _mm256_set1_ps(multiplier), r_f32x8);
+}
+
 QD_INLINE __m256i clamp_u8x32(__m256i c_u8x32, uint8_t qmin, uint8_t qmax) {
   return _mm256_min_epu8(_mm256_max_epu8(c_u8x32, _mm256_set1_epi8(static_cast<char>(qmin))),
                          _mm256_set1_epi8(static_cast<char>(qmax)));

@@ -85,6 +85,15 @@ QD_INLINE __m512 residual_f32x16(const int16_t* residual) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(residual))));
 }
 
+template <class Residual>
+QD_INLINE __m512 add_residual(const ConvParams& params, __m512 r_f32x16, __m512 residual_f32x16) {
+  if constexpr (kHasInner<Residual>) {
+    return add_to_inner_codes(r_f32x16, residual_f32x16, params.residual_multiplier, *params.inner);
+  } else {
+    return _mm512_fmadd_ps(residual_f32x16, _mm512_set1_ps(params.residual_multiplier), r_f32x16);
+  }
+}
+
 QD_INLINE ptrdiff_t residual_offset(const ConvParams& params, const ConvTile& tile, int strip, int pixel) {
   return tile.residual[strip] + pixel * params.residual_stride;
 }
@@ -112,13 +121,14 @@ struct Output {
 
   template <class Residual>
   QD_INLINE __m512 real(__m512i acc_i32x16, int q, int j) const {
-    __m512 x_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), multiplier_f32x16[j], bias_f32x16[j]);
-    if constexpr (!kIsNone<Residual>) {
-      const auto* residual =
-          static_cast<const Residual*>(params.residual) + residual_offset(params, tile, q / R, q % R);
-      return add_residual(x_f32x16, residual_f32x16(residual + 16 * j), params.residual_multiplier, params.inner);
+    const __m512 r_f32x16 = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16), multiplier_f32x16[j], bias_f32x16[j]);
+    if constexpr (kIsNone<Residual>) {
+      return r_f32x16;
+    } else {
+      const auto* residual = static_cast<const typename CodeOf<Residual>::type*>(params.residual) +
+                             residual_offset(params, tile, q / R, q % R);
+      return add_residual<Residual>(params, r_f32x16, residual_f32x16(residual + 16 * j));
     }
-    return x_f32x16;
   }
 
   // Saturating packs clamp to 0..255; two pixels leave one vector in channel order after one permutation of dwords.
@@ -164,7 +174,50 @@ struct Output {
       _mm512_mask_storeu_ps(c + offset(q) + 16, static_cast<__mmask16>(mask >> 16), real<Residual>(acc[q][1], q, 1));
     }
   }
+
+  template <class Residual>
+  QD_INLINE void store_by(Dtype out, const __m512i (&acc)[S * R][2]) const {
+    if (out == Dtype::f32) return store_f32<Residual>(acc);
+    out == Dtype::s16 ? store_s16<Residual>(acc) : store_u8<Residual>(acc);
+  }
 };
+
+// The type of the residual of these params, as the argument of `call`.
+template <class Call>
+QD_INLINE void with_residual(const ConvParams& params, const Call& call) {
+  if (!params.residual) return call(None());
+  if (params.residual_type == Dtype::s16) return params.inner ? call(WithInner<int16_t>()) : call(int16_t());
+  params.inner ? call(WithInner<uint8_t>()) : call(uint8_t());
+}
+
+// Any output and residual, pixel by pixel from memory.
+__attribute__((noinline)) void store_pixels(const ConvParams& params, Dtype out, const ConvTile& tile,
+                                            const __m512i (*sums)[2]) {
+  with_residual(params, [&](auto residual) {
+    for (int s = 0; s < tile.strips; ++s) {
+      ConvTile pixel = {{}, {tile.c[s]}, {tile.residual[s]}, 1, 1};
+      for (int p = 0; p < tile.r; ++p, ++sums) {
+        const __m512i acc[1][2] = {{(*sums)[0], (*sums)[1]}};
+        Output<1, 1>(params, pixel).template store_by<decltype(residual)>(out, acc);
+        pixel.c[0] += static_cast<uint32_t>(params.c_stride);
+        pixel.residual[0] += static_cast<uint32_t>(params.residual_stride);
+      }
+    }
+  });
+}
+
+// Codes u8 with a residual of u8 or none are written from registers. All the rest would be two thirds of the code.
+template <int R, int S>
+QD_INLINE void store(const ConvParams& params, Dtype out, const ConvTile& tile, const __m512i (&acc)[S * R][2]) {
+  const Output<R, S> output(params, tile);
+  if (out == Dtype::u8 && !params.residual) return output.template store_u8<None>(acc);
+  if (out == Dtype::u8 && params.residual_type == Dtype::u8 && !params.inner) {
+    return output.template store_u8<uint8_t>(acc);
+  }
+  __m512i sums[S * R][2];
+  QD_UNROLL for (int q = 0; q < S * R; ++q) sums[q][0] = acc[q][0], sums[q][1] = acc[q][1];
+  store_pixels(params, out, tile, sums);
+}
 
 // ---- The walk over tiles --------------------------------------------------------------------------------------------
 
@@ -212,17 +265,7 @@ __attribute__((noinline)) size_t run(const ConvParams& params, Dtype out, const 
       }
     }
 
-    const Output<R, S> output(params, tile);
-    const auto store = [&](auto residual) __attribute__((always_inline)) {
-      using Residual = decltype(residual);
-      if (out == Dtype::f32) return output.template store_f32<Residual>(acc[0]);
-      out == Dtype::s16 ? output.template store_s16<Residual>(acc[0]) : output.template store_u8<Residual>(acc[0]);
-    };
-    if (!params.residual) {
-      store(None());
-    } else {
-      params.residual_type == Dtype::s16 ? store(int16_t()) : store(uint8_t());
-    }
+    store<R, S>(params, out, tile, acc[0]);
   } while (++done < n_tiles && tiles[done].r == R && tiles[done].strips == S);
   prefetch = ahead;
   return done;

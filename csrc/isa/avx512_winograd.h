@@ -114,7 +114,9 @@ QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&y_i32)[F
           const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride + 8 * v;
           const __m256i residual_i32x8 =
               _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(residual)));
-          r_f32x8[v] = add_residual(r_f32x8[v], _mm256_cvtepi32_ps(residual_i32x8), p.residual_multiplier, p.inner);
+          const __m256 residual_f32x8 = _mm256_cvtepi32_ps(residual_i32x8);
+          r_f32x8[v] = p.inner ? add_to_inner_codes(r_f32x8[v], residual_f32x8, p.residual_multiplier, *p.inner)
+                               : _mm256_fmadd_ps(residual_f32x8, _mm256_set1_ps(p.residual_multiplier), r_f32x8[v]);
         }
       }
       winograd_store(r_f32x8, p, mask, static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride);

@@ -109,15 +109,16 @@ struct Vnni {
 // Of the residual of a strip.
 template <class Residual>
 struct Copies {
-  alignas(64) Residual of[kMr][kNr];
+  alignas(64) typename CodeOf<Residual>::type of[kMr][kNr];
 };
 template <>
 struct Copies<None> {};
 
 template <class Residual, typename T>
 struct Destination {
+  using Code = typename CodeOf<Residual>::type;
   T* c = nullptr;  // the next pixel to write; null: none
-  const Residual* residual = nullptr;
+  const Code* residual = nullptr;
   ptrdiff_t residual_stride;
   __mmask32 mask;
 
@@ -128,7 +129,7 @@ struct Destination {
   void set(const ConvParams& params, const ConvTile& tile, int strip, int pixels, Copies<Residual>& copies) {
     c = static_cast<T*>(params.c) + tile.c[strip];
     if constexpr (!kIsNone<Residual>) {
-      residual = static_cast<const Residual*>(params.residual) + tile.residual[strip];
+      residual = static_cast<const Code*>(params.residual) + tile.residual[strip];
       residual_stride = params.residual_stride;
       QD_UNROLL for (int p = 0; p < pixels; ++p) {
         _mm_prefetch(reinterpret_cast<const char*>(residual + p * params.residual_stride), _MM_HINT_T0);
@@ -157,8 +158,7 @@ struct Destination {
       x_f32x16[j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc_i32x16[j]), _mm512_loadu_ps(params.multiplier + 16 * j),
                                     _mm512_loadu_ps(params.bias + 16 * j));
       if constexpr (!kIsNone<Residual>) {
-        x_f32x16[j] =
-            add_residual(x_f32x16[j], residual_f32x16(residual + 16 * j), params.residual_multiplier, params.inner);
+        x_f32x16[j] = add_residual<Residual>(params, x_f32x16[j], residual_f32x16(residual + 16 * j));
       }
     }
     store(params, _mm512_packs_epi32(_mm512_cvtps_epi32(x_f32x16[0]), _mm512_cvtps_epi32(x_f32x16[1])), c);
@@ -250,12 +250,15 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
   const int depth = params->cells * params->k;
   const bool in_l1 = depth <= 384 || (depth <= 1152 && n_tiles >= 16);
   constexpr Dtype kOut = sizeof(T) == 1 ? Dtype::u8 : Dtype::s16;
-  if (params->k < 24 || !in_l1) return conv<Vnni, kOut>(params, tiles, n_tiles);
+  constexpr bool is_common = kOut == Dtype::u8 && sizeof(Residual) == 1 && !kHasInner<Residual>;
+  constexpr int kShort = is_common ? 6 : 8;  // quads under the shortest sums: code for k of 24 and 28
+  if (params->k < 4 * kShort || !in_l1) return conv<Vnni, kOut>(params, tiles, n_tiles);
 
   constexpr int kLeast = 5;
   using Run = size_t (*)(const ConvParams&, const ConvTile*, size_t, Prefetch&);
   static constexpr Run kRuns[2][kMr - kLeast + 1] = {
-      {run_overlapped<6, 5, Residual, T>, run_overlapped<6, 6, Residual, T>, run_overlapped<6, 7, Residual, T>},
+      {run_overlapped<kShort, 5, Residual, T>, run_overlapped<kShort, 6, Residual, T>,
+       run_overlapped<kShort, 7, Residual, T>},
       {run_overlapped<8, 5, Residual, T>, run_overlapped<8, 6, Residual, T>, run_overlapped<8, 7, Residual, T>}};
   Prefetch prefetch(*params, 2 * n_tiles * params->cells * (params->k / Vnni::kFetchBytes));
   for (size_t done = 0; done < n_tiles;) {
@@ -270,9 +273,15 @@ void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_t
 
 template <typename T>
 void conv_overlapped(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
-  if (!params->residual) return conv_overlapped<None, T>(params, tiles, n_tiles);
-  params->residual_type == Dtype::s16 ? conv_overlapped<int16_t, T>(params, tiles, n_tiles)
-                                      : conv_overlapped<uint8_t, T>(params, tiles, n_tiles);
+  with_residual(*params, [=](auto residual) {
+    using Residual = decltype(residual);
+    constexpr bool rare = kHasInner<Residual> && sizeof(T) + sizeof(typename CodeOf<Residual>::type) > 2;
+    if constexpr (rare) {
+      conv<Vnni, sizeof(T) == 1 ? Dtype::u8 : Dtype::s16>(params, tiles, n_tiles);
+    } else {
+      conv_overlapped<Residual, T>(params, tiles, n_tiles);
+    }
+  });
 }
 
 // ---- Groups of few channels -----------------------------------------------------------------------------------------

@@ -10,12 +10,28 @@
 namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags
 
-// The type of the codes of a residual, where there is none.
+// What a residual is: uint8_t or int16_t, its codes, or these added to inner codes, or none.
 struct None {};
+template <class Code>
+struct WithInner {};
+
 template <class T>
 constexpr bool kIsNone = false;
 template <>
 constexpr bool kIsNone<None> = true;
+template <class T>
+constexpr bool kHasInner = false;
+template <class Code>
+constexpr bool kHasInner<WithInner<Code>> = true;
+
+template <class T>
+struct CodeOf {
+  using type = T;
+};
+template <class Code>
+struct CodeOf<WithInner<Code>> {
+  using type = Code;
+};
 
 }  // namespace
 }  // namespace qdeploy

@@ -64,6 +64,7 @@ ConvCase random_grouped_case(const ConvKernel& kernel, int r, int strips, Random
   x.k = shape[0], x.outputs = shape[1];
   x.out = x.residual_type = Dtype::u8;
   x.in_place = x.residual && x.in_place;
+  x.inner = false;
   return x;
 }
 
