@@ -32,6 +32,7 @@ const Isa kLadder[] = {
     {"avx512", [](const CpuFeatures& cpu) { return cpu.avx512f && cpu.avx512bw && cpu.avx512dq && cpu.avx512vl; },
      init_avx512, "avx2"},
     {"avx512vnni", [](const CpuFeatures& cpu) { return cpu.avx512_vnni; }, init_avx512vnni, "avx512"},
+    {"amx", [](const CpuFeatures& cpu) { return cpu.amx_tile && cpu.amx_int8; }, init_amx, "avx512vnni"},
 #elif defined(__aarch64__)
     {"neon", [](const CpuFeatures& cpu) { return cpu.asimd; }, init_neon, "scalar"},
     {"neondot", [](const CpuFeatures& cpu) { return cpu.asimddp; }, init_neondot, "neon"},

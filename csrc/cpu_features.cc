@@ -38,6 +38,7 @@ unsigned saved_states(bool has_osxsave) {
 // Bits and leaves: Intel's manual, volume 2, CPUID; volume 1, 13.3 (XCR0).
 CpuFeatures cpu_features() {
   constexpr unsigned kYmm = 0x06, kZmm = 0xe6;  // SSE and AVX; these, opmasks and both parts of the zmm registers
+  constexpr unsigned kTiles = 0x60000;          // tile configuration and tile registers
   const Registers basic = cpuid(1, 0), extended = cpuid(7, 0);
   const Registers more = extended.eax >= 1 ? cpuid(7, 1) : Registers();
   const unsigned saved = saved_states(has_bit(basic.ecx, 27));
@@ -51,6 +52,9 @@ CpuFeatures cpu_features() {
   features.avx512bw = zmm && has_bit(extended.ebx, 30);
   features.avx512vl = zmm && has_bit(extended.ebx, 31);
   features.avx512_vnni = zmm && has_bit(extended.ecx, 11);
+  const bool tiles = (saved & kTiles) == kTiles && has_bit(extended.edx, 24) && os::grants_tiles();
+  features.amx_tile = tiles;
+  features.amx_int8 = tiles && has_bit(extended.edx, 25);
   return features;
 }
 #elif defined(__aarch64__)

@@ -6,8 +6,8 @@ namespace qdeploy {
 // Named as /proc/cpuinfo names them, each with the operating system's part: an instruction set whose registers it does
 // not save is false. All of another architecture are false.
 struct CpuFeatures {
-  bool avx2, fma, avx_vnni, avx512f, avx512bw, avx512dq, avx512vl, avx512_vnni;  // x86-64
-  bool asimd, asimddp;                                                           // aarch64
+  bool avx2, fma, avx_vnni, avx512f, avx512bw, avx512dq, avx512vl, avx512_vnni, amx_tile, amx_int8;  // x86-64
+  bool asimd, asimddp;                                                                               // aarch64
 };
 
 CpuFeatures cpu_features();

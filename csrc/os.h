@@ -24,7 +24,10 @@ uint64_t memory_limit();
 // Numbers of those that this process may run on; none where the system does not tell.
 std::vector<int> usable_cpus();
 
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+// Asks for the tile registers of AMX, for all threads of this process from here on; false where that is refused.
+bool grants_tiles();
+#elif defined(__aarch64__)
 // Advanced SIMD and its dot products. Only the system may ask the CPU for them.
 bool has_asimd();
 bool has_asimddp();

@@ -17,6 +17,7 @@
 #else
 #include <sched.h>
 #include <sys/auxv.h>
+#include <sys/syscall.h>
 #endif
 
 namespace qdeploy {
@@ -74,7 +75,14 @@ std::vector<int> usable_cpus() {
 }
 #endif
 
-#if defined(__aarch64__) && defined(__APPLE__)
+#if defined(__x86_64__) && defined(__APPLE__)
+bool grants_tiles() { return false; }
+#elif defined(__x86_64__)
+bool grants_tiles() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, which older headers lack; a bit of XCR0
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
 bool has_asimd() { return true; }
 bool has_asimddp() {
   int value = 0;

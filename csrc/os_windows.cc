@@ -42,6 +42,10 @@ std::vector<int> usable_cpus() {
   return cpus;
 }
 
+#if defined(__x86_64__)
+bool grants_tiles() { return false; }  // nobody has tried
+#endif
+
 void at_fork(void (*)(), void (*)(), void (*)()) {}  // there is no fork
 
 File::File(const std::string& path)

@@ -112,7 +112,8 @@ void set_panels(const Layer& layer) {
     conv->panel_channel.push_back(static_cast<int32_t>(first));
     if (!merged && !grouped) widest = std::max(widest, last - first);
   }
-  conv->k = static_cast<int32_t>(round_up(widest, 4));
+  const int64_t multiple = conv->kernel->k_multiple;
+  conv->k = static_cast<int32_t>(round_up(widest, widest > multiple / 4 ? multiple : 4));
   for (int32_t& first : conv->panel_channel) {  // stay inside the pixel: over-reads must not exceed kOverread
     first = static_cast<int32_t>(std::max<int64_t>(0, std::min<int64_t>(first, in - conv->k)));
   }

@@ -6,8 +6,8 @@
 //
 // Activations are u8, NHWC. `a` is the input, `w` the packed weights, `c` the output; strides are in bytes for u8 data
 // and in elements for other outputs and residuals. Every kernel may read up to kOverread bytes before and after the
-// elements it needs
-// (every buffer has that slack); what it read there never reaches an output. It writes exactly what it is asked to.
+// elements it needs (every buffer has that slack), and what lies between the activations of a call; what it read there
+// never reaches an output. It writes exactly what it is asked to.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -89,7 +89,8 @@ struct ConvKernel {
   // quads, counted from the start of a cell, and apart for bytes 0, 1 and bytes 2, 3 of a quad. It is exact for any
   // codes of which the positive ones add up to at most 128 there, and the negative ones too: 255 * 128 < 2^15.
   int32_t s16_quads = 0;
-  int32_t a_offset = 0;  // what the kernel subtracts from activations, see above
+  int32_t a_offset = 0;    // what the kernel subtracts from activations, see above
+  int32_t k_multiple = 4;  // at most kOverread: k is a multiple of it where more than a quarter of it
 };
 constexpr int32_t kMaxNr = 64;
 
@@ -457,6 +458,7 @@ void init_avx2(Kernels* kernels);        // AVX2 + FMA
 void init_avxvnni(Kernels* kernels);     // the above + AVX_VNNI, the VEX form
 void init_avx512(Kernels* kernels);      // AVX-512 F, BW, DQ, VL
 void init_avx512vnni(Kernels* kernels);  // the above + AVX512_VNNI
+void init_amx(Kernels* kernels);         // the above + AMX_TILE, AMX_INT8
 
 void init_neon(Kernels* kernels);     // Advanced SIMD: every ARMv8-A
 void init_neondot(Kernels* kernels);  // the above + FEAT_DotProd

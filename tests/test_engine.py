@@ -40,6 +40,7 @@ NEEDS = {  # flags of /proc/cpuinfo, each with the instruction set below
     "avxvnni": {"avx2", "fma", "avx_vnni"},
     "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512vnni": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+    "amx": {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_tile", "amx_int8"},
     "neon": {"asimd"},
     "neondot": {"asimd", "asimddp"},
 }

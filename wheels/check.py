@@ -18,7 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DEBIAN = ROOT / "build/wheels/debian-arm64"
 APT = ROOT / "build/wheels/apt"  # its packages as downloaded
-INSTRUCTION_SETS = {"avx2": "avx2", "avx512_vnni": "avx512vnni", "asimd": "neon", "asimddp": "neondot"}  # by CPU flag
+INSTRUCTION_SETS = {  # by CPU flag
+    **{"avx2": "avx2", "avx512_vnni": "avx512vnni", "amx_int8": "amx"},
+    **{"asimd": "neon", "asimddp": "neondot"},
+}
 DEMO = """
 import json, sys
 from qdeploy import _engine, cli

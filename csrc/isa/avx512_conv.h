@@ -174,12 +174,6 @@ struct Output {
       _mm512_mask_storeu_ps(c + offset(q) + 16, static_cast<__mmask16>(mask >> 16), real<Residual>(acc[q][1], q, 1));
     }
   }
-
-  template <class Residual>
-  QD_INLINE void store_by(Dtype out, const __m512i (&acc)[S * R][2]) const {
-    if (out == Dtype::f32) return store_f32<Residual>(acc);
-    out == Dtype::s16 ? store_s16<Residual>(acc) : store_u8<Residual>(acc);
-  }
 };
 
 // The type of the residual of these params, as the argument of `call`.
@@ -190,42 +184,42 @@ QD_INLINE void with_residual(const ConvParams& params, const Call& call) {
   params.inner ? call(WithInner<uint8_t>()) : call(uint8_t());
 }
 
-// Any output and residual, pixel by pixel from memory.
-__attribute__((noinline)) void store_pixels(const ConvParams& params, Dtype out, const ConvTile& tile,
-                                            const __m512i (*sums)[2]) {
-  with_residual(params, [&](auto residual) {
-    for (int s = 0; s < tile.strips; ++s) {
-      ConvTile pixel = {{}, {tile.c[s]}, {tile.residual[s]}, 1, 1};
-      for (int p = 0; p < tile.r; ++p, ++sums) {
-        const __m512i acc[1][2] = {{(*sums)[0], (*sums)[1]}};
-        Output<1, 1>(params, pixel).template store_by<decltype(residual)>(out, acc);
-        pixel.c[0] += static_cast<uint32_t>(params.c_stride);
-        pixel.residual[0] += static_cast<uint32_t>(params.residual_stride);
-      }
-    }
-  });
+using Sums = __m512i[kStrips * kMr][2];
+
+// Codes u8 with a residual of u8 or none are written from registers. All the rest, pixel by pixel from memory, would be
+// two thirds of the code.
+QD_INLINE bool writes_from_memory(const ConvParams& params, Dtype out) {
+  return out != Dtype::u8 || (params.residual && (params.residual_type != Dtype::u8 || params.inner));
 }
 
-// Codes u8 with a residual of u8 or none are written from registers. All the rest would be two thirds of the code.
-template <int R, int S>
-QD_INLINE void store(const ConvParams& params, Dtype out, const ConvTile& tile, const __m512i (&acc)[S * R][2]) {
-  const Output<R, S> output(params, tile);
-  if (out == Dtype::u8 && !params.residual) return output.template store_u8<None>(acc);
-  if (out == Dtype::u8 && params.residual_type == Dtype::u8 && !params.inner) {
-    return output.template store_u8<uint8_t>(acc);
-  }
-  __m512i sums[S * R][2];
-  QD_UNROLL for (int q = 0; q < S * R; ++q) sums[q][0] = acc[q][0], sums[q][1] = acc[q][1];
-  store_pixels(params, out, tile, sums);
+[[maybe_unused]] __attribute__((noinline)) void store_sums(const ConvParams& params, Dtype out, const ConvTile& tile,
+                                                           const Sums& sums) {
+  with_residual(params, [&](auto residual) {
+    for (int q = 0; q < tile.strips * tile.r; ++q) {
+      const int s = q / tile.r, i = q % tile.r;
+      const ConvTile pixel = {{},
+                              {tile.c[s] + static_cast<uint32_t>(i * params.c_stride)},
+                              {tile.residual[s] + static_cast<uint32_t>(i * params.residual_stride)},
+                              1,
+                              1};
+      const __m512i acc[1][2] = {{sums[q][0], sums[q][1]}};
+      const Output<1, 1> output(params, pixel);
+      using Residual = decltype(residual);
+      if (out == Dtype::f32) output.template store_f32<Residual>(acc);
+      if (out == Dtype::s16) output.template store_s16<Residual>(acc);
+      if (out == Dtype::u8) output.template store_u8<Residual>(acc);
+    }
+  });
 }
 
 // ---- The walk over tiles --------------------------------------------------------------------------------------------
 
 // Computes tiles from the front of the list while they have this shape; returns how many. Cells outside, channels
 // inside, one set of accumulators for the whole of K; few pixels get kSets of them, or the latency of the dot product
-// would show. (The type of the output is a branch per tile, not a template: that would double half a megabyte of code.)
+// would show. Into `sums`, where there are any, goes one tile instead of codes; to write them from here would be a call,
+// at which GCC spills.
 template <class Dot, int R, int S>
-__attribute__((noinline)) size_t run(const ConvParams& params, Dtype out, const ConvTile* tiles, size_t n_tiles,
+__attribute__((noinline)) size_t run(const ConvParams& params, Sums* sums, const ConvTile* tiles, size_t n_tiles,
                                      Prefetch& prefetch) {
   constexpr int kSets = Dot::sets(R * S);
   Prefetch ahead = prefetch;  // a copy that can live in registers
@@ -265,7 +259,13 @@ __attribute__((noinline)) size_t run(const ConvParams& params, Dtype out, const 
       }
     }
 
-    store<R, S>(params, out, tile, acc[0]);
+    if (sums) {
+      QD_UNROLL for (int q = 0; q < S * R; ++q)(*sums)[q][0] = acc[0][q][0], (*sums)[q][1] = acc[0][q][1];
+      n_tiles = 1;
+    } else {
+      const Output<R, S> output(params, tile);
+      params.residual ? output.template store_u8<uint8_t>(acc[0]) : output.template store_u8<None>(acc[0]);
+    }
   } while (++done < n_tiles && tiles[done].r == R && tiles[done].strips == S);
   prefetch = ahead;
   return done;
@@ -274,13 +274,18 @@ __attribute__((noinline)) size_t run(const ConvParams& params, Dtype out, const 
 // The run that starts at the first tile; returns how many tiles it did.
 template <class Dot>
 size_t run_next(const ConvParams& params, Dtype out, const ConvTile* tiles, size_t n_tiles, Prefetch& prefetch) {
-  using Run = size_t (*)(const ConvParams&, Dtype, const ConvTile*, size_t, Prefetch&);
+  using Run = size_t (*)(const ConvParams&, Sums*, const ConvTile*, size_t, Prefetch&);
   constexpr auto r = [](int pixels) { return pixels < Dot::kMr ? pixels : Dot::kMr; };  // no code for longer strips
   static constexpr Run kRuns[kStrips][kMr] = {{run<Dot, 1, 1>, run<Dot, 2, 1>, run<Dot, 3, 1>, run<Dot, r(4), 1>,
                                                run<Dot, r(5), 1>, run<Dot, r(6), 1>, run<Dot, r(7), 1>},
                                               {run<Dot, 1, 2>, run<Dot, 2, 2>, run<Dot, 3, 2>, run<Dot, r(4), 2>,
                                                run<Dot, r(5), 2>, run<Dot, r(6), 2>, run<Dot, r(7), 2>}};
-  return kRuns[tiles->strips - 1][tiles->r - 1](params, out, tiles, n_tiles, prefetch);
+  const Run run = kRuns[tiles->strips - 1][tiles->r - 1];
+  if (!writes_from_memory(params, out)) return run(params, nullptr, tiles, n_tiles, prefetch);
+  Sums sums;
+  const size_t done = run(params, &sums, tiles, n_tiles, prefetch);
+  store_sums(params, out, *tiles, sums);
+  return done;
 }
 
 template <class Dot, Dtype kOut>

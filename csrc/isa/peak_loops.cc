@@ -2,6 +2,8 @@
 // accumulators to hide their latency. In assembly, so that this file needs no -m flags.
 #include "peak_loops.h"
 
+#include "tiles.h"
+
 namespace qdeploy {
 namespace {
 
@@ -40,6 +42,16 @@ LOOP(madd_zmm, MADD_ZMM)
 LOOP(dot_ymm, DOT_YMM)
 LOOP(dot_zmm, DOT_ZMM)
 
+// Six registers of sums, which take turns twice; 6 and 7 are zero.
+#define TILES(n) "tdpbusd %%tmm7, %%tmm6, %%tmm" #n "\n\t"
+#define SIX(ROUND) ROUND(0) ROUND(1) ROUND(2) ROUND(3) ROUND(4) ROUND(5)
+void dot_tiles(long rounds) {
+  asm volatile("ldtilecfg %1\n\t1:\n\t" SIX(TILES) SIX(TILES) "dec %0\n\tjnz 1b\n\ttilerelease"
+               : "+r"(rounds)
+               : "m"(kTileConfiguration)
+               : "cc");
+}
+
 #endif
 
 }  // namespace
@@ -48,7 +60,8 @@ const PeakLoop kPeakLoops[] = {
 #if defined(__x86_64__)
     {"avx2", "float32", 8, fma_ymm},        {"avx2", "int8", 256, madd_ymm},     {"avxvnni", "float32", 8, fma_ymm},
     {"avxvnni", "int8", 32, dot_ymm},       {"avx512", "float32", 16, fma_zmm},  {"avx512", "int8", 512, madd_zmm},
-    {"avx512vnni", "float32", 16, fma_zmm}, {"avx512vnni", "int8", 64, dot_zmm},
+    {"avx512vnni", "float32", 16, fma_zmm}, {"avx512vnni", "int8", 64, dot_zmm}, {"amx", "float32", 16, fma_zmm},
+    {"amx", "int8", 16384, dot_tiles},
 #endif
     {nullptr, nullptr, 0, nullptr}};
 

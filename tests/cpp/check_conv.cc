@@ -38,6 +38,7 @@ ConvCase random_case(const ConvKernel& kernel, int bits, int r, int strips, Rand
   x.bits = bits, x.r = r, x.strips = strips;
   x.cells = random.range(1, 9);
   x.k = random.pick(kDepths);
+  if (x.k > kernel.k_multiple / 4) x.k = (x.k + kernel.k_multiple - 1) / kernel.k_multiple * kernel.k_multiple;
   x.n = random.range(0, 1) ? kernel.nr : random.range(1, kernel.nr);
   const int strides[] = {x.k, x.k + 1, 3, 6, 2 * x.k + 5, 0, -x.k};
   x.a_stride = random.pick(strides);

@@ -11,6 +11,7 @@
 //   g++ $F -mavx2 -mfma -DQDEPLOY_AVXVNNI_AS_EVEX -c csrc/isa/avxvnni.cc -o avxvnni_as_evex.o
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -c csrc/isa/avx512.cc
 //   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -c csrc/isa/avx512vnni.cc
+//   g++ $F -mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mamx-tile -mamx-int8 -c csrc/isa/amx.cc
 //   g++ $F -c csrc/{cpu,cpu_features,os_posix,norm,attention,gather}.cc
 //   g++ $F tests/cpp/check_{ukernels,conv,winograd,depthwise,pool,elementwise,input,lsq,rows,norm,attention}.cc *.o
 // On aarch64, instead of the avx files: csrc/isa/neon.cc, and csrc/isa/neondot.cc with -march=armv8.2-a+dotprod.
