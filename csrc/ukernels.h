@@ -35,10 +35,14 @@ enum class Dtype : int32_t { u8, s16, s8, f32, i32 };  // i32: token ids, which 
 // and bias hold nr entries, zeros beyond the real channels.
 enum class WeightFormat : int32_t { s8x4, s16x2 };
 
-// What a residual is added to where that is not r itself but its codes t = min(max(rint(r), qmin), qmax):
-// r = fma(t, multiplier, fma(float(residual), residual_multiplier, bias)). Of -0 and 0 the maximum is 0.
+// What a residual is added to where that is not r itself but its codes t = clamp(rint(r), qmin, qmax):
+//     t = min(max(r + kRound, low), high) - kRound
+//     r = fma(t, multiplier, fma(float(residual), residual_multiplier, bias))
+// A sum with kRound has no bits for a fraction where |r| <= 2^22, and beyond that is clamped. As integers the floats of
+// this maximum and minimum have the same order, but for the negative ones, all of them below `low`.
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
 struct InnerCodes {
-  float qmin, qmax;  // integers in 0..255
+  float low, high;  // kRound + qmin, kRound + qmax
   float multiplier, bias;
 };
 

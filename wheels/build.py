@@ -20,7 +20,7 @@ BUILD = ROOT / "build/wheels"
 TOOLS = BUILD / "tools"  # the same for all interpreters: none of it is compiled for one
 MACHINES = ("x86_64", "aarch64")
 GLIBC = "2.17"
-MAX_BYTES = 3 << 19  # 1.5 MiB
+MAX_BYTES = 1_500_000
 
 
 def main(pythons: list[str]) -> None:

@@ -96,7 +96,7 @@ QD_INLINE void winograd_store(const __m256 (&r_f32x8)[4], const WinogradOutput&,
 
 // In vectors of 256 bits: so many multiplications of 512 as these, of floats, slow the core down for milliseconds. After
 // 2 ms of such output transforms the direct kernel ran at 348 GMAC/s instead of 373, for 6 ms (Emerald Rapids).
-template <class F, bool kResidual, class Out>
+template <class F, class Residual, class Out>
 QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&y_i32)[F::kOut * F::kOut][kNr]) {
   const uint32_t mask = static_cast<uint32_t>((uint64_t{1} << p.n) - 1);
   for (int32_t y = 0; y < p.rows; ++y) {
@@ -110,13 +110,16 @@ QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&y_i32)[F
         acc_i32x8 = _mm256_srai_epi32(acc_i32x8, kWinogradShift);
         r_f32x8[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8), _mm256_loadu_ps(p.multiplier + 8 * v),
                                      _mm256_loadu_ps(p.bias + 8 * v));
-        if (kResidual) {
+        if constexpr (!kIsNone<Residual>) {
           const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride + 8 * v;
           const __m256i residual_i32x8 =
               _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(residual)));
           const __m256 residual_f32x8 = _mm256_cvtepi32_ps(residual_i32x8);
-          r_f32x8[v] = p.inner ? add_to_inner_codes(r_f32x8[v], residual_f32x8, p.residual_multiplier, *p.inner)
-                               : _mm256_fmadd_ps(residual_f32x8, _mm256_set1_ps(p.residual_multiplier), r_f32x8[v]);
+          if constexpr (kHasInner<Residual>) {
+            r_f32x8[v] = add_to_inner_codes(r_f32x8[v], residual_f32x8, p.residual_multiplier, *p.inner);
+          } else {
+            r_f32x8[v] = _mm256_fmadd_ps(residual_f32x8, _mm256_set1_ps(p.residual_multiplier), r_f32x8[v]);
+          }
         }
       }
       winograd_store(r_f32x8, p, mask, static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride);
@@ -138,7 +141,8 @@ void winograd_output(const WinogradOutput* params) {
     };
     transform_output<F, U32x16>(load, store);
   }
-  p.residual ? winograd_pixels<F, true, Out>(p, y_i32) : winograd_pixels<F, false, Out>(p, y_i32);
+  if (!p.residual) return winograd_pixels<F, None, Out>(p, y_i32);
+  p.inner ? winograd_pixels<F, WithInner<uint8_t>, Out>(p, y_i32) : winograd_pixels<F, uint8_t, Out>(p, y_i32);
 }
 
 template <class F, class Dot>

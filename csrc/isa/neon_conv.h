@@ -79,9 +79,10 @@ QD_INLINE F32x16 fma_f32x16(const F32x16& x, const F32x16& y, const F32x16& z) {
 
 QD_INLINE F32x16 add_residual(const F32x16& r, const F32x16& residual, float multiplier, const InnerCodes* inner) {
   if (!inner) return fma_f32x16(residual, splat_f32x16(multiplier), r);
+  const float32x4_t round = vdupq_n_f32(kRound), low = vdupq_n_f32(inner->low), high = vdupq_n_f32(inner->high);
   F32x16 codes;
   for (int i = 0; i < 4; ++i) {
-    codes.v[i] = vminq_f32(vmaxq_f32(vrndnq_f32(r.v[i]), vdupq_n_f32(inner->qmin)), vdupq_n_f32(inner->qmax));
+    codes.v[i] = vsubq_f32(vminq_f32(vmaxq_f32(vaddq_f32(r.v[i], round), low), high), round);
   }
   return fma_f32x16(codes, splat_f32x16(inner->multiplier),
                     fma_f32x16(residual, splat_f32x16(multiplier), splat_f32x16(inner->bias)));

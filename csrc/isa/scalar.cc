@@ -39,7 +39,7 @@ void store(float r, uint8_t, uint8_t, float* c) { *c = r; }
 
 float add_residual(float r, int32_t residual, float multiplier, const InnerCodes* inner) {
   if (!inner) return fmaf(static_cast<float>(residual), multiplier, r);
-  const float low = r > inner->qmin ? r : inner->qmin, t = nearbyintf(low < inner->qmax ? low : inner->qmax);
+  const float t = fminf(fmaxf(r + kRound, inner->low), inner->high) - kRound;
   return fmaf(t, inner->multiplier, fmaf(static_cast<float>(residual), multiplier, inner->bias));
 }
 

@@ -40,7 +40,7 @@ InnerCodes read_inner_codes(const NodeSource& node, float residual_multiplier) {
   const float bias = number_member(node.json, "inner_bias", node.where);
   const double residual = (node.input(1).type == Dtype::s16 ? 32767.0 : 255.0) * std::fabs(residual_multiplier);
   require_bounded(255.0 * std::fabs(multiplier) + std::fabs(bias) + residual, node.output.is_f32(), node.where);
-  return {static_cast<float>(clamp[0]), static_cast<float>(clamp[1]), multiplier, bias};
+  return {kRound + clamp[0], kRound + clamp[1], multiplier, bias};
 }
 
 void read_constants(const NodeSource& node, ConvData* conv) {
@@ -167,8 +167,8 @@ void round_to_inner_codes(const StepRun& run, size_t n, const float* numbers, ui
   round.a = round.b = numbers;
   round.c = codes;
   round.b_type = Dtype::f32;
-  round.qmin = static_cast<uint8_t>(inner.qmin);
-  round.qmax = static_cast<uint8_t>(inner.qmax);
+  round.qmin = static_cast<uint8_t>(inner.low - kRound);
+  round.qmax = static_cast<uint8_t>(inner.high - kRound);
   run.kernels().scale_add(&round);
 }
 

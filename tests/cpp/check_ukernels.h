@@ -121,7 +121,7 @@ inline InnerCodes random_inner_codes(Random& random) {
   uint8_t qmin, qmax;
   random_clamp(&qmin, &qmax, random);
   const float multiplier = random.uniform() * 4 - 2;
-  return {static_cast<float>(qmin), static_cast<float>(qmax), multiplier, random_bias(random)};
+  return {kRound + qmin, kRound + qmax, multiplier, random_bias(random)};
 }
 
 // ---- Guarded memory -------------------------------------------------------------------------------------------------
