@@ -40,11 +40,6 @@ QD_INLINE __m256 to_f32x8(const int16_t* a) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a))));
 }
 
-QD_INLINE __m256 add_residual(__m256 r_f32x8, __m256 residual_f32x8, float multiplier, const InnerCodes* inner) {
-  if (inner) return add_to_inner_codes(r_f32x8, residual_f32x8, multiplier, *inner);
-  return _mm256_fmadd_ps(residual_f32x8, _mm256_set1_ps(multiplier), r_f32x8);
-}
-
 QD_INLINE __m256i clamp_u8x32(__m256i c_u8x32, uint8_t qmin, uint8_t qmax) {
   return _mm256_min_epu8(_mm256_max_epu8(c_u8x32, _mm256_set1_epi8(static_cast<char>(qmin))),
                          _mm256_set1_epi8(static_cast<char>(qmax)));
@@ -157,7 +152,7 @@ template <int kRows, int kVectors>
 using Accumulators = __m256i[kRows][kVectors];
 
 // Requantizes and writes kRows pixels of the batch from `pixel` on.
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, bool kInner>
 QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVectors>& acc_i32x8, const Batch& batch,
                             int pixel) {
   __m256 r_f32x8[kRows][4] = {};
@@ -174,7 +169,11 @@ QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVect
         const __m256 residual_f32x8 = p.residual_type == Dtype::s16
                                           ? to_f32x8(static_cast<const int16_t*>(p.residual) + at + 8 * v)
                                           : to_f32x8(static_cast<const uint8_t*>(p.residual) + at + 8 * v);
-        r_f32x8[r][v] = add_residual(r_f32x8[r][v], residual_f32x8, p.residual_multiplier, p.inner);
+        if constexpr (kInner) {
+          r_f32x8[r][v] = add_to_inner_codes(r_f32x8[r][v], residual_f32x8, p.residual_multiplier, *p.inner);
+        } else {
+          r_f32x8[r][v] = _mm256_fmadd_ps(residual_f32x8, _mm256_set1_ps(p.residual_multiplier), r_f32x8[r][v]);
+        }
       }
     }
   }
@@ -191,7 +190,7 @@ QD_INLINE void write_pixels(const ConvParams& p, const Accumulators<kRows, kVect
   }
 }
 
-template <int kRows, int kVectors>
+template <int kRows, int kVectors, bool kInner>
 QD_INLINE void load_and_write(const ConvParams& p, const Batch& batch, int pixel) {
   Accumulators<kRows, kVectors> acc_i32x8;
   QD_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -199,15 +198,16 @@ QD_INLINE void load_and_write(const ConvParams& p, const Batch& batch, int pixel
       acc_i32x8[r][v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(batch.acc[pixel + r] + 8 * v));
     }
   }
-  write_pixels<kRows, kVectors>(p, acc_i32x8, batch, pixel);
+  write_pixels<kRows, kVectors, kInner>(p, acc_i32x8, batch, pixel);
 }
 
 // After short sums: right behind each pair of them, the latencies of requantization would fill the schedulers.
-template <int kVectors>
+// And with inner codes: behind the sums of AVX-VNNI, GCC would spill in their loop.
+template <int kVectors, bool kInner>
 __attribute__((noinline)) void write_batch(const ConvParams& p, const Batch& batch) {
   int pixel = 0;
-  for (; pixel + 2 <= batch.pixels; pixel += 2) load_and_write<2, kVectors>(p, batch, pixel);
-  if (pixel < batch.pixels) load_and_write<1, kVectors>(p, batch, pixel);
+  for (; pixel + 2 <= batch.pixels; pixel += 2) load_and_write<2, kVectors, kInner>(p, batch, pixel);
+  if (pixel < batch.pixels) load_and_write<1, kVectors, kInner>(p, batch, pixel);
 }
 
 // The next panel comes from DRAM: every few pixels fetch a piece of it, so that it is in L2 when it is due.
@@ -235,7 +235,7 @@ __attribute__((noinline)) int run_slab(const ConvParams& p, const Slab& slab, Ba
     if (batch->prefetch_lines > 0) prefetch_share(batch);
     Weights::accumulate(slab, batch->a + pixel, acc_i32x8);
     if (slab.last) {
-      write_pixels<kRows, kVectors>(p, acc_i32x8, *batch, pixel);
+      write_pixels<kRows, kVectors, false>(p, acc_i32x8, *batch, pixel);
     } else {
       QD_UNROLL for (int r = 0; r < kRows; ++r) {
         QD_UNROLL for (int v = 0; v < kVectors; ++v) {
@@ -256,8 +256,9 @@ void run_pixels(const ConvParams& p, const Slab& slab, Batch* batch, int begin) 
 
 template <typename Weights, int kVectors>
 void run_batch(const ConvParams& p, int32_t slab_cells, int32_t slab_k, Batch* batch) {
+  const auto write = p.inner ? write_batch<kVectors, true> : write_batch<kVectors, false>;
   if (p.cells == 1 && Weights::template short_sums<kVectors>(p, batch)) {
-    write_batch<kVectors>(p, *batch);
+    write(p, *batch);
     batch->pixels = 0;
     return;
   }
@@ -270,10 +271,11 @@ void run_batch(const ConvParams& p, int32_t slab_cells, int32_t slab_k, Batch* b
       slab.k = p.k - i < slab_k ? p.k - i : slab_k;
       slab.w = static_cast<const int8_t*>(p.w) + (static_cast<size_t>(t) * p.k + i) * (kNr * Weights::kElementBytes);
       slab.first = t == 0 && i == 0;
-      slab.last = t + slab_cells >= p.cells && i + slab_k >= p.k;
+      slab.last = !p.inner && t + slab_cells >= p.cells && i + slab_k >= p.k;
       run_pixels<Weights, Weights::kMaxRows, kVectors>(p, slab, batch, 0);
     }
   }
+  if (p.inner) write(p, *batch);
   batch->pixels = 0;
 }
 

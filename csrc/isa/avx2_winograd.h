@@ -95,7 +95,7 @@ QD_INLINE void winograd_store(const __m256 (&r_f32x8)[2], const WinogradOutput& 
   _mm256_maskstore_ps(c + 8, first_lanes(p.n - 8), r_f32x8[1]);
 }
 
-template <class F, bool kResidual, class Out>
+template <class F, class Residual, class Out>
 QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&acc_i32)[F::kOut * F::kOut][kWinogradNr]) {
   __m256 multiplier_f32x8[2], bias_f32x8[2];
   QD_UNROLL for (int j = 0; j < 2; ++j) {
@@ -108,9 +108,14 @@ QD_INLINE void winograd_pixels(const WinogradOutput& p, const int32_t (&acc_i32)
       QD_UNROLL for (int j = 0; j < 2; ++j) {
         const __m256i acc_i32x8 = _mm256_load_si256(reinterpret_cast<const __m256i*>(acc_i32[y * F::kOut + x] + 8 * j));
         r_f32x8[j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc_i32x8), multiplier_f32x8[j], bias_f32x8[j]);
-        if (kResidual) {
+        if constexpr (!kIsNone<Residual>) {
           const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride;
-          r_f32x8[j] = add_residual(r_f32x8[j], to_f32x8(residual + 8 * j), p.residual_multiplier, p.inner);
+          const __m256 residual_f32x8 = to_f32x8(residual + 8 * j);
+          if constexpr (kHasInner<Residual>) {
+            r_f32x8[j] = add_to_inner_codes(r_f32x8[j], residual_f32x8, p.residual_multiplier, *p.inner);
+          } else {
+            r_f32x8[j] = _mm256_fmadd_ps(residual_f32x8, _mm256_set1_ps(p.residual_multiplier), r_f32x8[j]);
+          }
         }
       }
       winograd_store(r_f32x8, p, static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride);
@@ -135,7 +140,8 @@ void winograd_output(const WinogradOutput* params) {
     };
     transform_output<F, U32x8>(load, store);
   }
-  p.residual ? winograd_pixels<F, true, Out>(p, acc_i32) : winograd_pixels<F, false, Out>(p, acc_i32);
+  if (!p.residual) return winograd_pixels<F, None, Out>(p, acc_i32);
+  p.inner ? winograd_pixels<F, WithInner<uint8_t>, Out>(p, acc_i32) : winograd_pixels<F, uint8_t, Out>(p, acc_i32);
 }
 
 template <class F, class Dot>
