@@ -168,6 +168,28 @@ def test_onnx_has_a_rounding_before_the_sum_and_is_read_again(data):
     assert converted(qdeploy.to_onnx(found)) == content
 
 
+def test_a_factor_behind_the_sum_changes_no_inner_code():
+    onnx = pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
+    from qdeploy.exporter import converted
+
+    net = Builder(np.random.default_rng(1), (3, 4, 4), (0.05, 77))
+    net.conv2d(0, 4, residual=net.conv2d(0, 4), inner=True, dtype="f32")
+    model = qdeploy.to_onnx(Graph([net.member()]))
+    plain = format.parse(converted(model), "plain")
+    last = model.graph.node[-1].output[0]
+    for op, name, number in (("Mul", "halves", 0.5), ("Add", "shifted", 3.0)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(number), f"{name}_by"))
+        model.graph.node.append(onnx.helper.make_node(op, [last, f"{name}_by"], [name]))
+        last = name
+    model.graph.output[0].name = last
+    found = format.parse(converted(model), "found")
+    [*_, before], [*_, after] = plain.members[0].nodes, found.members[0].nodes
+    assert "inner_clamp" in after.attributes and after.attributes["inner_clamp"] == before.attributes["inner_clamp"]
+    assert after.constants["multiplier"].tobytes() == before.constants["multiplier"].tobytes()
+    x = batch(plain, 3, np.random.default_rng(0))
+    np.testing.assert_allclose(reference.run(found, x), 0.5 * reference.run(plain, x) + 3, rtol=1e-5, atol=1e-4)
+
+
 def test_float_onnx_has_the_clamp_of_the_inner_codes(path):
     pytest.importorskip("onnx", reason="the `onnx` extra is not installed")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -91,19 +91,29 @@ def _fold_affine(network: Network, affine: Affine) -> bool:
         return False
     if isinstance(x, Embedding):
         return False
-    if isinstance(x, Weighted):
-        if len(x.inputs) == 2 and np.ptp(affine.scale):  # a residual has one factor for all channels
-            return False
-        x.residual *= affine.scale[0]
-    size = len(x.shift)
-    x.shift = x.shift * affine.scale[:size] + affine.shift[:size]
-    if isinstance(x, Add):
-        x.factors = (x.factors[0] * affine.scale[0], x.factors[1] * affine.scale[0])
-    else:
-        x.scale = x.scale * affine.scale[:size]
+    if isinstance(x, Weighted) and len(x.inputs) == 2 and np.ptp(affine.scale):  # a residual has one factor
+        return False
+    if isinstance(x, Weighted) and x.inner is not None and not affine.uniform:
+        return False
+    _scale_and_shift(x, affine)
     x.value = affine.value
     network.replace(affine, x)
     return True
+
+
+def _scale_and_shift(x: Scaled | Add, affine: Affine) -> None:
+    scale, shift = float(affine.scale[0]), float(affine.shift[0])
+    if isinstance(x, Weighted):
+        x.residual *= scale
+        if x.inner is not None:
+            x.inner = replace(x.inner, factor=x.inner.factor * scale, shift=x.inner.shift * scale + shift)
+            return
+    size = len(x.shift)
+    x.shift = x.shift * affine.scale[:size] + affine.shift[:size]
+    if isinstance(x, Add):
+        x.factors = (x.factors[0] * scale, x.factors[1] * scale)
+    else:
+        x.scale = x.scale * affine.scale[:size]
 
 
 def _keeps_clamp(x: Layer, affine: Affine) -> bool:
