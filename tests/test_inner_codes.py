@@ -159,7 +159,10 @@ def test_onnx_has_a_rounding_before_the_sum_and_is_read_again(data):
     from qdeploy.exporter import converted
 
     graph = graph_with_sum(data.draw)
-    content = converted(qdeploy.to_onnx(graph))
+    model = qdeploy.to_onnx(graph)
+    names = [node.name for node in model.graph.node]
+    assert len(set(names)) == len(names)
+    content = converted(model)
     found = format.parse(content, "twice")
     assert "inner_clamp" in found.members[0].nodes[-2].attributes
     x = batch(graph, 2, np.random.default_rng(0))

@@ -187,7 +187,7 @@ def _of_inner_codes(writer: Writer, real: str, node: Node, inputs: Sequence[Valu
     inner = writer.value(real, replace(node, attributes={"clamp": tuple(node.attributes["inner_clamp"])}), grid)
     real, writer.name = writer.real(inner), name
     offset = _inner_offset(node, inputs[1].tensor, output) + multiplier * grid.zero_point
-    return writer.shifted(writer.scaled(real, multiplier * output.scale / grid.scale, "inner"), offset, output)
+    return writer.shifted(writer.scaled(real, multiplier * output.scale / grid.scale, "summand"), offset, output)
 
 
 def _plus_residual(writer: Writer, real: str, node: Node, residual: Sequence[Value], output: Activation) -> str:

@@ -151,7 +151,7 @@ def int8_variants() -> dict[str, Variant]:
     x = activation(56, 256)
     return found | {
         "int8 conv 3x3, residual, 16x32x32": conv((256, 256, 3, 3), 14, residual=True, tile=TILES[-1]),
-        "int8 conv 1x1, inner codes": conv((256, 64, 1, 1), 56, "copies16", *WIDE, residual=True, inner=True),
+        "int8 conv 1x1, inner codes": conv((256, 256, 1, 1), 14, "copies16", *WIDE, residual=True, inner=True),
         "int8 conv 1x1": conv((64, 256, 1, 1), 56, "copies16", "stores16"),
         "int8 conv 7x7, 3 channels, stride 2": conv((64, 3, 7, 7), 224, "stores16", stride=2),
         "int8 conv 3x3, depthwise": conv((256, 1, 3, 3), 56, "copies16", "stores16", groups=256),
