@@ -21,6 +21,7 @@ namespace qdeploy {
 namespace {  // internal linkage: each file compiles its own copy with its own -m flags
 
 constexpr int kNr = 16;
+constexpr int kMostPixels = 5;  // of a tile
 
 // A load that stays where it is written, and is not shared with an equal one.
 QD_INLINE int8x16_t load_in_order(const int8_t* w) {
@@ -77,15 +78,15 @@ QD_INLINE F32x16 fma_f32x16(const F32x16& x, const F32x16& y, const F32x16& z) {
            vfmaq_f32(z.v[3], x.v[3], y.v[3])}};
 }
 
-QD_INLINE F32x16 add_residual(const F32x16& r, const F32x16& residual, float multiplier, const InnerCodes* inner) {
-  if (!inner) return fma_f32x16(residual, splat_f32x16(multiplier), r);
-  const float32x4_t round = vdupq_n_f32(kRound), low = vdupq_n_f32(inner->low), high = vdupq_n_f32(inner->high);
+QD_INLINE F32x16 add_to_inner_codes(const F32x16& r, const F32x16& residual, float multiplier,
+                                    const InnerCodes& inner) {
+  const float32x4_t round = vdupq_n_f32(kRound), low = vdupq_n_f32(inner.low), high = vdupq_n_f32(inner.high);
   F32x16 codes;
   for (int i = 0; i < 4; ++i) {
     codes.v[i] = vsubq_f32(vminq_f32(vmaxq_f32(vaddq_f32(r.v[i], round), low), high), round);
   }
-  return fma_f32x16(codes, splat_f32x16(inner->multiplier),
-                    fma_f32x16(residual, splat_f32x16(multiplier), splat_f32x16(inner->bias)));
+  return fma_f32x16(codes, splat_f32x16(inner.multiplier),
+                    fma_f32x16(residual, splat_f32x16(multiplier), splat_f32x16(inner.bias)));
 }
 
 // rint (half to even) and saturation to 0..255 for any r: FCVTNU gives 0 for negative r and NaN, UQXTN the rest.
@@ -180,13 +181,15 @@ struct Pixel {
   }
 };
 
+template <bool kInner>
 QD_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_i32x4)[4], const Pixel& pixel, Dtype out) {
   F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), load_f32x16(params.multiplier), load_f32x16(params.bias));
   if (params.residual) {
     const F32x16 residual = params.residual_type == Dtype::s16
                                 ? load_s16x16(static_cast<const int16_t*>(params.residual) + pixel.residual)
                                 : load_u8x16(static_cast<const uint8_t*>(params.residual) + pixel.residual);
-    r = add_residual(r, residual, params.residual_multiplier, params.inner);
+    r = kInner ? add_to_inner_codes(r, residual, params.residual_multiplier, *params.inner)
+               : fma_f32x16(residual, splat_f32x16(params.residual_multiplier), r);
   }
   const size_t n = static_cast<size_t>(params.n);
   if (out == Dtype::s16) {
@@ -198,10 +201,23 @@ QD_INLINE void write_pixel(const ConvParams& params, const int32x4_t (&acc_i32x4
   }
 }
 
-// Computes tiles from the front of the list while they have P pixels; returns how many.
+using Sums = int32_t[kMostPixels][kNr];
+
+// Of a tile whose pixels have inner codes.
+template <class Dot>
+__attribute__((noinline)) void write_sums(const ConvParams& params, Dtype out, const ConvTile& tile, const Sums& sums) {
+  for (int q = 0; q < tile.r * tile.strips; ++q) {
+    const int32x4_t acc_i32x4[4] = {vld1q_s32(sums[q]), vld1q_s32(sums[q] + 4), vld1q_s32(sums[q] + 8),
+                                    vld1q_s32(sums[q] + 12)};
+    write_pixel<true>(params, acc_i32x4, Pixel(params, tile, q / Dot::kMr, q % Dot::kMr), out);
+  }
+}
+
+// Computes tiles from the front of the list while they have P pixels; returns how many. Into `memory`, where there is
+// some, go the sums of one tile: with inner codes behind them GCC spills.
 template <class Dot, int P>
-__attribute__((noinline)) size_t run(const ConvParams& params, Dtype out, const ConvTile* tiles, size_t n_tiles,
-                                     Prefetch& prefetch) {
+__attribute__((noinline)) size_t run(const ConvParams& params, Dtype out, Sums* memory, const ConvTile* tiles,
+                                     size_t n_tiles, Prefetch& prefetch) {
   static_assert(Dot::kMr == 1 || Dot::kStrips == 1, "pixel q of a tile: strip q / kMr");
   Prefetch ahead = prefetch;  // a copy that can live in registers
   size_t done = 0;
@@ -217,14 +233,19 @@ __attribute__((noinline)) size_t run(const ConvParams& params, Dtype out, const 
     }
     QD_UNROLL for (int q = 0; q < P; ++q) {
       const int32x4_t acc_i32x4[4] = {sums.total(q, 0), sums.total(q, 1), sums.total(q, 2), sums.total(q, 3)};
-      write_pixel(params, acc_i32x4, Pixel(params, tiles[done], q / Dot::kMr, q % Dot::kMr), out);
+      if (memory) {
+        QD_UNROLL for (int v = 0; v < 4; ++v) vst1q_s32((*memory)[q] + 4 * v, acc_i32x4[v]);
+        n_tiles = 1;
+      } else {
+        write_pixel<false>(params, acc_i32x4, Pixel(params, tiles[done], q / Dot::kMr, q % Dot::kMr), out);
+      }
     }
   } while (++done < n_tiles && tiles[done].r * tiles[done].strips == P);
   prefetch = ahead;
   return done;
 }
 
-using Run = size_t (*)(const ConvParams&, Dtype, const ConvTile*, size_t, Prefetch&);
+using Run = size_t (*)(const ConvParams&, Dtype, Sums*, const ConvTile*, size_t, Prefetch&);
 
 template <class Dot, int P>
 constexpr Run run_of() {
@@ -238,8 +259,11 @@ void conv(const ConvParams* params, const ConvTile* tiles, size_t n_tiles) {
                                   run_of<Dot, 5>()};
   Prefetch prefetch(*params);
   for (size_t done = 0; done < n_tiles;) {
-    const int pixels = tiles[done].r * tiles[done].strips;
-    done += kRuns[pixels - 1](*params, kOut, tiles + done, n_tiles - done, prefetch);
+    const ConvTile* const first = tiles + done;
+    Sums sums;
+    Sums* const memory = params->inner ? &sums : nullptr;
+    done += kRuns[first->r * first->strips - 1](*params, kOut, memory, first, n_tiles - done, prefetch);
+    if (memory) write_sums<Dot>(*params, kOut, *first, sums);
   }
 }
 

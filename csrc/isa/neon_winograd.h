@@ -92,7 +92,8 @@ void winograd_output(const WinogradOutput* params) {
       F32x16 r = fma_f32x16(convert_i32x16(acc_i32x4), multiplier, bias);
       if (p.residual) {
         const uint8_t* residual = p.residual + y * p.residual_row_stride + x * p.residual_stride;
-        r = add_residual(r, load_u8x16(residual), p.residual_multiplier, p.inner);
+        r = p.inner ? add_to_inner_codes(r, load_u8x16(residual), p.residual_multiplier, *p.inner)
+                    : fma_f32x16(load_u8x16(residual), splat_f32x16(p.residual_multiplier), r);
       }
       Out* c = static_cast<Out*>(p.c) + y * p.c_row_stride + x * p.c_stride;
       store(r, p.qmin, p.qmax, static_cast<size_t>(p.n), c);
